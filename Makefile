@@ -1,0 +1,52 @@
+# A fresh machine needs git, make and Python >= 3.11. Everything else goes into .venv.
+# Another interpreter: make test PYTHON=python3.12 (read when .venv is made; `make clean` first to change it).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+demo: $(VENV)/.installed ## see the idea at work on a small data set
+	@$(BIN)/biasshift demo
+
+test: $(VENV)/.installed-test ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+clean: ## remove .venv, caches and build outputs; data/ and runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# -- the environment: one stamp per set of extras, so that a second call installs nothing --------------------------
+
+# $(1): the extras, with their brackets
+define install
+@ls -d $(VENV)/lib/python*/site-packages/torch >/dev/null 2>&1 \
+  || echo "Installing into $(VENV): about 5 GB, nearly all of it PyTorch. This takes some minutes, once."
+@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(1)'
+@touch $(VENV)/.installed $@
+endef
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	$(call install,)
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.created
+	$(call install,[test])
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
+	$(call install,[dev])
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'pass' 2>/dev/null || { echo "make: '$(PYTHON)' does not run. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: biasshift needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name a newer one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@touch $@

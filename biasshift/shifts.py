@@ -1,0 +1,128 @@
+"""The bias shift of an update that really happened: what moved every unit's mean net input, and by how much."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from biasshift import layers as kinds
+from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.theory import shift_parts
+from biasshift.tracing import underlying, watching
+
+
+@dataclass(frozen=True)
+class BiasShift:
+    """One layer's change of the mean net input, unit by unit; ``total`` is measured and equals the sum of the parts."""
+
+    total: Float[Tensor, " units"]
+    own: Float[Tensor, " units"]  # this unit's weights moved
+    incoming: Float[Tensor, " units"]  # the layers below moved: the bias shift it inherits
+    second_order: Float[Tensor, " units"]
+
+    @property
+    def inherited_share(self) -> float:
+        """``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the units."""
+        own, incoming, second = (x.abs().sum().item() for x in (self.own, self.incoming, self.second_order))
+        return incoming / (own + incoming + second) if own + incoming + second > 0 else float("nan")
+
+
+class Shifts(Mapping[str, BiasShift]):
+    """The bias shift of every layer, readable after the block of `bias_shift` has ended."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, BiasShift] | None = None
+
+    def _measured(self) -> dict[str, BiasShift]:
+        if self._layers is None:
+            raise RuntimeError("The bias shift is measured when the block of bias_shift ends: read it after the block.")
+        return self._layers
+
+    def __getitem__(self, layer: str) -> BiasShift:
+        return self._measured()[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._measured())
+
+    def __len__(self) -> int:
+        return len(self._measured())
+
+
+@contextmanager
+def bias_shift(model: nn.Module, x: Probe, *, layers: Selection = None, batch_size: int | None = None) -> Iterator[Shifts]:
+    """Measures, before and after the block, how the update inside it moves the mean net input of every unit on the probe.
+
+    ``Δ(mean net) = (Δwᵀμ + Δw₀) + wᵀΔμ + ΔwᵀΔμ``: own, incoming, second order. An identity for any update whatsoever, so it
+    tests the measurement before anything is claimed about trends. The model is measured in eval mode and left as found.
+
+    Args:
+        x: a tensor of examples, or an iterable of batches x or (x, y).
+        layers: names, or a predicate ``(name, module) → bool``.
+
+    Raises:
+        ValueError: for a layer that cannot be measured.
+        RuntimeError: when the result is read inside the block.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3))
+    >>> with bias_shift(model, torch.ones(4, 2)) as shift:
+    ...     _ = model[0].bias.data.add_(0.5)
+    >>> shift["0"].total, shift["0"].incoming
+    (tensor([0.5000, 0.5000, 0.5000]), tensor([0., 0., 0.]))
+
+    Source: the exact counterpart of the bias shift of section 3 of the ELU paper.
+    """
+    probe = x if isinstance(x, Tensor) else list(x)  # a one-shot iterator would be empty for the second look
+    shifts = Shifts()
+    before = net_means(model, probe, layers, batch_size)
+    yield shifts
+    shifts._layers = compare(before, net_means(model, probe, layers, batch_size))
+
+
+@dataclass(frozen=True)
+class NetMeans:
+    """One layer at one moment: weights, mean incoming activations, mean net input. float64."""
+
+    w: Float[Tensor, "units inputs"]
+    w0: Float[Tensor, " units"]
+    mean: Tensor  # (inputs,), or (units, inputs) for groups
+    net: Float[Tensor, " units"]
+    dtype: torch.dtype
+
+
+def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None) -> dict[str, NetMeans]:
+    """Weights, mean incoming activations and mean net inputs of every layer on a probe, in eval mode."""
+    model = underlying(model)
+    modules = weight_layers(model, layers)
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    def watch(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        positions = output.numel() // kinds.unit_count(module)
+        incoming = kinds.summed_patch(module, a)
+        old = sums.get(name, (0.0, 0.0, 0))
+        sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(module, output), old[2] + positions)
+        dtypes[name] = output.dtype
+
+    with undisturbed(model, evaluate=True), watching(modules, watch):
+        for a, _ in batches(model, x, None, batch_size):
+            model(a)
+        return {name: _net_means(modules[name], *sums[name], dtypes[name]) for name in modules if name in sums}
+
+
+def _net_means(module: nn.Module, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype) -> NetMeans:
+    w = kinds.weights(module).detach().double().clone()
+    w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
+    return NetMeans(w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype)
+
+
+def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> dict[str, BiasShift]:
+    """The bias shift of every layer between two moments."""
+    shifts = {}
+    for name, old in before.items():
+        new = after[name]
+        parts = shift_parts(old.w, new.w - old.w, new.w0 - old.w0, old.mean, new.mean - old.mean)
+        shifts[name] = BiasShift(*(part.to(old.dtype) for part in (new.net - old.net, *parts)))
+    return shifts

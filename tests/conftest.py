@@ -1,0 +1,50 @@
+"""What every test gets: shape types checked at run time, fixed randomness, and skips that say why."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for it.
+install_import_hook("biasshift", "beartype.beartype")
+
+# The same examples in every run, and no deadline: the first call of a PyTorch operation can take seconds.
+settings.register_profile("biasshift", deadline=None, derandomize=True)
+settings.load_profile("biasshift")
+
+DATA_ROOT = Path(os.environ.get("BIASSHIFT_DATA") or "data")
+MNIST_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_data = pytest.mark.skip(reason=f"no MNIST/raw below '{DATA_ROOT}'; name the folder with $BIASSHIFT_DATA")
+    no_gpu = pytest.mark.skip(reason="no CUDA GPU here")
+    has_data = all((DATA_ROOT / "MNIST" / "raw" / name).exists() for name in MNIST_FILES)
+    for item in items:
+        if item.get_closest_marker("data") and not has_data:
+            item.add_marker(no_data)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """The folder of the real data sets, for tests marked `data`."""
+    return DATA_ROOT
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def randn(generator):
+    """`randn(*shape)`: standard normal numbers in float64, whatever the default dtype, which stays as it is."""
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)

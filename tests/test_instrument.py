@@ -1,0 +1,527 @@
+"""`bs.instrument`: one tidy table, equal to direct measurements at the same steps, from a training loop that notices nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BY_NAME, pristine
+from torch import Tensor, nn
+
+import biasshift as bs
+
+DOUBLE = torch.float64
+KEYS = ["step", "layer", "unit"]
+ACTIVATION = ["mean", "var"]
+SHIFT = ["total", "own", "incoming", "second_order"]
+FISHER = ["mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean"]
+GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
+DAMPING = 1e-3
+
+
+def mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    """Weight layers 0, 2, 4 of 6, 5, 3 units; activations 1, 3."""
+    return BY_NAME["mlp-elu"].build()
+
+
+def batches(steps: int, dtype: torch.dtype = DOUBLE, inputs: tuple[int, ...] = (5,)) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(17)
+    for _ in range(steps):
+        yield torch.randn(8, *inputs, generator=generator, dtype=dtype) + 0.5, torch.randint(3, (8,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **options: Any) -> None:
+    """Somebody's training loop."""
+    for x, y in batches(steps, **options):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def logged(steps: int = 4, every: int = 2, **options: Any) -> tuple[Any, nn.Module]:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=every, damping=DAMPING, **options) as log:
+        train(model, optimizer, steps)
+    return log, model
+
+
+def row(table: pd.DataFrame, step: int, layer: str) -> pd.DataFrame:
+    """Unit rows of one layer at one step, in the order of units."""
+    kept = table[(table["step"] == step) & (table["layer"] == layer) & (table["unit"] >= 0)]
+    return kept.sort_values("unit")
+
+
+def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
+    scale = max(float(value.nan_to_num().abs().max()), 1e-300)
+    torch.testing.assert_close(torch.tensor(column.to_numpy(), dtype=DOUBLE), value.double(), rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+# -- the table -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_and_their_types() -> None:
+    table = logged()[0].table()
+    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP]
+    assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(table["unit"])
+    assert all(isinstance(name, str) for name in table["layer"])
+    assert all(pd.api.types.is_float_dtype(table[name]) for name in table.columns[3:])
+    assert table.index.tolist() == list(range(len(table)))
+
+
+def test_one_row_for_every_step_layer_and_unit() -> None:
+    table = logged()[0].table()
+    assert not table.duplicated(KEYS).any()
+    units = {"0": 6, "1": 6, "2": 5, "3": 5, "4": 3}
+    for step in (0, 2, 4):
+        at = table[table["step"] == step]
+        for layer, count in units.items():
+            expected = list(range(count)) if layer in ("1", "3") else [-1, *range(count)]
+            assert sorted(at.loc[at["layer"] == layer, "unit"]) == expected
+
+
+def test_values_stand_in_the_rows_they_belong_to() -> None:
+    table = logged()[0].table()
+    later, weights = table["step"] > 0, table["layer"].isin(["0", "2", "4"])
+    units = table["unit"] >= 0
+    for columns, rows in ((ACTIVATION, ~weights), (FISHER, weights & units), (GAP, weights & ~units), (SHIFT, weights & units & later)):
+        for column in columns:
+            assert table.loc[rows, column].notna().all(), column
+            assert table.loc[~rows, column].isna().all(), column
+
+
+@pytest.mark.parametrize(("steps", "every", "expected"), [(5, 1, [0, 1, 2, 3, 4, 5]), (7, 3, [0, 3, 6]), (2, 5, [0]), (0, 1, [0])])
+def test_steps_are_completed_optimizer_steps(steps: int, every: int, expected: list[int]) -> None:
+    table = logged(steps, every)[0].table()
+    assert table["step"].drop_duplicates().tolist() == expected
+
+
+def test_the_table_can_be_read_while_training() -> None:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=1) as log:
+        assert log.table()["step"].unique().tolist() == [0]
+        train(model, optimizer, 2)
+        early = log.table()
+        train(model, optimizer, 1)
+    assert early["step"].unique().tolist() == [0, 1, 2]
+    late = log.table()
+    assert late["step"].unique().tolist() == [0, 1, 2, 3]
+    pd.testing.assert_frame_equal(late.iloc[: len(early)], early)
+
+
+# -- the values ------------------------------------------------------------------------------------------------------------------------------
+
+
+def direct(steps: int, every: int) -> dict[int, dict[str, Any]]:
+    """The same training, measured by hand after the steps; the shift across them."""
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def measure(shift: Any) -> dict[str, Any]:
+        return {
+            "shift": shift,
+            "fishers": bs.unit_fisher(model, x, damping=DAMPING),
+            "moments": bs.activation_moments(model, x),
+            "gap": bs.gradient_gap(model, x, y, damping=DAMPING).set_index("layer"),
+        }
+
+    found = {0: measure(None)}
+    for step, (bx, by) in enumerate(batches(steps), start=1):
+        optimizer.zero_grad()
+        F.cross_entropy(model(bx), by).backward()
+        if step % every:
+            optimizer.step()
+            continue
+        with bs.bias_shift(model, x) as shift:
+            optimizer.step()
+        found[step] = measure(shift)
+    return found
+
+
+def test_values_are_those_of_direct_calls() -> None:
+    table = logged(4, 2)[0].table()
+    for step, measured in direct(4, 2).items():
+        for layer, moments in measured["moments"].items():
+            equal(row(table, step, layer)["mean"], moments.mean)
+            equal(row(table, step, layer)["var"], moments.var)
+        for layer, fisher in measured["fishers"].items():
+            rows = row(table, step, layer)
+            for column in ("mean_delta2", "s", "k", "k0", "coupling", "effective_samples"):
+                equal(rows[column], getattr(fisher, column), 1e-9)
+            equal(rows["norm_mean_q"], fisher.mean_q.norm(dim=1))
+            equal(rows["norm_mean_p"], fisher.mean_p.norm().expand(len(rows)))
+            equal(rows["norm_corrected_mean"], fisher.corrected_mean.norm(dim=1), 1e-9)
+            if step:
+                for column in SHIFT:
+                    equal(rows[column], getattr(measured["shift"][layer], column), 1e-9)
+        layer_rows = table[(table["step"] == step) & (table["unit"] == -1)].set_index("layer")
+        for layer in ("0", "2", "4"):
+            for column in GAP:
+                assert layer_rows.loc[layer, column] == pytest.approx(measured["gap"].loc[layer, column], rel=1e-9), (step, layer, column)
+
+
+def test_values_move_with_training() -> None:
+    """What a table of stale measurements would not show."""
+    table = logged(4, 2)[0].table()
+    for layer, column in (("0", "s"), ("2", "k"), ("1", "mean")):
+        first, last = row(table, 0, layer)[column].to_numpy(), row(table, 4, layer)[column].to_numpy()
+        assert (abs(first - last) > 1e-6 * abs(first)).all()
+
+
+def test_the_parts_of_the_shift_add_up() -> None:
+    table = logged(6, 1)[0].table()
+    rows = table[table["total"].notna()]
+    assert len(rows) == 6 * 14
+    residual = rows["total"] - (rows["own"] + rows["incoming"] + rows["second_order"])
+    assert residual.abs().max() < 1e-14
+    assert rows["total"].abs().max() > 1e-3
+    assert (rows.loc[rows["layer"] == "0", "incoming"].abs() == 0).all()  # nothing below it moves
+
+
+def test_the_shifts_of_single_steps_add_up_to_the_whole() -> None:
+    model, x, _ = mlp()
+    with torch.no_grad():
+        before = model[:3](x).mean(0)
+    log, trained = logged(5, 1)
+    with torch.no_grad():
+        after = trained[:3](x).mean(0)
+    table = log.table()
+    totals = table[(table["layer"] == "2") & (table["unit"] >= 0)].groupby("unit")["total"].sum()
+    equal(totals.sort_index(), after - before, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("quantities", "columns"), [(("activations",), ACTIVATION), (("bias_shift",), SHIFT), (("fisher",), FISHER), (("gap",), GAP), (("fisher", "gap"), FISHER + GAP)]
+)
+def test_only_the_quantities_asked_for(quantities: tuple[str, ...], columns: list[str]) -> None:
+    table = logged(2, 2, quantities=quantities)[0].table()
+    full = logged(2, 2)[0].table()
+    assert list(table.columns) == list(full.columns)
+    assert {name for name in table.columns[3:] if table[name].notna().any()} == set(columns)
+    keep = full[columns].notna().any(axis=1)
+    values, expected = table.dropna(subset=columns, how="all"), full[keep]
+    assert values[KEYS].reset_index(drop=True).equals(expected[KEYS].reset_index(drop=True))
+    for column in columns:
+        equal(values[column], torch.tensor(expected[column].to_numpy()))
+
+
+def test_layers_and_units_filter_and_keep_their_indices() -> None:
+    table = logged(1, 1, layers=["2"], units=[1, 4])[0].table()
+    weights = table[table["mean"].isna()]
+    assert set(weights["layer"]) == {"2"}
+    full = logged(1, 1)[0].table()
+    rows = weights[weights["unit"] >= 0]
+    assert rows["unit"].unique().tolist() == [1, 4]
+    expected = row(full, 1, "2")
+    equal(row(table, 1, "2")["k"], torch.tensor(expected[expected["unit"].isin([1, 4])]["k"].to_numpy()), 1e-9)
+
+
+def test_other_likelihoods_and_label_rules() -> None:
+    model, x, y = BY_NAME["mlp-bernoulli"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), likelihood="bernoulli", labels="empirical", damping=DAMPING) as log:
+        pass
+    fisher = bs.unit_fisher(model, [(x, y)], likelihood="bernoulli", labels="empirical", damping=DAMPING)["2"]
+    equal(row(log.table(), 0, "2")["mean_delta2"], fisher.c)
+    expected = bs.unit_fisher(model, x, likelihood="bernoulli", damping=DAMPING)["2"]
+    assert float((fisher.c - expected.c).abs().max()) > 1e-3 * float(expected.c.max())
+
+
+def test_sampled_labels_follow_the_generator() -> None:
+    tables = [logged(2, 1, labels="sampled", generator=torch.Generator().manual_seed(seed))[0].table() for seed in (0, 0, 1)]
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    assert not tables[0]["k"].equals(tables[2]["k"])
+
+
+def test_the_layers_frame() -> None:
+    layers = logged(0)[0].layers
+    assert list(layers.columns)[:4] == ["layer", "kind", "units", "fed_by"]
+    by_name = layers.set_index("layer")
+    assert by_name.index.tolist() == ["0", "1", "2", "3", "4"]
+    assert by_name["units"].tolist() == [6, 6, 5, 5, 3]
+    assert by_name.loc[["0", "2", "4"], "kind"].nunique() == 1 and by_name.loc["0", "kind"] != by_name.loc["1", "kind"]
+    assert by_name.loc[["2", "4"], "fed_by"].tolist() == ["1", "3"]
+    assert by_name.loc["0", "fed_by"] not in list(by_name.index)  # the data
+
+
+def test_a_convolution_and_batchnorm_in_training_mode() -> None:
+    """Measured in eval mode, on the probe."""
+    model, x, y = BY_NAME["batchnorm-eval"].build()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=1, damping=DAMPING) as log:
+        train(model, optimizer, 2, inputs=(2, 5, 5))
+    assert all(module.training for module in model.modules())
+    table = log.table()
+    fishers = bs.unit_fisher(model.eval(), x, damping=DAMPING)
+    for layer in ("4", "6"):
+        equal(row(table, 2, layer)["k"], fishers[layer].k, 1e-8)
+    assert row(table, 2, "0")[["s", "k", "k0"]].isna().all().all()  # no bias to correct with
+    equal(row(table, 2, "0")["coupling"], fishers["0"].coupling, 1e-8)
+
+
+# -- the loop is untouched -------------------------------------------------------------------------------------------------------------------
+
+
+def random_net() -> nn.Module:
+    """BatchNorm and dropout: anything that is disturbed shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ELU(inplace=True), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+
+
+def run(build: Callable[[nn.Module, torch.optim.Optimizer], Any] | None) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    model = random_net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if build is None:
+            train(model, optimizer, 5)
+        else:
+            with build(model, optimizer):
+                train(model, optimizer, 5)
+        return model, optimizer, torch.get_rng_state()
+
+
+INSTRUMENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "probe": lambda model, optimizer: bs.instrument(model, optimizer=optimizer, probe=probe(), every=2),
+    "sampled": lambda model, optimizer: bs.instrument(
+        model, optimizer=optimizer, probe=probe(), every=1, labels="sampled", generator=torch.Generator().manual_seed(0)
+    ),
+    "no-probe": lambda model, optimizer: bs.instrument(model),
+}
+
+
+def probe() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(20, 5, generator=generator, dtype=DOUBLE), torch.randint(3, (20,), generator=generator)
+
+
+@pytest.mark.parametrize("kind", INSTRUMENTS)
+def test_training_is_bit_identical(kind: str) -> None:
+    plain, optimizer, rng = run(None)
+    watched, other, other_rng = run(INSTRUMENTS[kind])
+    for name, value in plain.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], value), name
+    assert str(optimizer.state_dict()) == str(other.state_dict())
+    assert torch.equal(rng, other_rng)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    changed = random_net()
+    assert not torch.equal(changed[0].weight, watched[0].weight)
+
+
+def nothing_left(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    pristine(model)
+    if optimizer is not None:
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+        assert "step" not in optimizer.__dict__  # nor replaced
+
+
+def attributes(model: nn.Module) -> list[tuple[str, ...]]:
+    return [tuple(sorted(module.__dict__)) for module in model.modules()]
+
+
+@pytest.mark.parametrize("kind", INSTRUMENTS)
+def test_the_with_block_leaves_nothing_behind(kind: str) -> None:
+    model = random_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = attributes(model)
+    with INSTRUMENTS[kind](model, optimizer):
+        train(model, optimizer, 2)
+    nothing_left(model, optimizer)
+    assert attributes(model) == before
+    assert [module.training for module in model.modules()] == [True] * len(before)
+
+
+@pytest.mark.parametrize("kind", INSTRUMENTS)
+def test_an_exception_in_the_loop_leaves_nothing_behind_and_the_rows_stay(kind: str) -> None:
+    model = random_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(KeyError, match="mine"), INSTRUMENTS[kind](model, optimizer) as log:
+        train(model, optimizer, 2)
+        raise KeyError("mine")
+    nothing_left(model, optimizer)
+    assert len(log.table()) > 0
+
+
+@pytest.mark.parametrize("kind", INSTRUMENTS)
+def test_remove_leaves_nothing_behind_and_may_be_called_twice(kind: str) -> None:
+    model = random_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    log = INSTRUMENTS[kind](model, optimizer)
+    train(model, optimizer, 2)
+    before = log.table()
+    log.remove()
+    log.remove()
+    nothing_left(model, optimizer)
+    train(model, optimizer, 2)
+    pd.testing.assert_frame_equal(log.table(), before)
+
+
+def test_a_probe_that_cannot_be_measured_leaves_nothing_behind() -> None:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((ValueError, RuntimeError)):
+        bs.instrument(model, optimizer=optimizer, probe=(x[:, :3], y)).__enter__()
+    nothing_left(model, optimizer)
+
+
+def test_the_user_s_hooks_on_the_optimizer_stay() -> None:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y)):
+        train(model, optimizer, 3)
+    assert calls == [1, 1, 1] and len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_a_mode_of_its_own_stays() -> None:
+    model = random_net()
+    model[1].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    modes = [module.training for module in model.modules()]
+    with bs.instrument(model, optimizer=optimizer, probe=probe(), every=1):
+        train(model, optimizer, 1)
+        assert [module.training for module in model.modules()] == modes
+    assert [module.training for module in model.modules()] == modes
+
+
+# -- steps that a gradient scaler skips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_writes_no_row(fused: bool) -> None:
+    """Four backward passes, the second of them infinite. A fused optimizer is called all the same and skips inside its kernel."""
+    model, x, y = mlp()
+    model, x = model.float(), x.float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weights = [model[0].weight.detach().clone()]
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=1) as log:
+        for index, (bx, by) in enumerate(batches(4, torch.float32)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(bx), by)
+            scaler.scale(loss * (float("inf") if index == 1 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            weights.append(model[0].weight.detach().clone())
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])  # it was skipped
+    table = log.table()
+    assert table["step"].drop_duplicates().tolist() == [0, 1, 2, 3]
+    assert all(row(table, step, "0")["total"].abs().max() > 0 for step in (1, 2, 3))
+
+
+# -- without a probe -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_probe_training_batches_are_accumulated() -> None:
+    model, _, _ = mlp()
+    data = [x for x, _ in batches(3)]
+    log = bs.instrument(model)
+    for x in data:
+        model(x)
+    model.eval()
+    model(100 * data[0])  # does not count
+    model.train()
+    table = log.table()
+    log.remove()
+    expected = bs.activation_moments(model, torch.cat(data))
+    assert set(table["layer"]) >= {"1", "3"}
+    for layer in ("1", "3"):
+        rows = table[table["layer"] == layer].sort_values("unit")
+        assert rows["unit"].tolist() == list(range(len(expected[layer].mean)))
+        equal(rows["mean"], expected[layer].mean)
+        equal(rows["var"], expected[layer].var)
+
+
+def test_without_a_probe_flush_starts_anew() -> None:
+    model, _, _ = mlp()
+    (first, _), (second, _) = batches(2)
+    with bs.instrument(model) as log:
+        model(first)
+        whole = log.table()
+        model(second)
+        both = log.table()
+        log.flush()
+        model(second)
+        last = log.table()
+    for table, data in ((whole, first), (both, torch.cat([first, second])), (last, second)):
+        equal(table[table["layer"] == "1"].sort_values("unit")["mean"], bs.activation_moments(model, data)["1"].mean)
+
+
+def test_without_a_probe_forwards_of_a_real_loop_count_once_each() -> None:
+    """In single precision; a step moves the weights between batches, so the totals are those of the models as they were."""
+    model, _, _ = mlp()
+    model = model.float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    twin, seen = copy.deepcopy(model), []
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for x, y in batches(3, torch.float32):
+        h = F.elu(twin[0](x))
+        seen.append(h.detach())
+        loss = F.cross_entropy(twin[2:](h), y)
+        twin_optimizer.zero_grad()
+        loss.backward()
+        twin_optimizer.step()
+    with bs.instrument(model) as log:
+        train(model, optimizer, 3, dtype=torch.float32)
+    rows = log.table()
+    rows = rows[rows["layer"] == "1"].sort_values("unit")
+    equal(rows["mean"], torch.cat(seen).double().mean(0), 1e-6)
+    equal(rows["var"], torch.cat(seen).double().var(0, correction=0), 1e-5)
+
+
+def test_without_a_probe_large_means_do_not_cancel() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    nn.init.eye_(model[0].weight)
+    nn.init.constant_(model[0].bias, 1000.0)
+    data = torch.randn(4, 200, 3, generator=torch.Generator().manual_seed(0))
+    with bs.instrument(model) as log:
+        for x in data:
+            model(x)
+    rows = log.table()
+    rows = rows[rows["layer"] == "1"].sort_values("unit")
+    out = model(data.flatten(0, 1)).detach().double()
+    equal(rows["var"], out.var(0, correction=0), 1e-3)
+
+
+def test_a_log_whose_hooks_never_fired_raises() -> None:
+    model, x, _ = mlp()
+    with bs.instrument(model) as log, pytest.raises(RuntimeError, match=r"forward|never|training"):
+        log.table()
+    with bs.instrument(model.eval()) as log:
+        model(x)
+        with pytest.raises(RuntimeError, match=r"training"):
+            log.table()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": None}, "optimizer"),
+        ({"every": 0}, "every"),
+        ({"quantities": ("activations", "loss")}, "quantities|loss"),
+        ({"likelihood": "poisson"}, "likelihood|poisson"),
+        ({"labels": "true"}, "labels|true"),
+        ({"layers": ["0", "9"]}, "9"),
+        ({"damping": -1.0}, "damping"),
+    ],
+    ids=["optimizer", "every", "quantities", "likelihood", "labels", "layers", "damping"],
+)
+def test_bad_arguments_are_refused_on_entry(options: dict[str, Any], words: str) -> None:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises((ValueError, TypeError), match=words):
+        bs.instrument(model, **{"optimizer": optimizer, "probe": (x, y), **options}).__enter__()
+    nothing_left(model, optimizer)

@@ -1,0 +1,101 @@
+"""The file tree is the architecture: a module imports only from rungs below it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "biasshift"
+LADDER = [  # bottom to top; a name stands for a module or for a folder of modules
+    {"theory", "activations", "triangle"},
+    {"moments", "solving", "fisher"},
+    {"layers", "tracing", "labels"},
+    {"probing"},
+    {"measuring", "checking"},
+    {"claims", "report", "summary"},
+    {"recording"},
+    {"instrument"},
+    {"optim"},
+    {"training", "nets", "data"},
+    {"experiments"},
+    {"plots"},
+    {"cli"},
+]
+SAME_RUNG = {  # (who, from whom)
+    ("solving", "moments"),
+    ("fisher", "moments"),
+    ("fisher", "solving"),
+    ("tracing", "layers"),
+    ("checking", "measuring"),
+    ("report", "claims"),
+    ("training", "data"),
+}
+RUNG = {name: height for height, rung in enumerate(LADDER) for name in rung}
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
+
+
+def imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Every imported name in full, also those imported inside functions."""
+    folder = ["biasshift", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def faults(source: str, path: Path) -> Iterator[str]:
+    name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if name not in RUNG:
+        yield f"'{name}' stands on no rung: give it one in LADDER, above what it imports and below what imports it"
+        return
+    for imported in imports(ast.parse(source), path):
+        root, _, rest = imported.partition(".")
+        other = rest.partition(".")[0]
+        if root == "matplotlib" and name != "plots":
+            yield f"'{name}' imports matplotlib; only plots may"
+        if root != "biasshift" or (other == name != "experiments") or (name, other) in SAME_RUNG:
+            continue
+        if other not in RUNG:
+            yield f"'{name}' imports '{imported}': name the module it comes from, not the package"
+        elif RUNG[other] >= RUNG[name]:
+            yield f"'{name}' imports '{other}', which is not below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_rungs_below(path):
+    found = list(faults(path.read_text(encoding="utf-8"), path))
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "word"),
+    [
+        ("fisher.py", "from biasshift.tracing import trace", "not below"),
+        ("fisher.py", "def f():\n    from . import cli", "not below"),
+        ("data.py", "import biasshift.training", "not below"),
+        ("experiments/mnist.py", "from .cifar import STEPS", "not below"),
+        ("measuring.py", "import biasshift as bs", "name the module"),
+        ("report.py", "import matplotlib.pyplot as plt", "only plots"),
+        ("utils.py", "", "no rung"),
+    ],
+)
+def test_the_ladder_refuses(file, source, word):
+    assert [word in fault for fault in faults(source, PACKAGE / file)] == [True]
+
+
+def test_the_ladder_lets_pass():
+    source = "import torch\nfrom biasshift import moments\nfrom .theory import solve"
+    assert not list(faults(source, PACKAGE / "fisher.py"))
+
+
+def test_importing_biasshift_is_light():
+    heavy = ["pandas", "pyarrow", "torchvision", "matplotlib", "sklearn"]
+    code = f"import biasshift, sys; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
