@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from biasshift.accumulating import Measured, Options, Units
 from biasshift.fisher import UnitFisher
 from biasshift.labels import Labels, Likelihood
-from biasshift.measuring import Measured, Options, Units, measure
+from biasshift.measuring import measure
 from biasshift.probing import Probe, Selection
 from biasshift.solving import variances
 from biasshift.theory import dot

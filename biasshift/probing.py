@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift import layers as kinds
+from biasshift.layers import WeightLayer
 from biasshift.tracing import underlying
 
 Probe = Tensor | Iterable  # a tensor of examples, or batches x or (x, y)
@@ -110,7 +111,7 @@ def _drop_rate(module: nn.Module) -> float:
 # -- choosing layers -----------------------------------------------------------------------------------------------------
 
 
-def weight_layers(model: nn.Module, select: Selection = None, required: bool = True) -> dict[str, nn.Module]:
+def weight_layers(model: nn.Module, select: Selection = None, required: bool = True) -> dict[str, WeightLayer]:
     """The layers whose units can be measured, by PyTorch's module names.
 
     Raises:
@@ -144,7 +145,7 @@ def _selected(named: Mapping[str, nn.Module], select: Selection) -> dict[str, nn
     return {name: named[name] for name in names}
 
 
-def _refuse_ties(covered: Mapping[str, nn.Module]) -> None:
+def _refuse_ties(covered: Mapping[str, WeightLayer]) -> None:
     owners: dict[int, str] = {}
     for name, module in covered.items():
         first = owners.setdefault(id(module.weight), name)

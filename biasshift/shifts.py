@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from biasshift import layers as kinds
+from biasshift.layers import WeightLayer
 from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
 from biasshift.theory import shift_parts
 from biasshift.tracing import underlying, watching
@@ -100,10 +101,10 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
     dtypes: dict[str, torch.dtype] = {}
 
     def watch(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        positions = output.numel() // kinds.unit_count(module)
-        incoming = kinds.summed_patch(module, a)
+        positions = output.numel() // kinds.unit_count(modules[name])
+        incoming = kinds.summed_patch(modules[name], a)
         old = sums.get(name, (0.0, 0.0, 0))
-        sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(module, output), old[2] + positions)
+        sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(modules[name], output), old[2] + positions)
         dtypes[name] = output.dtype
 
     with undisturbed(model, evaluate=True), watching(modules, watch):
@@ -112,7 +113,7 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
         return {name: _net_means(modules[name], *sums[name], dtypes[name]) for name in modules if name in sums}
 
 
-def _net_means(module: nn.Module, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype) -> NetMeans:
+def _net_means(module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype) -> NetMeans:
     w = kinds.weights(module).detach().double().clone()
     w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
     return NetMeans(w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype)

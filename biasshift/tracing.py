@@ -42,7 +42,6 @@ def _call_watcher(name: str, watcher: Watcher, module: nn.Module, args: tuple, k
 class Call:
     """One call of one layer: its incoming activations, and the gradient edge of its net inputs."""
 
-    module: nn.Module
     a: Tensor
     version: int  # of ``a`` at the call: a later in-place change would make it somebody else's activations
     edge: GradientEdge
@@ -62,7 +61,7 @@ class Tape:
                 "measured. Use checkpoint(..., use_reentrant=False), or leave the layer out with layers=."
             )
         a = a.detach()
-        self.calls.setdefault(name, []).append(Call(module, a, a._version, get_gradient_edge(output), output.shape))
+        self.calls.setdefault(name, []).append(Call(a, a._version, get_gradient_edge(output), output.shape))
 
     def overwritten(self) -> bool:
         """Whether an incoming activation was changed in place after its layer had read it."""
@@ -114,8 +113,9 @@ def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool
 def underlying(model: nn.Module) -> nn.Module:
     """The module underneath `torch.compile` and `DistributedDataParallel`."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:

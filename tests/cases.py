@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class FunctionalMLP(nn.Module):
@@ -49,6 +50,57 @@ class Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.stem(x))
         return self.head(F.elu(self.twice(F.elu(self.twice(h)))))
+
+
+class InplaceResidual(nn.Module):
+    """A net input that is added to and rectified in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        net = self.inner(h)
+        net += h
+        return self.head(net.relu_())
+
+
+class Keyword(nn.Module):
+    """A layer that is called with a keyword: its hooks see no positional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.elu(self.inner(input=x)))
+
+
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.again, self.head = self.first, nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.again(torch.tanh(self.first(x)))))
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are forgotten and computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.block = nn.Sequential(nn.Linear(4, 5), nn.ELU(), nn.Linear(5, 4))
+        self.reentrant = reentrant  # None: no checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        return self.head(self.block(h) if self.reentrant is None else checkpoint(self.block, h, use_reentrant=self.reentrant))
 
 
 class Pool(nn.Module):
@@ -95,10 +147,13 @@ class ChangedLater(nn.Module):
         super().__init__()
         self.stem, self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.inner.requires_grad_(False)
+        self.inplace = True  # else the same function without it
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.stem(x).tanh().clone()
         v = self.inner(u)
+        if not self.inplace:
+            return self.head(u + v)
         u += v
         return self.head(u)
 
@@ -112,7 +167,9 @@ def frozen() -> nn.Module:
 
 def normalized_conv() -> nn.Module:
     """BatchNorm with statistics of its own, in eval mode."""
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+    )
     for norm in (model[1], model[5]):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2.0)
@@ -168,7 +225,10 @@ CASES = [
     Case("mlp-gaussian", _mlp(nn.ELU), (40, 5), "gaussian"),
     Case("mlp-bernoulli", _mlp(nn.ELU), (40, 5), "bernoulli"),
     Case("residual", Residual, (40, 5)),
+    Case("residual-inplace", InplaceResidual, (40, 5)),
+    Case("keyword", Keyword, (40, 5)),
     Case("shared", Shared, (40, 5), shared=("twice",)),
+    Case("tied", Tied, (40, 5), shared=("first", "again")),
     Case("tokens-pooled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Pool(), nn.Linear(5, 3)), (24, 4, 3)),
     Case("tokens-labeled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Mix(), nn.Linear(5, 3)), (24, 4, 3), tokens=True),
     Case("conv-plain", lambda: conv_net(64), (24, 2, 6, 6)),
@@ -180,8 +240,17 @@ CASES = [
     Case("conv-dilated", lambda: conv_net(36, dilation=2, padding=1), (24, 2, 5, 5)),
     Case("conv-groups", lambda: conv_net(36, groups=2), (24, 2, 5, 5)),
     Case("conv-no-bias", lambda: conv_net(36, bias=False), (24, 2, 5, 5)),
-    Case("conv-inplace", lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)), (24, 2, 6, 6)),
-    Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Tanh(), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(4, 3)), (24, 2, 8)),
+    Case(
+        "conv-inplace",
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)),
+        (24, 2, 6, 6),
+    ),
+    Case(
+        "conv1d",
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Tanh(), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(4, 3)),
+        (24, 2, 8),
+    ),
+    Case("conv3d", lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)), (24, 1, 2, 3, 2)),
     Case("batchnorm-eval", normalized_conv, (24, 2, 5, 5)),
 ]
 

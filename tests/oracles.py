@@ -170,7 +170,9 @@ def patches(layer: nn.Module, a: Tensor) -> Tensor:
         sides = [(p, p) for p in layer.padding]
     flat = [p for side in reversed(sides) for p in side]
     a = F.pad(a, flat, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)]
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    ]
     taps = []
     for offset in itertools.product(*(range(k) for k in layer.kernel_size)):
         window = a
@@ -298,6 +300,11 @@ class Block:
         scale = self.A.diagonal(dim1=1, dim2=2).mean(1) / self.c
         return (self.c > 0) & (V > floor * scale)
 
+    def undefined_to_nan(self, value: Tensor) -> Tensor:
+        """Units that are dead or do not vary have no inverse."""
+        healthy = self.healthy()
+        return value.where(healthy if value.dim() == 1 else healthy[:, None], torch.nan)
+
     def readings(self, damping: float) -> dict[str, Tensor]:
         """s, k, k0, coupling and the corrected mean from dense inverses of the bordered matrix: no centered form."""
         full = self.damped(damping)
@@ -308,14 +315,15 @@ class Block:
         k0 = s * (1 - dot(mean_p, matvec(A_inverse, self.b)))
         k = k0 * self.c
         coupling = dot(self.b, matvec(A_inverse, self.b)) / self.c
-        return {"s": s, "k": k, "k0": k0, "coupling": coupling, "corrected_mean": mean_p - k[:, None] * self.mean_q}
+        readings = {"s": s, "k": k, "k0": k0, "coupling": coupling, "corrected_mean": mean_p - k[:, None] * self.mean_q}
+        return {name: self.undefined_to_nan(value) for name, value in readings.items()}
 
     def natural_gradient(self, g: Tensor, g0: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         """The whole bordered matrix, inverted; without a bias only its upper left block."""
         full = self.damped(damping)
         if not self.bias:
-            return matvec(spd_inverse(full[:, :-1, :-1]), g), torch.full_like(g0, torch.nan)
-        step = matvec(spd_inverse(full), torch.cat([g, g0[:, None]], 1))
+            return self.undefined_to_nan(matvec(spd_inverse(full[:, :-1, :-1]), g)), torch.full_like(g0, torch.nan)
+        step = self.undefined_to_nan(matvec(spd_inverse(full), torch.cat([g, g0[:, None]], 1)))
         return step[:, :-1], step[:, -1]
 
 
@@ -393,7 +401,12 @@ def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]
             "diagonal": torch.cat([diagonal, (g0 / block.c - dot(m, diagonal))[:, None]], 1),
         }
     else:
-        members = {"natural": dw, "gradient": g, "centered": g, "diagonal": g / (block.damped(damping)[:, :-1, :-1].diagonal(dim1=1, dim2=2))}
+        members = {
+            "natural": dw,
+            "gradient": g,
+            "centered": g,
+            "diagonal": g / (block.damped(damping)[:, :-1, :-1].diagonal(dim1=1, dim2=2)),
+        }
     members = {name: value[keep] for name, value in members.items()}
     natural = members["natural"]
     return {

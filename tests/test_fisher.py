@@ -77,7 +77,11 @@ def chosen(inputs: int = 4, units: int = 3, each: int = 12) -> tuple[Tensor, Ten
     for i in range(units):
         delta2[i * each : (i + 1) * each, i] = c[i] * (units + 1)
     V = root @ root.mT
-    return a, delta2, {"mean_delta2": c, "c": c, "mean_p": mean_p, "mean_q": m, "var_q": V, "b": c[:, None] * m, "A": c[:, None, None] * (V + outer(m))}
+    return (
+        a,
+        delta2,
+        {"mean_delta2": c, "c": c, "mean_p": mean_p, "mean_q": m, "var_q": V, "b": c[:, None] * m, "A": c[:, None, None] * (V + outer(m))},
+    )
 
 
 def test_chosen_moments_are_recovered() -> None:
@@ -542,7 +546,9 @@ BAD = {
     "merge of inputs": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A[:, :3], D),
     "merge of units": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D[:, :2]),
     "merge of bias": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D, bias=False),
-    "gradient of another size": lambda: bs.UnitFisher.from_samples(A, D).natural_gradient(torch.ones(3, 5, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)),
+    "gradient of another size": lambda: bs.UnitFisher.from_samples(A, D).natural_gradient(
+        torch.ones(3, 5, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+    ),
 }
 
 

@@ -60,7 +60,9 @@ def row(table: pd.DataFrame, step: int, layer: str) -> pd.DataFrame:
 
 def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
     scale = max(float(value.nan_to_num().abs().max()), 1e-300)
-    torch.testing.assert_close(torch.tensor(column.to_numpy(), dtype=DOUBLE), value.double(), rtol=0, atol=tolerance * scale, equal_nan=True)
+    torch.testing.assert_close(
+        torch.tensor(column.to_numpy(), dtype=DOUBLE), value.double(), rtol=0, atol=tolerance * scale, equal_nan=True
+    )
 
 
 # -- the table -------------------------------------------------------------------------------------------------------------------------------
@@ -198,7 +200,8 @@ def test_the_shifts_of_single_steps_add_up_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantities", "columns"), [(("activations",), ACTIVATION), (("bias_shift",), SHIFT), (("fisher",), FISHER), (("gap",), GAP), (("fisher", "gap"), FISHER + GAP)]
+    ("quantities", "columns"),
+    [(("activations",), ACTIVATION), (("bias_shift",), SHIFT), (("fisher",), FISHER), (("gap",), GAP), (("fisher", "gap"), FISHER + GAP)],
 )
 def test_only_the_quantities_asked_for(quantities: tuple[str, ...], columns: list[str]) -> None:
     table = logged(2, 2, quantities=quantities)[0].table()

@@ -65,7 +65,9 @@ def far(actual: Tensor, expected: Tensor, by: float = 1e-2) -> None:
     assert float((actual - expected).norm()) > by * float(expected.norm())
 
 
-problems = pytest.mark.parametrize("p", [make(0), make(1), make(2, spread=0.1), make(3, spread=3.0)], ids=["a", "b", "small-means", "large-means"])
+problems = pytest.mark.parametrize(
+    "p", [make(0), make(1), make(2, spread=0.1), make(3, spread=3.0)], ids=["a", "b", "small-means", "large-means"]
+)
 
 
 # -- Theorem 1 -------------------------------------------------------------------------------------------------------------------------------

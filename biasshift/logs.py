@@ -1,0 +1,236 @@
+"""The two kinds of log: measurements on a fixed probe around optimizer steps, and moments of the training batches."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from biasshift.accumulating import Options, kept_units
+from biasshift.averages import ActivationWatcher, activation_modules, activation_moments
+from biasshift.feeding import Feeding
+from biasshift.gaps import gap
+from biasshift.layers import WeightLayer
+from biasshift.measuring import measure
+from biasshift.moments import ActivationMoments
+from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.shifts import NetMeans, compare, net_means
+from biasshift.tables import activation_columns, fisher_columns, layer_row, shift_columns, tidy, unit_rows
+from biasshift.tracing import underlying, watch, watching
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Log:
+    """What both kinds of log share: hooks that come off, and the description of the layers."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection):
+        self.model, self.optimizer = underlying(model), optimizer
+        self.weights, self.activations = _split(self.model, layers)
+        self.step = 0
+        self._feeding = Feeding()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Takes all hooks away; the table stays readable. Calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def layers(self) -> "pd.DataFrame":
+        """One row per layer: ``layer``, ``kind``, ``units``, ``fed_by`` (the module whose output it reads, or ""), ``inputs``."""
+        import pandas as pd
+
+        feeding = self._feeding
+        names = [name for name in feeding.kinds_of if name in self.weights or name in self.activations]
+        return pd.DataFrame(
+            {
+                "layer": names,
+                "kind": [feeding.kinds_of[name] for name in names],
+                "units": [self._units(name) for name in names],
+                "fed_by": [feeding.fed_by[name] for name in names],
+                "inputs": [feeding.inputs.get(name, 0) for name in names],
+            }
+        )
+
+    def _units(self, name: str) -> int:
+        return self._feeding.units.get(name) or next((len(m.mean) for n, m in self._moments().items() if n.split("#")[0] == name), 0)
+
+    def _moments(self) -> dict[str, ActivationMoments]:
+        raise NotImplementedError
+
+    def _watched(self) -> dict[str, nn.Module]:
+        return {**self.weights, **self.activations}
+
+
+class ProbeLog(Log):
+    """Measurements on a fixed probe around the optimizer's steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        x: Probe,
+        y: Tensor | None,
+        every: int,
+        quantities: tuple[str, ...],
+        options: Options,
+    ):
+        super().__init__(model, optimizer, options.layers)
+        self.x, self.y, self.every, self.quantities = x, y, every, quantities
+        self.options = Options(**{**vars(options), "layers": list(self.weights)})
+        self._frames: list[pd.DataFrame] = []
+        self._before: dict[str, NetMeans] | None = None
+        self._last_moments: dict[str, ActivationMoments] = {}
+        self._see_layers()
+        self._measure({})
+        self._handles += [optimizer.register_step_pre_hook(self._on_step), optimizer.register_step_post_hook(self._after_step)]
+
+    def table(self) -> "pd.DataFrame":
+        """All rows since the last flush: (step, layer, unit) and every quantity, NaN where a row has none."""
+        return tidy(self._frames)
+
+    def flush(self) -> "pd.DataFrame":
+        """The table, whose rows are then forgotten: for runs whose table would outgrow the memory."""
+        table, self._frames = self.table(), []
+        return table
+
+    def _see_layers(self) -> None:
+        with undisturbed(self.model, evaluate=True), watching(self._watched(), self._feeding.watch):
+            first, _ = next(batches(self.model, self.x, None, self.options.batch_size))
+            self.model(first[:1])
+        self._feeding.finish()
+
+    def _due(self) -> bool:
+        return (self.step + 1) % self.every == 0
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._before = None
+        if "bias_shift" in self.quantities and self.weights and self._due():
+            self._before = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if _skipped(optimizer):
+            return
+        due = self._due()
+        self.step += 1
+        if due:
+            shifts = {}
+            if self._before is not None:
+                shifts = compare(self._before, net_means(self.model, self.x, self.options.layers, self.options.batch_size))
+            self._measure({name: shift_columns(shift, self._units_of(name)) for name, shift in shifts.items()})
+            self._before = None
+
+    def _measure(self, columns: dict) -> None:
+        """Everything at the present step, as rows: ``columns`` holds the bias shifts, layer by layer."""
+        frames = []
+        with undisturbed(self.model, evaluate=True):
+            if "activations" in self.quantities:
+                self._last_moments = activation_moments(
+                    self.model, self.x, layers=list(self.activations), batch_size=self.options.batch_size
+                )
+                frames += [unit_rows(self.step, name, activation_columns(moments)) for name, moments in self._last_moments.items()]
+            if self.weights and ("fisher" in self.quantities or "gap" in self.quantities):
+                measured = measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
+                if "fisher" in self.quantities:
+                    for name, layer in measured.items():
+                        columns[name] = {**columns.get(name, {}), **fisher_columns(layer.fisher)}
+                if "gap" in self.quantities:
+                    frames += [layer_row(self.step, name, gap(layer)) for name, layer in measured.items()]
+        frames += [unit_rows(self.step, name, columns[name], self._units_of(name)) for name in self.weights if columns.get(name)]
+        self._frames += frames
+
+    def _units_of(self, name: str) -> Tensor | None:
+        return None if self.options.units is None else kept_units(name, self.weights[name], self.options.units, torch.device("cpu"))
+
+    def _moments(self) -> dict[str, ActivationMoments]:
+        return self._last_moments
+
+
+class TrainingLog(Log):
+    """Activation moments of the training batches themselves, added up on the model's device without waiting for it."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection):
+        super().__init__(model, optimizer, layers)
+        self._open = False  # inside a training forward pass of the whole model
+        self._ever = False
+        self._watcher = ActivationWatcher(self.model, list(self.activations))
+        self._handles += [watch(name, module, self._watch) for name, module in {**self._watcher.modules, **self.weights}.items()]
+        self._handles += [
+            self.model.register_forward_pre_hook(self._start),
+            self.model.register_forward_hook(self._stop, always_call=True),
+        ]
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_post_hook(self._count))
+
+    def table(self) -> "pd.DataFrame":
+        """The moments of all training batches since the last flush, at the present step.
+
+        Raises:
+            RuntimeError: when no training forward pass of the model has ever been seen.
+        """
+        if not self._ever:
+            raise RuntimeError(
+                "No forward pass in training mode was seen: the model was compiled before it was instrumented (hooks added to a "
+                "compiled model never fire: instrument first, or use a probe), is in eval mode, or is called in parts."
+            )
+        return tidy(unit_rows(self.step, name, activation_columns(m)) for name, m in self._moments().items())
+
+    def flush(self) -> "pd.DataFrame":
+        """The table, and a fresh start of the sums."""
+        table = self.table()
+        self._watcher.sums.clear()
+        return table
+
+    def _start(self, module: nn.Module, args: object) -> None:
+        self._open = module.training
+        if self._open:
+            self._watcher.start_forward()
+
+    def _stop(self, module: nn.Module, args: object, output: object) -> None:
+        if self._open and not self._ever:
+            self._feeding.finish()
+        if self._open and self.optimizer is None:
+            self.step += 1
+        self._ever = self._ever or self._open
+        self._open = False  # a checkpoint's recomputation in the backward pass does not count
+
+    def _watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if self._open:
+            if not self._ever:
+                self._feeding.watch(name, module, a, output)
+            if name in self._watcher.modules:
+                with torch.no_grad():
+                    self._watcher.watch(name, module, a, output)
+
+    def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.step += 0 if _skipped(optimizer) else 1
+
+    def _moments(self) -> dict[str, ActivationMoments]:
+        return self._watcher.moments()
+
+
+def _split(model: nn.Module, select: Selection) -> tuple[dict[str, WeightLayer], dict[str, nn.Module]]:
+    """The chosen weight layers and activation modules; a name must be one of either."""
+    everything = activation_modules(model)
+    if select is None or callable(select):
+        chosen: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
+        activations = {name: module for name, module in everything.items() if chosen(name, module)}
+        return weight_layers(model, chosen, required=False), activations
+    names = [select] if isinstance(select, str) else list(select)
+    activations = {name: everything[name] for name in names if name in everything}
+    rest = [name for name in names if name not in everything]
+    return (weight_layers(model, rest) if rest else {}), activations
+
+
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler made this step do nothing; fused optimizers are called all the same."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
