@@ -8,6 +8,7 @@ from torch import Tensor, nn
 class SReLU(nn.Module):
     """Shifted ReLU, ``max(−1, x)``: negative values like ELU, but with a kink instead of a smooth saturation.
 
+    >>> import torch
     >>> SReLU()(torch.tensor([-2.0, -0.5, 3.0]))
     tensor([-1.0000, -0.5000,  3.0000])
     """

@@ -33,6 +33,7 @@ def activation_moments(
     Raises:
         ValueError: when the axis of the units is ambiguous; the sentence names the module.
 
+    >>> import torch
     >>> moments = activation_moments(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(4, 2))
     >>> moments["1"].mean.shape, moments["1"].count
     (torch.Size([3]), 4)

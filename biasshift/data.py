@@ -34,6 +34,7 @@ class DataSet:
     y_valid: Int[Tensor, " valid"]
     x_test: Float[Tensor, "test *inputs"]
     y_test: Int[Tensor, " test"]
+    views: int = 1  # x_train holds every example this many times, all examples once, then all again; an epoch shows each once
 
     def to(self, device: torch.device | str) -> "DataSet":
         """The same data set with its tensors on `device`."""
@@ -64,6 +65,24 @@ def digits(seed: int = 0) -> DataSet:
     return DataSet("digits", 10, x_train, y_train, x_valid, y_valid, x_test, y_test)
 
 
+def shifted(data: DataSet, side: int) -> DataSet:
+    """The data set with every training image at nine places, moved by up to one pixel in each direction: ``views = 9``.
+
+    An epoch shows every image once, at a random one of its places. All places of all images are the whole population that
+    the network is trained on: expectations under the data over ``x_train`` are exact, and rest on nine times the samples.
+
+    Args:
+        side: height and width of the flat, square images. Pixels that come in are 0.
+
+    >>> shifted(digits(), side=8).x_train.shape
+    torch.Size([12933, 64])
+    """
+    padded = torch.nn.functional.pad(data.x_train.view(-1, side, side), (1, 1, 1, 1))
+    corners = [(1, 1)] + [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    views = [padded[:, i : i + side, j : j + side].flatten(1) for i, j in corners]
+    return replace(data, x_train=torch.cat(views), y_train=data.y_train.repeat(len(views)), views=len(views))
+
+
 def mnist(root: str | Path | None = None, download: bool = True) -> DataSet:
     """MNIST, flat: the first 50,000 training images train, the last 10,000 validate, the 10,000 test images test.
 
@@ -89,15 +108,16 @@ def mnist(root: str | Path | None = None, download: bool = True) -> DataSet:
 
 
 def batches(
-    x: Float[Tensor, "examples *inputs"], y: Int[Tensor, " examples"], batch_size: int, generator: torch.Generator
+    x: Float[Tensor, "examples *inputs"], y: Int[Tensor, " examples"], batch_size: int, generator: torch.Generator, views: int = 1
 ) -> Iterator[tuple[Float[Tensor, "batch *inputs"], Int[Tensor, " batch"]]]:
     """One epoch of shuffled minibatches; the last one is shorter where `batch_size` does not divide the examples.
 
     Args:
-        generator: the source of the shuffle. Each call draws one permutation from it.
+        generator: the source of the shuffle. Each call draws one permutation from it, and one view per example.
+        views: how often every example stands in `x`; the epoch has each of them once.
 
     Raises:
-        ValueError: `batch_size` is not positive, or `x` and `y` differ in length.
+        ValueError: `batch_size` is not positive, `views` does not divide the examples, or `x` and `y` differ in length.
 
     >>> x, y = torch.arange(5.0), torch.arange(5)
     >>> [len(labels) for _, labels in batches(x, y, 2, torch.Generator().manual_seed(0))]
@@ -107,8 +127,14 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if len(x) != len(y):
         raise ValueError(f"x has {len(x)} examples and y has {len(y)} labels; they must be as many.")
+    if views < 1 or len(x) % views:
+        raise ValueError(f"{len(x)} examples are no {views} views of as many images.")
+    images = len(x) // views
     # The order is drawn where the generator lives, so that a CPU generator gives the same batches on every device.
-    order = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
+    order = torch.randperm(images, generator=generator, device=generator.device)
+    if views > 1:
+        order = order + images * torch.randint(views, (images,), generator=generator, device=generator.device)
+    order = order.to(x.device)
     return ((x.index_select(0, chosen), y.index_select(0, chosen)) for chosen in order.split(batch_size))
 
 

@@ -46,8 +46,9 @@ def instrument(
         batch_size: examples per forward pass over the probe. The rest as in `biasshift.unit_fisher`.
 
     Raises:
-        ValueError: for arguments that do not fit, or a layer that cannot be measured. During training, a measurement raises
-            where the model's outputs on the probe are no longer finite.
+        ValueError: for arguments that do not fit, or a layer that cannot be measured.
+
+    Where training diverges and the outputs on the probe are no longer finite, a warning says so and Fisher and gap rows are left out.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -71,8 +71,6 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
 
 
 def _draw(outputs: Outputs, likelihood: Likelihood, generator: torch.Generator | None) -> Tensor:
-    if generator is None:
-        generator = torch.Generator(outputs.device).manual_seed(0)
     if likelihood == "categorical":
         flat = outputs.float().softmax(-1).flatten(0, -2)
         return torch.multinomial(flat, 1, generator=generator).view(outputs.shape[:-1])

@@ -1,17 +1,20 @@
 """The two kinds of log: measurements on a fixed probe around optimizer steps, and moments of the training batches."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from biasshift.accumulating import Options, kept_units
+from biasshift import layers as kinds
+from biasshift.accumulating import Measured, Options, kept_units
 from biasshift.averages import ActivationWatcher, activation_modules, activation_moments
 from biasshift.feeding import Feeding
 from biasshift.gaps import gap
 from biasshift.layers import WeightLayer
-from biasshift.measuring import measure
+from biasshift.measuring import NonFiniteOutputs, measure
 from biasshift.moments import ActivationMoments
 from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
 from biasshift.shifts import NetMeans, compare, net_means
@@ -25,9 +28,9 @@ if TYPE_CHECKING:
 class Log:
     """What both kinds of log share: hooks that come off, and the description of the layers."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection, measure_weights: bool):
         self.model, self.optimizer = underlying(model), optimizer
-        self.weights, self.activations = _split(self.model, layers)
+        self.weights, self.activations = _split(self.model, layers, measure_weights)
         self.step = 0
         self._feeding = Feeding()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -83,13 +86,14 @@ class ProbeLog(Log):
         quantities: tuple[str, ...],
         options: Options,
     ):
-        super().__init__(model, optimizer, options.layers)
+        super().__init__(model, optimizer, options.layers, measure_weights=quantities != ("activations",))
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
-        self.options = Options(**{**vars(options), "layers": list(self.weights)})
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
         self._last_moments: dict[str, ActivationMoments] = {}
-        self._see_layers()
+        self._see_layers(options.batch_size)
+        self.weights = {name: module for name, module in self.weights.items() if name in self._feeding.kinds_of}
+        self.options = replace(options, layers=list(self.weights))
         self._measure({})
         self._handles += [optimizer.register_step_pre_hook(self._on_step), optimizer.register_step_post_hook(self._after_step)]
 
@@ -102,9 +106,10 @@ class ProbeLog(Log):
         table, self._frames = self.table(), []
         return table
 
-    def _see_layers(self) -> None:
+    def _see_layers(self, batch_size: int | None) -> None:
+        """One example through the model: who feeds whom, and which layers take part at all."""
         with undisturbed(self.model, evaluate=True), watching(self._watched(), self._feeding.watch):
-            first, _ = next(batches(self.model, self.x, None, self.options.batch_size))
+            first, _ = next(batches(self.model, self.x, None, batch_size))
             self.model(first[:1])
         self._feeding.finish()
 
@@ -138,7 +143,7 @@ class ProbeLog(Log):
                 )
                 frames += [unit_rows(self.step, name, activation_columns(moments)) for name, moments in self._last_moments.items()]
             if self.weights and ("fisher" in self.quantities or "gap" in self.quantities):
-                measured = measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
+                measured = self._measure_fishers()
                 if "fisher" in self.quantities:
                     for name, layer in measured.items():
                         columns[name] = {**columns.get(name, {}), **fisher_columns(layer.fisher)}
@@ -146,6 +151,14 @@ class ProbeLog(Log):
                     frames += [layer_row(self.step, name, gap(layer)) for name, layer in measured.items()]
         frames += [unit_rows(self.step, name, columns[name], self._units_of(name)) for name in self.weights if columns.get(name)]
         self._frames += frames
+
+    def _measure_fishers(self) -> dict[str, Measured]:
+        """A diverged network has no Fisher matrices; that is no reason to end somebody's training."""
+        try:
+            return measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
+        except NonFiniteOutputs as error:
+            warnings.warn(f"Step {self.step}: {error} No Fisher and gap rows are written.", stacklevel=2)
+            return {}
 
     def _units_of(self, name: str) -> Tensor | None:
         return None if self.options.units is None else kept_units(name, self.weights[name], self.options.units, torch.device("cpu"))
@@ -158,7 +171,7 @@ class TrainingLog(Log):
     """Activation moments of the training batches themselves, added up on the model's device without waiting for it."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection):
-        super().__init__(model, optimizer, layers)
+        super().__init__(model, optimizer, layers, measure_weights=False)
         self._open = False  # inside a training forward pass of the whole model
         self._ever = False
         self._watcher = ActivationWatcher(self.model, list(self.activations))
@@ -217,9 +230,15 @@ class TrainingLog(Log):
         return self._watcher.moments()
 
 
-def _split(model: nn.Module, select: Selection) -> tuple[dict[str, WeightLayer], dict[str, nn.Module]]:
-    """The chosen weight layers and activation modules; a name must be one of either."""
+def _split(model: nn.Module, select: Selection, measure_weights: bool) -> tuple[dict[str, WeightLayer], dict[str, nn.Module]]:
+    """The chosen weight layers and activation modules; a name must be one of either.
+
+    Layers that cannot be measured are refused only where weight layers will be.
+    """
     everything = activation_modules(model)
+    if not measure_weights and (select is None or callable(select)):
+        inner = select
+        select = lambda name, module: (inner is None or inner(name, module)) and kinds.why_uncovered(module) is None  # noqa: E731
     if select is None or callable(select):
         chosen: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
         activations = {name: module for name, module in everything.items() if chosen(name, module)}

@@ -1,6 +1,7 @@
 """Model and probe → the unit Fisher matrices of every layer, exact over the labels, in one traced pass per batch."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from biasshift.fisher import UnitFisher
 from biasshift.labels import Labels, Likelihood
 from biasshift.layers import WeightLayer
 from biasshift.probing import Probe, Selection, batches, refuse_coupled, underlying, undisturbed, weight_layers
-from biasshift.tracing import errors, traced, watching
+from biasshift.tracing import Tape, errors, traced, watching
 
 
 def unit_fisher(
@@ -76,6 +77,9 @@ def measure(model: nn.Module, x: Probe, y: Tensor | None, options: Options, grad
     modules = weight_layers(model, options.layers)
     refuse_coupled(model)
     states: dict[str, LayerState] = {}
+    if options.labels == "sampled" and options.generator is None:  # one for all batches, so that their labels differ
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        options = replace(options, generator=torch.Generator(device).manual_seed(0))
     with undisturbed(model, gradients=True):
         for a, b in batches(model, x, y, options.batch_size):
             _add_batch(model, modules, a, b, options, gradient, states)
@@ -92,8 +96,10 @@ def _add_batch(
     gradient: bool,
     states: dict[str, "LayerState"],
 ) -> None:
-    tape, outputs = traced(model, modules, x)
-    _check_outputs(outputs, len(x))
+    tape, returned = traced(model, modules, x)
+    outputs = _check_outputs(returned, len(x))
+    if options.likelihood == "categorical" and outputs.dim() > 2:
+        _refuse_maps(tape, modules, outputs)
     rule = label_rules.seeds(outputs, options.likelihood, options.labels, y, options.generator)
     if rule.count > options.max_passes:
         raise ValueError(
@@ -133,13 +139,28 @@ def _backward(batch: list["LayerBatch"], outputs: Tensor, seeds: Tensor, keep: b
 # -- checks --------------------------------------------------------------------------------------------------------------
 
 
-def _check_outputs(outputs: object, examples: int) -> None:
+class NonFiniteOutputs(ValueError):
+    """The model's outputs on the probe are NaN or infinite: a diverged network has no errors to measure."""
+
+
+def _check_outputs(outputs: object, examples: int) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise ValueError(f"The model must return one floating tensor of outputs, got {type(outputs).__name__}: wrap it to return logits.")
     if outputs.dim() < 2 or len(outputs) != examples:
         raise ValueError(f"The model's outputs must be (batch, …, classes) for {examples} examples, got {tuple(outputs.shape)}.")
     if not outputs.isfinite().all():
-        raise ValueError("The model's outputs hold NaN or infinity on the probe: its errors are undefined.")
+        raise NonFiniteOutputs("The model's outputs hold NaN or infinity on the probe: its errors are undefined.")
+    return outputs
+
+
+def _refuse_maps(tape: Tape, modules: Mapping[str, WeightLayer], outputs: Tensor) -> None:
+    """The head of a segmentation network has its classes on axis 1, and would silently be taken for something else."""
+    for name, calls in tape.calls.items():
+        if not isinstance(modules[name], nn.Linear) and calls[-1].shape == outputs.shape:
+            raise ValueError(
+                f"The outputs {tuple(outputs.shape)} look like the maps of convolution '{name}', with the classes on axis 1; here they "
+                "must come last. Wrap the model so that it returns outputs.movedim(1, -1)."
+            )
 
 
 def _prove_example_axis(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor, options: Options) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 
@@ -34,7 +35,7 @@ LOOKS = {
 OTHER_LOOKS = (("#117733", "v", "-"), ("#AA4499", "P", "--"), ("#44AA99", "X", "-."), ("#999933", "*", ":"))
 
 STYLE = {
-    "figure.figsize": (4.2, 3.0),
+    "figure.figsize": (5.0, 3.0),
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 300,
@@ -56,6 +57,14 @@ def style() -> AbstractContextManager[None]:
     import matplotlib
 
     return matplotlib.rc_context(dict[Any, Any](STYLE))
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with `count` axes side by side, known to no pyplot: nothing to close, no backend to choose."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 3.6 * count, 3.2), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 # -- reductions --------------------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ def mean_and_sd_over_seeds(table: pd.DataFrame, column: str, keys: Sequence[str]
     _need(table, [column, *keys], f"the mean of '{column}'")
     rows = table.loc[table[column].notna()]
     _need(rows, [], f"the mean of '{column}'")
-    run = [name for name in ("seed", "run") if name in rows and rows[name].count() == len(rows)][:1]
+    run = [name for name in ("seed", "run") if name in rows and len(rows[name].dropna()) == len(rows)][:1]
     twice = rows.loc[rows.duplicated([*keys, *run])]
     if len(twice):
         where = ", ".join(f"{key} = {twice.iloc[0][key]}" for key in [*keys, *run])
@@ -149,7 +158,7 @@ def _need(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
 
 
 def _of_run(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    return [name for name in ("run", "seed") if name in table and name not in keys and table[name].count() == len(table)]
+    return [name for name in ("run", "seed") if name in table and name not in keys and len(table[name].dropna()) == len(table)]
 
 
 def _rows_by_run(table: pd.DataFrame) -> list:
@@ -198,7 +207,7 @@ def unit_means(
     _lines_and_ribbons(ax, _medians(table, "mean", group, against, layers), group, against)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(ylabel="median over units of\nthe mean activation")
-    ax.legend()
+    _legend(ax)
     return ax
 
 
@@ -210,11 +219,13 @@ def coupling(ax: Axes, table: pd.DataFrame, group: str = "activation", against: 
     import numpy as np
 
     _need(table, ["coupling"], "the coupling index")
-    # Median and logarithm commute; the SD belongs to the scale that is drawn.
-    lines = _medians(table.assign(inflation=-np.log10(1 - table["coupling"])), "inflation", group, against, layers)
+    # The SD belongs to the scale that is drawn, so the logarithm comes first; it leaves a median where it is.
+    with np.errstate(divide="ignore"):  # h = 1 in rounding: infinite, and left out of the drawing
+        exponent = -np.log10(1 - table["coupling"])
+    lines = _medians(table.assign(inflation=exponent), "inflation", group, against, layers)
     _lines_and_ribbons(ax, lines, group, against, scale=lambda exponent: 10**exponent)
     ax.set(yscale="log", ylabel="median over units of\nthe variance inflation $1/(1-h)$")
-    ax.legend()
+    _legend(ax)
     return ax
 
 
@@ -245,7 +256,7 @@ def learning_curves(
     for _, line, name in shown:
         ax.plot([], [], line, color="0.4", label=name)
     ax.set(ylabel=label, yscale="log" if log else "linear")
-    ax.legend()
+    _legend(ax)
     return ax
 
 
@@ -267,7 +278,7 @@ def gap_against_mean(
         ax.scatter([x.median()], [y.median()], label=f"{look.label} (n = {runs})", **big)
     ax.set(xlabel="incoming activations: mean over inputs of $|E_p(a)|$")
     ax.set(ylabel="gradient gap: angle between gradient\nand unit natural gradient (degrees)")
-    ax.legend()
+    _legend(ax)
     return ax
 
 
@@ -299,6 +310,11 @@ def _lines_and_ribbons(
         if sd.notna().any():
             ax.fill_between(x, scale(mean - sd), scale(mean + sd), color=look.color, alpha=0.2, linewidth=0)
     ax.set(xlabel={"step": "optimizer steps"}.get(against, against))
+
+
+def _legend(ax: Axes) -> None:
+    # Beside the axes: between ribbons that fill them there is often no free corner.
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
 
 
 def _looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:

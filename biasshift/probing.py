@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,13 +147,15 @@ def _selected(named: Mapping[str, nn.Module], select: Selection) -> dict[str, nn
 
 
 def _refuse_ties(covered: Mapping[str, WeightLayer]) -> None:
-    owners: dict[int, str] = {}
+    owners: dict[nn.Parameter, str] = {}
     for name, module in covered.items():
-        first = owners.setdefault(id(module.weight), name)
-        if first != name:
-            raise ValueError(
-                f"Layers '{first}' and '{name}' share one weight: neither has a unit Fisher matrix of its own. Leave one out with layers=."
-            )
+        for parameter, owned in module.named_parameters():  # behind a parametrization, module.weight is made anew at every look
+            first = name if "bias" in parameter else owners.setdefault(owned, name)
+            if first != name:
+                raise ValueError(
+                    f"Layers '{first}' and '{name}' share one weight: neither has a unit Fisher matrix of its own. "
+                    "Leave one out with layers=."
+                )
 
 
 # -- reading the probe ---------------------------------------------------------------------------------------------------
@@ -178,6 +181,15 @@ def batches(model: nn.Module, x: Probe, y: Tensor | None = None, batch_size: int
         raise ValueError("The probe is empty: give at least one example (an iterator that was read before is empty).")
 
 
+def _pair(batch: object) -> tuple[Any, Tensor | None]:
+    """A batch is x, (x,) as data loaders give it, or (x, y); anything behind y is not ours."""
+    if not isinstance(batch, tuple | list):
+        return batch, None
+    if not batch:
+        raise ValueError("A batch must be a tensor x or a pair (x, y), got an empty one.")
+    return batch[0], batch[1] if len(batch) > 1 else None
+
+
 def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -188,10 +200,12 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
         for i in range(0, len(x), size):
             yield x[i : i + size], None if y is None else y[i : i + size]
         return
+    if isinstance(x, tuple):
+        raise ValueError("A tuple may be (x, y) or two batches: give x and y as two arguments, or a list of batches.")
     if y is not None:
         raise ValueError("y goes with a tensor x; give an iterable as batches (x, y).")
     for batch in x:
-        a, b = (batch[0], batch[1]) if isinstance(batch, tuple | list) else (batch, None)
+        a, b = _pair(batch)
         if batch_size is None:
             yield a, b
         else:

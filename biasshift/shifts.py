@@ -107,7 +107,7 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
         sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(modules[name], output), old[2] + positions)
         dtypes[name] = output.dtype
 
-    with undisturbed(model, evaluate=True), watching(modules, watch):
+    with undisturbed(model, evaluate=True), watching(modules, watch, raw=True):
         for a, _ in batches(model, x, None, batch_size):
             model(a)
         return {name: _net_means(modules[name], *sums[name], dtypes[name]) for name in modules if name in sums}

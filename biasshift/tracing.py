@@ -17,9 +17,12 @@ Watcher = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], watcher: Watcher) -> Iterator[None]:
-    """Calls ``watcher(name, module, first input, output)`` after each forward of the modules, within the block only."""
-    handles = [watch(name, module, watcher) for name, module in modules.items()]
+def watching(modules: Mapping[str, nn.Module], watcher: Watcher, *, raw: bool = False) -> Iterator[None]:
+    """Calls ``watcher(name, module, first input, output)`` after each forward of the modules, within the block only.
+
+    ``raw`` shows the module's own output, before the user's forward hooks may replace it.
+    """
+    handles = [watch(name, module, watcher, raw=raw) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -27,9 +30,9 @@ def watching(modules: Mapping[str, nn.Module], watcher: Watcher) -> Iterator[Non
             handle.remove()
 
 
-def watch(name: str, module: nn.Module, watcher: Watcher) -> torch.utils.hooks.RemovableHandle:
+def watch(name: str, module: nn.Module, watcher: Watcher, *, raw: bool = False) -> torch.utils.hooks.RemovableHandle:
     """One hook on one module, until its handle is removed."""
-    return module.register_forward_hook(partial(_call_watcher, name, watcher), with_kwargs=True)
+    return module.register_forward_hook(partial(_call_watcher, name, watcher), with_kwargs=True, prepend=raw)
 
 
 def _call_watcher(name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -68,18 +71,18 @@ class Tape:
         return any(call.a._version != call.version for calls in self.calls.values() for call in calls)
 
 
-def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[Tape, Tensor]:
+def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[Tape, object]:
     """Runs the model once and returns the tape and the model's outputs.
 
     Hooks are gone when the forward pass returns, so that a checkpoint's recomputation is not recorded a second time. Where
     an activation was overwritten after a layer had read it, the pass is repeated with every layer reading a copy.
     """
     tape = Tape()
-    with watching(modules, tape.record):
+    with watching(modules, tape.record, raw=True):
         outputs = model(x)
     if tape.overwritten():
         tape = Tape()
-        with _reading_copies(modules.values()), watching(modules, tape.record):
+        with _reading_copies(modules.values()), watching(modules, tape.record, raw=True):
             outputs = model(x)
     return tape, outputs
 
@@ -98,16 +101,16 @@ def _reading_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool) -> tuple[Tensor, ...]:
+def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
     """The gradients at every edge for a stack of seeds: (passes, batch, …) each. ``keep`` leaves the graph for more.
 
-    A layer without influence on the outputs gets zeros: its units are dead.
+    None stands for a layer without influence on the outputs: its units are dead.
     """
     single = len(seeds) == 1
     found = torch.autograd.grad(
         outputs, edges, seeds[0] if single else seeds, retain_graph=keep, is_grads_batched=not single, allow_unused=True
     )
-    return tuple(d if d is None or not single else d[None] for d in found)  # pyright: ignore[reportReturnType]
+    return tuple(d if d is None or not single else d[None] for d in found)
 
 
 def underlying(model: nn.Module) -> nn.Module:

@@ -60,14 +60,14 @@ def train(
     for epoch in range(1, epochs + 1):
         model.train()
         losses: list[Tensor] = []
-        for x, y in batches(data.x_train, data.y_train, batch_size, generator):
+        for x, y in batches(data.x_train, data.y_train, batch_size, generator, data.views):
             optimizer.zero_grad()
             value = loss(model(x), y)
             value.backward()
             optimizer.step()
             number += 1
             losses.append(value.detach())
-            if len(losses) * batch_size >= len(data.x_train):  # the epoch's last
+            if len(losses) * batch_size >= len(data.x_train) // data.views:  # the epoch's last
                 _refuse_divergence(losses, number, optimizer)
             yield Step(number, epoch, losses[-1])
 

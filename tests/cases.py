@@ -1,4 +1,6 @@
-"""Small models and inputs: one row, one thing that has broken a library. Every model is built in float64 from a fixed seed; inputs have means that are not zero.
+"""Small models and inputs: one row, one thing that has broken a library.
+
+Every model is built in float64 from a fixed seed; inputs have means that are not zero.
 
 At the end: what a model that was left as found looks like.
 """
@@ -141,7 +143,10 @@ class SequenceFirst(nn.Module):
 
 
 class ChangedLater(nn.Module):
-    """The incoming activation of `inner` is changed in place after `inner` has read it. Trainable only because `inner` is frozen: autograd keeps no copy."""
+    """The incoming activation of `inner` is changed in place after `inner` has read it.
+
+    Trainable only because `inner` is frozen: autograd keeps no copy.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,8 +4,9 @@ Two independent routes to the same numbers:
 
 * *parameters*: per-example Jacobians of the log-likelihood with respect to the weights, `vmap(jacrev(functional_call))`.
   `F = E[Σ_y p_y ∇ln p ∇ln pᵀ]`: the Fisher matrix of the (shared) weights, hence `per_example`.
-* *probes*: a copy of the model whose weight layers add a zero offset to their net inputs. The Jacobian with respect to the offset is the error `δ`
-  of every position; the patches come from a loop over kernel offsets. Hence `expand`, the mean incoming activation and the mean net input.
+* *probes*: a copy of the model whose weight layers add a zero offset to their net inputs. The Jacobian with respect to the offset
+  is the error `δ` of every position; the patches come from a loop over kernel offsets. Hence `expand`, and the means of
+  incoming activations and net inputs.
 
 A layer without a bias gets a zero one in the copy, so the row of the bias is defined everywhere.
 """
@@ -42,11 +43,14 @@ def double_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-# -- likelihoods: log-probabilities of single labels and their probabilities, one term a label ------------------------------------------------
+# -- likelihoods: log-probabilities of single labels and their probabilities, one term a label -------------------------
 
 
 def label_terms(output: Tensor, likelihood: str) -> Tensor:
-    """`ln p(y)` for every label of every independent part of one output; flat. Gaussian: the outputs themselves, whose `Jᵀ E[(y−f)(y−f)ᵀ] J` is `JᵀJ`."""
+    """`ln p(y)` for every label of every independent part of one output; flat.
+
+    Gaussian: the outputs themselves, for `Jᵀ E[(y−f)(y−f)ᵀ] J` is `JᵀJ`.
+    """
     if likelihood == "categorical":
         return output.log_softmax(-1).flatten()
     if likelihood == "bernoulli":
@@ -81,13 +85,13 @@ def draw_labels(output: Tensor, likelihood: str, generator: torch.Generator) -> 
     return output + torch.randn(output.shape, generator=generator, dtype=output.dtype)
 
 
-# -- route 1: parameters ---------------------------------------------------------------------------------------------------------------------
+# -- route 1: parameters -----------------------------------------------------------------------------------------------
 
 
 def scores(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-example gradients of `ln p` for the weights into every unit: `{layer: (batch, labels, units, inputs + 1)}`, and the labels' weights (batch, labels).
+    """Per-example gradients of `ln p` for the weights into every unit, and the weights of the labels.
 
-    With `y` there is one label, the given one.
+    `{layer: (batch, labels, units, inputs + 1)}` and (batch, labels). With `y` there is one label, the given one.
     """
     model, x = double_copy(model), x.double()
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -123,7 +127,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, likelihood: str) -> dict[s
     return {name: (g[f"{name}.weight"].flatten(1), g[f"{name}.bias"]) for name in weight_layers(model)}
 
 
-# -- route 2: probes -------------------------------------------------------------------------------------------------------------------------
+# -- route 2: probes ---------------------------------------------------------------------------------------------------
 
 
 class Probed(nn.Module):
@@ -249,12 +253,12 @@ def probe_layers(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None 
     return result
 
 
-# -- unit Fisher matrices --------------------------------------------------------------------------------------------------------------------
+# -- unit Fisher matrices ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: the dense unit Fisher matrices (units, inputs + 1, inputs + 1), the incoming mean under p, and what a dense inverse says."""
+    """One layer: dense unit Fisher matrices (units, inputs + 1, inputs + 1), the incoming mean under p, what a dense inverse says."""
 
     F: Tensor
     mean_p: Tensor
@@ -355,7 +359,7 @@ def _spd_inverse(M: Tensor) -> Tensor:
 def unit_fishers(
     model: nn.Module, x: Tensor, likelihood: str = "categorical", weight_sharing: str = "per_example", y: Tensor | None = None
 ) -> dict[str, Block]:
-    """The unit Fisher matrices of every weight layer. `y=None`: expected over the model's labels; else the given labels (empirical, or drawn)."""
+    """The unit Fisher matrices of every weight layer: expected over the model's labels, or for given labels `y`."""
     layers = weight_layers(model)
     probes = probe_layers(model, x, likelihood, y)
     if weight_sharing == "per_example":
@@ -377,7 +381,7 @@ def unit_fishers(
     return blocks
 
 
-# -- readings of the theory ------------------------------------------------------------------------------------------------------------------
+# -- readings of the theory --------------------------------------------------------------------------------------------
 
 
 def cosine(u: Tensor, v: Tensor) -> float:
@@ -419,7 +423,7 @@ def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]
 
 
 def bias_shifts(model: nn.Module, x: Tensor, update: Callable[[nn.Module], None]) -> dict[str, dict[str, Tensor]]:
-    """The exact bookkeeping of one update, from two recordings of an offset copy. `update` changes the given model in place; hand in a copy."""
+    """The exact bookkeeping of one update, from two recordings. `update` changes the given model in place; hand in a copy."""
     before, after = {}, {}
     for store in (before, after):
         probed, layers = probed_copy(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,7 @@ def block(a: Tensor, delta2: Tensor) -> Block:
     return Block(torch.stack(full), a.mean(0), delta2.sum(0).square() / delta2.square().sum(0))
 
 
-# -- choose the answer, build the question, recover it ---------------------------------------------------------------------------------------
+# -- choose the answer, build the question, recover it -----------------------------------------------------------------
 
 
 def whitened(n: int, inputs: int, seed: int) -> Tensor:
@@ -67,7 +68,7 @@ def whitened(n: int, inputs: int, seed: int) -> Tensor:
 
 
 def chosen(inputs: int = 4, units: int = 3, each: int = 12) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Every unit weighs a group of samples of its own, so its q is free; a last group, which no unit weighs, moves the mean under p to μ."""
+    """Every unit weighs a group of samples of its own, so its q is free; a last group, weighed by none, moves the mean under p to μ."""
     c, mean_p, m = normal(units, seed=1).exp(), normal(inputs, seed=2), normal(units, inputs, seed=3)
     root = normal(units, inputs, inputs, seed=4) + 2 * torch.eye(inputs, dtype=DOUBLE)
     groups = [m[i] + whitened(each, inputs, 10 + i) @ root[i].T for i in range(units)]
@@ -145,7 +146,7 @@ def test_matvec_is_the_matrix() -> None:
     close(bottom, expected[:, -1])
 
 
-# -- merging ---------------------------------------------------------------------------------------------------------------------------------
+# -- merging -----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,7 +155,7 @@ def test_merging_in_any_order_is_measuring_at_once(cuts: list[int], random: Any,
     a, delta2 = samples(mean=mean)
     whole = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
     bounds = [0, *sorted(cuts), len(a)]
-    parts = [bs.UnitFisher.from_samples(a[i:j], delta2[i:j], damping=1e-2) for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [bs.UnitFisher.from_samples(a[i:j], delta2[i:j], damping=1e-2) for i, j in itertools.pairwise(bounds)]
     random.shuffle(parts)
     while len(parts) > 1:  # in any order, and any tree
         one = parts.pop(random.randrange(len(parts)))
@@ -248,7 +249,7 @@ def test_shifting_the_inputs_leaves_the_function_of_a_step_alone() -> None:
     close((a + shift) @ shifted_dw.T + shifted_dw0, a @ dw.T + dw0)
 
 
-# -- precision -------------------------------------------------------------------------------------------------------------------------------
+# -- precision ---------------------------------------------------------------------------------------------------------
 
 
 def rounded(mean: float) -> tuple[Tensor, Tensor]:
@@ -336,7 +337,7 @@ def test_no_graph_is_kept() -> None:
     assert not any(getattr(fisher, name).requires_grad for name in (*VECTORS, *INVERSE))
 
 
-# -- damping ---------------------------------------------------------------------------------------------------------------------------------
+# -- damping -----------------------------------------------------------------------------------------------------------
 
 
 def test_damping_replaces_and_touches_inverse_quantities_only() -> None:
@@ -374,7 +375,7 @@ def test_strong_damping_is_the_centered_gradient() -> None:
     close(F.normalize(dw, dim=1), F.normalize(g - g0[:, None] * fisher.mean_q, dim=1), 1e-6)
 
 
-# -- the singular cases ----------------------------------------------------------------------------------------------------------------------
+# -- the singular cases ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
@@ -511,7 +512,7 @@ def test_effective_samples_count_what_the_weights_leave() -> None:
     assert n.tolist() == pytest.approx([60.0, 10.0, (1e6 + 59) ** 2 / (1e12 + 59)])
 
 
-# -- a frozen object, and arguments that cannot be right -------------------------------------------------------------------------------------
+# -- a frozen object, and arguments that cannot be right ---------------------------------------------------------------
 
 
 def test_it_is_frozen() -> None:
@@ -560,7 +561,7 @@ def test_bad_arguments_are_one_sentence(case: str) -> None:
     assert 10 < len(message) < 400 and "\n" not in message
 
 
-# -- closed forms ----------------------------------------------------------------------------------------------------------------------------
+# -- closed forms ------------------------------------------------------------------------------------------------------
 
 # theory: mean and variance on N(0, 1) net inputs, and s·c for 128 independent such inputs
 CLOSED: dict[str, tuple[Callable[[Tensor], Tensor], float, float, float]] = {

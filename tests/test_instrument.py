@@ -65,7 +65,7 @@ def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
     )
 
 
-# -- the table -------------------------------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def test_columns_and_their_types() -> None:
@@ -118,7 +118,7 @@ def test_the_table_can_be_read_while_training() -> None:
     pd.testing.assert_frame_equal(late.iloc[: len(early)], early)
 
 
-# -- the values ------------------------------------------------------------------------------------------------------------------------------
+# -- the values --------------------------------------------------------------------------------------------------------
 
 
 def direct(steps: int, every: int) -> dict[int, dict[str, Any]]:
@@ -270,7 +270,33 @@ def test_a_convolution_and_batchnorm_in_training_mode() -> None:
     equal(row(table, 2, "0")["coupling"], fishers["0"].coupling, 1e-8)
 
 
-# -- the loop is untouched -------------------------------------------------------------------------------------------------------------------
+def test_a_layer_that_does_not_run_has_no_rows() -> None:
+    """As `unit_fisher` leaves it out."""
+    model, x, y = mlp()
+    model[1].register_module("spare", nn.Linear(2, 2).double())
+    assert list(bs.unit_fisher(model, x)) == ["0", "2", "4"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=1, damping=DAMPING) as log:
+        train(model, optimizer, 1)
+    table = log.table()
+    assert set(table.loc[table["k"].notna(), "layer"]) == {"0", "2", "4"}
+
+
+def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
+    """A transposed convolution has no unit Fisher matrix here; the means of its activation are no problem."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.ConvTranspose2d(2, 3, 3), nn.ReLU())
+    x = torch.randn(6, 1, 5, 5)
+    moments = bs.activation_moments(model, x)
+    with bs.instrument(model) as log:
+        model(x)
+    rows = log.table()
+    equal(rows[rows["layer"] == "3"].sort_values("unit")["mean"], moments["3"].mean, 1e-6)
+    with pytest.raises(ValueError, match=r"[\"']2[\"']"):
+        bs.unit_fisher(model, x)
+
+
+# -- the loop is untouched ---------------------------------------------------------------------------------------------
 
 
 def random_net() -> nn.Module:
@@ -397,7 +423,7 @@ def test_a_mode_of_its_own_stays() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-# -- steps that a gradient scaler skips ------------------------------------------------------------------------------------------------------
+# -- steps that a gradient scaler skips --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -422,7 +448,7 @@ def test_a_skipped_step_writes_no_row(fused: bool) -> None:
     assert all(row(table, step, "0")["total"].abs().max() > 0 for step in (1, 2, 3))
 
 
-# -- without a probe -------------------------------------------------------------------------------------------------------------------------
+# -- without a probe ---------------------------------------------------------------------------------------------------
 
 
 def test_without_a_probe_training_batches_are_accumulated() -> None:
@@ -506,7 +532,7 @@ def test_a_log_whose_hooks_never_fired_raises() -> None:
             log.table()
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ problems = pytest.mark.parametrize(
 )
 
 
-# -- Theorem 1 -------------------------------------------------------------------------------------------------------------------------------
+# -- Theorem 1 ---------------------------------------------------------------------------------------------------------
 
 
 @problems
@@ -142,7 +142,7 @@ def test_center_none_is_block_diagonal(p: Problem) -> None:
     close(dw0, p.g0 / p.c)
 
 
-# -- Theorem 2 -------------------------------------------------------------------------------------------------------------------------------
+# -- Theorem 2 ---------------------------------------------------------------------------------------------------------
 
 
 @problems
@@ -204,7 +204,7 @@ def test_variance_of_the_bias_shift_under_fisher_noise(p: Problem) -> None:
     close(torch.stack(columns).square().sum(0), (1 + dot(apart, matvec(spd_inverse(p.V), apart))) / p.c)
 
 
-# -- invariance ------------------------------------------------------------------------------------------------------------------------------
+# -- invariance --------------------------------------------------------------------------------------------------------
 
 
 def function_change(p: Problem, center: str, damping: float, shift: Tensor | None, points: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def test_shifting_the_inputs_changes_nothing_for_centered_members_only(p: Proble
     far(function_change(p, "none", damping, shift, points), function_change(p, "none", damping, None, points))
 
 
-# -- the coupling index, damping, the correction for finite samples --------------------------------------------------------------------------
+# -- the coupling index, damping, the correction for finite samples ----------------------------------------------------
 
 
 @problems

@@ -1,0 +1,1 @@
+"""The paper's experiments, one protocol per file."""

@@ -1,0 +1,84 @@
+"""MNIST, 8 hidden layers × 128 units: the experiment of Figure 2 (section 4.1 of the paper).
+
+The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from biasshift.classifying import Setting
+from biasshift.data import DataSet, mnist
+
+Activation = Literal["elu", "relu", "lrelu", "srelu"]
+
+DEPTH, WIDTH = 8, 128  # hidden layers and their units
+BATCH_SIZE = 64
+LEARNING_RATE = 0.01
+EPOCHS = 300  # the unit means are flat after 25
+SEEDS = 5
+ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu")  # Figure 2 has no SReLU
+INIT = "normal"  # open: He et al. 2015 use the normal distribution; --init uniform is U(±√(6/fan_in))
+MOMENTUM = 0.0  # open: the paper names none for this experiment
+PROBE = 10_000  # open: "a fixed subset of the training data"
+
+
+@dataclass(frozen=True)
+class Mnist:
+    """Train the paper's MNIST networks, instrumented, and say what the runs show."""
+
+    activation: tuple[Activation, ...] = ACTIVATIONS
+    """Activation functions; each gets all seeds."""
+    seeds: int = SEEDS
+    """Runs per activation function. Run i of all of them starts from the same weights and sees the same batches."""
+    epochs: int = EPOCHS
+    data: Path | None = None
+    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is missing."""
+    out: Path = field(default_factory=lambda: Path("runs/mnist"))
+    """Run folders are written below."""
+    replace: bool = False
+    """Replace runs that are already there."""
+    workers: int | None = None
+    """Processes; one per core by default. Results do not depend on it."""
+    lr: float = LEARNING_RATE
+    batch_size: int = BATCH_SIZE
+    momentum: float = MOMENTUM
+    depth: int = DEPTH
+    width: int = WIDTH
+    init: Literal["normal", "uniform"] = INIT
+    probe: int = PROBE
+    """Training examples on which unit Fisher matrices and gaps are measured."""
+    means_probe: int = 2_000
+    """Training examples on which activation means and bias shifts are measured."""
+    means_every: int = 1
+    """Epochs between two measurements of activation means and bias shifts."""
+    fisher_every: int = 5
+    """Epochs between two measurements of unit Fisher matrices and gradient gaps."""
+    equal_loss: float = 0.3
+    """Training loss (nats) at which activations are compared: it leaves most units enough effective samples."""
+    units: int = 16
+    """Measured units of every hidden layer, evenly spaced."""
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "batch_size", "depth", "width", "probe", "means_probe", "means_every", "fisher_every", "units"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.lr <= 0 or not self.activation:
+            raise ValueError("--lr must be above 0, and --activation needs at least one name.")
+
+    def load(self) -> DataSet:
+        """MNIST, checked."""
+        return mnist(self.data)
+
+    def settings(self) -> list[Setting]:
+        """One per run. The input layer's 784 inputs would need 7,840 effective samples: it is left out of the Fisher matrices."""
+        return [
+            Setting(
+                "mnist", activation, seed, self.epochs, self.batch_size, self.lr, self.momentum, self.depth, self.width, self.init,
+                self.probe, self.means_probe, self.means_every, self.fisher_every, self.equal_loss, self.units, self.damping,
+                skip_input_layer=True,
+            )
+            for seed in range(self.seeds)
+            for activation in self.activation
+        ]  # fmt: skip

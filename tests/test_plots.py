@@ -1,0 +1,294 @@
+"""The numbers of the artists, against numbers put into the table by hand. No picture is compared."""
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from biasshift import plots
+from biasshift.activations import ACTIVATIONS
+
+SEEDS = (0, 1, 2)
+EPOCHS = (0, 1, 2)
+LEVEL = {"elu": 0.1, "relu": 0.5}
+
+
+def planted(activations=("elu", "relu"), seeds=SEEDS) -> pd.DataFrame:
+    """In every epoch of 10 steps: three units around level + seed/100, two layers, one loss. Steps 5 lie between epochs."""
+    rows = []
+    for name, seed in itertools.product(activations, seeds):
+        run = {"activation": name, "seed": seed, "run": f"{name}-{seed}"}
+        level = LEVEL.get(name, 0.3) + seed / 100
+        for epoch in EPOCHS:
+            at = {"step": 10 * epoch, **run}
+            rows.append({**at, "layer": "", "unit": -1, "epoch": epoch, "train_loss": 2 - level - epoch / 2, "valid_loss": 3 - level})
+            rows += [{**at, "layer": "1", "unit": unit, "mean": level * (1 + unit) + epoch} for unit in range(3)]
+            rows += [{**at, "layer": "2", "unit": unit, "coupling": 1 - 10.0 ** -(unit + epoch + seed)} for unit in range(3)]
+            rows.append({**at, "layer": "0", "unit": -1, "mean_in_abs": 9.0, "cos_gradient": 0.1})
+            rows.append({**at, "layer": "2", "unit": -1, "mean_in_abs": level, "cos_gradient": np.cos(np.radians(100 * level))})
+        rows.append({**run, "step": 5, "layer": "1", "unit": 0, "mean": level})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+def line(ax, label):
+    (found,) = [line for line in ax.lines if str(line.get_label()).startswith(label)]
+    return found
+
+
+def ribbon(collection) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper edge of a ribbon without gaps."""
+    corners = collection.get_paths()[0].vertices
+    x = np.unique(corners[:, 0])
+    return tuple(np.array([edge(corners[corners[:, 0] == at, 1]) for at in x]) for edge in (np.min, np.max))
+
+
+# -- colors ------------------------------------------------------------------------------------------------------
+
+
+def lightness(color: str) -> float:
+    """CIE L*, 0 to 100: what is left of a color in grey print."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_the_colors_are_told_apart_in_grey_print():
+    grey = sorted([*(lightness(look.color) for look in plots.LOOKS.values()), lightness("white")])
+    assert min(np.diff(grey)) > 15
+
+
+def test_every_activation_has_its_own_look_and_display_name():
+    assert plots.LOOKS.keys() == ACTIVATIONS.keys()
+    for looks in zip(*plots.LOOKS.values(), strict=True):
+        assert len(set(looks)) == 4
+    assert [look.label for look in plots.LOOKS.values()] == ["ELU", "LReLU", "ReLU", "SReLU"]
+
+
+def test_the_same_color_in_every_figure():
+    table = planted()
+    for draw in (plots.unit_means, plots.learning_curves, plots.coupling):
+        ax = draw(Figure().subplots(), table)
+        assert line(ax, "ELU (").get_color() == plots.LOOKS["elu"].color
+        assert line(ax, "ReLU (").get_color() == plots.LOOKS["relu"].color
+    assert line(plots.activation_functions(Figure().subplots()), "ELU").get_color() == plots.LOOKS["elu"].color
+
+
+def test_the_style_ends_with_its_block():
+    before = dict(matplotlib.rcParams)
+    with plots.style():
+        assert matplotlib.rcParams["axes.spines.top"] is False
+    assert dict(matplotlib.rcParams) == before
+
+
+# -- reductions --------------------------------------------------------------------------------------------------
+
+
+def test_epochs_are_interpolated_within_each_run_and_go_on_at_its_pace():
+    table = pd.DataFrame(
+        {
+            "run": ["a"] * 5 + ["b"] * 3,
+            "step": [0, 5, 10, 20, 30, 0, 50, 100],
+            "epoch": [np.nan, np.nan, 1.0, 2.0, np.nan, np.nan, np.nan, 1.0],
+        }
+    )
+    assert plots.with_epochs(table)["epoch"].tolist() == [0, 0.5, 1, 2, 3, 0, 0.5, 1]
+    assert plots.with_epochs(table.drop(columns="run").iloc[:5])["epoch"].tolist() == [0, 0.5, 1, 2, 3]
+
+
+def test_a_run_without_epochs_is_refused():
+    table = pd.DataFrame({"run": ["a", "b"], "step": [10, 10], "epoch": [1.0, np.nan]})
+    with pytest.raises(ValueError, match="step"):
+        plots.with_epochs(table)
+
+
+def test_the_median_is_over_all_units_of_all_layers_of_one_run():
+    table = pd.DataFrame(
+        {"run": ["a"] * 5 + ["b"], "layer": list("112211"), "unit": [0, 1, 0, 1, -1, 0], "mean": [1.0, 2, 3, np.nan, 99, 7], "step": 0}
+    )
+    medians = plots.median_over_units(table, "mean", ["step"])
+    assert medians.set_index("run")["mean"].to_dict() == {"a": 2, "b": 7}
+
+
+def test_mean_sd_and_n_over_seeds():
+    table = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2, 6, 5]})
+    found = plots.mean_and_sd_over_seeds(table, "value", ["step"])
+    assert found["mean"].tolist() == [3, 5] and found["n"].tolist() == [3, 1]
+    assert found["sd"][0] == pytest.approx(np.std([1, 2, 6], ddof=1)) and np.isnan(found["sd"][1])
+
+
+def test_runs_of_two_settings_are_not_averaged():
+    table = pd.concat([planted().assign(lr=0.1), planted().assign(lr=0.01, run=lambda t: t["run"] + "-slow")])
+    with pytest.raises(ValueError, match=r"activation = elu, epoch = 0.*one setting"):
+        plots.learning_curves(Figure().subplots(), table)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_activation_functions(ax):
+    plots.activation_functions(ax)
+    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "LReLU", "ReLU", "SReLU"]
+    expected = {
+        "ELU": lambda x: np.where(x > 0, x, np.expm1(x)),
+        "LReLU": lambda x: np.where(x > 0, x, x / 10),
+        "ReLU": lambda x: np.maximum(x, 0),
+        "SReLU": lambda x: np.maximum(x, -1),
+    }
+    for drawn in ax.lines:
+        x, y = drawn.get_data()
+        assert (x[0], x[-1]) == (-10, 2)
+        np.testing.assert_allclose(y, expected[str(drawn.get_label())](x), atol=1e-12)
+
+
+def test_other_functions_get_other_looks(ax):
+    plots.activation_functions(ax, {"tanh": lambda x: x.tanh(), "elu": ACTIVATIONS["elu"]()})
+    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "tanh"]
+    assert ax.lines[1].get_color() not in {look.color for look in plots.LOOKS.values()}
+
+
+def test_unit_means(ax):
+    assert plots.unit_means(ax, planted()) is ax
+    x, y = line(ax, "ReLU (n = 3)").get_data()
+    # The middle of three units is twice the level; the mean of the seeds is seed 1. At step 5 only one unit was measured.
+    np.testing.assert_allclose(x, [0, 0.5, 1, 2])
+    np.testing.assert_allclose(y, [1.02, 0.51, 2.02, 3.02])
+    low, high = ribbon(ax.collections[1])
+    sd = np.array([0.02, 0.01, 0.02, 0.02])
+    np.testing.assert_allclose([low, high], [y - sd, y + sd])
+    assert ax.get_xlabel() == "epoch" and "mean activation" in ax.get_ylabel()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ELU (n = 3)", "ReLU (n = 3)"]
+
+
+def test_unit_means_against_steps_of_some_layers_and_groups(ax):
+    table = planted(["elu"]).assign(momentum=0.9)
+    more = table[table["layer"] == "1"].assign(layer="3", mean=50.0)
+    plots.unit_means(ax, pd.concat([table, more]), group="momentum", against="step", layers=["1"])
+    x, y = line(ax, "momentum = 0.9 (n = 3)").get_data()
+    np.testing.assert_allclose(x, [0, 5, 10, 20])
+    np.testing.assert_allclose(y, [0.22, 0.11, 1.22, 2.22])
+    assert ax.get_xlabel() == "optimizer steps"
+
+
+def test_one_seed_draws_no_ribbon_and_says_so(ax):
+    plots.unit_means(ax, planted(seeds=[0]))
+    assert not ax.collections and line(ax, "ELU").get_label() == "ELU (n = 1)"
+
+
+def test_seeds_that_stopped_early_are_counted(ax):
+    table = planted()
+    plots.unit_means(ax, table[(table["run"] != "elu-2") | (table["step"] < 15)])
+    assert line(ax, "ELU").get_label() == "ELU (n = 2–3)"
+
+
+def test_a_table_without_runs_is_one_run(ax):
+    table = planted(["elu"], seeds=[0]).drop(columns=["run", "seed"])
+    plots.unit_means(ax, table)
+    np.testing.assert_allclose(line(ax, "ELU (n = 1)").get_ydata(), [0.2, 0.1, 1.2, 2.2])
+
+
+def test_categorical_columns_draw_the_same(ax):
+    table = planted().astype({"activation": "category", "run": "category", "layer": "category"})
+    plots.unit_means(ax, table[table["activation"] == "relu"])  # a category without rows is no line
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ReLU (n = 3)"]
+
+
+def test_learning_curves(ax):
+    plots.learning_curves(ax, planted(), log=True)
+    train, valid, *_ = [line for line in ax.lines if line.get_color() == plots.LOOKS["elu"].color]
+    assert (train.get_linestyle(), valid.get_linestyle()) == ("-", ":")
+    np.testing.assert_allclose(train.get_data(), [[0, 1, 2], [1.89, 1.39, 0.89]])
+    np.testing.assert_allclose(valid.get_data(), [[0, 1, 2], [2.89] * 3])
+    low, high = ribbon(ax.collections[0])
+    np.testing.assert_allclose([low, high], [train.get_ydata() - 0.01, train.get_ydata() + 0.01])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["ELU (n = 3)", "ReLU (n = 3)", "training", "validation"]
+    assert (ax.get_ylabel(), ax.get_yscale()) == ("cross-entropy (nats)", "log")
+
+
+def test_learning_curves_of_one_column(ax):
+    table = planted().rename(columns={"valid_loss": "valid_error"})
+    plots.learning_curves(ax, table, column_train=None, column_valid="valid_error", label="error (fraction)")
+    np.testing.assert_allclose(line(ax, "ELU (n = 3)").get_ydata(), [2.89] * 3)
+    assert ax.get_ylabel() == "error (fraction)"
+
+
+def test_gap_against_mean(ax):
+    plots.gap_against_mean(ax, planted(), skip_input=True)
+    elu_dots, elu_median, relu_dots, relu_median = [collection.get_offsets() for collection in ax.collections]
+    assert len(elu_dots) == len(relu_dots) == 9  # 3 runs, 1 layer, 3 steps
+    np.testing.assert_allclose(elu_dots[:, 1], 100 * elu_dots[:, 0])
+    np.testing.assert_allclose([elu_median[0], relu_median[0]], [[0.11, 11], [0.51, 51]])
+    assert ax.collections[1].get_sizes()[0] > ax.collections[0].get_sizes()[0]
+    assert ax.collections[0].get_alpha() < 1
+    assert "degrees" in ax.get_ylabel() and "angle" in ax.get_ylabel()
+
+
+def test_gap_of_chosen_layers():
+    table = planted()
+    assert set(plots.gap_points(table)["layer"]) == {"0", "2"}
+    assert set(plots.gap_points(table, layers=["2"])["layer"]) == {"2"}
+    assert set(plots.gap_points(table, skip_input=True)["layer"]) == {"2"}
+    np.testing.assert_allclose(plots.gap_points(table, layers=["0"])["degrees"], np.degrees(np.arccos(0.1)))
+
+
+def test_a_cosine_rounded_past_one_is_an_angle_of_zero():
+    table = pd.DataFrame({"step": [0], "layer": ["0"], "unit": [-1], "mean_in_abs": [0.1], "cos_gradient": [1 + 1e-7]})
+    assert plots.gap_points(table)["degrees"].tolist() == [0]
+
+
+def test_coupling(ax):
+    plots.coupling(ax, planted())
+    # The middle unit's 1/(1 − h) is 10^(1 + epoch + seed); mean and SD are those of the exponent.
+    drawn = line(ax, "ELU (n = 3)")
+    np.testing.assert_allclose(drawn.get_data(), [[0, 1, 2], [1e2, 1e3, 1e4]])
+    low, high = ribbon(ax.collections[0])
+    np.testing.assert_allclose([low, high], [[1e1, 1e2, 1e3], [1e3, 1e4, 1e5]])
+    assert ax.get_yscale() == "log" and "1-h" in ax.get_ylabel()
+
+
+def test_a_coupling_of_one_draws_without_a_word(ax):
+    table = planted()
+    plots.coupling(ax, table.assign(coupling=table["coupling"].mask(table["coupling"] > 0.9, 1.0)))
+    ax.figure.canvas.draw()
+
+
+# -- tables that cannot be drawn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draw", "column"),
+    [
+        (plots.unit_means, "mean"),
+        (plots.unit_means, "epoch"),
+        (plots.unit_means, "activation"),
+        (plots.learning_curves, "valid_loss"),
+        (plots.learning_curves, "activation"),
+        (plots.gap_against_mean, "mean_in_abs"),
+        (plots.gap_against_mean, "activation"),
+        (plots.coupling, "coupling"),
+    ],
+)
+def test_a_missing_column_is_named(ax, draw, column):
+    with pytest.raises(ValueError, match=f"'{column}'"):
+        draw(ax, planted().drop(columns=column))
+
+
+@pytest.mark.parametrize("draw", [plots.unit_means, plots.learning_curves, plots.gap_against_mean, plots.coupling])
+def test_an_empty_table_is_refused(ax, draw):
+    with pytest.raises(ValueError, match="none"):
+        draw(ax, planted().iloc[:0])
+
+
+def test_a_table_without_units_is_refused(ax):
+    table = planted()
+    with pytest.raises(ValueError, match="over units"):
+        plots.unit_means(ax, table[table["unit"] == -1])
