@@ -5,75 +5,78 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from biasshift.reading import read_runs
-from biasshift.summary import NAMES, fed_layers, per_run
+from biasshift.summary import NAMES, examinations, per_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FEWEST_SEEDS = 6  # below, an exact paired test cannot reach .05
 CONFIDENCE = 0.95
+EQUAL_STEPS = "At equal steps, not at equal loss."
+EQUAL_LOSS = "At equal training loss; the sign is the same on two disjoint probes and at dampings 1e-4, 1e-2 and 1."
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with a direction: the paper says that ``effect`` (ELU minus another activation, seed by seed) is below 0."""
+    """A statement with a direction: the paper says that ELU minus the other activation, seed by seed, is below 0."""
 
     name: str
     statement: str
     source: str
     statistic: str
-    column: str  # of the per-run numbers
-    repeated: str | None  # the column of the examination at equal loss that must agree in sign, if there is one
-    against: str
+    column: str  # of `biasshift.summary.per_run`; the ``exam_`` ones are repeated over probes and dampings
+    caveat: str
+    against: str = "relu"
     transform: Callable[["pd.Series"], "pd.Series"] = lambda x: x
-    caveat: str = ""
 
-
-def _log(x: "pd.Series") -> "pd.Series":
-    import numpy as np
-
-    return np.log(x)
-
-
-EQUAL_LOSS = "Compared at equal training loss, on two disjoint probes and at dampings 1e-4, 1e-2, 1."
 
 CLAIMS = (
     Claim(
         "means", "ELU's mean unit activations are nearer zero than {other}'s", "section 3, Figure 2a",
-        "|median over units of the mean activation|", "unit_mean", None, "relu", abs, "At equal steps.",
+        "|median over units of the mean activation|", "unit_mean", EQUAL_STEPS, transform=np.abs,
     ),
     Claim(
         "means-lrelu", "ELU's mean unit activations are nearer zero than {other}'s", "section 3, Figure 2a",
-        "|median over units of the mean activation|", "unit_mean", None, "lrelu", abs, "At equal steps.",
+        "|median over units of the mean activation|", "unit_mean", EQUAL_STEPS, "lrelu", np.abs,
+    ),
+    Claim(
+        "means-unitwise", "unit by unit, too, ELU's mean activations are nearer zero than {other}'s", "section 3",
+        "mean over units of |mean activation|", "unit_mean_abs", EQUAL_STEPS,
     ),
     Claim(
         "coupling", "bias and weights are coupled less in ELU networks than in {other} networks", "Theorem 1",
-        "ln 1/(1−h), median over units", "exam_inflation", "exam_inflation", "relu", _log, EQUAL_LOSS,
+        "ln 1/(1−h)", "exam_inflation", EQUAL_LOSS, transform=np.log,
     ),
     Claim(
         "gap", "ELU's gradient is nearer the unit natural gradient than {other}'s", "section 3",
-        "degrees between gradient and unit natural gradient", "exam_gap_degrees", "exam_gap_degrees", "relu", lambda x: x, EQUAL_LOSS,
+        "degrees between gradient and unit natural gradient", "exam_gap_degrees", EQUAL_LOSS,
     ),
     Claim(
         "inherited", "ELU units inherit a smaller share of their bias shift from below than {other} units", "section 3",
-        "Σ|incoming| / Σ(|own| + |incoming| + |second order|)", "inherited", None, "relu", lambda x: x,
-        "Single steps of SGD at equal steps, not equal loss.",
+        "Σ|incoming| / Σ(|own| + |incoming| + |second order|)", "inherited", f"{EQUAL_STEPS} Single steps of SGD.",
     ),
     Claim(
         "speed", "ELU networks learn faster than {other} networks", "section 4.1, Figure 2b",
-        "ln of the training loss", "train_loss", None, "relu", _log, "At equal steps and one learning rate for all.",
+        "ln of the steps to equal training loss", "exam_step", "One learning rate for all.", transform=np.log,
+    ),
+    Claim(
+        "loss", "ELU networks end at a lower training loss than {other} networks", "section 4.1, Figure 2b",
+        "ln of the training loss", "train_loss", "At equal steps; one learning rate for all.", transform=np.log,
     ),
 )  # fmt: skip
+CORRECTION = "Theorem 2's correction makes the effective incoming mean smaller more often than not"
 
 
 def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
     """One row per claim of the paper: what these runs say about it.
 
     Effects are ELU minus the other activation, paired by seed (equal initial weights, equal batches); every claim says that its
-    effect is negative. The verdict goes by the 95 % t interval over seeds: *supported* when it lies below 0, *not supported*
-    when above, *undecided* when it holds 0, when there are fewer than 6 paired seeds, or when the sign of the effect changes
-    with the damping or the probe.
+    effect is negative. The verdict is *supported* when the 95 % t interval over seeds lies below 0 and the exact Wilcoxon test agrees
+    (p < .05), *not supported* when it lies above 0 and the test agrees, else *undecided*; so it is, too, with fewer than 6 paired
+    seeds, and when the sign of the effect changes with the damping or the probe.
 
     Args:
         runs: a run folder or a folder of runs, or the table that `biasshift.reading.read_runs` returns.
@@ -88,69 +91,53 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     table = runs if isinstance(runs, pd.DataFrame) else read_runs(runs)
-    numbers = per_run(table)
-    examined = _examinations(table)
-    at_equal_loss = examined.groupby("run", observed=True).mean(numeric_only=True) if len(examined) else examined
-    numbers = numbers.join(at_equal_loss[[c for c in at_equal_loss if c.startswith("exam_")]], on="run") if len(examined) else numbers
-    rows = [_judge(claim, numbers, examined) for claim in CLAIMS] + [_corrected_mean(numbers)]
-    return pd.DataFrame([row for row in rows if row])
+    numbers, exams = per_run(table), examinations(table)
+    known = set(numbers["activation"])
+    rows = [_judge(claim, numbers, exams) for claim in CLAIMS if {"elu", claim.against} <= known]
+    return pd.DataFrame([*rows, _correction(numbers, exams)])
 
 
-def _examinations(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per run, probe and damping: means over the layers that are fed by an activation."""
-    if "exam_damping" not in table:
-        return table.iloc[:0]
-    rows = table[table["exam_damping"].notna()]
-    columns = [name for name in table if str(name).startswith("exam_") and name not in ("exam_probe", "exam_damping")]
-    keys = ["run", "activation", "seed", "exam_probe", "exam_damping"]
-    return rows.groupby(keys, observed=True, sort=False)[columns].mean().reset_index()
+def _judge(claim: Claim, numbers: "pd.DataFrame", exams: "pd.DataFrame") -> dict:
+    found = interval(_paired(numbers, claim))
+    judged, caveat = _verdict(found), claim.caveat
+    if claim.caveat == EQUAL_LOSS:
+        repeated = [_paired(group, claim).mean() for _, group in exams.groupby(["exam_probe", "exam_damping"])]
+        judged, caveat = _repeated(judged, caveat, found["effect"], repeated)
+    statement = claim.statement.format(other=NAMES[claim.against])
+    return _row(claim.name, statement, claim.source, claim.statistic, found, judged, caveat)
 
 
-def _judge(claim: Claim, numbers: "pd.DataFrame", examined: "pd.DataFrame") -> dict | None:
-    if claim.column not in numbers or not {"elu", claim.against} <= set(numbers["activation"]):
-        return None
-    effects = _paired(numbers, claim.column, claim.against, claim.transform)
-    row = {
-        "claim": claim.name,
-        "statement": claim.statement.format(other=NAMES[claim.against]),
-        "source": claim.source,
-        "statistic": claim.statistic,
-        **interval(effects),
-        "caveat": claim.caveat,
-    }
-    row["verdict"] = verdict(row["low"], row["high"], row["n"])
-    if claim.repeated and row["verdict"] != "undecided" and not _same_sign(claim, examined, row["effect"]):
-        row["verdict"] = "undecided"
-        row["caveat"] += " The sign changes with the damping or the probe."
-    return row
+def _correction(numbers: "pd.DataFrame", exams: "pd.DataFrame") -> dict:
+    """Theorem 2's correction has no pairs: one half minus the share of units that it helps, all activations together."""
+
+    def effect(rows: "pd.DataFrame") -> "pd.Series":
+        return 0.5 - rows.groupby("seed")["exam_smaller_share"].mean().dropna()
+
+    found = interval(effect(numbers))
+    repeated = [effect(group).mean() for _, group in exams.groupby(["exam_probe", "exam_damping"])]
+    judged, caveat = _repeated(_verdict(found), EQUAL_LOSS, found["effect"], repeated)
+    return _row("correction", CORRECTION, "Theorem 2", "½ − share of units with |μ − k m| < |μ|", found, judged, caveat)
 
 
-def _corrected_mean(numbers: "pd.DataFrame") -> dict | None:
-    """Theorem 2's correction has no pairs: the share of units whose effective incoming mean is smaller, against one half."""
-    column = "exam_smaller_share" if "exam_smaller_share" in numbers else "shrinks"
-    by_seed = numbers.groupby("seed")[column].mean().dropna() - 0.5
-    row = {
-        "claim": "correction",
-        "statement": "Theorem 2's correction makes the effective incoming mean smaller more often than not",
-        "source": "Theorem 2",
-        "statistic": "½ − share of units with |μ − k m| < |μ|, all activations",
-        **interval(-by_seed),
-        "caveat": f"{EQUAL_LOSS if column.startswith('exam') else ''} The theorem does not promise it; interval over seeds.".strip(),
-    }
-    return row | {"verdict": verdict(row["low"], row["high"], row["n"])}
+def _repeated(judged: str, caveat: str, effect: float, repeated: list[float]) -> tuple[str, str]:
+    if all(mean * effect > 0 for mean in repeated) or not repeated:
+        return judged, caveat
+    return "undecided", "At equal training loss; the sign changes with the damping or the probe."
 
 
-def _paired(numbers: "pd.DataFrame", column: str, other: str, transform: Callable) -> "pd.Series":
-    by_seed = numbers.pivot_table(index="seed", columns="activation", values=column, observed=True, dropna=False)
-    if not {"elu", other} <= set(by_seed):
-        return by_seed.iloc[:0, 0] if by_seed.shape[1] else by_seed.sum(axis=1)
-    return (transform(by_seed["elu"]) - transform(by_seed[other])).dropna()
+def _row(name: str, statement: str, source: str, statistic: str, found: dict, judged: str, caveat: str) -> dict:
+    if found["n"] == 0:
+        caveat = "No pair of runs came down to the equal loss." if caveat != EQUAL_STEPS else "No pair of runs with one seed."
+    elif found["n"] < FEWEST_SEEDS:
+        caveat = f"Fewer than {FEWEST_SEEDS} paired seeds decide nothing. {caveat}"
+    return {
+        "claim": name, "statement": statement, "source": source, "statistic": statistic, **found, "verdict": judged, "caveat": caveat,
+    }  # fmt: skip
 
 
-def _same_sign(claim: Claim, examined: "pd.DataFrame", effect: float) -> bool:
-    groups = examined.groupby(["exam_probe", "exam_damping"])
-    means = [_paired(group, claim.repeated or "", claim.against, claim.transform).mean() for _, group in groups]
-    return all(mean * effect > 0 for mean in means)
+def _paired(numbers: "pd.DataFrame", claim: Claim) -> "pd.Series":
+    elu, other = (numbers[numbers["activation"] == name].set_index("seed")[claim.column] for name in ("elu", claim.against))
+    return (claim.transform(elu) - claim.transform(other)).dropna()
 
 
 def interval(effects: "pd.Series") -> dict[str, float]:
@@ -166,21 +153,22 @@ def interval(effects: "pd.Series") -> dict[str, float]:
     return {"effect": mean, "low": mean - half, "high": mean + half, "n": n, "p": p}
 
 
-def verdict(low: float, high: float, n: int) -> str:
-    """*supported* below 0, *not supported* above, *undecided* across 0 or with too few pairs."""
-    if n < FEWEST_SEEDS:
+def verdict(low: float, high: float, n: int, p: float) -> str:
+    """*supported* below 0, *not supported* above; *undecided* across 0, with too few pairs, or where the exact test disagrees."""
+    if n < FEWEST_SEEDS or not p < 1 - CONFIDENCE:
         return "undecided"
     return "supported" if high < 0 else "not supported" if low > 0 else "undecided"
 
 
+def _verdict(found: dict[str, float]) -> str:
+    return verdict(found["low"], found["high"], int(found["n"]), found["p"])
+
+
 def sentences(found: "pd.DataFrame") -> list[str]:
-    """One plain sentence per claim."""
-    said = {"supported": "This run supports", "not supported": "This run speaks against", "undecided": "This run leaves undecided"}
+    """One plain sentence per claim, with its number, interval and caveat."""
+    said = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
     return [
-        f"{said[row.verdict]} that {row.statement} ({row.source}): {row.statistic}, difference {row.effect:+.3g} "
-        f"[{row.low:+.3g}, {row.high:+.3g}], n = {row.n}, p = {row.p:.3g}. {row.caveat}"
+        f"{said[row.verdict]}: {row.statement} ({row.source}). {row.statistic}: "
+        f"{row.effect:+.3g} [{row.low:+.3g}, {row.high:+.3g}], n = {row.n}, p = {row.p:.2g}. {row.caveat}"
         for row in found.itertuples()
     ]
-
-
-__all__ = ["CLAIMS", "Claim", "claims", "fed_layers", "interval", "sentences", "verdict"]

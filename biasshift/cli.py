@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from biasshift.figures import FIGURES, draw
 from biasshift.layout import is_run
 from biasshift.pool import cores, run_jobs
 from biasshift.reading import read_runs
-from biasshift.summary import per_run, reading_table
+from biasshift.summary import READING, per_run, reading_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,16 +151,13 @@ def progress(console: Console, epochs: int) -> Iterator[Callable[[], None]]:
 
 def _say_table(console: Console, table: "pd.DataFrame") -> None:
     found = reading_table(per_run(table))
-    shown = Table(title="At the last measurement, mean ± SD over seeds", title_justify="left")
-    for column in ("", *found.index):
-        shown.add_column(column, justify="right" if column else "left")
-    for quantity in found.columns:
-        shown.add_row(quantity, *found[quantity])
+    shown = Table(title="Mean ± SD over seeds", title_justify="left")
+    for column in ("", *found.columns):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for quantity, row in found.iterrows():
+        shown.add_row(str(quantity), *row)
     console.print(shown)
-    console.print(
-        "k and coupling are medians over units with ten effective samples per incoming activation; the other units are excluded. "
-        "Coupling, k, gap and effective samples are means over the layers that are fed by an activation."
-    )
+    console.print(READING)
 
 
 def _say_identities(console: Console, table: "pd.DataFrame") -> None:
@@ -173,13 +171,10 @@ def _say_paths(console: Console, paths: list[Path]) -> None:
 
 
 def _say_claims(console: Console, table: "pd.DataFrame") -> None:
-    found = claims(table)
     console.print("\n[bold]What these runs say about the paper's claims[/bold]")
-    console.print("Effects are ELU minus the other activation, paired by seed, with 95 % intervals; not corrected for their number.")
-    if not len(found):
-        console.print("  No claim can be judged: the runs need ELU and another activation function with the same seeds.")
-    for sentence in sentences(found):
-        console.print(f"  • {sentence}", markup=False)
+    console.print("Effects are ELU minus the other activation, paired by seed, with 95 % intervals, not corrected for their number.")
+    for sentence in sentences(claims(table)):
+        console.print(Padding(sentence, (0, 0, 0, 2)), markup=False)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,15 @@ def figure2(table: "pd.DataFrame") -> "Figure":
     means.legend().remove()  # the same lines as beside it
     means.set_title("(a) mean unit activation", loc="left")
     losses.set_title("(b) cross-entropy", loc="left")
-    figure.suptitle(described(table))
+    figure.suptitle(f"{described(table)}, mean ± SD")
     return figure
 
 
 def gap(table: "pd.DataFrame") -> "Figure":
     """The gradient gap of every layer that is fed by an activation, against its mean incoming activation."""
     figure, (ax,) = plots.panels(1)
-    plots.gap_against_mean(ax, table, layers=list(fed_layers(table)))
-    figure.suptitle(described(table))
+    plots.gap_against_mean(ax, table, layers=fed_layers(table))
+    figure.suptitle(f"{described(table)}\na dot per layer, run and measurement; large: medians")
     return figure
 
 
@@ -47,7 +47,7 @@ def described(table: "pd.DataFrame") -> str:
     """Which runs a figure shows: data, length, seeds."""
     experiments, seeds, epochs = (sorted(set(table[name])) for name in ("experiment", "seed", "epochs"))
     length = f"{epochs[0]:g}" if len(epochs) == 1 else f"{epochs[0]:g}–{epochs[-1]:g}"
-    return f"{', '.join(map(str, experiments))}: {length} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, mean ± SD"
+    return f"{', '.join(map(str, experiments))}: {length} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
 
 def draw(name: str, table: "pd.DataFrame | None", folder: Path) -> list[Path]:

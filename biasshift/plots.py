@@ -243,16 +243,22 @@ def learning_curves(
 
     Args:
         column_train, column_valid: columns of the whole network; None leaves one out.
+        log: draw on a log scale, with mean and SD of the logarithm.
         label: what the columns hold, with its unit.
     """
+    import numpy as np
+
     shown = [(column_train, "-", "training"), (column_valid, ":", "validation")]
     shown = [(column, line, name) for column, line, name in shown if column is not None]
     for column, line, _ in shown:
         _need(table, ["layer", group, column], "the learning curves")
         network = table.loc[table["layer"] == ""]
         rows = with_epochs(network) if against == "epoch" else network
+        # Mean and SD belong to the scale that is drawn: below a mean, an SD may reach past 0, where no logarithm is.
+        rows = rows.assign(**{column: np.log10(rows[column])}) if log else rows
         lines = mean_and_sd_over_seeds(rows, column, [group, against])
-        _lines_and_ribbons(ax, lines, group, against, line=line, named=line == shown[0][1])
+        scale = (lambda exponent: 10**exponent) if log else (lambda value: value)
+        _lines_and_ribbons(ax, lines, group, against, line=line, named=line == shown[0][1], scale=scale)
     for _, line, name in shown:
         ax.plot([], [], line, color="0.4", label=name)
     ax.set(ylabel=label, yscale="log" if log else "linear")
