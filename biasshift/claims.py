@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,10 @@ FEWEST_SEEDS = 6  # below, an exact paired test cannot reach .05
 CONFIDENCE = 0.95
 EQUAL_STEPS = "At equal steps, not at equal loss."
 EQUAL_LOSS = "At equal training loss; the sign is the same on two disjoint probes and at dampings 1e-4, 1e-2 and 1."
+SIGN_CHANGES = "At equal training loss; the sign changes with the damping or the probe."
+ONE_RATE = "One learning rate for all."
+NO_PAIR = "No two runs with one seed reached their last epoch."
+NO_EXAM = "No two runs with one seed came down to the equal loss."
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ CLAIMS = (
     ),
     Claim(
         "speed", "ELU networks learn faster than {other} networks", "section 4.1, Figure 2b",
-        "ln of the steps to equal training loss", "exam_step", "One learning rate for all.", transform=np.log,
+        "ln of the steps to equal training loss", "exam_step", ONE_RATE, transform=np.log,
     ),
     Claim(
         "loss", "ELU networks end at a lower training loss than {other} networks", "section 4.1, Figure 2b",
@@ -86,7 +90,7 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
         two-sided Wilcoxon signed-rank test, not corrected for the number of claims), ``verdict``, ``caveat``.
 
     Raises:
-        ValueError: when there are no runs, or they lack what the claims are made of.
+        ValueError: when there are no runs, they lack what the claims are made of, or they are no runs of one setting.
     """
     import pandas as pd
 
@@ -122,12 +126,12 @@ def _correction(numbers: "pd.DataFrame", exams: "pd.DataFrame") -> dict:
 def _repeated(judged: str, caveat: str, effect: float, repeated: list[float]) -> tuple[str, str]:
     if all(mean * effect > 0 for mean in repeated) or not repeated:
         return judged, caveat
-    return "undecided", "At equal training loss; the sign changes with the damping or the probe."
+    return "undecided", SIGN_CHANGES
 
 
 def _row(name: str, statement: str, source: str, statistic: str, found: dict, judged: str, caveat: str) -> dict:
     if found["n"] == 0:
-        caveat = "No pair of runs came down to the equal loss." if caveat != EQUAL_STEPS else "No pair of runs with one seed."
+        caveat = NO_EXAM if caveat in (EQUAL_LOSS, SIGN_CHANGES, ONE_RATE) else NO_PAIR
     elif found["n"] < FEWEST_SEEDS:
         caveat = f"Fewer than {FEWEST_SEEDS} paired seeds decide nothing. {caveat}"
     return {
@@ -167,8 +171,12 @@ def _verdict(found: dict[str, float]) -> str:
 def sentences(found: "pd.DataFrame") -> list[str]:
     """One plain sentence per claim, with its number, interval and caveat."""
     said = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
-    return [
-        f"{said[row.verdict]}: {row.statement} ({row.source}). {row.statistic}: "
-        f"{row.effect:+.3g} [{row.low:+.3g}, {row.high:+.3g}], n = {row.n}, p = {row.p:.2g}. {row.caveat}"
-        for row in found.itertuples()
-    ]
+    return [f"{said[row.verdict]}: {row.statement} ({row.source}). {_number(row)}{row.caveat}" for row in found.itertuples()]
+
+
+def _number(row: Any) -> str:
+    if row.n == 0:
+        return ""
+    interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.n > 1 else ""
+    p = f", p = {row.p:.2g}" if row.p == row.p else ""
+    return f"{row.statistic}: {row.effect:+.3g}{interval}, n = {row.n}{p}. "

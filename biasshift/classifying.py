@@ -38,8 +38,8 @@ class Setting:
     depth: int
     width: int
     init: Literal["normal", "uniform"]
-    probe_size: int  # training examples for the unit Fisher matrices and the gap; as many others repeat the examination
-    means_size: int  # training examples for activation means and the bias shift, which need fewer
+    probe_size: int  # training examples on which everything is measured along the run
+    exam_size: int  # training examples in each of the two disjoint probes of the examination at equal loss
     means_every: int  # epochs between measurements of activation means and bias shift
     fisher_every: int  # epochs between measurements of the unit Fisher matrices and the gradient gap
     equal_loss: float  # nats: the network is examined at the end of the epoch in which its training loss first gets here
@@ -59,12 +59,12 @@ def run(setting: Setting, data: DataSet, folder: Path, exist: Literal["refuse", 
     model = mlp(inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init)
     model = model.to(data.x_train.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=setting.momentum)
-    probe, other_probe, means_probe = probes(data, setting.probe_size, setting.means_size)
+    probe, exam_probes = probes(data, setting.probe_size, setting.exam_size)
     epoch_steps = -(-len(data.x_train) // data.views // setting.batch_size)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     measured = layers[setting.skip_input_layer :]
     units = {name: evenly_spaced(setting.width, setting.units_measured) for name in layers[:-1]}
-    means = instrument(model, optimizer, means_probe, setting.means_every * epoch_steps, quantities=("activations", "bias_shift"))
+    means = instrument(model, optimizer, probe, setting.means_every * epoch_steps, quantities=("activations", "bias_shift"))
     fishers = instrument(
         model, optimizer, probe, setting.fisher_every * epoch_steps,
         quantities=("fisher", "gap"), layers=measured, units=units, damping=setting.damping,
@@ -80,7 +80,7 @@ def run(setting: Setting, data: DataSet, folder: Path, exist: Literal["refuse", 
             scores = _scores(model, data, step.number, step.epoch)
             record.append(scores)
             if not examined and scores["train_loss"].iloc[0] <= setting.equal_loss:
-                record.append(examine(model, (probe, other_probe), measured[1 - setting.skip_input_layer :], units, step.number))
+                record.append(examine(model, exam_probes, measured[1 - setting.skip_input_layer :], units, step.number))
                 examined = True
             if step.epoch % setting.means_every == 0:
                 record.append(means.flush())
@@ -93,8 +93,9 @@ def run(setting: Setting, data: DataSet, folder: Path, exist: Literal["refuse", 
 
 
 def evenly_spaced(width: int, count: int) -> list[int]:
-    """``count`` indices from 0 on, as far apart as they go."""
-    return sorted({i * width // count for i in range(min(count, width))})
+    """``count`` indices from 0 on, as far apart as they go; all of them where there are no more."""
+    count = min(count, width)
+    return [i * width // count for i in range(count)]
 
 
 def _layer_sizes(log: Log) -> "pd.DataFrame":
@@ -102,13 +103,13 @@ def _layer_sizes(log: Log) -> "pd.DataFrame":
     return layers[["layer", "inputs"]].assign(step=0, unit=-1)
 
 
-def probes(data: DataSet, size: int, means_size: int) -> tuple[Probe, Probe, Probe]:
-    """Two disjoint random parts of the training population, and a smaller one inside the first: the same for every run."""
+def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe, Probe]]:
+    """A random part of the training population, and two disjoint ones for the examination: the same for every run."""
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(data.x_train.device)
-    size = min(size, len(order) // 2)
-    parts = (order[:size], order[size : 2 * size], order[: min(means_size, size)])
-    first, second, means = ((data.x_train[part], data.y_train[part]) for part in parts)
-    return first, second, means
+    exam_size = min(exam_size, len(order) // 2)
+    parts = (order[:size], order[:exam_size], order[exam_size : 2 * exam_size])
+    along, first, second = ((data.x_train[part], data.y_train[part]) for part in parts)
+    return along, (first, second)
 
 
 def _scores(model: nn.Module, data: DataSet, step: int, epoch: int) -> "pd.DataFrame":

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from biasshift import theory
 from biasshift.accumulating import Measured, Options
 from biasshift.fisher import UnitFisher
-from biasshift.gaps import gap
 from biasshift.measuring import measure
 from biasshift.shifts import bias_shift
 
@@ -20,6 +19,7 @@ Probe = tuple[Tensor, Tensor]
 Units = dict[str, list[int]]
 
 DAMPINGS = (1e-4, 1e-2, 1.0)  # claims must keep their sign at all of them
+RESIDUAL_EXAMPLES = 500  # identities hold on any probe
 SAMPLES_PER_INPUT = 10  # units with fewer effective samples per input carry no claim
 
 
@@ -42,23 +42,38 @@ def examine(model: nn.Module, probes: tuple[Probe, Probe], layers: list[str], un
 
 
 def layer_statistics(layer: Measured) -> dict[str, float]:
-    """One number per quantity of a layer: medians over its units with enough effective samples, NaN where there are none."""
+    """One number per quantity of a layer, from its units with enough effective samples; NaN where there are none.
+
+    Medians over those units; ``smaller_share`` and ``enough`` are shares, and ``gap_degrees`` is the angle between the gradient
+    and the unit natural gradient of all those units together.
+    """
     fisher = layer.fisher
     sums, inputs = fisher.sums, fisher.mean_q.shape[1]
     enough = fisher.effective_samples >= SAMPLES_PER_INPUT * inputs
     smaller = fisher.corrected_mean.norm(dim=1) < fisher.mean_p.norm(dim=-1)
     return {
-        "inflation": _median((1 / (1 - fisher.coupling.double()))[enough]),
+        "inflation": _median((fisher.s.double() * fisher.c.double())[enough]),  # 1/(1 − h) without cancellation
         "k": _median(fisher.k[enough]),
         "smaller_share": smaller[enough].double().mean().item() if enough.any() else float("nan"),
-        "gap_degrees": float(torch.rad2deg(torch.acos(torch.tensor(float(gap(layer)["cos_gradient"])).clamp(-1, 1)))),
+        "gap_degrees": _gap_degrees(layer, enough),
         "enough": enough.double().mean().item(),
         "effective_samples": _median(sums.effective_samples),
     }
 
 
+def _gap_degrees(layer: Measured, units: Tensor) -> float:
+    g, g0 = layer.g, layer.g0
+    assert g is not None and g0 is not None
+    natural, natural0 = layer.fisher.natural_gradient(g, g0)
+    assert natural0 is not None
+    units = units & ~layer.fisher.singular
+    plain, natural = (torch.cat([w, w0[:, None]], 1)[units].double().flatten() for w, w0 in ((g, g0), (natural, natural0)))
+    cosine = theory.dot(plain, natural) / (plain.norm() * natural.norm())
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).item()
+
+
 def _median(x: Tensor) -> float:
-    return x.double().nanmedian().item() if len(x) else float("nan")
+    return x.double().nanquantile(0.5).item() if len(x) else float("nan")  # nanmedian takes the lower one of two in the middle
 
 
 def residuals(model: nn.Module, probe: Probe, units: Units, step: int) -> "pd.DataFrame":
@@ -69,7 +84,7 @@ def residuals(model: nn.Module, probe: Probe, units: Units, step: int) -> "pd.Da
     """
     import pandas as pd
 
-    x, y = (part[:2000] for part in probe)
+    x, y = (part[:RESIDUAL_EXAMPLES] for part in probe)
     twin = copy.deepcopy(model).double()
     measured = measure(twin, x.double(), y, Options(damping=1e-3, units=units), gradient=True)
     worst = [_identities(layer) for layer in measured.values()]
@@ -118,5 +133,5 @@ def _bookkeeping(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _worst(residual: Tensor, scale: Tensor) -> float:
-    """The largest residual against the layer's own scale."""
-    return (residual.abs().max() / scale.max()).item() if len(residual) else 0.0
+    """The largest residual against the layer's own scale; NaN counts as infinitely far off, or a maximum might pass over it."""
+    return (residual.abs().max() / scale.max()).nan_to_num(nan=torch.inf).item() if len(residual) else 0.0

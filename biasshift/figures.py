@@ -23,12 +23,12 @@ def figure1(table: "pd.DataFrame | None" = None) -> "Figure":
 def figure2(table: "pd.DataFrame") -> "Figure":
     """Mean unit activations, and training and validation loss, against the epoch (the paper's Figure 2)."""
     figure, (means, losses) = plots.panels(2)
-    plots.unit_means(means, table)
+    plots.unit_means(means, table, line="-")
     plots.learning_curves(losses, table, log=True)
-    means.legend().remove()  # the same lines as beside it
-    means.set_title("(a) mean unit activation", loc="left")
-    losses.set_title("(b) cross-entropy", loc="left")
-    figure.suptitle(f"{described(table)}, mean ± SD")
+    means.legend().remove()  # the same colors and markers as beside it
+    means.set_title("(a) mean ± SD over seeds", loc="left")
+    losses.set_title("(b) mean ± SD of the logarithm", loc="left")
+    figure.suptitle(described(table))
     return figure
 
 
@@ -36,7 +36,8 @@ def gap(table: "pd.DataFrame") -> "Figure":
     """The gradient gap of every layer that is fed by an activation, against its mean incoming activation."""
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table, layers=fed_layers(table))
-    figure.suptitle(f"{described(table)}\na dot per layer, run and measurement; large: medians")
+    figure.suptitle(described(table))
+    ax.set_title("a dot per layer, run and measurement; large: medians", loc="left")
     return figure
 
 
@@ -44,10 +45,12 @@ FIGURES: dict[str, Callable[..., "Figure"]] = {"1": figure1, "2": figure2, "gap"
 
 
 def described(table: "pd.DataFrame") -> str:
-    """Which runs a figure shows: data, length, seeds."""
-    experiments, seeds, epochs = (sorted(set(table[name])) for name in ("experiment", "seed", "epochs"))
-    length = f"{epochs[0]:g}" if len(epochs) == 1 else f"{epochs[0]:g}–{epochs[-1]:g}"
-    return f"{', '.join(map(str, experiments))}: {length} epochs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    """Which runs a figure shows, as far as they say it: "digits: 60 epochs, 6 seeds"."""
+    known = ("experiment", "epochs", "seed")
+    experiments, epochs, seeds = (sorted(table[name].dropna().unique()) if name in table else [] for name in known)
+    length = [f"{'–'.join(f'{number:g}' for number in sorted({epochs[0], epochs[-1]}))} epochs"] if epochs else []
+    count = [f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] if seeds else []
+    return ": ".join(filter(None, [", ".join(map(str, experiments)), ", ".join(length + count)]))
 
 
 def draw(name: str, table: "pd.DataFrame | None", folder: Path) -> list[Path]:
@@ -58,10 +61,12 @@ def draw(name: str, table: "pd.DataFrame | None", folder: Path) -> list[Path]:
     """
     if name not in FIGURES:
         raise ValueError(f"There is no figure '{name}': choose one of {', '.join(FIGURES)}.")
-    folder.mkdir(parents=True, exist_ok=True)
+    if table is None and name != "1":
+        raise ValueError(f"Figure '{name}' shows runs, and there are none.")
     paths = [folder / f"figure_{name}.{kind}" for kind in ("png", "pdf")]
     with plots.style():
         figure = FIGURES[name](table)
+        folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
             figure.savefig(path)
     return paths

@@ -1,19 +1,33 @@
 """The unit Fisher information matrix of every unit of a layer, and the terms of Theorems 1 and 2 read off it."""
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from biasshift.conjugate import Solver
+from biasshift.implicit import ImplicitSums, Samples, TooLarge, block_bytes
 from biasshift.moments import WeightedSums
+from biasshift.reducing import all_reduced
 from biasshift.solving import Factors, Singular
 from biasshift.theory import dot
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Scalars = Float[Tensor, " units"]
 Vectors = Float[Tensor, "units inputs"]
+
+STORAGES = ("dense", "implicit", "auto")
+MEMORY_BUDGET = 2**30  # bytes
+MAX_ITERATIONS = 1000
+TOLERANCE = {torch.float64: 1e-8}  # of the relative residuals; else
+SINGLE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +44,36 @@ class UnitFisher:
     Source: section 3 and appendix of the ELU paper.
     """
 
-    sums: WeightedSums = field(repr=False)
+    sums: WeightedSums | ImplicitSums = field(repr=False)
     damping: float = 0.0
     bias: bool = True
     dtype: torch.dtype = torch.float64
     name: str = ""
     labels: str = "given"  # the rule that made δ²: "expected", "sampled", "empirical" (which is another matrix), or given
+    label_noise: Tensor | None = field(default=None, repr=False)  # the variance of Σ δ² from drawing labels, (units,), float64
+    tolerance: float | None = None  # of the relative residuals of the implicit storage; None for that of the dtype
+    max_iterations: int = MAX_ITERATIONS
 
     def __post_init__(self) -> None:
         if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping must be a finite number ≥ 0, got {self.damping!r}.")
+        if not (self.tolerance is None or 0 < self.tolerance < 1) or self.max_iterations < 1:
+            raise ValueError(f"tolerance must lie in (0, 1) and max_iterations be ≥ 1, got {self.tolerance!r} and {self.max_iterations!r}.")
 
     @classmethod
-    def from_samples(cls, a: Tensor, delta2: Tensor, damping: float = 0.0, bias: bool = True, name: str = "") -> "UnitFisher":
+    def from_samples(
+        cls,
+        a: Tensor,
+        delta2: Tensor,
+        damping: float = 0.0,
+        bias: bool = True,
+        name: str = "",
+        *,
+        storage: str = "dense",
+        tolerance: float | None = None,
+        max_iterations: int = MAX_ITERATIONS,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> "UnitFisher":
         """The unit Fisher matrices of a layer from its incoming activations and the mean squared errors of its units.
 
         Args:
@@ -51,6 +82,11 @@ class UnitFisher:
             damping: λ, relative to the mean variance of the inputs; enters the inverse quantities only.
             bias: whether the units have a bias to correct with.
             name: the layer's name in error messages.
+            storage: ``"dense"`` keeps the blocks, ``"implicit"`` the samples, and solves by iteration; ``"auto"`` is dense unless
+                the blocks would pass ``memory_budget``.
+            tolerance: the relative residual of every solve by iteration; 1e-8 in double precision and 1e-5 in single by default.
+            max_iterations: after these, a unit that has not converged gets NaN, and a warning.
+            memory_budget: bytes for blocks; with the implicit storage, for the blocks of the few units that are asked for.
 
         Raises:
             ValueError: when shapes or dtypes do not fit, or a number is negative or not finite.
@@ -66,8 +102,13 @@ class UnitFisher:
         wide, weights = a.to(work), delta2.to(work)
         reference = wide.mean(0)
         shifted = wide - reference
-        sums = WeightedSums.empty(delta2.shape[1], reference).with_inputs(shifted, len(a)).with_weights(shifted, weights)
-        return cls(sums, damping, bias, a.dtype, name)
+        units, inputs, total = delta2.shape[1], a.shape[1], shifted.sum(0, dtype=torch.float64)
+        if not is_implicit(storage, block_bytes(units, inputs), memory_budget):
+            sums = WeightedSums.empty(units, reference).with_inputs(len(a), len(a), total).with_weights(shifted, weights)
+            return cls(sums, damping, bias, a.dtype, name)
+        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
+        sums = ImplicitSums.empty(units, reference, memory_budget).with_inputs(len(a), len(a), total)
+        return cls(sums.with_part(part.moments(), part), damping, bias, a.dtype, name, tolerance=tolerance, max_iterations=max_iterations)
 
     def __add__(self, other: "UnitFisher") -> "UnitFisher":
         """The matrices of both sets of samples together, exactly."""
@@ -76,11 +117,34 @@ class UnitFisher:
         mine, theirs = ((f.sums.first.shape, f.damping, f.bias, f.labels) for f in (self, other))
         if mine != theirs:
             raise ValueError(f"Only layers of equal shape, damping, bias and labels can be added: {mine} and {theirs}; see damped().")
-        return replace(self, sums=self.sums + other.sums)
+        if isinstance(self.sums, WeightedSums) and isinstance(other.sums, WeightedSums):
+            sums = self.sums + other.sums
+        elif isinstance(self.sums, ImplicitSums) and isinstance(other.sums, ImplicitSums):
+            sums = self.sums + other.sums
+        else:
+            raise ValueError(f"Only layers of equal storage can be added, not {self.storage} and {other.storage}: choose storage= for both.")
+        noise = None if self.label_noise is None or other.label_noise is None else self.label_noise + other.label_noise
+        return replace(self, sums=sums, label_noise=noise)
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "UnitFisher":
+        """The matrices of the samples of all processes together, on every process, exactly. All of them must call it.
+
+        Raises:
+            RuntimeError: when torch.distributed is not initialized.
+            ValueError: when the processes do not hold the same layer.
+        """
+        what = f"'{self.name}' at damping={self.damping}, bias={self.bias}, labels={self.labels!r}"
+        sums, noise = all_reduced(self.sums, self.label_noise, what, group)
+        return replace(self, sums=sums, label_noise=noise)
 
     def damped(self, damping: float) -> "UnitFisher":
         """The same moments with another damping, which replaces the present one."""
         return replace(self, damping=damping)
+
+    @property
+    def storage(self) -> str:
+        """``"dense"``: the blocks are kept. ``"implicit"``: the samples are, and inverse quantities come by iteration."""
+        return "implicit" if isinstance(self.sums, ImplicitSums) else "dense"
 
     # -- as measured ---------------------------------------------------------------------------------------------------
 
@@ -103,8 +167,8 @@ class UnitFisher:
 
     @cached_property
     def var_q(self) -> Float[Tensor, "units inputs inputs"]:
-        """``V = Var_q(a)``, undamped."""
-        return self._out(self.sums.var_q())
+        """``V = Var_q(a)``, undamped. Refused for more units than the memory budget holds, as are `A` and `matrix`."""
+        return self._out(self._blocks())
 
     @property
     def cov_p(self) -> Vectors:
@@ -115,7 +179,7 @@ class UnitFisher:
     def A(self) -> Float[Tensor, "units inputs inputs"]:
         """``E_p(δ² a aᵀ) = c (V + m mᵀ)``; 0 for a dead unit."""
         m = self.sums.mean_q
-        outer = torch.baddbmm(self.sums.var_q(), m[:, :, None], m[:, None, :])
+        outer = torch.baddbmm(self._blocks(), m[:, :, None], m[:, None, :])
         return self._out((outer * self.sums.mean_delta2[:, None, None]).nan_to_num(nan=0.0))
 
     @property
@@ -134,11 +198,12 @@ class UnitFisher:
     def matvec(self, v: Tensor, v0: Tensor | None = None) -> tuple[Vectors, Scalars | None]:
         """``F [v; v₀]`` for every unit: (units, inputs) and (units,); without a bias ``(A v, None)``."""
         v, v0 = self._arguments(v, v0)
-        Av = torch.bmm(self.A, v.to(self.dtype)[:, :, None])[:, :, 0]
+        m, c, wide = self.sums.mean_q.nan_to_num(nan=0.0), self.sums.mean_delta2, v.double()
+        Av = c[:, None] * (self.sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None])
         if v0 is None:
-            return Av, None
-        v, v0 = v.to(self.dtype), v0.to(self.dtype)
-        return Av + self.b * v0[:, None], dot(self.b, v) + self.c * v0
+            return self._out(Av), None
+        c_v0 = c * v0.double()
+        return self._out(Av + m * c_v0[:, None]), self._out(c * dot(m, wide) + c_v0)
 
     @property
     def dead(self) -> Bool[Tensor, " units"]:
@@ -148,8 +213,18 @@ class UnitFisher:
     @cached_property
     def singular(self) -> Bool[Tensor, " units"]:
         """Live units whose incoming activations do not vary under q, up to rounding: relative damping cannot help them."""
-        factors = self._factors if self.bias else self._uncentered_factors
+        factors = self._uncentered_factors if isinstance(self.sums, WeightedSums) and not self.bias else self._factors
         return ~(self.dead | factors.usable)
+
+    @property
+    def converged(self) -> Bool[Tensor, " units"]:
+        """Units that s, k, k0, coupling and the corrected mean were found for; others have NaN there although neither dead nor singular.
+
+        With the dense storage that is every unit. `natural_gradient` is a solve of its own, and says so by NaN and a warning.
+        """
+        if isinstance(self.sums, WeightedSums):
+            return torch.ones_like(self.dead)
+        return ~(self._factors.usable & self._whitened_mean[0].isnan())
 
     @property
     def effective_samples(self) -> Scalars:
@@ -158,6 +233,16 @@ class UnitFisher:
         The bias of s, k and h is of order inputs / effective_samples: below 10 × inputs they should carry no claim.
         """
         return self._out(self.sums.effective_samples)
+
+    @property
+    def standard_error(self) -> Scalars:
+        """The standard error of ``mean_delta2`` from drawing labels, from the spread between draws on the same examples.
+
+        0 where nothing was drawn; NaN for one draw, which does not show it: ``unit_fisher(…, labels="sampled", draws=8)``.
+        """
+        if self.label_noise is not None:
+            return self._out(self.label_noise.sqrt() / self.sums.examples)
+        return self._out(torch.full_like(self.sums.weight, torch.nan if self.labels == "sampled" else 0.0))
 
     # -- with the inverse, hence with damping ----------------------------------------------------------------------------
 
@@ -187,7 +272,9 @@ class UnitFisher:
         """``μ − k m``, the effective incoming mean after Theorem 2's correction. NaN without a bias."""
         return self._with_bias(self.sums.mean_p - self._k[:, None] * self.sums.mean_q)
 
-    def natural_gradient(self, g: Tensor, g0: Tensor | None = None) -> tuple[Vectors, Scalars | None]:
+    def natural_gradient(
+        self, g: Tensor, g0: Tensor | None = None, *, tolerance: float | None = None, max_iterations: int | None = None
+    ) -> tuple[Vectors, Scalars | None]:
         """``F⁻¹ (g, g₀)``, the unit natural gradient, in centered form: ``Δw = (cV)⁻¹(g − g₀m)``, ``Δw₀ = g₀/c − mᵀΔw``.
 
         The step moves the mean net input under q by exactly ``g₀/c``: the weights' part of it is nothing on average.
@@ -195,9 +282,11 @@ class UnitFisher:
         Args:
             g: (units, inputs), the gradient of the weights.
             g0: (units,), the gradient of the biases; left out for a layer without a bias, which gets ``(A⁻¹g, None)``.
+            tolerance, max_iterations: of the implicit storage, in place of those of this object.
 
         Returns:
-            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units.
+            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units, and, with a RuntimeWarning, for those that an
+            iteration did not converge for.
 
         Raises:
             ValueError: when shapes do not fit, or V has no inverse and damping is 0.
@@ -205,39 +294,72 @@ class UnitFisher:
         Source: Theorem 1.
         """
         g, g0 = self._arguments(g, g0)
+        effort = (tolerance or self.tolerance, max_iterations or self.max_iterations)
         c = self.sums.mean_delta2
         if g0 is None:
-            return self._out(self._solve(g.double(), self._uncentered_factors) / c[:, None]), None
+            return self._out(self._solve_uncentered(g.double(), effort) / c[:, None]), None
         m, wide0 = self.sums.mean_q, g0.double()
-        dw = self._solve(g.double() - wide0[:, None] * m, self._factors) / c[:, None]
+        dw = self._solve(g.double() - wide0[:, None] * m, self._factors, effort) / c[:, None]
         return self._out(dw), self._out(wide0 / c - dot(m, dw))
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _factors(self) -> Factors:
+    def _factors(self) -> Factors | Solver:
+        if isinstance(self.sums, ImplicitSums):
+            return Solver(self.sums, self.damping, self.dtype)
         return Factors(self.sums, self.damping, self.dtype)
 
     @cached_property
     def _uncentered_factors(self) -> Factors:
+        assert isinstance(self.sums, WeightedSums)
         return Factors(self.sums, self.damping, self.dtype, centered=False)
 
     @cached_property
     def _whitened_mean(self) -> tuple[Tensor, Tensor]:
         """``mᵀV⁻¹m`` and ``(m − μ)ᵀV⁻¹m``, the only two numbers of a unit that s, k and h need."""
         m = self.sums.mean_q
-        x = self._solve(m, self._factors)
+        x = self._solve(m, self._factors, (self.tolerance, self.max_iterations))
         return dot(m, x), dot(self.sums.offset_pq, x)
 
     @property
     def _k(self) -> Tensor:
         return 1 + self._whitened_mean[1]
 
-    def _solve(self, rhs: Tensor, factors: Factors) -> Tensor:
+    def _solve(self, rhs: Tensor, factors: Factors | Solver, effort: tuple[float | None, int]) -> Tensor:
+        rhs, (tolerance, iterations) = rhs.nan_to_num(nan=0.0), effort
         try:
-            return factors.solve(rhs.nan_to_num(nan=0.0)[:, :, None])[:, :, 0]
+            if isinstance(factors, Factors):
+                return factors.solve(rhs[:, :, None])[:, :, 0]
+            x = factors.solve(rhs, tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE), iterations)
         except Singular as singular:
             raise ValueError(self._explain(singular)) from None
+        failed = int((factors.usable & x.isnan().any(1)).sum())
+        if failed:
+            warnings.warn(
+                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within {iterations} iterations at damping={self.damping}, "
+                'and have NaN. Use more damping, a larger tolerance= or max_iterations=, or storage="dense" with fewer units=.',
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return x
+
+    def _solve_uncentered(self, g: Tensor, effort: tuple[float | None, int]) -> Tensor:
+        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form (Sherman–Morrison), since a large mean would drown the products."""
+        if isinstance(self.sums, WeightedSums):
+            return self._solve(g, self._uncentered_factors, effort)
+        m = self.sums.mean_q
+        x, y = self._solve(g, self._factors, effort), self._solve(m, self._factors, effort)
+        return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]
+
+    def _blocks(self) -> Tensor:
+        try:
+            return self.sums.var_q()
+        except TooLarge as large:
+            raise ValueError(
+                f"Layer '{self.name}': the blocks of {large.units} units take {large.bytes / 2**20:.0f} MiB, more than memory_budget. They are "
+                "kept implicitly: measure a few units with units=, or raise memory_budget."
+            ) from None
 
     def _explain(self, singular: Singular) -> str:
         units, inputs = self.sums.first.shape
@@ -268,6 +390,13 @@ class UnitFisher:
 
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
+
+
+def is_implicit(storage: str, bytes_of_blocks: int, memory_budget: int) -> bool:
+    """Whether a layer keeps its samples instead of its blocks."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}.")
+    return storage == "implicit" or (storage == "auto" and bytes_of_blocks > memory_budget)
 
 
 def _check_samples(a: Tensor, delta2: Tensor) -> None:

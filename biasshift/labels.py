@@ -37,21 +37,25 @@ def check(likelihood: str, labels: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
-def seeds(outputs: Outputs, likelihood: Likelihood, labels: Labels, y: Tensor | None, generator: torch.Generator | None) -> SeedRule:
+def seeds(
+    outputs: Outputs, likelihood: Likelihood, labels: Labels, y: Tensor | None, generator: torch.Generator | None, draws: int = 1
+) -> SeedRule:
     """The seeds of one batch under a label rule.
 
     ``expected`` is exact: classes − 1 passes per position for ``categorical`` (a square root of ``diag p − ppᵀ`` has one
     column less than classes), one per output for ``gaussian`` (unit variance) and ``bernoulli`` (outputs are logits).
-    ``sampled`` is one pass at labels drawn from the model, unbiased. ``empirical`` takes the data's labels: another matrix.
+    ``sampled`` is one pass for every draw of labels from the model, unbiased. ``empirical`` takes the data's labels: another matrix.
     """
+    if likelihood == "categorical" and outputs.shape[-1] < 2:
+        raise ValueError(f'One class, in outputs {tuple(outputs.shape)}, is always right: use likelihood="bernoulli" or "gaussian".')
     if labels == "expected":
         return _expected(outputs.detach(), likelihood)
     if labels == "empirical":
         if y is None:
             raise ValueError('labels="empirical" needs the data\'s labels: give batches (x, y).')
         return SeedRule(1, lambda i, j: error(outputs.detach(), likelihood, y)[None])
-    drawn = _draw(outputs.detach(), likelihood, generator)
-    return SeedRule(1, lambda i, j: error(outputs.detach(), likelihood, drawn)[None])
+    drawn = [_draw(outputs.detach(), likelihood, generator) for _ in range(draws)]
+    return SeedRule(draws, lambda i, j: torch.stack([error(outputs.detach(), likelihood, y) for y in drawn[i:j]]) / draws**0.5)
 
 
 def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:

@@ -14,9 +14,10 @@ from biasshift.averages import ActivationWatcher, activation_modules, activation
 from biasshift.feeding import Feeding
 from biasshift.gaps import gap
 from biasshift.layers import WeightLayer
-from biasshift.measuring import NonFiniteOutputs, measure
+from biasshift.measuring import measure
 from biasshift.moments import ActivationMoments
 from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.proving import NonFiniteOutputs
 from biasshift.shifts import NetMeans, compare, net_means
 from biasshift.tables import activation_columns, fisher_columns, layer_row, shift_columns, tidy, unit_rows
 from biasshift.tracing import underlying, watch, watching

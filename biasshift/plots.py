@@ -42,6 +42,8 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text in the PDF
     "font.size": 9,
     "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -195,7 +197,12 @@ def activation_functions(
 
 
 def unit_means(
-    ax: Axes, table: pd.DataFrame, group: str = "activation", against: str = "epoch", layers: Sequence[str] | None = None
+    ax: Axes,
+    table: pd.DataFrame,
+    group: str = "activation",
+    against: str = "epoch",
+    layers: Sequence[str] | None = None,
+    line: str | None = None,
 ) -> Axes:
     """Returns `ax` with the median over all units of their mean activation (figure 2a): mean and SD over seeds.
 
@@ -203,8 +210,9 @@ def unit_means(
         group: one line for each value of this column.
         against: "epoch" or "step".
         layers: only the units of these modules; default: of every module that `mean` was measured at.
+        line: one line style for all groups, with markers; default: each group's own.
     """
-    _lines_and_ribbons(ax, _medians(table, "mean", group, against, layers), group, against)
+    _lines_and_ribbons(ax, _medians(table, "mean", group, against, layers), group, against, line)
     ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     ax.set(ylabel="median over units of\nthe mean activation")
     _legend(ax)
@@ -283,7 +291,7 @@ def gap_against_mean(
         big = {"s": 80, "color": look.color, "marker": look.marker, "edgecolors": "white", "linewidths": 1.2, "zorder": 3}
         ax.scatter([x.median()], [y.median()], label=f"{look.label} (n = {runs})", **big)
     ax.set(xlabel="incoming activations: mean over inputs of $|E_p(a)|$")
-    ax.set(ylabel="gradient gap: angle between gradient\nand unit natural gradient (degrees)")
+    ax.set(ylabel="angle between gradient and\nunit natural gradient (degrees)")
     _legend(ax)
     return ax
 

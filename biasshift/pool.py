@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ import torch
 
 Job = tuple[Callable[..., None], tuple[Any, ...]]  # called with its arguments and ``on_epoch``
 
-_epochs: Any = None  # the queue of a worker process
+# Of a worker process:
+_epochs: Any = None  # the queue of finished epochs
+_working = False
+_stopped = False
 
 
 def cores() -> int:
@@ -25,7 +29,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, on_epoch: Callable[[], None]) ->
     """Runs all jobs and calls ``on_epoch`` in this process whenever one of them has finished an epoch.
 
     Results do not depend on ``workers``: every job runs on one thread. The first job that fails ends the others, with its
-    exception; so does an interruption from the keyboard.
+    exception; so does an interruption from the keyboard. Jobs that have not begun by then never begin.
+
+    Raises:
+        ValueError: for less than one worker.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
@@ -38,14 +45,15 @@ def run_jobs(jobs: Sequence[Job], workers: int, on_epoch: Callable[[], None]) ->
     finished_epochs = context.Queue()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (finished_epochs,))
     try:
-        waiting = {pool.submit(_work, *job) for job in jobs}
+        with _deaf_to_the_keyboard():
+            waiting = {pool.submit(_work, *job) for job in jobs}
         while waiting:
             _relay(finished_epochs, on_epoch)
             waiting -= _finished(waiting)
         _relay(finished_epochs, on_epoch)
     except BaseException:
         for process in list(pool._processes.values()):
-            os.kill(process.pid or 0, signal.SIGINT)  # each worker closes its run as interrupted
+            process.terminate()  # heard by `_stop`: each worker closes its run as interrupted
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -71,13 +79,49 @@ def _start_worker(finished_epochs: Any) -> None:
     global _epochs
     _epochs = finished_epochs
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    global _working
     try:
-        work(*arguments, lambda: _epochs.put(None))
+        _working = True
+        if not _stopped:  # the pool hands out a few jobs ahead: those must not begin
+            work(*arguments, lambda: _epochs.put(None))
     except KeyboardInterrupt:
         raise RuntimeError("interrupted") from None  # a worker that dies would break the pool, with a page of traceback
+    finally:
+        _working = False
+
+
+def _stop(*_: object) -> None:
+    """Interrupts the job, once: a second interruption would hit it while it closes its run."""
+    global _stopped
+    first, _stopped = not _stopped, True
+    if _working and first:
+        raise KeyboardInterrupt
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _deaf_to_the_keyboard() -> Iterator[None]:
+    """Processes that are started in here never hear Ctrl-C, which a terminal sends to all: their parent tells them, once."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

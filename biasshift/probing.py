@@ -1,7 +1,9 @@
 """Looking at a model without disturbing it, and reading probe data in batches."""
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,36 +20,73 @@ Selection = Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 @contextmanager
 def undisturbed(model: nn.Module, *, evaluate: bool = False, gradients: bool = False) -> Iterator[None]:
-    """Leaves the model and the process as found: modes, requires_grad, buffers, random state, precision flags.
+    """Leaves the model and the process as found: modes, requires_grad, buffers, hooks, random state, precision flags.
 
     Args:
         evaluate: switch to eval mode inside the block.
         gradients: have every parameter require gradients inside the block, so that every layer is on the graph.
     """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(_full_precision(model))
+        stack.enter_context(_eager())
+        stack.enter_context(_quiet())
+        stack.enter_context(_same_buffers(model))
+        stack.enter_context(_same_modes(model))
+        if gradients:
+            stack.enter_context(_all_on_the_graph(model))
+        if evaluate:
+            model.eval()
+        yield
+
+
+@contextmanager
+def _same_modes(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    frozen = [p for p in model.parameters() if gradients and not p.requires_grad]
-    buffers = {b: b.clone() for b in model.buffers()} if any(modes.values()) and not evaluate else {}
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(gradients))
-            stack.enter_context(_full_precision(model))
-            stack.enter_context(_eager(model))
-            stack.enter_context(_quiet_vmap())
-            if evaluate:
-                model.eval()
-            for p in frozen:
-                p.requires_grad_(True)
-            yield
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """A model may keep running statistics, a count of its calls, or a cache: in place, or as a new tensor under the old name."""
+    found = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.layout == torch.strided and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in found:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
+    """Frozen parameters require gradients too. The user's own backward hooks rest: they may change gradients, and are no part of F."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    hooks = [(m, m._backward_hooks, m._backward_pre_hooks) for m in model.modules() if m._backward_hooks or m._backward_pre_hooks]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        for module, _, _ in hooks:
+            module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+        for module, after, before in hooks:
+            module._backward_hooks, module._backward_pre_hooks = after, before
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -56,26 +95,34 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
-    """No autocast, no TF32: bf16 products put the Fisher blocks 4e-3 off."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """No autocast, no TF32: bf16 products put the Fisher blocks 4e-3 off.
+
+    Flags are read and set operation by operation: the older, global ones raise where a user has set one of these.
+    """
     devices = {p.device.type for p in model.parameters()} | {"cpu"}
+    backends = (
+        (torch.backends.cuda, ("matmul",)),
+        (torch.backends.cudnn, ("conv", "rnn")),
+        (torch.backends.mkldnn, ("matmul", "conv", "rnn")),
+    )
+    flags = [getattr(backend, operation) for backend, operations in backends for operation in operations]
+    found = [flag.fp32_precision for flag in flags]
     with ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+            for flag in flags:
+                flag.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = cudnn
+            for flag, precision in zip(flags, found, strict=True):
+                flag.fp32_precision = precision
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire. Asked for only then, as it is slow to import."""
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules())
-    if not compiled:
+def _eager() -> Iterator[None]:
+    """Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is compiled before dynamo was imported."""
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -83,30 +130,12 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_vmap() -> Iterator[None]:
-    """Operations without a batching rule are looped over by torch, which is right and says so in a warning."""
+def _quiet() -> Iterator[None]:
+    """Two warnings say what is right here: operations without a batching rule are looped over, and nothing trains through a checkpoint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         yield
-
-
-def refuse_coupled(model: nn.Module) -> None:
-    """Raises ValueError where examples of a batch influence each other, or the function is random: no example has its own error."""
-    for name, module in model.named_modules():
-        why = None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            why = "normalizes with the statistics of its batch, which couples the examples"
-        elif isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention | nn.RNNBase) and module.training:
-            why = "drops units at random" if _drop_rate(module) > 0 else None
-        elif isinstance(module, nn.RReLU) and module.training:
-            why = "draws random slopes"
-        if why:
-            hint = "Call model.eval() first" if module.training else "Give it running statistics"
-            raise ValueError(f"Layer '{name}' ({type(module).__name__}) {why}: no example has an error of its own. {hint}.")
-
-
-def _drop_rate(module: nn.Module) -> float:
-    return float(getattr(module, "p", None) or getattr(module, "dropout", 0.0))
 
 
 # -- choosing layers -----------------------------------------------------------------------------------------------------
@@ -116,10 +145,9 @@ def weight_layers(model: nn.Module, select: Selection = None, required: bool = T
     """The layers whose units can be measured, by PyTorch's module names.
 
     Raises:
-        ValueError: for an unknown name, a layer of a kind that is not covered, or parameters tied between two layers.
+        ValueError: for an unknown name, or a layer of a kind that is not covered.
     """
-    named = dict(model.named_modules())
-    chosen = _selected(named, select)
+    chosen = _selected(model, select)
     for name, module in chosen.items():
         why = kinds.why_uncovered(module)
         if why is None and select is not None and not callable(select) and not kinds.is_covered(module):
@@ -128,34 +156,27 @@ def weight_layers(model: nn.Module, select: Selection = None, required: bool = T
             raise ValueError(f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out with layers=.")
     covered = {name: module for name, module in chosen.items() if kinds.is_covered(module)}
     if not covered and required:
-        raise ValueError("The model has no layer that can be measured: nn.Linear or nn.Conv1d/2d/3d, called as modules.")
-    _refuse_ties(covered)
+        raise ValueError(
+            "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, called as modules."
+        )
     return covered
 
 
-def _selected(named: Mapping[str, nn.Module], select: Selection) -> dict[str, nn.Module]:
+def _selected(model: nn.Module, select: Selection) -> dict[str, nn.Module]:
+    named = dict(model.named_modules())
     if select is None:
-        return dict(named)
+        return named
     if callable(select):
         return {name: module for name, module in named.items() if select(name, module)}
     names = [select] if isinstance(select, str) else list(select)
     unknown = [name for name in names if name not in named]
     if unknown:
+        first = {module: name for name, module in named.items()}
+        again = [f"'{name}' is '{first[m]}'" for name, m in model.named_modules(remove_duplicate=False) if name in unknown]
         known = ", ".join(f"'{name}'" for name, module in named.items() if kinds.is_covered(module))
-        raise ValueError(f"The model has no layer {', '.join(map(repr, unknown))}. Its measurable layers are {known}.")
+        hint = f" ({'; '.join(again)} under another name)" if again else ""
+        raise ValueError(f"The model has no layer {', '.join(map(repr, unknown))}{hint}. Its measurable layers are {known}.")
     return {name: named[name] for name in names}
-
-
-def _refuse_ties(covered: Mapping[str, WeightLayer]) -> None:
-    owners: dict[nn.Parameter, str] = {}
-    for name, module in covered.items():
-        for parameter, owned in module.named_parameters():  # behind a parametrization, module.weight is made anew at every look
-            first = name if "bias" in parameter else owners.setdefault(owned, name)
-            if first != name:
-                raise ValueError(
-                    f"Layers '{first}' and '{name}' share one weight: neither has a unit Fisher matrix of its own. "
-                    "Leave one out with layers=."
-                )
 
 
 # -- reading the probe ---------------------------------------------------------------------------------------------------
@@ -176,6 +197,7 @@ def batches(model: nn.Module, x: Probe, y: Tensor | None = None, batch_size: int
             raise ValueError("The probe must be finite: x holds NaN or infinity.")
         empty = empty and len(a) == 0
         if len(a):
+            a = a.clone() if a.is_inference() else a  # made inside torch.inference_mode, where autograd cannot use it
             yield a.to(device), None if b is None else b.to(device)
     if empty:
         raise ValueError("The probe is empty: give at least one example (an iterator that was read before is empty).")
@@ -212,4 +234,4 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
             yield from _split(a, b, batch_size)
 
 
-__all__ = ["Probe", "Selection", "batches", "refuse_coupled", "underlying", "undisturbed", "weight_layers"]
+__all__ = ["Probe", "Selection", "batches", "underlying", "undisturbed", "weight_layers"]

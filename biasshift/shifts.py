@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from biasshift import layers as kinds
 from biasshift.layers import WeightLayer
 from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.proving import refuse
+from biasshift.separating import own_function
 from biasshift.theory import shift_parts
 from biasshift.tracing import underlying, watching
 
@@ -101,8 +103,10 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
     dtypes: dict[str, torch.dtype] = {}
 
     def watch(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if why := own_function(modules[name], a, output):
+            refuse(modules, {name: why})
         positions = output.numel() // kinds.unit_count(modules[name])
-        incoming = kinds.summed_patch(modules[name], a)
+        incoming = kinds.summed_patch(modules[name], a, output.shape)
         old = sums.get(name, (0.0, 0.0, 0))
         sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(modules[name], output), old[2] + positions)
         dtypes[name] = output.dtype

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from biasshift.moments import WeightedSums
+from biasshift.moments import Sums, WeightedSums
 from biasshift.theory import damp
 
 FACTOR_BYTES = 2**28  # Cholesky factors are kept for the next solve up to this size, and formed in pieces of it beyond
@@ -19,10 +19,9 @@ class Singular(Exception):
         self.units, self.constant_inputs = units, constant_inputs
 
 
-def variances(sums: WeightedSums) -> Tensor:
+def variances(sums: Sums) -> Tensor:
     """diag V, (units, inputs), without forming V."""
-    diagonal = torch.cat([block.diagonal(dim1=1, dim2=2) for block in sums.second], dim=1)
-    return (diagonal / sums.weight[:, None] - sums.offset_q**2).clamp(min=0)
+    return (sums.squares_q - sums.offset_q**2).clamp(min=0)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -30,7 +29,7 @@ def rounding(dtype: torch.dtype) -> float:
     return 100 * torch.finfo(dtype).eps
 
 
-def without_variance(sums: WeightedSums, dtype: torch.dtype) -> Tensor:
+def without_variance(sums: Sums, dtype: torch.dtype) -> Tensor:
     """(units,): live units whose q sits on one point, V = 0 up to rounding. Relative damping cannot help them."""
     variance = variances(sums).sum(1)
     scale = variance + (sums.offset_q**2).sum(1)

@@ -8,6 +8,13 @@ if TYPE_CHECKING:
 REFERENCE_DAMPING = 1e-2  # of the examinations at equal loss, the one whose numbers are shown
 NAMES = {"elu": "ELU", "relu": "ReLU", "lrelu": "LReLU", "srelu": "SReLU"}
 EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
+REMEDY = "give runs of `biasshift demo` or `biasshift train`"
+NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
+# What runs that are compared must share, where they record it.
+SHARED = (
+    "experiment", "epochs", "batch_size", "lr", "momentum", "depth", "width", "init",
+    "probe_size", "exam_size", "means_every", "equal_loss", "units_measured",
+)  # fmt: skip
 
 # column of `per_run` → its name in the table for reading
 QUANTITIES = {
@@ -35,15 +42,15 @@ def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
     ``unit_mean`` is the median over all hidden units of their mean activation (the paper's statistic), ``unit_mean_abs`` the mean
     of its absolute value. ``exam_*`` are those of `biasshift.examining.layer_statistics`, at damping 0.01, averaged over two
     disjoint probes and over the layers that are fed by an activation; NaN for a run that never came down to the equal loss.
+    A run that was stopped before its last epoch has no numbers at its end: NaN.
 
     Raises:
-        ValueError: when the table lacks the columns of a run.
+        ValueError: when the table lacks the columns of a run, or holds runs that cannot be compared: of two settings, or two
+            of one activation and seed.
     """
     import pandas as pd
 
-    missing = {"run", "activation", "seed", "inputs", "mean", "train_loss"} - set(table)
-    if missing:
-        raise ValueError(f"These runs have no column {sorted(missing)[0]!r}: give runs of `biasshift demo` or `biasshift train`.")
+    _refuse_mixture(table)
     rows = [
         {"run": name, "activation": run["activation"].iloc[0], "seed": run["seed"].iloc[0], **_at_the_end(run)}
         for name, run in table.groupby("run", observed=True, sort=False)
@@ -54,8 +61,23 @@ def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
     return numbers.join(exams.groupby("run", observed=True).mean(), on="run")
 
 
+def _refuse_mixture(table: "pd.DataFrame") -> None:
+    if missing := [name for name in NEEDED if name not in table]:
+        raise ValueError(f"These runs have no column '{missing[0]}': {REMEDY}.")
+    runs = table.drop_duplicates("run")
+    for name in SHARED:
+        values = sorted(runs[name].dropna().unique()) if name in table else []
+        if len(values) > 1:
+            raise ValueError(f"These runs differ in '{name}' ({', '.join(map(str, values))}): give runs of one setting.")
+    if len(twice := runs[runs.duplicated(["activation", "seed"])]):
+        activation, seed = twice.iloc[0][["activation", "seed"]]
+        raise ValueError(f"There are two runs of '{activation}' with seed {seed}: give one of them.")
+
+
 def _at_the_end(run: "pd.DataFrame") -> dict[str, float]:
-    means = _last(run[(run["unit"] >= 0) & run["mean"].notna()])["mean"]
+    if not run["epoch"].max() >= run["epochs"].iloc[0]:
+        return dict.fromkeys(("unit_mean", "unit_mean_abs", "inherited", "train_loss"), float("nan"))
+    means = _last(run[(run["unit"] >= 0) & run["mean"].notna()])["mean"].astype(float)
     losses = _last(run[run["train_loss"].notna()])
     behind = run[run["layer"].isin(fed_layers(run))]
     return {
@@ -68,24 +90,30 @@ def _at_the_end(run: "pd.DataFrame") -> dict[str, float]:
 
 def examinations(table: "pd.DataFrame") -> "pd.DataFrame":
     """One row per run, probe and damping: the statistics at equal loss, means over the layers that are fed by an activation."""
-    import numpy as np
+    import pandas as pd
 
+    columns = [name for name in QUANTITIES if name.startswith("exam_")]
     if "exam_damping" not in table:
-        return table.assign(**{name: np.nan for name in QUANTITIES if name.startswith("exam_")}, exam_probe=0, exam_damping=0.0).iloc[:0]
+        return pd.DataFrame(columns=[*EXAM_KEYS, *columns]).astype(dict.fromkeys(["exam_damping", *columns], "float64"))
     rows = table[table["exam_damping"].notna()]
     rows = rows.assign(exam_step=rows["step"].astype(float), exam_excluded=1 - rows["exam_enough"])
-    columns = [name for name in QUANTITIES if name.startswith("exam_")]
     return rows.groupby(list(EXAM_KEYS), observed=True, sort=False)[columns].mean().reset_index()
 
 
 def fed_layers(run: "pd.DataFrame") -> list[str]:
-    """Weight layers behind the first: those that are fed by an activation, not by the data."""
+    """Weight layers behind the first: those that are fed by an activation, not by the data.
+
+    Raises:
+        ValueError: when the runs do not say which layers they have.
+    """
+    if "inputs" not in run:
+        raise ValueError(f"These runs have no column 'inputs': {REMEDY}.")
     return list(run[run["inputs"].notna()]["layer"].astype(str).drop_duplicates())[1:]
 
 
 def inherited_share(rows: "pd.DataFrame") -> float:
     """``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the given rows."""
-    own, incoming, second = (rows[name].abs().sum() for name in ("own", "incoming", "second_order"))
+    own, incoming, second = (float(rows[name].abs().sum()) for name in ("own", "incoming", "second_order"))
     total = own + incoming + second
     return incoming / total if total > 0 else float("nan")
 

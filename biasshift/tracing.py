@@ -4,8 +4,9 @@ Gradient edges are used instead of backward hooks or the output tensors: a layer
 activation, while the edge still leads to the net input. The only file with hooks on modules.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-Watcher = Callable[[str, nn.Module, Tensor, Tensor], None]
+Watcher = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]  # may return something else for the module to have returned
 
 
 @contextmanager
@@ -35,10 +36,34 @@ def watch(name: str, module: nn.Module, watcher: Watcher, *, raw: bool = False) 
     return module.register_forward_hook(partial(_call_watcher, name, watcher), with_kwargs=True, prepend=raw)
 
 
-def _call_watcher(name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+def _call_watcher(name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
     a = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(output, Tensor):
-        watcher(name, module, a if isinstance(a, Tensor) else output, output)
+    return watcher(name, module, a if isinstance(a, Tensor) else output, output) if isinstance(output, Tensor) else None
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often every module of the model is called inside the block, by name; modules that return no tensor count too."""
+    counts: Counter[str] = Counter()
+
+    def count(name: str, *_: object) -> None:
+        counts[name] += 1
+
+    handles = [module.register_forward_hook(partial(count, name)) for name, module in model.named_modules()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def followed_by(model: nn.Module, function: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+    """Has the model return a function of its outputs, under the same names of its modules."""
+
+    def follow(module: nn.Module, args: tuple, outputs: Tensor) -> Tensor:
+        return function(outputs)
+
+    return model.register_forward_hook(follow)
 
 
 @dataclass(frozen=True)
@@ -53,18 +78,23 @@ class Call:
 
 @dataclass
 class Tape:
-    """The calls of every layer in one forward pass, in order."""
+    """The calls of every layer in one forward pass, in order, and the layers whose calls could not be recorded."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # why, by name
 
-    def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+    def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
         if not (torch.is_grad_enabled() and output.requires_grad):
-            raise RuntimeError(
-                f"Layer '{name}' ran without gradients, inside torch.no_grad or a reentrant checkpoint: its errors cannot be "
-                "measured. Use checkpoint(..., use_reentrant=False), or leave the layer out with layers=."
+            self.refused[name] = (
+                "it ran without gradients, inside torch.no_grad or a reentrant checkpoint, which autograd does not follow "
+                "(use_reentrant=False would do)"
             )
+            return None
+        view = output._is_view()  # an in-place change would give it another node, and the edge would lead nowhere
+        output = output.clone() if view else output
         a = a.detach()
         self.calls.setdefault(name, []).append(Call(a, a._version, get_gradient_edge(output), output.shape))
+        return output if view else None
 
     def overwritten(self) -> bool:
         """Whether an incoming activation was changed in place after its layer had read it."""
@@ -106,20 +136,29 @@ def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool
 
     None stands for a layer without influence on the outputs: its units are dead.
     """
-    single = len(seeds) == 1
-    found = torch.autograd.grad(
-        outputs, edges, seeds[0] if single else seeds, retain_graph=keep, is_grads_batched=not single, allow_unused=True
-    )
-    return tuple(d if d is None or not single else d[None] for d in found)
+    # Convolutions have no batched backward pass: vmap loops over the seeds all the same, and copies more.
+    if len(seeds) > 1 and not any("Convolution" in edge.node.name() for edge in edges):
+        # The graph stays, for a backward pass of the user's own (a custom autograd.Function) may not run for all seeds at once.
+        with suppress(Exception):
+            return torch.autograd.grad(outputs, edges, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    stacks: list[Tensor | None] = [None] * len(edges)
+    for i, seed in enumerate(seeds):
+        retain = keep or i + 1 < len(seeds)
+        for k, delta in enumerate(torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)):
+            if delta is not None:
+                stack = stacks[k]  # passes behind examples in memory, which is how the sums over both will read them
+                stacks[k] = stack = delta.new_empty(len(delta), len(seeds), *delta.shape[1:]) if stack is None else stack
+                stack[:, i] = delta
+    return tuple(None if stack is None else stack.transpose(0, 1) for stack in stacks)
 
 
 def underlying(model: nn.Module) -> nn.Module:
-    """The module underneath `torch.compile` and `DistributedDataParallel`."""
+    """The module underneath `torch.compile`, `DistributedDataParallel` and `DataParallel`."""
     while True:
         compiled = getattr(model, "_orig_mod", None)
         if isinstance(compiled, nn.Module):
             model = compiled
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:
             return model

@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -238,3 +239,67 @@ def test_shapes_are_checked_under_pytest(generator):
     """The import hook of conftest.py is at work: as users call it, the same line raises the ValueError above."""
     with pytest.raises(TypeCheckError):
         data.batches(torch.zeros(3, 2), torch.arange(4), 2, generator)
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+
+def test_shifted_images_are_moved_by_up_to_one_pixel():
+    """Against numpy's roll on an image with a frame of zeros, which nothing is rolled across."""
+    side, generator = 5, torch.Generator().manual_seed(0)
+    images = torch.zeros(3, side, side)
+    images[:, 1:-1, 1:-1] = torch.rand(3, side - 2, side - 2, generator=generator)
+    flat, y = images.flatten(1), torch.tensor([7, 8, 9])
+    moved = data.shifted(data.DataSet("three", 10, flat, y, flat, y, flat, y), side)
+    places = {tuple(np.roll(images[0].numpy(), (i, j), (0, 1)).ravel()) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    assert {tuple(view) for view in moved.x_train[::3].numpy()} == places and len(places) == 9
+    assert torch.equal(moved.x_train[:3], flat)  # the first view is the image itself
+    assert torch.equal(moved.y_train, y.repeat(9)) and moved.views == 9
+    assert torch.equal(moved.x_valid, flat) and torch.equal(moved.x_test, flat)
+
+
+def test_pixels_that_come_in_are_0_and_those_that_leave_are_gone():
+    ones = torch.ones(1, 9)
+    y = torch.tensor([0])
+    moved = data.shifted(data.DataSet("ones", 1, ones, y, ones, y, ones, y), 3)
+    assert sorted(moved.x_train.sum(1).tolist()) == [4, 4, 4, 4, 6, 6, 6, 6, 9]
+
+
+def test_the_shifted_digits_are_nine_times_as_many():
+    small, moved = data.digits(), data.shifted(data.digits(), side=8)
+    assert len(moved.x_train) == 9 * 1437 and torch.equal(moved.x_train[:1437], small.x_train)
+    assert torch.equal(moved.x_valid, small.x_valid) and torch.equal(moved.y_test, small.y_test)
+    assert moved.to("cpu").views == 9
+
+
+@given(images=st.integers(0, 20), views=st.integers(1, 5), batch_size=st.integers(1, 30), seed=st.integers(0, 9))
+def test_an_epoch_shows_every_image_once_at_one_of_its_views(images, views, batch_size, seed):
+    number = torch.arange(images).repeat(views)
+    place = torch.arange(views).repeat_interleave(images)
+    x = torch.stack([number, place], 1).float()
+    shown = list(data.batches(x, number, batch_size, torch.Generator().manual_seed(seed), views))
+    rows = torch.cat([batch for batch, _ in shown]) if shown else x[:0]
+    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(0 <= at < views for at in rows[:, 1])
+    assert torch.equal(torch.cat([labels for _, labels in shown]).float() if shown else rows[:, 0], rows[:, 0])
+
+
+def test_views_are_chosen_evenly_and_anew(generator):
+    place = torch.arange(9).repeat_interleave(1000)
+    first, second = (torch.cat([y for _, y in data.batches(place[:, None].float(), place, 64, generator, 9)]) for _ in range(2))
+    assert not torch.equal(first, second)
+    counts = first.bincount(minlength=9)  # binomial: 111 ± 10 each
+    assert counts.sum() == 1000 and (counts - 1000 / 9).abs().max() < 50
+
+
+def test_one_view_draws_nothing_but_the_order():
+    x, y = torch.zeros(10, 1), torch.arange(10)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    list(data.batches(x, y, 4, generators[0], 1))
+    torch.randperm(10, generator=generators[1])
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("views", [0, -1, 3])
+def test_views_that_do_not_divide_the_examples_are_refused(generator, views):
+    with pytest.raises(ValueError, match=f"10 examples are no {views} views"):
+        data.batches(torch.zeros(10, 1), torch.arange(10), 4, generator, views)

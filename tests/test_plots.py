@@ -202,7 +202,7 @@ def test_categorical_columns_draw_the_same(ax):
 
 
 def test_learning_curves(ax):
-    plots.learning_curves(ax, planted(), log=True)
+    plots.learning_curves(ax, planted())
     train, valid, *_ = [line for line in ax.lines if line.get_color() == plots.LOOKS["elu"].color]
     assert (train.get_linestyle(), valid.get_linestyle()) == ("-", ":")
     np.testing.assert_allclose(train.get_data(), [[0, 1, 2], [1.89, 1.39, 0.89]])
@@ -211,7 +211,23 @@ def test_learning_curves(ax):
     np.testing.assert_allclose([low, high], [train.get_ydata() - 0.01, train.get_ydata() + 0.01])
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == ["ELU (n = 3)", "ReLU (n = 3)", "training", "validation"]
-    assert (ax.get_ylabel(), ax.get_yscale()) == ("cross-entropy (nats)", "log")
+    assert (ax.get_ylabel(), ax.get_yscale()) == ("cross-entropy (nats)", "linear")
+
+
+def test_on_a_log_scale_mean_and_sd_are_those_of_the_logarithm(ax):
+    plots.learning_curves(ax, planted(), log=True)
+    losses = np.array([[2 - LEVEL["elu"] - seed / 100 - epoch / 2 for epoch in EPOCHS] for seed in SEEDS])
+    mean, sd = np.log(losses).mean(0), np.log(losses).std(0, ddof=1)
+    np.testing.assert_allclose(line(ax, "ELU (").get_ydata(), np.exp(mean))
+    np.testing.assert_allclose(ribbon(ax.collections[0]), np.exp([mean - sd, mean + sd]))
+    assert ax.get_yscale() == "log"
+
+
+def test_one_line_style_for_all_means_markers(ax):
+    plots.unit_means(ax, planted(), line="-")
+    drawn = [line(ax, name) for name in ("ELU", "ReLU")]
+    assert {found.get_linestyle() for found in drawn} == {"-"}
+    assert [found.get_marker() for found in drawn] == [plots.LOOKS[name].marker for name in ("elu", "relu")]
 
 
 def test_learning_curves_of_one_column(ax):

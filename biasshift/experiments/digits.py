@@ -21,9 +21,9 @@ LEARNING_RATE = 0.01  # as in the paper, for every activation function
 MOMENTUM = 0.0  # the paper names none
 DEPTH, WIDTH = 8, 128  # as in the paper
 ACTIVATIONS = ("elu", "relu", "lrelu", "srelu")
-PROBE, MEANS_PROBE = 5_000, 2_000  # of the 12,933 shifted images: a second, disjoint probe of as many remains
+PROBE, EXAM_PROBE = 2_000, 5_000  # of the 12,933 shifted images; there are two disjoint exam probes
 UNITS = 16
-MEANS_EVERY, FISHER_EVERY = 5, 30
+MEANS_EVERY, FISHER_EVERY = 5, 20
 EQUAL_LOSS = 0.6  # nats: reached by every activation, and most units still have enough effective samples
 DAMPING = 1e-3
 
@@ -51,7 +51,7 @@ class Demo:
         return [
             Setting(
                 "digits", activation, seed, epochs, BATCH_SIZE, LEARNING_RATE, MOMENTUM, DEPTH, WIDTH, "normal",
-                PROBE, MEANS_PROBE, MEANS_EVERY, FISHER_EVERY, EQUAL_LOSS, UNITS, DAMPING, skip_input_layer=False,
+                PROBE, EXAM_PROBE, MEANS_EVERY, FISHER_EVERY, EQUAL_LOSS, UNITS, DAMPING, skip_input_layer=False,
             )
             for seed in range(seeds)
             for activation in ACTIVATIONS

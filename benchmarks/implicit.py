@@ -1,0 +1,79 @@
+"""Layers too large for blocks: natural gradients of all units from the samples alone, against building and factoring the blocks."""
+
+import torch
+from torch import nn
+
+import biasshift as bs
+
+from .harness import Task, compare, devices, write
+
+TITLE = "Natural gradients of all units: from the samples (implicit) and from the blocks (dense)"
+DAMPING, RESIDUAL = 1e-2, 1e-3
+METHODS = {  # name → (inputs, units, samples, storage); positions of a convolution count as samples
+    "1024→1024, 4096 samples, dense": (1024, 1024, 4096, "dense"),
+    "1024→1024, 4096 samples, implicit": (1024, 1024, 4096, "implicit"),
+    "4096→4096, 4096 samples, implicit": (4096, 4096, 4096, "implicit"),
+    "3×3 768→768 on 14×14, 8 examples, implicit": (768, 768, 8, "conv"),
+}
+TARGETS = {"1024→1024, dense over implicit": 3, "4096→4096, implicit, bytes": 2**31}
+
+
+def prepare(method: str, device: str, small: bool) -> Task:
+    inputs, units, samples, storage = METHODS[method]
+    if small:
+        inputs, units, samples = 8, 8, 4 if storage == "conv" else 32
+    torch.manual_seed(0)
+    return _convolution(inputs, samples, device) if storage == "conv" else _linear(inputs, units, samples, storage, device)
+
+
+def _linear(inputs: int, units: int, samples: int, storage: str, device: str) -> Task:
+    """Correlated activations behind an ELU, and errors that sit on few of the samples, as they do in a trained network."""
+    factors = torch.randn(samples, inputs // 4) @ torch.randn(inputs // 4, inputs) / (inputs // 4) ** 0.5
+    a = nn.functional.elu(factors + 0.5 * torch.randn(samples, inputs)).to(device)
+    delta2 = torch.randn(samples, units).mul_(1.5).exp_().to(device)
+    g, g0 = torch.randn(units, inputs, device=device), torch.randn(units, device=device)
+
+    def run() -> tuple:
+        fisher = bs.UnitFisher.from_samples(a, delta2, damping=DAMPING, storage=storage, tolerance=RESIDUAL, memory_budget=2**40)
+        return fisher.natural_gradient(g, g0)
+
+    def error(result: tuple) -> float:
+        return max(_residual(a.double(), delta2[:, u].double(), g[u].double(), g0[u].double(), result[0][u].double()) for u in (0, units - 1))
+
+    return Task(run, error)
+
+
+def _residual(a: torch.Tensor, weights: torch.Tensor, g: torch.Tensor, g0: torch.Tensor, dw: torch.Tensor) -> float:
+    """``|c W Δw − (g − g₀ m)| / |g − g₀ m|`` of one unit, its covariance written out."""
+    c, q = weights.mean(), weights / weights.sum()
+    m = q @ a
+    centered = (a - m) * q.sqrt()[:, None]
+    right = g - g0 * m
+    left = c * (centered.T @ (centered @ dw) + DAMPING * centered.square().sum() / a.shape[1] * dw)
+    return ((left - right).norm() / right.norm()).item()
+
+
+def _convolution(channels: int, examples: int, device: str) -> Task:
+    """Shared weights, per example; 10 classes, exact over the labels. The answer is judged by the blocks of two units."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    model = nn.Sequential(layer, nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).to(device)
+    x = nn.functional.elu(torch.randn(examples, channels, 14, 14, device=device))
+    g, g0 = torch.randn(channels, 9 * channels, device=device), torch.randn(channels, device=device)
+    some = [0, channels - 1]
+
+    def run() -> tuple:
+        fishers = bs.unit_fisher(model, x, layers=["0"], damping=DAMPING, storage="implicit", tolerance=RESIDUAL)
+        return fishers["0"].natural_gradient(g, g0)
+
+    def error(result: tuple) -> float:
+        fisher = bs.unit_fisher(model, x, layers=["0"], units=some, damping=DAMPING, storage="dense")["0"]
+        exact, _ = fisher.natural_gradient(g[some], g0[some])
+        return ((result[0][some] - exact).norm() / exact.norm()).item()
+
+    return Task(run, error)
+
+
+def main(repeats: int = 3) -> None:
+    for device in devices():
+        rows = compare("implicit", list(METHODS), device, repeats, tolerance=5 * RESIDUAL)
+        write("implicit", device, TITLE, rows, targets=TARGETS, damping=DAMPING, residual=RESIDUAL)

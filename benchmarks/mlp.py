@@ -1,0 +1,41 @@
+"""Whole network: the unit Fisher matrices of all units of an MLP 784-128×3-10, exact over the labels, on 256 examples."""
+
+import copy
+
+import torch
+from torch import nn
+
+from . import blocks
+from .harness import Task, compare, devices, write
+
+TITLE = "MLP 784-128×3-10, 256 examples, every unit's Fisher matrix"
+TARGETS = {"ASDL": 12, "BackPACK": 7, "torch.func": 12}  # times our time, at least
+PIECES = {"ASDL": 256, "BackPACK": 256, "Opacus": 256, "torch.func": 64}  # examples at once
+METHODS = [*blocks.METHODS, *blocks.REASONS]
+
+
+def prepare(method: str, device: str, small: bool) -> Task:
+    torch.manual_seed(0)
+    inputs, examples, hidden = (8, 4, 6) if small else (784, 256, 128)
+    model = nn.Sequential(
+        nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, 10)
+    )
+    x = torch.rand(examples, inputs)
+    return task(method, device, model, x, PIECES.get(method, examples))
+
+
+def task(method: str, device: str, model: nn.Module, x: torch.Tensor, piece: int) -> Task:
+    """Any network, any method of `blocks`."""
+    wide, there = copy.deepcopy(model), x.to(device)
+    ready = blocks.prepared(method, model.to(device))
+
+    def error(result: object) -> float:
+        r = blocks.random_vectors(wide)
+        return blocks.worst(blocks.products(result, len(x), r), blocks.oracle(wide, x, r))
+
+    return Task(lambda: blocks.METHODS[method](ready, there, piece), error)
+
+
+def main(repeats: int = 7) -> None:
+    for device in devices():
+        write("mlp", device, TITLE, compare("mlp", METHODS, device, repeats), targets=TARGETS)

@@ -1,0 +1,416 @@
+"""Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one `torch.optim.Optimizer`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import (
+    Tensor,
+    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
+    nn,
+)
+from torch.nn.parameter import is_lazy
+
+from biasshift import layers as kinds
+from biasshift import triangle
+from biasshift.capturing import Listener, Member, Sums
+from biasshift.layers import WeightLayer
+from biasshift.proving import tied
+from biasshift.solving import rounding
+from biasshift.theory import dot
+from biasshift.tracing import underlying
+
+FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
+
+
+class UnitNaturalGradient(torch.optim.Optimizer):
+    """Gradient descent along a center ``r`` and a curvature ``W`` of the incoming activations of every unit.
+
+    ``Δw = c⁻¹ W⁻¹ (g − g₀ r)``, ``Δw₀ = g₀/c − rᵀΔw``: center the incoming activations, whiten them, then choose the bias so that
+    the step of the weights moves nothing at the center. Hence ``rᵀΔw + Δw₀ = g₀/c``. Without a scale c and W are left out.
+
+    ==========  =======  =========================================  ===================================  ===========================
+    center      r        scale ``"full"``                           ``"diagonal"``                       ``"none"``
+    ==========  =======  =========================================  ===================================  ===========================
+    ``"q"``     E_q(a)   W = V: unit natural gradient (Theorem 1)   quasi-diagonal natural gradient      centered gradient
+    ``"p"``     E_p(a)   W = Cov_p(a): the unit block of K-FAC      its diagonal                         the centering trick
+    ``"none"``  0        W = A/c: no coupling to the bias           diagonal natural gradient            plain gradient
+    ==========  =======  =========================================  ===================================  ===========================
+
+    Curvature comes from the training loop's own passes; the loop stays as it is, and has no closure. A forward pass counts when
+    the model is in training mode, called as a whole, and its loss goes backwards before the step; several of them add up.
+    BatchNorm and dropout take part as they are in training, where no example has an error of its own: an approximation.
+    ``c``, ``b`` and ``A`` (or μ and the second moment) are running sums, from which the centered quantities are formed.
+
+    Linear layers and convolutions are covered when they are called as modules and own their weights; everything else (norms,
+    embeddings, tied weights, layers never called) takes the plain gradient. Units whose δ² is 0, or whose incoming activations do
+    not vary, have no curvature: they keep their center and lose the scale, which leaves a dead unit where it is. A layer without
+    a bias, or with a frozen one, has nothing to center with: ``Δw = c⁻¹ (W + r rᵀ)⁻¹ g``, which is ``A⁻¹ g``.
+
+    Args:
+        model: whose forward passes are watched, and all of whose parameters are updated, as one group. The wrappers of
+            ``DistributedDataParallel`` are looked through: processes share their sums.
+        lr: refers to the gradient of the mean loss, whatever ``reduction`` says, and to the transformed step: with a scale, ``lr=1``
+            is a whole natural gradient step.
+        momentum: of the transformed updates, as in ``torch.optim.SGD``.
+        weight_decay: decoupled, ``w ← (1 − lr·weight_decay) w``, of parameters with more than one axis: biases and norms are spared.
+            Added to the gradient it would grow with 1/c, without bound as the model becomes sure.
+        damping: λ in ``W + λ mean(diag W) I``, unit by unit, which leaves the identity above as it is.
+        labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model; ``"empirical"`` the errors of the user's
+            own backward pass, which make another matrix, keep the activations until the step, and must be those of the declared
+            likelihood, unscaled: no gradient scaler.
+        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last), ``"gaussian"`` (unit variance: half
+            the squared error, summed over the outputs) or ``"bernoulli"`` (logits).
+        reduction: of the user's loss over the examples of all passes of a step. A ``"mean"`` over accumulated batches needs each
+            loss divided by their number, as ever.
+        update_every: steps between two looks at the curvature, and between two factorizations.
+        decay: of the running sums from one look to the next; 0 keeps the latest.
+        max_dense_inputs: the most inputs of a unit that a full matrix is kept for.
+        generator: draws the sampled labels; by default one of its own, with a fixed seed.
+        weight_sharing: for convolutions and sequences, as in `biasshift.unit_fisher`.
+
+    Raises:
+        ValueError: for arguments that do not fit, or a layer whose curvature cannot be formed (the sentence names it).
+        RuntimeError: by the first ``step`` when no forward pass was seen before it.
+
+    >>> model = nn.Linear(1, 1)
+    >>> optimizer = UnitNaturalGradient(model, lr=0.5, center="p", scale="none", likelihood="gaussian")
+    >>> x = torch.tensor([[99.0], [101.0]])
+    >>> for _ in range(20):
+    ...     loss = nn.functional.mse_loss(model(x), 2 * x + 1) / 2
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     _ = optimizer.step()
+    >>> round(model.weight.item(), 2), round(model.bias.item())  # gradient descent at this rate diverges
+    (2.0, 1)
+
+    Source: Theorem 1 of the ELU paper; Ollivier 2015 (quasi-diagonal), Raiko et al. 2012 (centering), Martens & Grosse 2015 (K-FAC).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        center: str = "q",
+        scale: str = "full",
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        damping: float = 1e-3,
+        labels: str = "sampled",
+        likelihood: str = "categorical",
+        reduction: str = "mean",
+        update_every: int = 1,
+        decay: float = 0.95,
+        max_dense_inputs: int = 1024,
+        generator: torch.Generator | None = None,
+        weight_sharing: str = "per_example",
+    ) -> None:
+        self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing)
+        _check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs)
+        root = underlying(model)
+        layers = _layers(root) if self.member.needs_sums else {}
+        if scale == "full":
+            _refuse_large(layers, max_dense_inputs)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
+        super().__init__(model.parameters(), defaults)
+        self.update_every, self.decay = update_every, decay
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
+        device = next(model.parameters()).device
+        self.generator = generator or torch.Generator(device).manual_seed(dist.get_rank() if distributed else 0)
+        self._layers, self._steps = layers, 0
+        self._curvatures: dict[str, Curvature] = {}
+        self._listener = Listener(root, layers, self.member, self.generator, distributed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The model's parameters are the only group."""
+        if self.param_groups:
+            raise ValueError("All parameters of the model make up one group: another would have no forward passes. Make a new optimizer.")
+        super().add_param_group(param_group)
+
+    def remove(self) -> None:
+        """Takes all hooks off the model; later steps keep the last curvature. Calling it again does nothing."""
+        self._listener.remove()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and the passes they came from: those of a step that a gradient scaler has skipped."""
+        super().zero_grad(set_to_none)
+        self._listener.forget()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step along the gradients in ``.grad``.
+
+        Raises:
+            RuntimeError: when no forward pass in training mode has been seen.
+            ValueError: when a W has no inverse and damping is 0.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        updates = self._updates(1 / self._look())
+        group = self.param_groups[0]
+        params, lr = list(updates), float(group["lr"])
+        steps = self._with_momentum(updates, group["momentum"])
+        decaying = [p for p in params if p.dim() > 1]
+        if group["weight_decay"] and decaying:
+            _foreach_mul_(decaying, 1 - lr * group["weight_decay"])
+        if params:
+            _foreach_add_(params, steps, alpha=-lr)
+        self._steps += 1
+        self._listener.due = self._due()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` needs to go on to the same numbers: the curvature and the generator of labels, too."""
+        curvature = {
+            name: {"examples": one.sums.examples, "positions": one.sums.positions, "reference": one.sums.reference, "parts": one.sums.parts}
+            for name, one in self._curvatures.items()
+        }
+        kind = (self.member.center, self.member.scale)
+        rest = {"member": kind, "steps": self._steps, "generator": self.generator.get_state(), "curvature": curvature}
+        return {**super().state_dict(), "biasshift": rest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a ``state_dict`` of the same member and model.
+
+        Raises:
+            ValueError: when it is that of another member, optimizer or model.
+        """
+        rest = state_dict.get("biasshift")
+        kind = (self.member.center, self.member.scale)
+        if rest is None or tuple(rest["member"]) != kind:
+            of = "another optimizer" if rest is None else "center={!r}, scale={!r}".format(*rest["member"])
+            raise ValueError(f"The state is that of {of}, and this is center={kind[0]!r}, scale={kind[1]!r}.")
+        unknown = [name for name in rest["curvature"] if name not in self._layers]
+        if unknown:
+            raise ValueError(f"The state has the curvature of layer '{unknown[0]}', which this model does not have.")
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "biasshift"})
+        self._steps = rest["steps"]
+        self.generator.set_state(rest["generator"].cpu())
+        self._curvatures = {name: self._curvature(name, _loaded(self._layers[name], one)) for name, one in rest["curvature"].items()}
+        self._listener.references = {name: one.sums.reference for name, one in self._curvatures.items()}
+        self._listener.due = self._due()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        return self._steps % self.update_every == 0 or not self._curvatures
+
+    def _look(self) -> float:
+        """Takes in the passes since the last step. Returns what turns the gradients into those of the mean loss."""
+        examples, sums = self._listener.take()
+        for name, new in sums.items():
+            if name in self._curvatures:
+                self._curvatures[name].add(new, self.decay)
+            else:
+                self._curvatures[name] = self._curvature(name, new)
+        learning = any(layer.weight.grad is not None for layer in self._layers.values())
+        if not examples and ((learning and not self._curvatures) or self.member.reduction == "sum"):
+            raise RuntimeError(
+                "No forward pass of the model was seen before this step: it must be called as a whole, in training mode, with gradients "
+                "enabled, and return one tensor whose loss goes backwards; the optimizer must be made before torch.compile runs the model."
+            )
+        return examples if self.member.reduction == "sum" else 1.0
+
+    def _curvature(self, name: str, sums: Sums) -> "Curvature":
+        return Curvature(name, sums, self.member, kinds.dtype_of_sums(self._layers[name].weight))
+
+    def _updates(self, factor: float) -> dict[Tensor, Tensor]:
+        """The update of every parameter that has a gradient, before momentum and learning rate."""
+        updates = {p: p.grad if factor == 1 else p.grad * factor for p in self.param_groups[0]["params"] if p.grad is not None}
+        for name, curvature in self._curvatures.items():
+            layer = self._layers[name]
+            weight, bias = layer.weight, layer.bias
+            if weight not in updates:
+                continue
+            g = kinds.weights(layer, updates[weight]).double()
+            g0 = updates[bias].double() if bias is not None and bias in updates else None
+            dw, dw0 = curvature.update(g, g0, self.param_groups[0]["damping"])
+            updates[weight] = kinds.as_weight(layer, dw).to(weight.dtype)
+            if bias is not None and dw0 is not None:
+                updates[bias] = dw0.to(bias.dtype)
+        return updates
+
+    def _with_momentum(self, updates: dict[Tensor, Tensor], momentum: float) -> list[Tensor]:
+        if not momentum:
+            return list(updates.values())
+        for p in updates:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in updates]
+        if buffers:
+            _foreach_mul_(buffers, momentum)
+            _foreach_add_(buffers, list(updates.values()))
+        return buffers
+
+
+class Curvature:
+    """The running sums of one layer, and what they make of its gradient.
+
+    Units that share a matrix are a block: every unit is one, except under the center p, where a group of units is.
+    """
+
+    def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
+        self.name, self.sums, self.member, self.dtype = name, sums, member, dtype
+        self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
+
+    def add(self, new: Sums, decay: float) -> None:
+        """Sums decay together with the counts that divide them: their quotients are bias-corrected running averages."""
+        self.sums.add(new, decay)
+        self._kept = None
+
+    def update(self, g: Tensor, g0: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale."""
+        r = _repeated(self._center(), len(g))
+        dw = g if g0 is None else g - g0[:, None] * r
+        moved = g0
+        if self.member.scale != "none":
+            c = self.sums.parts["weight"][0] / self.sums.examples
+            solved, usable = self._solve(dw, damping, bias=g0 is not None)
+            usable = usable & (c > 0)
+            dw = torch.where(usable[:, None], solved / c[:, None], dw)
+            moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
+        return dw, moved if moved is None else moved - dot(r, dw)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every block: what divides its sums, (blocks, 1), the mean less the reference, and the mean, which is 0 for dead units."""
+        parts, reference = self.sums.parts, self.sums.reference
+        if self.member.center == "p":
+            weight, first = reference.new_full((len(reference), 1), self.sums.positions), parts["total"][0]
+        else:
+            weight, first = parts["weight"][0][:, None], parts["first"][0]
+        alive = weight > 0
+        weight = torch.where(alive, weight, 1.0)
+        offset = first / weight
+        return weight, offset, torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
+
+    def _center(self) -> Tensor:
+        """``r``, (blocks, inputs)."""
+        mean = self._moments()[2]
+        return torch.zeros_like(mean) if self.member.center == "none" else mean
+
+    # -- the curvature: second moments about the center ------------------------------------------------------------------
+
+    def _solve(self, rhs: Tensor, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
+        if self._kept is None or self._kept[0] != (damping, bias):
+            factors, usable = self._diagonal(damping, bias) if self.member.scale == "diagonal" else self._factors(damping, bias)
+            self._kept = (damping, bias), factors, usable
+        _, factors, usable = self._kept
+        by_block = rhs.unflatten(0, (len(usable), -1))
+        if factors.dim() == 2:
+            solved = by_block / factors[:, None]
+        else:  # cholesky_solve would copy the factors, which takes 20 times as long
+            half = torch.linalg.solve_triangular(factors, by_block.mT, upper=False)
+            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT
+        return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
+
+    def _diagonal(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """The diagonal of every block's W, and which are usable."""
+        (weight, offset, mean), r = self._moments(), self._center()
+        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp(min=0) + (mean - r).square()
+        usable, flat = self._usable(W, offset), W <= rounding(self.dtype) * (W + offset.square())
+        W = W + damping * W.mean(1, keepdim=True) + (0.0 if bias else r.square())
+        if damping == 0:
+            self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
+        return torch.where(usable[:, None], W, 1.0), usable
+
+    def _factors(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """Cholesky factors of every block's W, formed in pieces, and which are usable."""
+        (weight, offset, mean), r = self._moments(), self._center()
+        blocks, inputs = offset.shape
+        factors, usable = offset.new_empty(blocks, inputs, inputs), torch.empty(blocks, dtype=torch.bool, device=offset.device)
+        one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
+        step = max(1, FACTOR_BYTES // (8 * inputs**2))
+        for some in (slice(i, i + step) for i in range(0, blocks, step)):
+            W = self._second(some) / weight[some, :, None]
+            _add_outer(W, offset[some], -1.0)
+            _add_outer(W, mean[some] - r[some])
+            diagonal = W.diagonal(dim1=1, dim2=2)
+            alive = self._usable(diagonal, offset[some])
+            diagonal += damping * diagonal.mean(1, keepdim=True)
+            if not bias:
+                _add_outer(W, r[some])
+            factor, info = torch.linalg.cholesky_ex(W)
+            failed = info > 0
+            if damping == 0:  # a pivot is what the inputs before leave unexplained of this one
+                pivots = factor.diagonal(dim1=1, dim2=2).square()
+                failed |= (pivots <= inputs * torch.finfo(self.dtype).eps * diagonal).any(1)
+                self._refuse_singular(failed & alive)
+            usable[some] = alive & ~failed
+            factors[some] = torch.where(usable[some, None, None], factor, one)
+        return factors, usable
+
+    def _second(self, some: slice) -> Tensor:
+        second = self.sums.parts["second"]
+        return second[0][some] if self.member.center == "p" else triangle.dense(second, some)
+
+    def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
+        """Blocks with more variance than rounding: relative damping helps no others."""
+        variance = diagonal.clamp(min=0).sum(1)
+        return variance > rounding(self.dtype) * (variance + offset.square().sum(1))
+
+    def _refuse_singular(self, units: Tensor) -> None:
+        if units.any():
+            raise ValueError(
+                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of {len(units)} units at damping=0, where "
+                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for example 1e-3."
+            )
+
+
+def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """One row per group of units, repeated for its units."""
+    return x.repeat_interleave(rows // len(x), 0)
+
+
+def _loaded(layer: WeightLayer, saved: dict[str, Any]) -> Sums:
+    """A saved layer, with memory of its own, on the layer's device."""
+    parts = {name: [x.to(layer.weight.device, copy=True) for x in part] for name, part in saved["parts"].items()}
+    return Sums(saved["examples"], saved["positions"], saved["reference"].to(layer.weight.device, copy=True), parts)
+
+
+def _layers(root: nn.Module) -> dict[str, WeightLayer]:
+    """The layers whose units have weights of their own, by name."""
+    found = {name: module for name, module in root.named_modules() if kinds.is_covered(module) and kinds.why_uncovered(module) is None}
+    shared = tied(root, found)
+    return {name: module for name, module in found.items() if name not in shared and "weight" in module._parameters}
+
+
+def _refuse_large(layers: dict[str, WeightLayer], most: int) -> None:
+    for name, layer in layers.items():
+        inputs = kinds.input_count(layer)
+        if inputs > most and layer.weight.requires_grad:
+            raise ValueError(
+                f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: its full matrices would take "
+                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or raise max_dense_inputs.'
+            )
+
+
+def _check(
+    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be the nn.Module itself, whose forward passes are watched, got {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError("The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one device.")
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
+    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping}
+    for name, value in rates.items():
+        if not math.isfinite(float(value)) or float(value) < 0:
+            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
+    for name, value in {"momentum": momentum, "decay": decay}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+    for name, value in {"update_every": update_every, "max_dense_inputs": most}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}.")

@@ -1,0 +1,60 @@
+"""Tables as `read_runs` returns them, with the answers put in by hand."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+DAMPINGS = (1e-4, 1e-2, 1.0)
+EXAM = {"inflation": 2.0, "k": 0.5, "smaller_share": 0.5, "gap_degrees": 60.0, "enough": 0.75, "effective_samples": 3000.0}
+LAST, EPOCHS = 100, 4  # steps and epochs of a run
+
+
+@dataclass
+class Planted:
+    """One run: three layers "0", "2", "4", activations "1" and "3" of three units each, two epochs of 50 steps to look at."""
+
+    activation: str
+    seed: int
+    unit_mean: float = 0.3
+    spread: float = 1.0  # of the units around their median
+    shares: tuple[float, float, float] = (0.6, 0.3, 0.1)  # own, incoming, second order, behind the first layer
+    train_loss: float = 0.5
+    equal_step: int | None = 50  # None: never examined
+    exam: Callable[[int, float], dict[str, float]] = field(default=lambda probe, damping: {})  # overrides of EXAM
+    finished: bool = True
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def rows(self) -> pd.DataFrame:
+        last = LAST if self.finished else LAST // 2
+        rows = [{"step": 0, "layer": layer, "unit": -1, "inputs": 3.0} for layer in ("0", "2", "4")]
+        for step in range(0, last + 1, 50):
+            loss = self.train_loss if step == last else 2.3
+            rows.append({"step": step, "layer": "", "unit": -1, "epoch": step * EPOCHS / LAST, "train_loss": loss, "valid_loss": 2 * loss})
+            for layer in ("1", "3"):
+                means = [self.unit_mean + self.spread * offset for offset in (-1, 0, 1)]
+                means = means if step == last else [9.0, 9.0, 9.0]
+                rows += [{"step": step, "layer": layer, "unit": unit, "mean": mean} for unit, mean in enumerate(means)]
+            for layer in ("0", "2", "4"):
+                own, incoming, second = self.shares if layer != "0" else (5.0, 0.0, 0.0)
+                for unit, sign in enumerate((1, -1)):
+                    parts = {"own": sign * own, "incoming": -sign * incoming, "second_order": sign * second}
+                    rows.append({"step": step, "layer": layer, "unit": unit, **parts})
+            for layer, mean in (("2", 0.2), ("4", 0.4)):
+                rows.append({"step": step, "layer": layer, "unit": -1, "mean_in_abs": mean, "cos_gradient": 0.5})
+        if self.equal_step is not None:
+            for layer, off in (("2", -1), ("4", 1)):  # the two layers lie on either side of the planted number
+                for probe in (0, 1):
+                    for damping in DAMPINGS:
+                        exam = EXAM | self.exam(probe, damping)
+                        exam["k"] += off
+                        columns = {f"exam_{name}": value for name, value in exam.items()}
+                        keys = {"step": self.equal_step, "layer": layer, "unit": -1, "exam_probe": probe, "exam_damping": damping}
+                        rows.append(keys | columns)
+        settings = {"experiment": "planted", "epochs": EPOCHS, "lr": 0.1} | self.settings
+        return pd.DataFrame(rows).assign(run=f"{self.activation}-{self.seed}", activation=self.activation, seed=self.seed, **settings)
+
+
+def table(runs: Iterable[Planted]) -> pd.DataFrame:
+    """All runs under each other."""
+    return pd.concat([run.rows() for run in runs], ignore_index=True)

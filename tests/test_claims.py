@@ -1,0 +1,272 @@
+"""Verdicts on planted runs: where a claim is true, false or undecidable by construction, claims must say so."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import Planted, table
+from scipy import stats
+
+from biasshift.claims import CLAIMS, claims, interval, sentences, verdict
+from biasshift.recording import Run
+
+SEEDS = range(6)
+BASES = [0.0, 0.9, -0.7, 0.4, -0.2, 0.6]  # what a seed does to both networks: far more than the effect, so that only pairs see it
+LESS = [-0.11, -0.07, -0.13, -0.08, -0.1, -0.09]
+
+# claim → how to plant a number whose transform is the claim's statistic
+PLANT = {
+    "means": lambda x: {"unit_mean": -np.exp(x)},  # |−eˣ|: the sign of the mean must not matter
+    "means-unitwise": lambda x: {"unit_mean": 0.0, "spread": np.exp(x)},
+    "coupling": lambda x: {"exam": lambda probe, damping: {"inflation": np.exp(x)}},
+    "gap": lambda x: {"exam": lambda probe, damping: {"gap_degrees": 60 + x}},
+    "inherited": lambda x: {"shares": (1 - np.exp(x - 2), np.exp(x - 2), 0.0)},
+    "speed": lambda x: {"equal_step": round(1e6 * np.exp(x))},
+    "loss": lambda x: {"train_loss": np.exp(x)},
+}
+LINEAR = {"coupling", "gap", "speed", "loss"}  # the planted difference is the effect itself
+
+
+def planted(claim: str, differences, seeds=SEEDS) -> pd.DataFrame:
+    """ELU minus ReLU is `differences`, seed by seed."""
+    pairs = zip(seeds, BASES, differences, strict=True)
+    runs = [(Planted("elu", s, **PLANT[claim](x + d)), Planted("relu", s, **PLANT[claim](x))) for s, x, d in pairs]
+    return table(itertools.chain(*runs))
+
+
+def row(found: pd.DataFrame, claim: str) -> pd.Series:
+    (where,) = np.flatnonzero(found["claim"] == claim)
+    return found.iloc[where]
+
+
+# -- true, false, undecidable ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", PLANT)
+def test_a_claim_that_is_true_is_supported_and_its_contrary_is_not(claim):
+    for sign, expected in ((1, "supported"), (-1, "not supported")):
+        found = row(claims(planted(claim, sign * np.array(LESS))), claim)
+        assert found["verdict"] == expected and found["n"] == 6
+        assert np.sign([found["low"], found["effect"], found["high"]]).tolist() == [-sign] * 3
+        if claim in LINEAR:
+            assert found["effect"] == pytest.approx(sign * np.mean(LESS), abs=1e-5)
+
+
+@pytest.mark.parametrize("claim", PLANT)
+def test_an_interval_across_0_decides_nothing(claim):
+    found = row(claims(planted(claim, [-0.3, 0.2, -0.1, 0.25, -0.2, 0.1])), claim)
+    assert found["verdict"] == "undecided" and found["low"] < 0 < found["high"]
+
+
+def test_an_interval_below_0_decides_nothing_where_the_exact_test_disagrees():
+    found = row(claims(planted("gap", [-1, -1.1, -0.9, -1, -1.05, 0.01])), "gap")
+    assert found["high"] < 0 and found["p"] == 2 / 32 and found["verdict"] == "undecided"
+
+
+def test_fewer_than_six_seeds_decide_nothing():
+    found = row(claims(planted("gap", LESS).query("seed < 5")), "gap")
+    assert found["high"] < 0 and found["n"] == 5 and found["verdict"] == "undecided"
+    assert found["caveat"].startswith("Fewer than 6 paired seeds")
+
+
+def test_one_seed_has_a_number_but_no_interval():
+    found = claims(planted("gap", LESS).query("seed < 1"))
+    assert row(found, "gap")[["low", "high", "p"]].isna().all() and row(found, "gap")["n"] == 1
+    assert "-0.11, n = 1. Fewer than" in sentences(found)[list(found["claim"]).index("gap")]
+
+
+@pytest.mark.parametrize(("turned", "away"), [("damping", {1e-4}), ("damping", {1.0}), ("probe", {1}), ("probe", {0})])
+@pytest.mark.parametrize(("claim", "column"), [("gap", "gap_degrees"), ("coupling", "inflation")])
+def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(claim, column, turned, away):
+    """Where it is turned, the effect is a third as large: on average it stays clearly below 0."""
+
+    def exam(difference):
+        def at(probe, damping):
+            here = (probe if turned == "probe" else damping) in away
+            return {column: 10 + (-difference / 3 if here else difference)}
+
+        return at
+
+    runs = [[Planted("elu", s, exam=exam(d)), Planted("relu", s, exam=lambda *_: {column: 10.0})] for s, d in zip(SEEDS, LESS, strict=True)]
+    found = row(claims(table(itertools.chain(*runs))), claim)
+    assert found["high"] < 0 and found["p"] < 0.05
+    assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.6, "supported"), (0.4, "not supported")])
+def test_theorem_2s_correction(share, expected):
+    def run(activation, seed, off):
+        return Planted(activation, seed, exam=lambda *_: {"smaller_share": share + off + seed / 1000})
+
+    found = row(claims(table(run(*pair) for s in SEEDS for pair in (("elu", s, 0.05), ("relu", s, -0.05)))), "correction")
+    assert found["verdict"] == expected and found["n"] == 6
+    assert found["effect"] == pytest.approx(0.5 - share - 0.0025)  # all activations of a seed together
+
+
+def test_theorem_2s_correction_too_is_repeated_over_dampings():
+    def exam(probe, damping):
+        return {"smaller_share": 0.4 if damping == 1.0 else 0.7}
+
+    found = row(claims(table(Planted(name, seed, exam=exam) for name in ("elu", "relu") for seed in SEEDS)), "correction")
+    assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------
+
+
+def test_runs_that_never_came_down_to_the_equal_loss_leave_their_pairs_out():
+    runs = [Planted(name, seed, equal_step=None if (name, seed) == ("relu", 2) else 50) for name in ("elu", "relu") for seed in SEEDS]
+    found = claims(table(runs))
+    assert {name: row(found, name)["n"] for name in ("gap", "coupling", "speed", "loss", "means")} == {
+        "gap": 5, "coupling": 5, "speed": 5, "loss": 6, "means": 6,
+    }  # fmt: skip
+
+
+def test_without_any_examination_the_sentences_say_why_there_is_no_number():
+    found = claims(table(Planted(name, seed, equal_step=None) for name in ("elu", "relu") for seed in SEEDS))
+    for name in ("gap", "coupling", "speed", "correction"):
+        assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
+        assert row(found, name)["caveat"] == "No two runs with one seed came down to the equal loss."
+    assert not any("nan" in sentence for sentence in sentences(found))
+
+
+def test_runs_that_were_stopped_decide_nothing_about_the_end():
+    found = claims(table(Planted(name, seed, finished=name == "elu") for name in ("elu", "relu") for seed in SEEDS))
+    for name in ("means", "means-unitwise", "inherited", "loss"):
+        assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
+        assert row(found, name)["caveat"] == "No two runs with one seed reached their last epoch."
+    assert row(found, "gap")["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("activations", "expected"),
+    [
+        (("elu",), {"correction"}),
+        (("relu", "lrelu"), {"correction"}),
+        (("elu", "lrelu"), {"means-lrelu", "correction"}),
+        (("elu", "relu", "lrelu", "srelu"), {claim.name for claim in CLAIMS} | {"correction"}),
+    ],
+)
+def test_claims_about_activations_that_were_not_trained_are_left_out(activations, expected):
+    assert set(claims(table(Planted(name, seed) for name in activations for seed in SEEDS))["claim"]) == expected
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_without_a_partner_are_left_out():
+    alone = [Planted("elu", 10, **PLANT["gap"](30.0)), Planted("relu", 11, **PLANT["gap"](-30.0))]
+    pairs = planted("gap", LESS)
+    pd.testing.assert_series_equal(
+        row(claims(pd.concat([table(alone[:1]), pairs, table(alone[1:])])), "gap"), row(claims(pairs), "gap"), check_names=False
+    )
+
+
+def test_the_order_of_the_runs_does_not_matter():
+    runs = [rows for _, rows in planted("gap", LESS).groupby("run", sort=False)]
+    shuffled = pd.concat([runs[i] for i in np.random.default_rng(0).permutation(len(runs))])
+    pd.testing.assert_frame_equal(claims(shuffled), claims(planted("gap", LESS)))
+
+
+def test_two_runs_of_one_seed_are_refused():
+    twice = pd.concat([planted("gap", LESS), Planted("elu", 0).rows().assign(run="again")])
+    with pytest.raises(ValueError, match="two runs of 'elu' with seed 0"):
+        claims(twice)
+
+
+# -- statistics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 6, 15])
+def test_the_interval_is_that_of_the_paired_t_test(n):
+    rng = np.random.default_rng(n)
+    elu, relu = rng.normal(size=n), rng.normal(size=n) + 0.5
+    found = interval(pd.Series(elu - relu))
+    expected = stats.ttest_rel(elu, relu).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert found["effect"] == pytest.approx(np.mean(elu) - np.mean(relu)) and found["n"] == n
+
+
+def exact_p(effects: np.ndarray) -> float:
+    """Every effect may have had the other sign: how often is the rank sum at least as far out?"""
+    ranks = stats.rankdata(np.abs(effects))
+    out = abs(ranks[effects > 0].sum() - ranks.sum() / 2)
+    sums = [ranks[np.array(signs)].sum() for signs in itertools.product([False, True], repeat=len(ranks))]
+    return float(np.mean(np.abs(np.array(sums) - ranks.sum() / 2) >= out))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_p_is_exact(seed):
+    effects = np.random.default_rng(seed).normal(size=6) - 0.7
+    assert interval(pd.Series(effects))["p"] == pytest.approx(exact_p(effects))
+
+
+def test_six_equal_signs_have_p_1_in_32():
+    assert interval(pd.Series(LESS))["p"] == 1 / 32 == exact_p(np.array(LESS))
+
+
+def test_an_effect_of_exactly_0_has_no_exact_p_and_decides_nothing():
+    found = interval(pd.Series([0.0, -1, -2, -3, -2.5, -1.5, -2.1]))
+    assert np.isnan(found["p"]) and found["high"] < 0
+    assert verdict(found["low"], found["high"], int(found["n"]), found["p"]) == "undecided"
+
+
+def test_no_effects_at_all():
+    found = interval(pd.Series([], dtype=float))
+    assert found["n"] == 0 and np.isnan([found["effect"], found["low"], found["high"], found["p"]]).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "p", "expected"),
+    [
+        (-2.0, -1.0, 6, 0.03, "supported"),
+        (1.0, 2.0, 6, 0.03, "not supported"),
+        (-1.0, 1.0, 6, 0.03, "undecided"),
+        (-2.0, -1.0, 5, 0.03, "undecided"),
+        (-2.0, -1.0, 6, 0.06, "undecided"),
+        (1.0, 2.0, 6, 0.06, "undecided"),
+        (-2.0, 0.0, 6, 0.03, "undecided"),
+        (-2.0, -1.0, 6, float("nan"), "undecided"),
+    ],
+)
+def test_the_verdict(low, high, n, p, expected):
+    assert verdict(low, high, n, p) == expected
+
+
+# -- saying it ---------------------------------------------------------------------------------------------------
+
+
+def test_one_sentence_per_claim_with_its_number():
+    found = claims(planted("gap", LESS))
+    said = sentences(found)
+    assert len(said) == len(found)
+    low, high = (f"{row(found, 'gap')[name]:+.3g}" for name in ("low", "high"))
+    assert (
+        f"Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). degrees between gradient and unit "
+        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.031. At equal training loss; the sign is the same on two disjoint "
+        "probes and at dampings 1e-4, 1e-2 and 1."
+    ) in said
+    for sentence, statement in zip(said, found["statement"], strict=True):
+        assert statement in sentence
+
+
+def test_the_contrary_is_said_plainly():
+    (said,) = [s for s in sentences(claims(planted("loss", [0.1 - d for d in LESS]))) if "lower training loss" in s]
+    assert said.startswith("Not supported, the contrary holds: ELU networks end at a lower training loss than ReLU networks")
+
+
+def test_columns_and_folders(tmp_path):
+    runs = planted("gap", LESS)
+    columns = ["claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict", "caveat"]
+    assert list(claims(runs).columns) == columns
+    for name, rows in runs.groupby("run", sort=False):
+        config = {key: rows[key].iloc[0].item() for key in ("seed", "epochs", "lr")} | {"activation": rows["activation"].iloc[0]}
+        with Run.create(tmp_path / str(name), {**config, "experiment": "planted"}) as record:
+            record.append(rows.drop(columns=["run", "experiment", *config]))
+    pd.testing.assert_frame_equal(claims(tmp_path), claims(runs), rtol=1e-6)
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no runs"):
+        claims(tmp_path)

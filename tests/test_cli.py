@@ -1,0 +1,372 @@
+"""The program as a stranger uses it: what it prints, what it leaves behind, and how it fails."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torchvision
+from planted import Planted
+from rich.console import Console
+from tiny import Tiny
+
+from biasshift import cli
+from biasshift.experiments.digits import Demo
+from biasshift.reading import read_runs, run_states
+from biasshift.recording import Run
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 90  # seconds, for a machine that is busy with something else
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, no network, no color, a terminal of 80 columns."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", refuse)
+    for name in ("BIASSHIFT_DATA", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def write_run(folder: Path, rows: pd.DataFrame) -> None:
+    config = {name: np.asarray(rows[name])[0] for name in ("activation", "seed", "experiment", "epochs", "lr")}
+    config = {name: value.item() if isinstance(value, np.generic) else value for name, value in config.items()}
+    with Run.create(folder, config) as record:
+        record.append(rows.drop(columns=["run", *config]))
+
+
+@pytest.fixture
+def runs(here) -> Path:
+    """Six seeds of ELU and ReLU below `runs/planted`."""
+    for name, angle in (("elu", 60.0), ("relu", 70.0)):
+        for seed in range(6):
+            run = Planted(name, seed, unit_mean=0.1 if name == "elu" else 0.4, exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7})
+            write_run(here / "runs" / "planted" / f"{name}-{seed}", run.rows())
+    return here / "runs" / "planted"
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    status = 0
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    return status, *capsys.readouterr()
+
+
+def spawn(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# -- help --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["demo", "train", "figure", "claims"]),
+        (["demo"], ["--quick", "--out", "--workers", "Needs no download"]),
+        (["train"], ["mnist"]),
+        (["train", "mnist"], ["--activation", "--seeds", "--epochs", "(default: 300)", "--data", "$BIASSHIFT_DATA"]),
+        (["figure"], ["1 (activation functions)", "--out", "{1,2,gap,all}"]),
+        (["claims"], ["Run folders"]),
+    ],
+)
+def test_help(here, capsys, arguments, words):
+    status, shown, errors = call(capsys, *arguments, "--help")
+    assert (status, errors) == (0, "")
+    assert all(word in shown for word in words)
+    assert max(map(len, shown.splitlines())) < 130 and "__" not in shown
+
+
+def test_python_minus_m():
+    process = spawn("-m", "biasshift", "figure", "--help", stdout=subprocess.PIPE)
+    shown, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "") and shown.startswith("usage: biasshift figure")
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["figure", "2"], "biasshift figure 2 FOLDER"),
+        (["figure", "all"], "biasshift figure all FOLDER"),
+        (["figure", "gap", "nowhere"], "'nowhere' is no folder"),
+        (["figure", "2", "."], "no runs in ."),
+        (["claims"], "biasshift claims FOLDER"),
+        (["claims", "nowhere"], "'nowhere' is no folder"),
+        (["claims", "."], "no runs in ."),
+        (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
+        (["train", "mnist", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["train", "mnist", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["train", "mnist", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["train", "mnist", "--lr", "-1"], "--lr must be a number above 0, got -1.0"),
+        (["train", "mnist", "--lr", "nan"], "--lr must be a number above 0, got nan"),
+        (["train", "mnist", "--activation"], "--activation needs at least one name"),
+        (["train", "mnist", "--activation", "elu", "elu"], "each of them once"),
+        (["train", "mnist"], "MNIST is not complete in 'data/MNIST/raw'"),
+        (["train", "mnist", "--data", "nowhere"], "--data or $BIASSHIFT_DATA"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, arguments, says):
+    status, shown, errors = call(capsys, *arguments)
+    assert (status, shown) == (2, "")
+    assert errors.startswith("biasshift: ") and errors.count("\n") == 1 and says in errors
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "{demo, train, figure, claims}"),
+        (["tarin"], "tarin"),
+        (["train"], "mnist"),
+        (["train", "cifar"], "cifar"),
+        (["demo", "--qick"], "--qick"),
+        (["demo", "--workers", "two"], "two"),
+        (["figure"], "required"),
+        (["figure", "9", "runs"], "'1', '2', 'gap'"),
+        (["train", "mnist", "--activation", "tanh"], "tanh"),
+        (["train", "mnist", "--epochs", "1.5"], "1.5"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_is_named(here, capsys, arguments, says):
+    status, shown, errors = call(capsys, *arguments)
+    assert (status, shown) == (2, "")
+    assert says in errors and "help" in errors and "Traceback" not in errors and "__" not in errors
+    assert list(here.iterdir()) == []
+
+
+def test_corrupt_data_is_one_sentence(here, capsys):
+    raw = here / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (raw / name).write_bytes(b"<!DOCTYPE html>")
+    status, shown, errors = call(capsys, "train", "mnist")
+    assert (status, shown) == (2, "") and errors.count("\n") == 1
+    assert "train-images-idx3-ubyte' is no complete idx file" in errors and not (here / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(here, capsys):
+    (here / "file").write_text("not a folder")
+    status, _, errors = call(capsys, "figure", "1", "--out", "file/figures")
+    assert status == 2 and errors == "biasshift: 'file/figures': Not a directory.\n"
+    status, _, errors = call(capsys, "demo", "--out", "file")
+    assert status == 2 and errors.startswith("biasshift: ") and errors.count("\n") == 1 and "'file" in errors
+
+
+def test_runs_of_two_settings_are_not_judged_together(runs, capsys):
+    write_run(runs.parent / "more" / "elu-9", Planted("elu", 9, settings={"lr": 0.5}).rows())
+    status, shown, errors = call(capsys, "claims", "runs")
+    assert (status, shown) == (2, "") and errors == "biasshift: These runs differ in 'lr' (0.1, 0.5): give runs of one setting.\n"
+
+
+# -- runs that are there already ---------------------------------------------------------------------------------
+
+
+def test_runs_are_not_replaced_unless_told_so(here, capsys):
+    write_run(here / "runs" / "demo" / "relu-1", Planted("relu", 1, settings={"experiment": "digits"}).rows())
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    status, shown, errors = call(capsys, "demo", "--no-replace")
+    assert (status, shown) == (2, "") and "'runs/demo/relu-1' already holds a run" in errors and "--replace" in errors
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_the_demo_never_replaces_another_experiments_runs(runs, capsys):
+    before = files(runs)
+    status, shown, errors = call(capsys, "demo", "--out", str(runs))
+    assert (status, shown) == (2, "") and "another experiment ('planted')" in errors
+    assert files(runs) == before
+
+
+# -- figures and claims ------------------------------------------------------------------------------------------
+
+
+def test_figure_1_needs_no_runs(here, capsys):
+    assert call(capsys, "figure", "1") == (0, "Figure: figures/figure_1.png (and PDF)\n", "")
+    assert files(here) == {"figures/figure_1.png", "figures/figure_1.pdf"}
+
+
+def test_all_figures(runs, here, capsys):
+    status, shown, errors = call(capsys, "figure", "all", "runs", "--out", "f")
+    assert (status, errors) == (0, "")
+    assert shown.splitlines() == [f"Figure: f/figure_{name}.png (and PDF)" for name in ("1", "2", "gap")]
+    assert files(here / "f") == {f"figure_{name}.{kind}" for name in ("1", "2", "gap") for kind in ("png", "pdf")}
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_claims_fit_the_terminal(runs, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, shown, errors = call(capsys, "claims", "runs")
+    assert (status, errors) == (0, "")
+    assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown
+    words = " ".join(shown.split())
+    assert "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3)." in words
+    assert "degrees between gradient and unit natural gradient: -10 [" in words and "n = 6, p = 0.031." in words
+
+
+def test_a_single_run_folder_is_enough(runs, capsys):
+    status, shown, errors = call(capsys, "claims", "runs/planted/elu-0", "runs/planted/relu-0")
+    assert (status, errors) == (0, "") and "Fewer than 6 paired seeds" in " ".join(shown.split()) and "nan" not in shown
+
+
+def test_whoever_stops_reading_is_not_shouted_at(runs, here):
+    """The reading end of the pipe is closed before anything is written, as `| head -0` would."""
+    for arguments in (["claims", "runs"], ["--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        process = spawn("-m", "biasshift", *arguments, stdout=write, cwd=here)
+        os.close(write)
+        assert process.communicate(timeout=PATIENCE)[1] == "" and process.returncode == 1
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    """The whole of a small experiment, in this process: its folder [with brackets], and what it printed."""
+    folder = tmp_path_factory.mktemp("trained") / "a [bold] folder"
+    shown = io.StringIO()
+    console = Console(file=shown, width=60, highlight=False, markup=False, emoji=False)
+    cli._train(console, Tiny(out=folder))
+    return folder, shown.getvalue()
+
+
+def test_training_shows_progress_table_identities_figures_and_claims(trained):
+    folder, shown = trained
+    first, *progress = shown.splitlines()[:5]
+    assert first == f"2 runs of 2 epochs in 1 process → {folder}"
+    assert progress == [f"{done} of 4 epochs" for done in (1, 2, 3, 4)]
+    words = " ".join(shown.split())
+    for text in ("Mean ± SD over seeds", "seeds 1 1", "Exact identities", "Undecided: ELU networks learn faster", "Fewer than 6"):
+        assert text in words
+    assert f"Figure: {folder}/figure_2.png (and PDF)" in shown and "nan" not in shown
+
+
+def test_a_narrow_terminal_loses_nothing(trained):
+    _, shown = trained
+    lines = [line for line in shown.splitlines() if "a [bold] folder" not in line]  # paths are not broken
+    assert max(map(len, lines)) <= 60 and "…" not in shown
+    table = shown[shown.index("Mean ± SD") : shown.index("The first four rows")]
+    assert all(name in table for name in ("ELU", "ReLU", "gradient gap", "excluded units"))
+
+
+def test_the_residuals_shown_are_the_worst_of_all_runs(trained):
+    folder, shown = trained
+    worst = read_runs(folder)["residual_theorem1"].max()
+    assert f"  {worst:.1e}  Theorem 1, centered against block form" in shown and worst < 1e-6
+
+
+def test_training_leaves_run_folders_and_figures(trained):
+    folder, _ = trained
+    assert {path.name for path in folder.iterdir()} == {
+        "elu-0", "relu-0", "figure_2.png", "figure_2.pdf", "figure_gap.png", "figure_gap.pdf",
+    }  # fmt: skip
+    assert set(run_states(folder)["state"]) == {"finished"}
+
+
+def test_a_run_that_diverges_is_named(here):
+    with pytest.raises(RuntimeError, match=r"'.*elu-0': the loss became .* diverged"):
+        cli._train(Console(file=io.StringIO()), Tiny(out=here, lr=1e9))
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_a_bar_and_no_color_where_none_is_wanted(monkeypatch, no_color):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with cli.progress(console, 3) as on_epoch:
+        for _ in range(3):
+            on_epoch()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3/3" in shown and "epochs" in shown
+    assert bool(re.search(r"\x1b\[[\d;]*(3[0-7]|38;[\d;]+)m", shown)) != no_color
+
+
+def test_elsewhere_progress_is_ten_plain_lines():
+    console = Console(file=io.StringIO(), width=80)
+    with cli.progress(console, 1440) as on_epoch:
+        for _ in range(1440):
+            on_epoch()
+    assert console.file.getvalue().splitlines() == [f"{144 * i} of 1440 epochs" for i in range(1, 11)]  # type: ignore[attr-defined]
+
+
+def test_a_system_error_names_its_file(here, capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "runs/demo")
+
+    monkeypatch.setattr(cli, "_train", refuse)
+    assert call(capsys, "demo") == (2, "", "biasshift: 'runs/demo': Permission denied.\n")
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------
+
+
+def members(group: int) -> list[str]:
+    """The processes of a group, zombies left out."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            stats.append(path.read_text())
+        except OSError:  # it ended meanwhile
+            continue
+    fields = [stat.rpartition(")")[2].split() for stat in stats]  # state, parent, group, …
+    return [stat for stat, (state, _, pgrp, *_) in zip(stats, fields, strict=True) if int(pgrp) == group and state != "Z"]
+
+
+def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_jobs", interrupted)
+    status, _, errors = call(capsys, "demo", "--quick")
+    assert status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
+
+
+def test_ctrl_c_during_the_demo(here):
+    """The demo with small networks and without an end."""
+    small = "digits.DEPTH, digits.WIDTH, digits.PROBE, digits.EXAM_PROBE, digits.MEANS_EVERY, digits.QUICK_EPOCHS = 2, 8, 50, 200, 1, 10**6"
+    code = f"from biasshift.experiments import digits; {small}; from biasshift.cli import main; main(['demo', '--quick', '--workers', '2'])"
+    process = spawn("-c", code, stdout=subprocess.PIPE, cwd=here, start_new_session=True)
+    end = time.monotonic() + PATIENCE
+    while len({path.parent for path in here.glob("runs/demo/*/segment-00001.parquet")}) < 2:  # both workers are in the middle of a run
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
+    shown, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and shown.startswith("8 runs of 1000000 epochs in 2 processes")
+    assert errors == "biasshift: interrupted. Finished runs are complete, the others are readable up to their last epoch.\n"
+    assert run_states(here / "runs")["state"].tolist() == ["interrupted"] * 2  # the other six never began
+    assert read_runs(here / "runs").groupby("run", observed=True)["epoch"].max().ge(2).all()
+    assert not members(process.pid)
+
+
+def test_options_of_the_demo_have_the_documented_defaults():
+    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace) == (Path("runs/demo"), False, None, True)

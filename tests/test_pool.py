@@ -1,0 +1,148 @@
+"""Runs in parallel: they count, they fail together, and nothing outlives a Ctrl-C or a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from biasshift.pool import run_jobs
+from biasshift.reading import run_states
+from biasshift.recording import Run
+
+TESTS = Path(__file__).parent
+PATIENCE = 60  # seconds, for a machine that is busy with something else
+
+
+# -- jobs: functions of this module, because workers import them -------------------------------------------------
+
+
+def count(folder: Path, name: str, epochs: int, on_epoch) -> None:
+    for _ in range(epochs):
+        on_epoch()
+    (folder / name).write_text(f"{os.getpid()} {torch.get_num_threads()}")
+
+
+def fail(folder: Path, on_epoch) -> None:
+    wait_for(folder / "linger" / "config.json")
+    raise ValueError("this job was planted to fail")
+
+
+def linger(folder: Path, name: str, on_epoch) -> None:
+    """A run that ends only when it is interrupted."""
+    with Run.create(folder / name, {"seed": 0}):
+        (folder / f"{name}.pid").write_text(str(os.getpid()))
+        time.sleep(2 * PATIENCE)
+
+
+def interrupt(on_epoch) -> None:
+    raise KeyboardInterrupt
+
+
+def wait_for(*paths: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < end, f"{paths} never came"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: neither gone nor a zombie that nobody has fetched."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[int]) -> bool:
+    end = time.monotonic() + PATIENCE
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+# -- in this process ---------------------------------------------------------------------------------------------
+
+
+def test_one_worker_does_the_jobs_in_order_in_this_process(tmp_path):
+    done: list[int] = []
+    before = torch.get_num_threads()
+    run_jobs([(count, (tmp_path, "a", 2)), (lambda on_epoch: done.append(1), ()), (count, (tmp_path, "b", 1))], 1, lambda: done.append(0))
+    assert done == [0, 0, 1, 0]
+    assert (tmp_path / "a").read_text() == f"{os.getpid()} 1" and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("job", "error"), [((interrupt, ()), KeyboardInterrupt), ((count, ()), TypeError)])
+def test_what_ends_a_job_ends_all_and_the_threads_come_back(tmp_path, job, error):
+    before = torch.get_num_threads()
+    with pytest.raises(error):
+        run_jobs([job, (count, (tmp_path, "never", 1))], 1, lambda: None)
+    assert not (tmp_path / "never").exists() and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_less_than_one_worker_is_refused(tmp_path, workers):
+    with pytest.raises(ValueError, match=f"at least 1, got {workers}"):
+        run_jobs([(count, (tmp_path, "never", 1))] * 2, workers, lambda: None)
+
+
+# -- in two processes --------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_of_every_job_is_counted(tmp_path):
+    calls: list[int] = []
+    run_jobs([(count, (tmp_path, str(epochs), epochs)) for epochs in (3, 0, 5, 7)], 2, lambda: calls.append(os.getpid()))
+    assert calls == [os.getpid()] * 15  # called here, where the progress is shown
+    found = [(tmp_path / name).read_text().split() for name in "0357"]
+    assert {threads for _, threads in found} == {"1"}
+    pids = {int(pid) for pid, _ in found}
+    assert os.getpid() not in pids and len(pids) <= 2 and gone(list(pids))
+
+
+def test_a_failing_job_ends_the_others_with_its_exception(tmp_path):
+    never = [(count, (tmp_path, f"never-{i}", 1)) for i in range(6)]
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="planted to fail"):
+        run_jobs([(fail, (tmp_path,)), (linger, (tmp_path, "linger")), *never], 2, lambda: None)
+    assert time.monotonic() - start < 2 * PATIENCE
+    assert run_states(tmp_path)["state"].tolist() == ["interrupted"]
+    assert gone([int((tmp_path / "linger.pid").read_text())])
+
+
+def start_lingering(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A process group of its own, as of a terminal: the parent and two workers, each in the middle of a run; six more wait."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from test_pool import count, linger, run_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    folder = Path(sys.argv[2])\n"
+        "    never = [(count, (folder, f'never-{i}', 1)) for i in range(6)]\n"
+        "    run_jobs([(linger, (folder, 'a')), (linger, (folder, 'b')), *never], 2, lambda: None)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(TESTS), str(folder)],
+        cwd=TESTS.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(folder / "a.pid", folder / "b.pid")
+    return process, [int((folder / name).read_text()) for name in ("a.pid", "b.pid")]
+
+
+def test_ctrl_c_closes_every_run_as_interrupted_and_leaves_no_process(tmp_path):
+    process, workers = start_lingering(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")  # the parent's own
+    assert run_states(tmp_path)["state"].tolist() == ["interrupted"] * 2
+    assert not list(tmp_path.glob("never-*")) and gone(workers)
+
+
+def test_a_killed_parent_takes_its_workers_along(tmp_path):
+    process, workers = start_lingering(tmp_path)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert gone(workers)
+    assert run_states(tmp_path)["state"].tolist() == ["running"] * 2  # as of any run that was killed

@@ -1,0 +1,47 @@
+"""An experiment of seconds: in a module of its own, because worker processes must be able to import it."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from biasshift.classifying import Setting
+from biasshift.data import DataSet, digits, shifted
+from biasshift.experiments.digits import Demo
+
+DEPTH, WIDTH, EPOCH_STEPS = 3, 10, 23
+LAYERS = ["0", "2", "4", "6"]
+UNITS = [0, 2, 5, 7]  # four of ten, evenly spaced
+
+
+@cache
+def data() -> DataSet:
+    return shifted(digits(), side=8)
+
+
+@dataclass(frozen=True)
+class Tiny(Demo):
+    """The demo with 3 hidden layers × 10 units and 2 epochs."""
+
+    out: Path = Path("tiny")
+    activations: tuple[str, ...] = ("elu", "relu")
+    seeds: int = 1
+    epochs: int = 2
+    lr: float = 0.05
+    equal_loss: float = 2.2
+    skip_input_layer: bool = False
+    workers: int | None = 1
+    replace: bool = False
+
+    def load(self) -> DataSet:
+        return data()
+
+    def settings(self) -> list[Setting]:
+        return [
+            Setting(
+                "tiny", activation, seed, self.epochs, 64, self.lr, 0.0, DEPTH, WIDTH, "normal", probe_size=200, exam_size=1500,
+                means_every=1, fisher_every=2, equal_loss=self.equal_loss, units_measured=4, damping=1e-3,
+                skip_input_layer=self.skip_input_layer,
+            )
+            for seed in range(self.seeds)
+            for activation in self.activations
+        ]  # fmt: skip
