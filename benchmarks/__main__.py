@@ -1,8 +1,15 @@
-"""``python -m benchmarks [question …]``: asks all questions or some, and draws the table and the figure from the results."""
+"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and draws the table and the figure.
+
+``--shared`` is for a machine that others use too: one thread, and CPU seconds instead of those of the clock on the wall.
+"""
 
 import importlib
+import os
 import sys
 
+import torch
+
+from .harness import SHARED
 from .report import QUESTIONS, draw, table
 
 
@@ -19,5 +26,8 @@ def main(questions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or list(QUESTIONS)
+    if "--shared" in sys.argv:
+        os.environ |= {SHARED: "1", "OMP_NUM_THREADS": "1"}  # the workers' too
+        torch.set_num_threads(1)
+    asked = [question for question in sys.argv[1:] if question != "--shared"] or list(QUESTIONS)
     main([] if asked == ["report"] else asked)

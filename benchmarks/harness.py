@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+SHARED = "BIASSHIFT_BENCHMARKS_SHARED"  # in the environment: others use this machine, so one thread, and CPU seconds
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ["torch", "biasshift", "asdfghjkl", "backpack-for-pytorch", "opacus", "nngeometry", "curvlinops-for-pytorch", "delve"]
 TOLERANCE = 1e-4  # relative error against float64 that float32 work may have; a method beyond it is not timed
@@ -67,7 +68,8 @@ def _work(question: str, method: str, device: str, small: bool) -> None:
             elif command == "time":
                 answer(value=seconds(task.run, device))
             elif command == "memory":
-                answer(value=extra_memory(task.run, device))
+                start = clock(device)
+                answer(value=extra_memory(task.run, device), seconds=clock(device) - start)
     except (Unavailable, ImportError) as reason:
         answer(ok=False, why=str(reason))
     except Exception as error:
@@ -81,15 +83,20 @@ def synchronize(device: str) -> None:
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one run; freeing its result is not part of it."""
+    """Seconds of one run; freeing its result is not part of it."""
     gc.collect()
     synchronize(device)
-    start = time.perf_counter()
+    start = clock(device)
     result = run()
     synchronize(device)
-    taken = time.perf_counter() - start
+    taken = clock(device) - start
     del result
     return taken
+
+
+def clock(device: str) -> float:
+    """Wall-clock seconds; CPU seconds where the machine is shared."""
+    return time.process_time() if SHARED in os.environ and device == "cpu" else time.perf_counter()
 
 
 def extra_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
@@ -126,7 +133,7 @@ class Worker:
 
     def __init__(self, question: str, method: str, device: str, small: bool = False):
         command = [sys.executable, "-m", "benchmarks.harness", question, method, device, str(int(small))]
-        self.method, self.why = method, ""
+        self.method, self.why, self.seconds = method, "", 0.0
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
         self._read()
 
@@ -136,7 +143,9 @@ class Worker:
             return None
         stdin: IO[str] = self.process.stdin  # pyright: ignore[reportAssignmentType]
         print(command, file=stdin, flush=True)
-        return self._read().get("value")
+        answer = self._read()
+        self.seconds = answer.get("seconds", 0.0)
+        return answer.get("value")
 
     def _read(self) -> dict:
         stdout: IO[str] = self.process.stdout  # pyright: ignore[reportAssignmentType]
@@ -156,12 +165,14 @@ class Worker:
 
 
 def compare(question: str, methods: Sequence[str], device: str, repeats: int, tolerance: float = TOLERANCE) -> list[dict]:
-    """One row per method: seconds (median, lowest), memory, error; or why there is none."""
-    rows, workers = [], []
+    """One row per method: seconds (median, lowest), memory, error; or why there is none. Without repeats, the seconds are
+    those of the one run whose memory was measured."""
+    rows, workers, once = [], [], {}
     for method in methods:
         row: dict[str, Any] = {"method": method}
         fresh = Worker(question, method, device, small=True)
         row["bytes"] = fresh.ask("memory")
+        once[method] = fresh.seconds
         fresh.close()
         worker = Worker(question, method, device)
         row["error"] = worker.ask("error")
@@ -172,7 +183,7 @@ def compare(question: str, methods: Sequence[str], device: str, repeats: int, to
             print(f"  {method}: left out ({worker.why})", flush=True)
         rows.append(row)
         workers.append(worker)
-    times: dict[str, list[float]] = {worker.method: [] for worker in workers if not worker.why}
+    times: dict[str, list[float]] = {w.method: [] if repeats else [once[w.method]] for w in workers if not w.why}
     for _ in range(repeats):
         for worker in workers:
             if not worker.why:
@@ -180,7 +191,7 @@ def compare(question: str, methods: Sequence[str], device: str, repeats: int, to
     for worker, row in zip(workers, rows, strict=True):
         worker.close()
         if worker.method in times and not worker.why:
-            row |= {"seconds": median(times[worker.method]), "fastest": min(times[worker.method]), "repeats": repeats}
+            row |= {"seconds": median(times[worker.method]), "fastest": min(times[worker.method]), "repeats": max(1, repeats)}
             print(f"  {worker.method}: {show(row)}", flush=True)
     return rows
 
@@ -201,8 +212,10 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    threads = "1 thread, CPU seconds" if SHARED in os.environ else f"{torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.processor()}, {threads}"
 
 
 def gemm_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
@@ -238,7 +251,7 @@ def write(question: str, device: str, title: str, rows: list[dict], **more: obje
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": commit(),
-        "command": f"python -m benchmarks {question}",
+        "command": f"python -m benchmarks {'--shared ' if SHARED in os.environ else ''}{question}",
         "date": date.today().isoformat(),
         **more,
     }

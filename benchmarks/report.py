@@ -17,7 +17,11 @@ def results() -> list[dict]:
 
 def table() -> str:
     """One Markdown table per question, with what it was measured on. Also written to ``results/README.md``."""
-    parts = ["# Benchmarks", "", "Written by `python -m benchmarks`. Times are medians of interleaved repeats; memory is the growth of a fresh process."]
+    parts = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m benchmarks`. Times are medians of interleaved repeats; memory is the growth of a fresh process.",
+    ]
     for result in results():
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
         machine = f"{result['device']}, {result['gemm_gflops']:.0f} GFLOP/s in a matrix product of float32"
@@ -72,7 +76,7 @@ def draw() -> Path | None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    shown = [result for result in results() if result["question"] in COMPARED and "CPU" not in result.get("hidden", "")]
+    shown = [result for result in results() if result["question"] in COMPARED]
     if not shown:
         return None
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False, layout="constrained")
@@ -82,7 +86,9 @@ def draw() -> Path | None:
                 ours = row["method"] == "biasshift"
                 x, y = row["seconds"] * 1e3, row["bytes"] / 2**20
                 ax.plot(x, y, "o", color="#c0392b" if ours else "#555555", markersize=8 if ours else 6)
-                ax.annotate(row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, weight="bold" if ours else "normal")
+                ax.annotate(
+                    row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, weight="bold" if ours else "normal"
+                )
         ax.set(xscale="log", yscale="log", xlabel="time / ms", ylabel="extra memory / MiB")
         ax.margins(0.25)
         ax.set_title(result["title"].split(",")[0], fontsize=10)

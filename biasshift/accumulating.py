@@ -180,7 +180,8 @@ class LayerState:
     def result(self, options: Options) -> Measured:
         sums, bias = self.total(), self.module.bias is not None
         fisher = UnitFisher(
-            sums, options.damping, bias, self.dtype, self.name, options.labels, self.spread.variance, options.tolerance, options.max_iterations
+            sums, options.damping, bias, self.dtype, self.name, options.labels, self.spread.variance,
+            options.tolerance, options.max_iterations,
         )  # fmt: skip
         if self.g is None or self.g0 is None:
             return Measured(fisher)

@@ -21,6 +21,7 @@ SIGN_CHANGES = "At equal training loss; the sign changes with the damping or the
 ONE_RATE = "One learning rate for all."
 NO_PAIR = "No two runs with one seed reached their last epoch."
 NO_EXAM = "No two runs with one seed came down to the equal loss."
+NO_UNITS = "No two runs with one seed came down to the equal loss with enough effective samples."
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _repeated(judged: str, caveat: str, effect: float, repeated: list[float]) ->
 
 def _row(name: str, statement: str, source: str, statistic: str, found: dict, judged: str, caveat: str) -> dict:
     if found["n"] == 0:
-        caveat = NO_EXAM if caveat in (EQUAL_LOSS, SIGN_CHANGES, ONE_RATE) else NO_PAIR
+        caveat = NO_EXAM if caveat == ONE_RATE else NO_UNITS if caveat in (EQUAL_LOSS, SIGN_CHANGES) else NO_PAIR
     elif found["n"] < FEWEST_SEEDS:
         caveat = f"Fewer than {FEWEST_SEEDS} paired seeds decide nothing. {caveat}"
     return {

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from biasshift.conjugate import Solver
 from biasshift.implicit import ImplicitSums, Samples, TooLarge, block_bytes
+from biasshift.iterating import Solver
 from biasshift.moments import WeightedSums
 from biasshift.reducing import all_reduced
 from biasshift.solving import Factors, Singular
@@ -122,7 +122,9 @@ class UnitFisher:
         elif isinstance(self.sums, ImplicitSums) and isinstance(other.sums, ImplicitSums):
             sums = self.sums + other.sums
         else:
-            raise ValueError(f"Only layers of equal storage can be added, not {self.storage} and {other.storage}: choose storage= for both.")
+            raise ValueError(
+                f"Only layers of equal storage can be added, not {self.storage} and {other.storage}: choose storage= for both."
+            )
         noise = None if self.label_noise is None or other.label_noise is None else self.label_noise + other.label_noise
         return replace(self, sums=sums, label_noise=noise)
 
@@ -337,7 +339,8 @@ class UnitFisher:
         failed = int((factors.usable & x.isnan().any(1)).sum())
         if failed:
             warnings.warn(
-                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within {iterations} iterations at damping={self.damping}, "
+                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within {iterations} iterations at "
+                f"damping={self.damping}, "
                 'and have NaN. Use more damping, a larger tolerance= or max_iterations=, or storage="dense" with fewer units=.',
                 RuntimeWarning,
                 stacklevel=3,
@@ -357,7 +360,8 @@ class UnitFisher:
             return self.sums.var_q()
         except TooLarge as large:
             raise ValueError(
-                f"Layer '{self.name}': the blocks of {large.units} units take {large.bytes / 2**20:.0f} MiB, more than memory_budget. They are "
+                f"Layer '{self.name}': the blocks of {large.units} units take {large.bytes / 2**20:.0f} MiB, more than "
+                "memory_budget. They are "
                 "kept implicitly: measure a few units with units=, or raise memory_budget."
             ) from None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.accumulating import LayerBatch, LayerState
-from biasshift.implicit import Again, ImplicitSums, Samples
+from biasshift.implicit import Again, ImplicitSums, Samples, Work
 from biasshift.implicit_conv import Geometry, Maps
 from biasshift.layers import WeightLayer
 
@@ -128,7 +128,7 @@ class ImplicitState(LayerState):
         self.collector = Collector()
         self.implicit: ImplicitSums | None = None
         self.again: Again | None = None
-        self.full = False
+        self.full, self.work = False, Work(0, 0, 0)
 
     def start_batch(self, layer: LayerBatch) -> None:
         self.collector.start_batch(layer)
@@ -154,6 +154,7 @@ class ImplicitState(LayerState):
         self.spread.finish_batch(layer.draws)
         self.collector.finish_batch(layer)
         for part in self.collector.parts:
+            self.work = self.work + part.work
             self._hold(part)
             self.implicit = self.implicit.with_part(part.moments(), None if self.full else part)
         self.collector.parts = []
@@ -164,7 +165,8 @@ class ImplicitState(LayerState):
             return
         if self.one_shot:
             raise ValueError(
-                f"Layer '{self.name}': its samples pass memory_budget={self.budget} bytes, and the probe is an iterator that can be read only "
+                f"Layer '{self.name}': its samples pass memory_budget={self.budget} bytes, and the probe is an iterator "
+                "that can be read only "
                 "once. Give a list or a DataLoader, which are read again instead, raise memory_budget, or choose units=."
             )
         assert self.implicit is not None

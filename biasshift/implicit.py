@@ -7,7 +7,7 @@ where blocks take units × inputs².
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,17 @@ Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # per unit Σ δ², Σ δ⁴, �
 Pieces = tuple[Tensor, Tensor, Tensor]
 
 
+class Work(NamedTuple):
+    """What decides how to solve, per unit: terms of rank one in the block, places that a product goes through, errors."""
+
+    rows: int
+    positions: int
+    errors: int
+
+    def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Work(self.rows + other.rows, self.positions + other.positions, self.errors + other.errors)
+
+
 @runtime_checkable
 class Part(Protocol):
     """One batch of one layer, as something that can be multiplied. Its activations ``a`` are about the reference of the sums."""
@@ -30,6 +41,9 @@ class Part(Protocol):
     def bytes(self) -> int:
         """What it holds in memory; 0 where nothing is held, and every look at it costs passes through the model."""
         ...
+
+    @property
+    def work(self) -> Work: ...
 
     @property
     def channels(self) -> int:
@@ -71,6 +85,10 @@ class Samples:
     @property
     def bytes(self) -> int:
         return _bytes(self.a, self.delta2)
+
+    @property
+    def work(self) -> Work:
+        return Work(len(self.a), len(self.a), len(self.a))
 
     @property
     def channels(self) -> int:
@@ -115,6 +133,7 @@ class Again:
 
     read: Callable[[], Iterator[Part]]
     channels: int
+    work: Work
     units: Tensor | None = None  # of those that are read; None for all
     d: Tensor | None = None  # to be added to their activations
 
@@ -230,7 +249,11 @@ class ImplicitSums(Sums):
         needed = 8 * len(index) * self.first.shape[1] ** 2
         if needed > self.memory_budget:
             raise TooLarge(len(index), needed)
-        few = self.select(index)
+        return self.covariances(index)
+
+    def covariances(self, units: Tensor) -> Float[Tensor, "units inputs inputs"]:
+        """`var_q` without a look at the budget."""
+        few = self.select(units)
         second = triangle.dense(_added([part.blocks() for part in few.parts])).div_(few.weight[:, None, None])
         return torch.baddbmm(second, few.offset_q[:, :, None], few.offset_q[:, None, :], alpha=-1)
 

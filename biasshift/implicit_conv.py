@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from biasshift import triangle
-from biasshift.implicit import Moments, Pieces, chunks
+from biasshift.implicit import Moments, Pieces, Work, chunks
 
 Vectors = Float[Tensor, "units inputs"]
 OverPositions = Float[Tensor, "batch units positions"]
@@ -73,6 +73,11 @@ class Maps:
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.maps, *self.delta))
+
+    @property
+    def work(self) -> Work:
+        batch, errors = len(self.maps[0]), sum(d.numel() for d in self.delta) // max(1, len(self.units))
+        return Work(errors if self.squared else errors // self._positions, batch * self._positions, errors)
 
     @property
     def channels(self) -> int:
@@ -160,6 +165,15 @@ class Maps:
                 a = self._patches(n)
                 squares = squares + sum(self._vectors(own, a).square().sum(1, dtype=torch.float64) for own in self._seeds(n))
         return weight, fourth, first, squares
+
+    def rows(self) -> tuple[Float[Tensor, "units rows inputs"], Float[Tensor, "units rows"]]:
+        """``Σ_t δ_t a_t`` and ``Σ_t δ_t`` of every example and label seed; of errors that are not squared."""
+        vectors, sums = [], []
+        for n in self._chunks(self._inputs * self._positions):
+            a = self._patches(n)
+            vectors += [self._vectors(own, a) for own in self._seeds(n)]
+            sums += [own.sum(2).T for own in self._seeds(n)]
+        return torch.cat(vectors, 1), torch.cat(sums, 1)
 
     def blocks(self) -> triangle.Rows:
         rows = [triangle.zeros(int(mine.sum()), self._inputs, mine.device) for _, mine in self._by_group()]

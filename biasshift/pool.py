@@ -5,14 +5,18 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any
 
 import torch
 
 Job = tuple[Callable[..., None], tuple[Any, ...]]  # called with its arguments and ``on_epoch``
+
+CLOSING = 30.0  # seconds that an interrupted worker has to close its run
 
 # Of a worker process:
 _epochs: Any = None  # the queue of finished epochs
@@ -50,13 +54,28 @@ def run_jobs(jobs: Sequence[Job], workers: int, on_epoch: Callable[[], None]) ->
         while waiting:
             _relay(finished_epochs, on_epoch)
             waiting -= _finished(waiting)
-        _relay(finished_epochs, on_epoch)
+        while _relay(finished_epochs, on_epoch):
+            pass
     except BaseException:
-        for process in list(pool._processes.values()):
-            process.terminate()  # heard by `_stop`: each worker closes its run as interrupted
+        _interrupt(pool)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _interrupt(pool: ProcessPoolExecutor) -> None:
+    """Lets every worker close its run as interrupted; one that cannot, or not soon enough for a second Ctrl-C, is killed."""
+    processes = list(pool._processes.values())
+    for process in processes:
+        process.terminate()  # heard by `_stop`
+    pool.shutdown(wait=False, cancel_futures=True)
+    running, end = {process.sentinel for process in processes}, time.monotonic() + CLOSING
+    try:
+        while running and time.monotonic() < end:
+            running -= set(connection.wait(running, timeout=0.1))
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def _finished(waiting: set[Future]) -> set[Future]:
@@ -66,18 +85,20 @@ def _finished(waiting: set[Future]) -> set[Future]:
     return done
 
 
-def _relay(finished_epochs: Any, on_epoch: Callable[[], None]) -> None:
+def _relay(finished_epochs: Any, on_epoch: Callable[[], None]) -> bool:
+    """One epoch, if there is one within a moment; says whether there was."""
     try:
-        while True:
-            finished_epochs.get(timeout=0.1)
-            on_epoch()
+        finished_epochs.get(timeout=0.1)
     except queue.Empty:
-        return
+        return False
+    on_epoch()
+    return True
 
 
 def _start_worker(finished_epochs: Any) -> None:
     global _epochs
     _epochs = finished_epochs
+    _epochs.cancel_join_thread()  # epochs that nobody counts any more must not keep the process from ending
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -88,11 +109,21 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     try:
         _working = True
         if not _stopped:  # the pool hands out a few jobs ahead: those must not begin
-            work(*arguments, lambda: _epochs.put(None))
+            work(*arguments, _report)
     except KeyboardInterrupt:
         raise RuntimeError("interrupted") from None  # a worker that dies would break the pool, with a page of traceback
     finally:
         _working = False
+
+
+def _report() -> None:
+    """Tells the parent of an epoch. An interruption in here could leave the queue locked forever: it waits for the end."""
+    global _working
+    _working = False
+    _epochs.put(None)
+    _working = True
+    if _stopped:
+        raise KeyboardInterrupt
 
 
 def _stop(*_: object) -> None:

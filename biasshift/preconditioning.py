@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from biasshift.implicit import ImplicitSums
+from biasshift.implicit_conv import Maps
 
-RIDGE = 0.1  # at least: the q of one unit varies less, and in fewer directions, than the mean of all
+RIDGE = 0.15  # times inputs / effective samples: so much less varies the q of one unit than the mean of all, and in fewer directions
+RIDGE_OF_MAPS = 3.0  # their positions depend on each other
 LARGEST = 2**28  # bytes of one matrix in float64: 5792 channels
 
 
@@ -16,7 +18,10 @@ class Preconditioner:
     """
 
     def __init__(self, sums: ImplicitSums, usable: Tensor, damping: float, dtype: torch.dtype):
-        self.ridge, self.dtype = max(damping, RIDGE), dtype
+        typical = sums.effective_samples[usable].median().item()
+        self.ridge, self.dtype = max(damping, RIDGE * sums.first.shape[1] / typical), dtype
+        if any(isinstance(part, Maps) for part in sums.parts):
+            self.ridge = max(self.ridge, RIDGE_OF_MAPS)
         self.inverse: Tensor | None = None
         C = self._covariance(sums, usable)
         if C is None:

@@ -84,6 +84,7 @@ def _agree(sums: Sums, what: str, group: Group) -> None:
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     if (both[:4] != -both[4:]).any():
         raise ValueError(
-            f"The processes do not hold the same layer: here it has {units} units with {inputs} inputs, {what}; elsewhere something differs "
+            f"The processes do not hold the same layer: here it has {units} units with {inputs} inputs, {what}; "
+            "elsewhere something differs "
             "(shape, name, damping, bias, labels, or storage)."
         )

@@ -40,7 +40,7 @@ class Reader:
         assert reference is not None
         channels = reference.shape[-1] // getattr(self.modules[name], "groups", 1)
         examples, weight = sums.examples, sums.weight.sum().item()
-        return Again(lambda: self._read(name, reference, examples, weight), channels)
+        return Again(lambda: self._read(name, reference, examples, weight), channels, state.work)
 
     def _read(self, name: str, reference: Tensor, examples: int, weight: float) -> Iterator[Part]:
         self._refuse_changes(name)
@@ -59,14 +59,17 @@ class Reader:
                         yield part
         if read != examples or abs(found - weight) > SAME * abs(weight):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that the probe is read again, and it was not the same: {read} examples "
-                f"with a summed δ² of {found:g}, after {examples} with {weight:g}. Turn off random augmentation; with labels='sampled', shuffling too."
+                f"Layer '{name}' does not fit into memory_budget, so that the probe is read again, and it was not the "
+                f"same: {read} examples "
+                f"with a summed δ² of {found:g}, after {examples} with {weight:g}. Turn off random augmentation; with "
+                "labels='sampled', shuffling too."
             )
 
     def _refuse_changes(self, name: str) -> None:
         if any(p._version != version or p.data_ptr() != place for p, version, place in self.parameters):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that its numbers need the model as it was measured, but its parameters "
+                f"Layer '{name}' does not fit into memory_budget, so that its numbers need the model as it was measured, "
+                "but its parameters "
                 "have changed. Read them before the next step, or raise memory_budget."
             )
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 import biasshift as bs
 from biasshift.moments import WeightedSums
@@ -81,7 +81,9 @@ def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment) for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment) for rank in range(WORLD)
+    ]
     try:
         told = [process.communicate(timeout=90)[1] for process in processes]
     finally:

@@ -82,9 +82,11 @@ def test_layer_sizes_are_recorded_once(table):
     assert sizes[["layer", "inputs"]].values.tolist() == [["0", 64], ["2", WIDTH], ["4", WIDTH], ["6", WIDTH]]
 
 
-def test_the_examination_is_at_the_first_epoch_that_ends_below_the_equal_loss(table):
+def test_the_examination_is_at_the_first_look_below_the_equal_loss(table):
+    """On the digits a look is an epoch."""
     scores, exams = table[table["train_loss"].notna()], table[table["exam_damping"].notna()]
-    assert set(exams["step"]) == {scores[scores["train_loss"] <= 2.2]["step"].min()}
+    first = scores[scores["train_loss"] <= 2.2].iloc[0]
+    assert set(exams["step"]) == {first["step"]} and set(exams["exam_loss"]) == {first["train_loss"]}
     assert len(exams) == 3 * 2 * 3 and set(exams["layer"]) == set(LAYERS[1:])  # layers behind the first, probes, dampings
     assert exams["exam_enough"].max() > 0
 
@@ -265,7 +267,7 @@ def test_an_option_out_of_its_range_is_named(options, says):
 
 @pytest.mark.data
 def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
-    options = {"probe": 200, "exam_probe": 1500, "units": 2, "fisher_every": 2, "equal_loss": 0.8}
+    options = {"probe": 200, "exam_probe": 1500, "units": 2, "fisher_every": 2}
     mnist = Mnist(activation=("elu",), seeds=1, epochs=2, data=data_root, **options)
     (setting,) = mnist.settings()
     run(setting, mnist.load(), tmp_path / "elu-0", "refuse", lambda: None)
@@ -275,4 +277,5 @@ def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
     assert scores["train_loss"].iloc[0] > 2.3 and scores["valid_error"].iloc[-1] < 0.1
     assert set(found[found["s"].notna()]["layer"]) == {str(2 * i) for i in range(1, 9)}
     assert found["residual_theorem2"].max() < 1e-5
-    assert per_run(found)["exam_step"].tolist() == [782]
+    assert per_run(found)["exam_step"].item() % 23 == 0 and per_run(found)["exam_step"].item() < 782
+    assert 0.4 < found["exam_loss"].max() <= 0.5  # within the first epoch, where the loss falls fast

@@ -13,7 +13,9 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
     {"theory", "activations", "triangle", "precision"},
     {"moments", "solving"},
     {"implicit", "implicit_conv"},
-    {"preconditioning", "conjugate", "reducing"},
+    {"preconditioning", "factoring", "reducing"},
+    {"conjugate"},
+    {"iterating"},
     {"fisher"},
     {"layers", "tracing", "labels"},
     {"probing", "separating", "proving", "feeding", "offsets", "opinions"},
@@ -39,7 +41,6 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
 SAME_RUNG = {  # (who, from whom)
     ("solving", "moments"),
     ("implicit_conv", "implicit"),
-    ("conjugate", "preconditioning"),
     ("tracing", "layers"),
     ("proving", "separating"),
     ("opinions", "offsets"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from biasshift import pool
 from biasshift.pool import run_jobs
 from biasshift.reading import run_states
 from biasshift.recording import Run
@@ -37,6 +38,25 @@ def linger(folder: Path, name: str, on_epoch) -> None:
     with Run.create(folder / name, {"seed": 0}):
         (folder / f"{name}.pid").write_text(str(os.getpid()))
         time.sleep(2 * PATIENCE)
+
+
+def flood(folder: Path, on_epoch) -> None:
+    """More epochs than anybody can count, from the first to the last moment."""
+    with Run.create(folder / "flood", {"seed": 0}):
+        while True:
+            on_epoch()
+
+
+def fail_in_the_flood(folder: Path, on_epoch) -> None:
+    wait_for(folder / "flood" / "config.json")
+    time.sleep(0.5)
+    raise ValueError("this job was planted to fail")
+
+
+def cling(folder: Path, on_epoch) -> None:
+    """A job that hears nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    linger(folder, "linger", on_epoch)
 
 
 def interrupt(on_epoch) -> None:
@@ -111,6 +131,21 @@ def test_a_failing_job_ends_the_others_with_its_exception(tmp_path):
     assert time.monotonic() - start < 2 * PATIENCE
     assert run_states(tmp_path)["state"].tolist() == ["interrupted"]
     assert gone([int((tmp_path / "linger.pid").read_text())])
+
+
+def test_a_failing_job_is_noticed_among_many_epochs(tmp_path):
+    """The interruption almost surely comes while the other job reports an epoch; what it reports is not read any more."""
+    with pytest.raises(ValueError, match="planted to fail"):
+        run_jobs([(fail_in_the_flood, (tmp_path,)), (flood, (tmp_path,))], 2, lambda: None)
+    assert run_states(tmp_path)["state"].tolist() == ["interrupted"]
+
+
+def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "CLOSING", 0.5)
+    with pytest.raises(ValueError, match="planted to fail"):
+        run_jobs([(fail, (tmp_path,)), (cling, (tmp_path,))], 2, lambda: None)
+    assert gone([int((tmp_path / "linger.pid").read_text())])
+    assert run_states(tmp_path)["state"].tolist() == ["running"]  # as of any run that was killed
 
 
 def start_lingering(folder: Path) -> tuple[subprocess.Popen, list[int]]:
