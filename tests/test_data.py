@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from biasshift import data
+from biasshift.data import handwritten
 
 SMALL = {
     "train-images-idx3-ubyte": (12, 28, 28),
@@ -42,8 +43,8 @@ def write(root: Path, names=tuple(SMALL)) -> Path:
 @pytest.fixture
 def small_mnist(monkeypatch, tmp_path):
     """MNIST with 12 + 5 images below `tmp_path`, and no network."""
-    monkeypatch.setattr(data, "MNIST_FILES", SMALL)
-    monkeypatch.setattr(data, "MNIST_TRAIN", 9)
+    monkeypatch.setattr(handwritten, "MNIST_FILES", SMALL)
+    monkeypatch.setattr(handwritten, "MNIST_TRAIN", 9)
     monkeypatch.delenv("BIASSHIFT_DATA", raising=False)
     no_network(monkeypatch)
     return write(tmp_path)

@@ -1,15 +1,16 @@
-"""Data sets as tensors: three splits each, ready for a training loop that never waits for a loader."""
+"""Handwritten digits, a few and many: three splits each, ready for a training loop that never waits for a loader."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from biasshift.data.sets import DataSet, data_root
 
 # Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them.
 MNIST_FILES = {
@@ -20,26 +21,6 @@ MNIST_FILES = {
 }
 MNIST_TRAIN = 50_000  # [open in the paper] the last 10,000 of the 60,000 training images validate
 DIGITS_TRAIN, DIGITS_VALID = 1_437, 180  # of 1,797 images; the remaining 180 test
-
-
-@dataclass(frozen=True, eq=False)
-class DataSet:
-    """A data set in three splits, `x` in float32 and `y` the class numbers 0 … `classes` − 1."""
-
-    name: str
-    classes: int
-    x_train: Float[Tensor, "train *inputs"]
-    y_train: Int[Tensor, " train"]
-    x_valid: Float[Tensor, "valid *inputs"]
-    y_valid: Int[Tensor, " valid"]
-    x_test: Float[Tensor, "test *inputs"]
-    y_test: Int[Tensor, " test"]
-    views: int = 1  # x_train holds every example this many times, all examples once, then all again; an epoch shows each once
-
-    def to(self, device: torch.device | str) -> "DataSet":
-        """The same data set with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name[:2] in ("x_", "y_")}
-        return replace(self, **tensors)
 
 
 def digits(seed: int = 0) -> DataSet:
@@ -97,7 +78,7 @@ def mnist(root: str | Path | None = None, download: bool = True) -> DataSet:
         FileNotFoundError: the files are not there, and downloading them was not allowed or failed.
         RuntimeError: a file is damaged, or is not what its name says.
     """
-    root = Path(root or os.environ.get("BIASSHIFT_DATA") or "data").expanduser()
+    root = data_root(root)
     raw = root / "MNIST" / "raw"
     if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
         _obtain_mnist(raw, missing, download)
