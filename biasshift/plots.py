@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from biasshift.looks import LOOKS, OTHER_LOOKS, Look
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,24 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-
-class Look(NamedTuple):
-    label: str
-    color: str
-    marker: str
-    line: str
-
-
-# One look per activation, everywhere. Paul Tol's "high contrast" colors: told apart by color-blind readers, and in
-# grey print by their lightness (0, 29, 48 and 72 of 100).
-LOOKS = {
-    "elu": Look("ELU", "#004488", "o", "-"),
-    "lrelu": Look("LReLU", "#DDAA33", "^", "-."),
-    "relu": Look("ReLU", "#BB5566", "s", "--"),
-    "srelu": Look("SReLU", "#000000", "D", ":"),
-}
-# For groups that are no activations (learning rates, optimizers), in order of appearance.
-OTHER_LOOKS = (("#117733", "v", "-"), ("#AA4499", "P", "--"), ("#44AA99", "X", "-."), ("#999933", "*", ":"))
 
 STYLE = {
     "figure.figsize": (5.0, 3.0),
