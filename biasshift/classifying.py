@@ -1,27 +1,30 @@
-"""One instrumented training run of a fully connected classifier: what the digits and the MNIST protocols share."""
+"""The fully connected classifiers: what the digits and the MNIST protocols share."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from biasshift.data import DataSet
+from biasshift.data.streams import TensorStream
 from biasshift.examining import examine, residuals
-from biasshift.instrument import instrument
-from biasshift.logs import Log
 from biasshift.nets import mlp
-from biasshift.recording import Run
-from biasshift.training import evaluate, train
+from biasshift.optim import UnitNaturalGradient
+from biasshift.training.evaluating import evaluate
+from biasshift.training.processes import rank, world
+from biasshift.trials import Exam, Phase, Probe, Trial, Watch
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-Probe = tuple[torch.Tensor, torch.Tensor]
-
-DATA_ORDER_SEED = 1000  # added to the seed: inputs and weights drawn from one seed would be correlated
+Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
+UPDATES: dict[str, dict[str, Any]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
+    "plain": {"center": "none", "scale": "none"},
+    "centered": {"center": "q", "scale": "none"},
+    "centered-p": {"center": "p", "scale": "none"},
+    "quasi-diagonal": {"center": "q", "scale": "diagonal"},
+    "full": {"center": "q", "scale": "full"},
+}
 LOOK_EVERY = 23  # steps, an epoch of the digits: within the 782 of MNIST's first epoch the losses of two networks part by far
 LOOKED_AT = 5_000  # training examples, the first ones, on which the way down to the equal loss is followed
 
@@ -43,66 +46,71 @@ class Setting:
     probe_size: int  # training examples on which everything is measured along the run
     exam_size: int  # training examples in each of the two disjoint probes of the examination at equal loss
     means_every: int  # epochs between measurements of activation means and bias shift
-    fisher_every: int  # epochs between measurements of the unit Fisher matrices and the gradient gap
+    fisher_every: int  # epochs between measurements of the unit Fisher matrices and the gradient gap; 0: never
     equal_loss: float  # nats: the network is examined when its training loss, looked at every 23 steps, first gets here
     units_measured: int  # of every hidden layer, evenly spaced; the output layer is measured whole
     damping: float
     skip_input_layer: bool  # from the unit Fisher matrices: its incoming activations are the data, for every activation function
+    update: Update = "plain"
+    constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
+    update_damping: float = 1e-2  # λ of the updates that have a scale
+    update_every: int = 10  # steps between two looks at the curvature
+    scores_per_epoch: int = 1
 
 
-def run(setting: Setting, data: DataSet, folder: Path, exist: Literal["refuse", "replace"], on_epoch: Callable[[], None]) -> None:
-    """Trains one network, measures it along the way, and examines it at the equal loss; the run folder is the result.
-
-    Raises:
-        FileExistsError: the folder holds a run already, and ``exist`` is "refuse".
-        RuntimeError: training diverged.
-    """
-    inputs = data.x_train[0].numel()
+def trial(setting: Setting, data: DataSet) -> Trial:
+    """The network of a setting, its minibatches and its measurements."""
+    inputs, device = data.x_train[0].numel(), data.x_train.device
     model = mlp(inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init)
-    model = model.to(data.x_train.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=setting.momentum)
-    probe, exam_probes = probes(data, setting.probe_size, setting.exam_size)
-    epoch_steps = -(-len(data.x_train) // data.views // setting.batch_size)
+    stream = TensorStream(
+        data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world()
+    )  # fmt: skip
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     measured = layers[setting.skip_input_layer :]
     units = {name: evenly_spaced(setting.width, setting.units_measured) for name in layers[:-1]}
-    means = instrument(model, optimizer, probe, setting.means_every * epoch_steps, quantities=("activations", "bias_shift"))
-    fishers = instrument(
-        model, optimizer, probe, setting.fisher_every * epoch_steps,
-        quantities=("fisher", "gap"), layers=measured, units=units, damping=setting.damping,
+    probe, exam_probes = probes(data, setting.probe_size, setting.exam_size)
+    exam = Exam(
+        LOOK_EVERY,
+        setting.equal_loss,
+        loss=partial(_followed_loss, data=data),
+        examine=lambda model, step: examine(model, exam_probes, measured[1 - setting.skip_input_layer :], units, step),
+    )
+    return Trial(
+        setting,
+        model.to(device),
+        partial(_optimizer, setting),
+        stream,
+        steps=setting.epochs * len(stream),
+        phases=(Phase(1, setting.lr),),
+        score=partial(_scores, data=data),
+        score_every=max(1, len(stream) // setting.scores_per_epoch),
+        watches=_watches(setting, probe, len(stream), measured, units),
+        exam=exam,
+        closing=lambda model, step: residuals(model, probe, units, step),
+    )
+
+
+def _watches(setting: Setting, probe: Probe, epoch_steps: int, measured: list[str], units: dict[str, list[int]]) -> list[Watch]:
+    watches = [Watch(probe, setting.means_every * epoch_steps, ("activations", "bias_shift"))]
+    if setting.fisher_every:
+        options = {"layers": measured, "units": units, "damping": setting.damping}
+        watches.append(Watch(probe, setting.fisher_every * epoch_steps, ("fisher", "gap"), options))
+    return watches
+
+
+def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    if setting.update == "plain":  # the same steps as the family's plain member, without its looks at the forward passes
+        return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
+    return UnitNaturalGradient(
+        model, setting.lr, **UPDATES[setting.update], momentum=setting.momentum, damping=setting.update_damping,
+        update_every=setting.update_every, generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed),
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(DATA_ORDER_SEED + setting.seed)
-    with Run.create(folder, asdict(setting), exist, device=data.x_train.device) as record, means, fishers:
-        record.append(_layer_sizes(means))
-        record.append(_scores(model, data, 0, 0))
-        examined = False
-        for step in train(model, optimizer, data, epochs=setting.epochs, batch_size=setting.batch_size, generator=generator):
-            if not examined and step.number % LOOK_EVERY == 0 and (loss := _followed_loss(model, data)) <= setting.equal_loss:
-                exam = examine(model, exam_probes, measured[1 - setting.skip_input_layer :], units, step.number)
-                record.append(exam.assign(exam_loss=loss))
-                examined = True
-            if step.number % epoch_steps:
-                continue
-            record.append(_scores(model, data, step.number, step.epoch))
-            if step.epoch % setting.means_every == 0:
-                record.append(means.flush())
-                record.append(fishers.flush())
-                record.flush()
-            on_epoch()
-        record.append(means.flush())
-        record.append(fishers.flush())
-        record.append(residuals(model, probe, units, epoch_steps * setting.epochs))
 
 
 def evenly_spaced(width: int, count: int) -> list[int]:
     """``count`` indices from 0 on, as far apart as they go; all of them where there are no more."""
     count = min(count, width)
     return [i * width // count for i in range(count)]
-
-
-def _layer_sizes(log: Log) -> "pd.DataFrame":
-    layers = log.layers.query("inputs > 0")
-    return layers[["layer", "inputs"]].assign(step=0, unit=-1)
 
 
 def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe, Probe]]:
@@ -119,12 +127,9 @@ def _followed_loss(model: nn.Module, data: DataSet) -> float:
     return evaluate(model, data.x_train[:examples], data.y_train[:examples])[0]
 
 
-def _scores(model: nn.Module, data: DataSet, step: int, epoch: int) -> "pd.DataFrame":
+def _scores(model: nn.Module, data: DataSet) -> dict[str, float]:
     """Losses and errors of the whole network in eval mode, on one view of every training example and on the validation set."""
-    import pandas as pd
-
     examples = len(data.x_train) // data.views
     train_loss, train_error = evaluate(model, data.x_train[:examples], data.y_train[:examples])
     valid_loss, valid_error = evaluate(model, data.x_valid, data.y_valid)
-    scores = {"train_loss": train_loss, "train_error": train_error, "valid_loss": valid_loss, "valid_error": valid_error}
-    return pd.DataFrame([{"step": step, "epoch": float(epoch), **scores}])
+    return {"train_loss": train_loss, "train_error": train_error, "valid_loss": valid_loss, "valid_error": valid_error}

@@ -4,6 +4,7 @@ config.json             the typed options, and the version of this layout
 provenance.json         command line, commit or version, library versions, device, seed, start
 state.json              running / finished / interrupted / failed, and the last step on disk
 segment-00000.parquet   rows (step, layer, unit); one segment per flush
+checkpoint.pt           where a run stands that is not finished
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ FLOAT32 = frozenset(
     "mean var total own incoming second_order k effective_samples norm_mean_p norm_mean_q norm_corrected_mean "
     "cos_gradient cos_centered cos_diagonal norm_ratio mean_in_abs".split()
 )
-FLOAT64 = frozenset("mean_delta2 s k0 coupling epoch train_loss valid_loss valid_error".split())
+FLOAT64 = frozenset("mean_delta2 s k0 coupling epoch seconds train_loss valid_loss valid_error".split())
 RESERVED = FLOAT32 | FLOAT64 | {*KEYS, "run", "state", "last_step", "started", "updated"}
 
 SEGMENT = re.compile(r"segment-(\d{5,})\.parquet")
-OURS = re.compile(r"segment-\d{5,}\.parquet|(config|provenance|state)\.json")
+OURS = re.compile(r"segment-\d{5,}\.parquet|(config|provenance|state)\.json|checkpoint\.pt")
 TEMPORARY = re.compile(rf"\.({OURS.pattern})\.tmp")
 MAX_JSON_BYTES = 10_000_000
 

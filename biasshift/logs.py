@@ -114,18 +114,20 @@ class ProbeLog(Log):
             self.model(first[:1])
         self._feeding.finish()
 
-    def _due(self) -> bool:
+    @property
+    def due(self) -> bool:
+        """Whether the next step is measured."""
         return (self.step + 1) % self.every == 0
 
     def _on_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._before = None
-        if "bias_shift" in self.quantities and self.weights and self._due():
+        if "bias_shift" in self.quantities and self.weights and self.due:
             self._before = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if _skipped(optimizer):
             return
-        due = self._due()
+        due = self.due
         self.step += 1
         if due:
             shifts = {}

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-Job = tuple[Callable[..., None], tuple[Any, ...]]  # called with its arguments and ``on_epoch``
+Job = tuple[Callable[..., None], tuple[Any, ...]]  # called with its arguments and ``report``
 
 CLOSING = 30.0  # seconds that an interrupted worker has to close its run
 
 # Of a worker process:
-_epochs: Any = None  # the queue of finished epochs
+_reports: Any = None  # the queue of reports
 _working = False
 _stopped = False
 
@@ -29,8 +29,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, on_epoch: Callable[[], None]) -> None:
-    """Runs all jobs and calls ``on_epoch`` in this process whenever one of them has finished an epoch.
+def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -> None:
+    """Runs all jobs and calls ``report`` in this process with whatever one of them reports.
 
     Results do not depend on ``workers``: every job runs on one thread. The first job that fails ends the others, with its
     exception; so does an interruption from the keyboard. Jobs that have not begun by then never begin.
@@ -43,18 +43,18 @@ def run_jobs(jobs: Sequence[Job], workers: int, on_epoch: Callable[[], None]) ->
     if workers == 1 or len(jobs) == 1:
         with _one_thread():
             for work, arguments in jobs:
-                work(*arguments, on_epoch)
+                work(*arguments, report)
         return
     context = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pool
-    finished_epochs = context.Queue()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (finished_epochs,))
+    reports = context.Queue()
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (reports,))
     try:
         with _deaf_to_the_keyboard():
             waiting = {pool.submit(_work, *job) for job in jobs}
         while waiting:
-            _relay(finished_epochs, on_epoch)
+            _relay(reports, report)
             waiting -= _finished(waiting)
-        while _relay(finished_epochs, on_epoch):
+        while _relay(reports, report):
             pass
     except BaseException:
         _interrupt(pool)
@@ -85,20 +85,20 @@ def _finished(waiting: set[Future]) -> set[Future]:
     return done
 
 
-def _relay(finished_epochs: Any, on_epoch: Callable[[], None]) -> bool:
-    """One epoch, if there is one within a moment; says whether there was."""
+def _relay(reports: Any, report: Callable[[Any], None]) -> bool:
+    """One report, if there is one within a moment; says whether there was."""
     try:
-        finished_epochs.get(timeout=0.1)
+        message = reports.get(timeout=0.1)
     except queue.Empty:
         return False
-    on_epoch()
+    report(message)
     return True
 
 
-def _start_worker(finished_epochs: Any) -> None:
-    global _epochs
-    _epochs = finished_epochs
-    _epochs.cancel_join_thread()  # epochs that nobody counts any more must not keep the process from ending
+def _start_worker(reports: Any) -> None:
+    global _reports
+    _reports = reports
+    _reports.cancel_join_thread()  # reports that nobody reads any more must not keep the process from ending
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -116,11 +116,11 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         _working = False
 
 
-def _report() -> None:
-    """Tells the parent of an epoch. An interruption in here could leave the queue locked forever: it waits for the end."""
+def _report(message: Any) -> None:
+    """Tells the parent. An interruption in here could leave the queue locked forever: it waits for the end."""
     global _working
     _working = False
-    _epochs.put(None)
+    _reports.put(message)
     _working = True
     if _stopped:
         raise KeyboardInterrupt

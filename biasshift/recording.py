@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biasshift.layout import LAYOUT, OURS, TEMPORARY, check_config, conform, first_line, is_run
+from biasshift.layout import LAYOUT, OURS, SEGMENT, TEMPORARY, check_config, conform, first_line, is_run, read_config, read_json
+from biasshift.provenance import now, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +37,7 @@ class Run:
         self._given = {"run", *config}
         self._max_rows = max_rows
         self._waiting: list[pa.Table] = []
-        self._segments = 0
+        self.segments = 0  # on disk
         self._closed = False
 
     @classmethod
@@ -78,17 +75,57 @@ class Run:
         if exist not in ("refuse", "replace"):
             raise ValueError(f'exist is "refuse" or "replace", not {exist!r}')
         folder = Path(folder)
-        config = dict(config) if isinstance(config, Mapping) else asdict(config)
+        config = _options(config)
         check_config(config)
         _to_json(config)
-        provenance = _provenance(config, device)
+        origin = provenance(config, device)
         _make_room(folder, exist)
         # The config comes first: from here on the folder is a run, whatever happens.
         _write_json(folder / "config.json", {"biasshift_run": LAYOUT, "config": config})
-        _write_json(folder / "provenance.json", provenance)
+        _write_json(folder / "provenance.json", origin)
         run = cls(folder, config, max_rows)
         run._write_state("running")
         return run
+
+    @classmethod
+    def resume(cls, folder: str | os.PathLike[str], config: Any, segments: int, *, max_rows: int = 200_000) -> Run:
+        """Returns a run that is there already, as it was when it had so many `segments`: later ones are deleted.
+
+        Raises:
+            ValueError: the run was made with another configuration, or lacks segments.
+
+        >>> import pandas as pd, tempfile
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     with Run.create(f"{out}/elu-0", {"seed": 0}) as run:
+        ...         run.append(pd.DataFrame({"step": [0]}))
+        ...     with Run.resume(f"{out}/elu-0", {"seed": 0}, segments=0) as run:
+        ...         run.segments
+        0
+        """
+        folder, config = Path(folder), _options(config)
+        _refuse_other(folder, config)
+        names = {int(match[1]): match[0] for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match}
+        if missing := set(range(segments)) - set(names):
+            raise ValueError(f"'{folder}' has lost segment {min(missing)}: give --replace to begin this run anew")
+        for number in sorted(set(names) - set(range(segments)), reverse=True):
+            (folder / names[number]).unlink()
+        run = cls(folder, config, max_rows)
+        run.segments = segments
+        run._write_state("running")
+        return run
+
+    @staticmethod
+    def is_finished(folder: str | os.PathLike[str], config: Any) -> bool:
+        """Whether the folder holds this very run, complete.
+
+        Raises:
+            ValueError: it holds a run of another configuration.
+        """
+        folder = Path(folder)
+        if not (folder.is_dir() and is_run(folder)):
+            return False
+        _refuse_other(folder, _options(config))
+        return read_json(folder, "state.json", {}).get("state") == "finished"
 
     def append(self, frame: pd.DataFrame) -> None:
         """Adds rows to the run; they wait in memory for the next flush.
@@ -122,9 +159,9 @@ class Run:
 
         rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries() if self._waiting else None
         if rows is not None:
-            path = self.folder / f"segment-{self._segments:05d}.parquet"
+            path = self.folder / f"segment-{self.segments:05d}.parquet"
             _write(path, lambda temporary: pq.write_table(rows, temporary, compression="zstd"))
-            self._segments += 1
+            self.segments += 1
             last = int(rows["step"].to_numpy().max())
             self.last_step = last if self.last_step is None else max(self.last_step, last)
         self._waiting = []
@@ -145,7 +182,22 @@ class Run:
             self._write_state(state)
 
     def _write_state(self, state: str) -> None:
-        _write_json(self.folder / "state.json", {"state": state, "last_step": self.last_step, "updated": _now()})
+        _write_json(self.folder / "state.json", {"state": state, "last_step": self.last_step, "updated": now()})
+
+
+def _options(config: Any) -> dict[str, Any]:
+    return dict(config) if isinstance(config, Mapping) else asdict(config)
+
+
+def _refuse_other(folder: Path, config: Mapping[str, Any]) -> None:
+    """Compares what would be stored with what is."""
+    stored, wanted = read_config(folder), json.loads(_to_json(config))
+    for name in {**stored, **wanted}:
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(
+                f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has {wanted.get(name)!r}: "
+                "choose another folder (--out), or give --replace"
+            )
 
 
 def _make_room(folder: Path, exist: str) -> None:
@@ -193,49 +245,3 @@ def _to_json(value: Mapping[str, Any]) -> str:
         return json.dumps(value, indent=2, default=plain, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the config of a run holds numbers, text, lists and dicts, finite all: {error}") from error
-
-
-# -- provenance --------------------------------------------------------------------------------------------------
-
-
-def _provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    import torch
-
-    on_gpu = str(device).startswith("cuda")
-    return {
-        "command": sys.argv,
-        **_code_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device} ({platform.machine()})",
-        "seed": config.get("seed"),
-        "started": _now(),
-    }
-
-
-def _code_version() -> dict[str, Any]:
-    """Commit and dirty flag when the package runs from its own checkout, its version otherwise."""
-    from importlib import metadata
-
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*args: str) -> str:
-        # No optional locks: looking at a checkout must not disturb somebody's git command in it.
-        return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        # An installed package may lie below another project's checkout, whose commit says nothing about it.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        pass
-    try:
-        return {"version": metadata.version("biasshift")}
-    except metadata.PackageNotFoundError:
-        return {"version": None}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

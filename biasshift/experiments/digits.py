@@ -8,11 +8,14 @@ The counterpart in small of the paper's MNIST experiment (section 4.1, Figure 2)
 * 16 units of each hidden layer stand for all 128 in the unit Fisher statistics: the blocks of all would take eight times as long.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
-from biasshift.classifying import Setting
+from biasshift.classifying import Setting, trial
 from biasshift.data import DataSet, digits, shifted
+from biasshift.experiments.experiment import Experiment
+from biasshift.trials import Trial
 
 EPOCHS, QUICK_EPOCHS = 60, 15
 SEEDS, QUICK_SEEDS = 6, 2  # fewer than 6 cannot carry a paired test
@@ -28,31 +31,47 @@ EQUAL_LOSS = 0.6  # nats: reached by every activation, and most units still have
 DAMPING = 1e-3
 
 
-@dataclass(frozen=True)
-class Demo:
+@dataclass(frozen=True, kw_only=True)
+class Demo(Experiment):
     """ELU, ReLU, LReLU and SReLU networks on handwritten digits, instrumented, with the theorems checked. Needs no download."""
 
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
-    out: Path = field(default_factory=lambda: Path("runs/demo"))
-    """Run folders and figures are written here; runs of an earlier demo are replaced."""
-    workers: int | None = None
-    """Processes; one per core by default. Results do not depend on it."""
+    out: Path = Path("runs/demo")
+    """Run folders and figures are written here, those of --quick into the folder quick below; runs of an earlier demo are replaced."""
     replace: bool = True
     """Replace runs that are already there."""
 
+    name: ClassVar[str] = "digits"
+    figures: ClassVar[tuple[str, ...]] = ("2", "gap")
+    small: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.quick and self.out == Path("runs/demo"):  # the two could not be compared, nor may one spoil the other
+            object.__setattr__(self, "out", self.out / "quick")
+        if self.resume:
+            object.__setattr__(self, "replace", False)
+
     def load(self) -> DataSet:
         """The digits at nine places each."""
-        return shifted(digits(), side=8)
+        return shifted(digits(), side=8).to(self.where())
 
     def settings(self) -> list[Setting]:
         """One per run."""
+        self.check()
         epochs, seeds = (QUICK_EPOCHS, QUICK_SEEDS) if self.quick else (EPOCHS, SEEDS)
-        return [
+        found = [
             Setting(
-                "digits", activation, seed, epochs, BATCH_SIZE, LEARNING_RATE, MOMENTUM, DEPTH, WIDTH, "normal",
+                self.name, activation, seed, epochs, BATCH_SIZE, LEARNING_RATE, MOMENTUM, DEPTH, WIDTH, "normal",
                 PROBE, EXAM_PROBE, MEANS_EVERY, FISHER_EVERY, EQUAL_LOSS, UNITS, DAMPING, skip_input_layer=False,
             )
             for seed in range(seeds)
             for activation in ACTIVATIONS
         ]  # fmt: skip
+        if self.smoke:
+            return [replace(setting, epochs=2, depth=2, width=12, means_every=1, fisher_every=2) for setting in found if setting.seed < 1]
+        return found
+
+    def trial(self, setting: Setting, data: DataSet) -> Trial:
+        """The network of a setting, and what is measured of it."""
+        return trial(setting, data)

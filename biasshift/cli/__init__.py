@@ -1,0 +1,90 @@
+"""The command line: `biasshift demo | train | figure | claims | runs`, generated from typed dataclasses."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from biasshift.cli.options import Claims, Figure, Runs
+from biasshift.cli.saying import say_claims, say_paths, say_runs
+from biasshift.cli.training import train
+from biasshift.experiments.digits import Demo
+from biasshift.experiments.mnist import Mnist
+from biasshift.figures import FIGURES, draw
+from biasshift.reading import read_runs, run_states
+from biasshift.training.processes import launched
+
+EXPERIMENTS = {"mnist": Mnist}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program `biasshift`. Exit status 0; 2 for bad input, with one sentence; 130 when interrupted."""
+    try:
+        _carry_out(_parsed(arguments))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it ends
+        sys.exit(1)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"biasshift: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "biasshift: interrupted. Finished runs are complete, the others are readable up to their last flush; "
+            "the same command with --resume goes on.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _parsed(arguments: Sequence[str] | None) -> Any:
+    experiments: Any = tyro.extras.SubcommandApp()  # Any: its overloads leave out the classes that it takes
+    for name, experiment in EXPERIMENTS.items():
+        experiments.command(name=name)(experiment)
+    app: Any = tyro.extras.SubcommandApp()
+    app.command(name="demo")(Demo)
+    app.command(experiments, name="train", help="Train the networks of one of the paper's experiments, instrumented.")
+    for name, command in {"figure": Figure, "claims": Claims, "runs": Runs}.items():
+        app.command(name=name)(command)
+    return app.cli(prog="biasshift", description="Measure, test and exploit bias shift and the unit natural gradient.", args=arguments)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"'{error.filename}': {error.strerror}."
+    return str(error)
+
+
+def _carry_out(options: Any) -> None:
+    console = Console(highlight=False, markup=False, emoji=False)  # a path may hold brackets and colons
+    if launched() and int(os.environ.get("RANK", "0")) > 0:
+        console.quiet = True
+    if isinstance(options, Figure):
+        _draw(console, options)
+    elif isinstance(options, Claims):
+        _judge(console, options)
+    elif isinstance(options, Runs):
+        say_runs(console, run_states(*options.runs), read_runs(*options.runs, units=False))
+    else:
+        train(console, options)
+
+
+def _draw(console: Console, options: Figure) -> None:
+    names = list(FIGURES) if options.name == "all" else [options.name]
+    if names != ["1"] and not options.runs:
+        raise ValueError(f"figure {options.name} shows runs: biasshift figure {options.name} FOLDER.")
+    table = read_runs(*options.runs) if options.runs else None
+    for name in names:
+        say_paths(console, draw(name, table, options.out))
+
+
+def _judge(console: Console, options: Claims) -> None:
+    if not options.runs:
+        raise ValueError("claims are about runs: biasshift claims FOLDER.")
+    say_claims(console, read_runs(*options.runs))
+
+
+if __name__ == "__main__":
+    main()

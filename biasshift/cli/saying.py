@@ -1,0 +1,76 @@
+"""What the commands print."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from biasshift.claims import claims, sentences
+from biasshift.summary import READING, per_run, reading_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+IDENTITIES = {
+    "residual_theorem1": "Theorem 1, centered against block form",
+    "residual_identity": "mᵀΔw + Δw₀ = g₀/c",
+    "residual_theorem2": "Theorem 2 against the shift of the update itself",
+    "residual_bookkeeping": "own + incoming + second order = measured bias shift",
+}
+SCORES = {"train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error", "valid_error5": "top-5"}
+
+
+def say_comparison(console: Console, table: "pd.DataFrame") -> None:
+    """Means and spreads over seeds, activation by activation."""
+    found = reading_table(per_run(table))
+    shown = Table(title="Mean ± SD over seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", *found.columns):
+        shown.add_column(column, justify="right" if column else "left", overflow="fold")
+    for quantity, row in found.iterrows():
+        # In a narrow terminal a cell may break in front of its ±.
+        shown.add_row(str(quantity), *(text.replace("± ", "±").replace(" = ", "=") for text in row))
+    console.print(shown)
+    console.print(READING)
+
+
+def say_identities(console: Console, table: "pd.DataFrame") -> None:
+    """How exact the exact identities are."""
+    if not set(IDENTITIES) <= set(table):
+        return
+    console.print("\nExact identities (largest relative residual over all runs, float64)", style="bold")
+    for column, name in IDENTITIES.items():
+        console.print(f"  {table[column].max():.1e}  {name}")
+
+
+def say_paths(console: Console, paths: list[Path]) -> None:
+    """Where a figure is."""
+    console.print(f"Figure: {paths[0]} (and {paths[-1].suffix[1:].upper()})", soft_wrap=True)
+
+
+def say_claims(console: Console, table: "pd.DataFrame") -> "pd.DataFrame":
+    """The verdicts, in sentences; returns the table of claims."""
+    found = claims(table)
+    console.print("\nWhat these runs say about the paper's claims", style="bold")
+    console.print("Effects are ELU minus the other activation, paired by seed, with 95 % intervals, not corrected for their number.")
+    for sentence in sentences(found):
+        console.print(textwrap.fill(sentence, console.width, initial_indent="  ", subsequent_indent="  "), soft_wrap=True)
+    return found
+
+
+def say_runs(console: Console, states: Any, table: Any) -> None:
+    """One line per run: its state, its steps, its last numbers."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    names = [name for name in SCORES if name in table]
+    for column in ("run", "state", "step", *(SCORES[name] for name in names), "written (UTC)"):
+        shown.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    for row in states.itertuples():
+        own = table[table["run"] == row.run].sort_values("step")
+        last = {name: own[name].dropna().tail(1) for name in names}
+        numbers = [f"{value.iloc[0]:.4g}" if len(value) else "–" for value in last.values()]
+        step = "–" if str(row.last_step) == "<NA>" else f"{row.last_step:,}"
+        written = "–" if str(row.updated) == "NaT" else f"{row.updated:%m-%d %H:%M}"
+        shown.add_row(str(row.run), str(row.state), step, *numbers, written)
+    console.print(shown)

@@ -1,0 +1,88 @@
+"""Training as a generator of steps: whoever iterates decides what to measure, print, store and when to stop."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from biasshift.data.streams import Stream
+
+LOOK_EVERY = 500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
+
+Update = Callable[[Tensor, Tensor], Tensor]
+
+
+class Diverged(RuntimeError):
+    """The loss was infinite or NaN."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One completed optimizer step.
+
+    Args:
+        number: completed optimizer steps; the first is 1.
+        epoch: the epoch it belongs to; the first is 1.
+        loss: of its minibatch, before the step, on the device: reading it with `float` waits for the device. One per member
+            of an ensemble.
+    """
+
+    number: int
+    epoch: int
+    loss: Float[Tensor, "*members"]
+
+
+def train(
+    update: Update, stream: Stream, *, steps: int, start: int = 0, before_step: Callable[[int], None] = lambda number: None
+) -> Iterator[Step]:
+    """Train on a stream of minibatches, one `Step` for each; nothing happens until somebody iterates.
+
+    The loop never waits for the device, so a loss that turns non-finite is found at the end of its epoch or after 500 steps,
+    before that last step is handed out.
+
+    Args:
+        update: (x, y) → the loss of the minibatch; makes one optimizer step. See `Gradient` and `Ensemble`.
+        steps: completed steps at the end, from the first of all.
+        start: completed steps at the beginning: the stream goes on behind them.
+        before_step: called with the number of the step to come.
+
+    Raises:
+        Diverged: the loss of some step was infinite or NaN, in an ensemble that of every member; names the step.
+
+    >>> from biasshift.data import TensorStream, digits
+    >>> from biasshift.training import Gradient
+    >>> model = torch.nn.Linear(64, 10)
+    >>> update = Gradient(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> data = digits()
+    >>> steps = list(train(update, TensorStream(data.x_train, data.y_train, batch_size=100, seed=0), steps=30))
+    >>> len(steps), steps[-1].number, steps[-1].epoch
+    (30, 30, 2)
+    """
+    epoch_steps, number = len(stream), start
+    losses: list[Tensor] = []
+    while number < steps:
+        epoch, done = divmod(number, epoch_steps)
+        for x, y in stream.epoch(epoch + 1, start=done):
+            before_step(number + 1)
+            losses.append(update(x, y).detach())
+            number += 1
+            loss = losses[-1]
+            if number == steps or number % epoch_steps == 0 or len(losses) == LOOK_EVERY:
+                _refuse_divergence(losses, number)
+                losses = []
+            yield Step(number, epoch + 1, loss)
+            if number == steps:
+                return
+
+
+def _refuse_divergence(losses: list[Tensor], number: int) -> None:
+    """Raise if any loss of the last steps, up to step `number`, is not finite. Waits for the device once."""
+    values = torch.stack(losses)
+    wrong = ~values.isfinite()
+    wrong = wrong if values.dim() == 1 else wrong.all(1)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        step = number - len(losses) + first + 1
+        raise Diverged(f"the loss became {values[first].flatten()[0].item()} at step {step}: training diverged; lower the learning rate.")

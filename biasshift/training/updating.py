@@ -1,0 +1,76 @@
+"""One step of an optimizer as a call: (x, y) → the loss before it."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from biasshift.training.processes import summed, together, world
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Gradient:
+    """Forward, backward, step: a hand-written loop's body.
+
+    With several processes the model is wrapped in ``DistributedDataParallel``, and the gradient is that of the mean over the examples
+    of all of them: that of one process that sees the whole minibatch.
+
+    Args:
+        loss: (outputs, y) → the mean loss of the minibatch.
+        precision: "bfloat16" and "float16" run forward passes under autocast, the latter with a gradient scaler; "tf32" is
+            float32 whose products keep 10 bits, on GPUs that can.
+        compiled: passes go through ``torch.compile``.
+
+    Raises:
+        ValueError: float16 away from a GPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss = F.cross_entropy,
+        precision: Precision = "float32",
+        compiled: bool = False,
+    ):
+        device = next(model.parameters()).device
+        if precision == "float16" and device.type != "cuda":
+            raise ValueError("precision float16 needs a GPU: choose bfloat16 or float32.")
+        self.module, self.optimizer, self.loss, self.device = model, optimizer, loss, device
+        self.autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
+        forward = nn.parallel.DistributedDataParallel(model) if together() else model
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compiled else forward
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.module.train()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            value = self.loss(self.forward(x), y)
+        total = value * self._share(len(y)) if together() else value
+        if self.scaler is None:
+            total.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return value.detach()
+
+    def _share(self, examples: int) -> float:
+        """What this process's mean counts for in the mean over all: 1 where all have as many examples."""
+        everyone = summed(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
+        return examples * world() / everyone
+
+    def state_dict(self) -> dict:
+        """Of the gradient scaler, if there is one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where another one was."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
