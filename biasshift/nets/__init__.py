@@ -1,0 +1,21 @@
+"""The paper's networks, as functions that return plain PyTorch modules."""
+
+from biasshift.nets.cifar import cifar11, cifar18
+from biasshift.nets.connected import Shifted, autoencoder, mlp
+from biasshift.nets.convolutional import stacks
+from biasshift.nets.dropping import StackDropout, set_dropout
+from biasshift.nets.imagenet import imagenet15
+from biasshift.nets.pyramid import SpatialPyramidPooling
+
+__all__ = [
+    "Shifted",
+    "SpatialPyramidPooling",
+    "StackDropout",
+    "autoencoder",
+    "cifar11",
+    "cifar18",
+    "imagenet15",
+    "mlp",
+    "set_dropout",
+    "stacks",
+]
