@@ -1,7 +1,5 @@
 """Handwritten digits, a few and many: three splits each, ready for a training loop that never waits for a loader."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from biasshift.data.augmenting import Scale
+from biasshift.data.obtaining import obtain
 from biasshift.data.sets import DataSet, data_root
 
 # Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them.
@@ -64,7 +64,7 @@ def shifted(data: DataSet, side: int) -> DataSet:
     return replace(data, x_train=torch.cat(views), y_train=data.y_train.repeat(len(views)), views=len(views))
 
 
-def mnist(root: str | Path | None = None, download: bool = True) -> DataSet:
+def mnist(root: str | Path | None = None, download: bool = True, *, as_bytes: bool = False) -> DataSet:
     """MNIST, flat: the first 50,000 training images train, the last 10,000 validate, the 10,000 test images test.
 
     Pixels are divided by 255, so that they lie in [0, 1]; they are not centered (mean .131, standard deviation .308).
@@ -73,17 +73,16 @@ def mnist(root: str | Path | None = None, download: bool = True) -> DataSet:
     Args:
         root: the folder that holds `MNIST/raw/`, torchvision's layout. Default: `$BIASSHIFT_DATA`, else `./data`.
         download: fetch the files that are missing. They appear under their names only when all of them are complete.
+        as_bytes: leave the pixels as stored, in uint8, a quarter of the memory; ``Scale()`` makes the same numbers of them.
 
     Raises:
         FileNotFoundError: the files are not there, and downloading them was not allowed or failed.
         RuntimeError: a file is damaged, or is not what its name says.
     """
-    root = data_root(root)
-    raw = root / "MNIST" / "raw"
-    if missing := [name for name in MNIST_FILES if not (raw / name).exists()]:
-        _obtain_mnist(raw, missing, download)
+    raw = data_root(root) / "MNIST" / "raw"
+    obtain("MNIST", raw, list(MNIST_FILES), _fetch_mnist, download, "MNIST/raw")
     x_train, y_train, x_test, y_test = (_read_idx(raw / name, shape) for name, shape in MNIST_FILES.items())
-    x_train, x_test = (x.flatten(1).to(torch.float32) / 255 for x in (x_train, x_test))
+    x_train, x_test = (x.flatten(1) if as_bytes else Scale()(x.flatten(1)) for x in (x_train, x_test))
     n = MNIST_TRAIN
     return DataSet("mnist", 10, x_train[:n], y_train[:n], x_train[n:], y_train[n:], x_test, y_test)
 
@@ -119,30 +118,11 @@ def batches(
     return ((x.index_select(0, chosen), y.index_select(0, chosen)) for chosen in order.split(batch_size))
 
 
-def _obtain_mnist(raw: Path, missing: list[str], download: bool) -> None:
-    """Download the missing files, or say in one sentence why they are not there."""
-    absent = f"MNIST is not complete in '{raw}' (missing: {', '.join(missing)})"
-    remedy = "name the folder that holds MNIST/raw with --data or $BIASSHIFT_DATA"
-    if not download:
-        raise FileNotFoundError(f"{absent}, and downloading is off: {remedy}, or allow the download.")
-    try:
-        _download_mnist(raw, missing)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision tried every mirror
-        reason = getattr(error, "strerror", None) or "no server answered"
-        raise FileNotFoundError(f"{absent}, and it cannot be downloaded ({reason}): {remedy}, or try again with a network.") from error
-
-
-def _download_mnist(raw: Path, missing: list[str]) -> None:
-    """Download elsewhere, then rename into place: a broken download leaves nothing that looks like data."""
+def _fetch_mnist(folder: Path) -> Path:
     from torchvision.datasets import MNIST
 
-    with tempfile.TemporaryDirectory() as folder:
-        MNIST(folder, download=True)
-        raw.mkdir(parents=True, exist_ok=True)
-        for name in missing:
-            part = raw / f"{name}.part"
-            shutil.copyfile(Path(folder) / "MNIST" / "raw" / name, part)
-            part.replace(raw / name)
+    MNIST(folder, download=True)
+    return folder / "MNIST" / "raw"
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
