@@ -1,0 +1,60 @@
+"""Where each run came from: its options, command, commit, device, seed and state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biasshift.layout import read_config, read_json
+from biasshift.report.parts import table
+from biasshift.report.text import escaped
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_RUNS = 300
+MOST_BYTES = 1_000_000  # of all rows
+MOST_CONFIG = 3000  # characters of one run's options
+
+
+def origins_part(folders: Sequence[Path], states: pd.DataFrame) -> tuple[str, list[str]]:
+    """Returns the table of runs, and sentences about those that are not in it."""
+    rows: list[list[tuple[str, str]]] = []
+    size = 0
+    for folder, (_, state) in zip(folders, states.iterrows(), strict=True):
+        row = _row(folder, state)
+        size += sum(len(cell.encode()) for _, cell in row)
+        if len(rows) == MOST_RUNS or size > MOST_BYTES:
+            break
+        rows.append(row)
+    head = ["run", "state", "last step", "seed", "device", "commit or version", "started", "command and options"]
+    missing = len(folders) - len(rows)
+    return table(head, rows), [f"The options and origins of {missing} of {len(folders)} runs, the last by name."] if missing else []
+
+
+def _row(folder: Path, state: pd.Series) -> list[tuple[str, str]]:
+    origin, config = read_json(folder, "provenance.json", {}), read_config(folder)
+    others = {name: value for name, value in origin.items() if name not in ("command", "commit", "dirty", "device", "seed", "started")}
+    commit = str(origin.get("commit") or origin.get("version") or "–")[:12] + (" (changed)" if origin.get("dirty") else "")
+    details = f"<pre>{_pretty(config)}</pre>" + (f"<pre>{_pretty(others)}</pre>" if others else "")
+    started = state["started"]
+    return [
+        ("", escaped(state["run"], 80)),
+        ("", escaped(state["state"])),
+        ("number", "–" if state["last_step"] is None or state["last_step"] != state["last_step"] else escaped(state["last_step"])),
+        ("number", escaped(origin.get("seed", config.get("seed", "–")), 30)),
+        ("", escaped(origin.get("device", "–"), 80)),
+        ("", escaped(commit)),
+        ("", "–" if started != started else f"{started:%Y-%m-%d %H:%M} UTC"),
+        ("text", f"<code>{escaped(_command(origin.get('command')))}</code><details><summary>options</summary>{details}</details>"),
+    ]
+
+
+def _command(command: Any) -> str:
+    return " ".join(map(str, command)) if isinstance(command, list) else str(command or "–")
+
+
+def _pretty(options: dict[str, Any]) -> str:
+    return escaped(json.dumps(options, indent=1, ensure_ascii=False), MOST_CONFIG)
