@@ -1,12 +1,25 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+from jaxtyping import config
 from scipy import stats
 from torch import nn
 
+import biasshift as bs
 from biasshift.activations import ACTIVATIONS
-from biasshift.nets import mlp
+from biasshift.nets import Shifted, autoencoder, mlp
+
+
+@pytest.fixture
+def as_users_call():
+    """Types are checked under pytest alone: a wrong literal gets a user our own sentence."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def test_the_network_of_figure_2():
@@ -76,3 +89,108 @@ def test_relu_networks_keep_the_size_of_their_signal(generator):
 def test_mlp_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         mlp(4, **wrong)
+
+
+# -- a constant added to every activation --------------------------------------------------------------------------------
+
+
+def test_without_a_constant_nothing_changes():
+    assert repr(mlp(6, hidden=5, depth=2, constant=0.0)) == repr(mlp(6, hidden=5, depth=2))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_next_bias_can_absorb_the_constant(activation, randn):
+    """The same function, and the same gradients by the weights below; only the mean activations have moved."""
+    x = randn(30, 6)
+    plain = mlp(6, hidden=5, depth=3, activation=activation, seed=2).double()
+    moved = mlp(6, hidden=5, depth=3, activation=activation, seed=2, constant=0.7).double()
+    assert [name for name, _ in moved.named_children()] == [name for name, _ in plain.named_children()]
+    moved.load_state_dict(plain.state_dict())
+    assert not torch.allclose(moved(x), plain(x))
+    with torch.no_grad():
+        for name in ("2", "4", "6"):
+            layer = moved.get_submodule(name)
+            layer.bias -= 0.7 * layer.weight.sum(1)
+    torch.testing.assert_close(moved(x), plain(x))
+    means, shifted = bs.activation_moments(plain, x), bs.activation_moments(moved, x)
+    assert shifted.keys() == means.keys() == {"1", "3", "5"}
+    for name in means:
+        torch.testing.assert_close(shifted[name].mean, means[name].mean + 0.7)
+        torch.testing.assert_close(shifted[name].var, means[name].var)
+    fisher, other = bs.unit_fisher(plain, x)["2"], bs.unit_fisher(moved, x)["2"]
+    torch.testing.assert_close(other.mean_q, fisher.mean_q + 0.7, equal_nan=True)  # a dead unit has none
+    torch.testing.assert_close(other.var_q, fisher.var_q, equal_nan=True)
+    live = ~fisher.dead & ~fisher.singular
+    assert live.any() and not torch.isclose(other.coupling[live], fisher.coupling[live]).any()
+
+
+def test_shifted_refuses():
+    with pytest.raises(ValueError, match="PReLU has parameters"):
+        Shifted(nn.PReLU(), 1.0)
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        mlp(4, constant=math.nan)
+
+
+def test_a_shifted_network_can_be_copied_and_pickled(randn):
+    net, x = mlp(6, hidden=5, depth=2, constant=0.5).double(), randn(3, 6)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), net(x))
+
+
+# -- the autoencoder -----------------------------------------------------------------------------------------------------
+
+
+def test_the_autoencoder_of_figure_3():
+    net = autoencoder("relu")
+    layers = [m for m in net if isinstance(m, nn.Linear)]
+    assert [m.in_features for m in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    assert layers[-1].out_features == 784
+    assert " ".join(name for name, _ in net.named_children()) == "fc1 act1 fc2 act2 fc3 act3 fc4 fc5 act5 fc6 act6 fc7 act7 fc8"
+    x = torch.rand(4, 784, generator=torch.Generator().manual_seed(1))
+    assert net(x).shape == x.shape and net(x).min() < 0  # logits, not pixels
+
+
+def test_code_and_output_unit_are_options_on_the_same_weights(randn):
+    x = randn(5, 20).sigmoid()
+    nets = [
+        autoencoder("elu", 3, inputs=20, width=0.02, code=code, output=output).double()
+        for code in ("linear", "activation")
+        for output in ("logits", "logistic")
+    ]
+    states = [net.state_dict() for net in nets]
+    assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
+    torch.testing.assert_close(nets[1](x), nets[0](x).sigmoid())
+    assert "act4" not in dict(nets[0].named_children()) and isinstance(nets[2].act4, nn.ELU)
+    assert torch.equal(nets[2][:8](x), F.elu(nets[0][:7](x)))  # the code
+
+
+def test_autoencoders_differ_in_the_activation_alone():
+    before = torch.get_rng_state()
+    states = [autoencoder(name, 4, "uniform", width=0.1).state_dict() for name in ACTIVATIONS]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
+    weight = autoencoder().fc1.weight.detach()
+    assert stats.kstest(weight.flatten()[:50_000].double().numpy(), stats.norm(0, math.sqrt(2 / 784)).cdf).pvalue > 1e-3
+
+
+def test_an_autoencoder_can_be_measured(randn):
+    net, x = autoencoder(inputs=12, width=0.02).double(), randn(6, 12).sigmoid()
+    table = bs.check(net, x, likelihood="bernoulli").set_index("module")
+    layers = table[table.units > 0]
+    assert len(layers) == 8 and layers.error.max() < 1e-9
+    assert bs.unit_fisher(net, x, likelihood="bernoulli")["fc5"].mean_q.shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"activation": "gelu"}, "unknown activation 'gelu'"),
+        ({"inputs": 0}, "at least one input, got 0"),
+        ({"width": -1.0}, "width -1.0 must be positive"),
+        ({"code": "logistic"}, "got 'logistic' and 'logits'"),
+        ({"output": "linear"}, "got 'linear' and 'linear'"),
+    ],
+)
+def test_the_autoencoder_refuses(as_users_call, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        autoencoder(**wrong)

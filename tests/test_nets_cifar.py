@@ -285,3 +285,11 @@ def test_empty_stacks_are_refused():
     for empty in ([], [[]], [[(1, 8, 3)], []]):
         with pytest.raises(ValueError, match="at least one"):
             stacks(empty)
+
+
+def test_images_too_large_for_the_stacks_are_refused():
+    """Flattened, their pixels would pass for classes."""
+    net = cifar11(width=TINY, geometry="caffe").eval()
+    assert net(images(1, 28)).shape == (1, 100)
+    with pytest.raises(ValueError, match="2 × 2 pixels are left"):
+        net(images(1, 160))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from biasshift.nets.building import Init, activation_named, convolution, shrunk
 from biasshift.nets.dropping import StackDropout
@@ -16,6 +17,17 @@ Geometry = Literal["same", "caffe"]
 NormAt = Literal["before", "after"]
 Dropout = Literal["none", "last", "all"]
 Named = Iterator[tuple[str, nn.Module]]
+
+
+class Flattened(nn.Module):
+    """(batch, classes, 1, 1) → (batch, classes). Larger maps are refused: their pixels would pass for more classes."""
+
+    def forward(self, x: Float[Tensor, "batch classes height width"]) -> Float[Tensor, "batch classes"]:
+        if x.shape[2:] != (1, 1):
+            raise ValueError(
+                f"{x.shape[2]} × {x.shape[3]} pixels are left of the maps where one should be: give smaller images, or more stacks."
+            )
+        return x.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,8 @@ def stacks(
 
     Modules are named by stack and layer: "conv2_1", "bn2_1", "act2_1", "drop2_1", and "pool2" behind stack 2. Names and weights
     do not depend on the activation, nor on which other modules there are: state dicts load across activations, dropout and
-    phases of training. No normalization, activation or dropout follows the last layer; its maps are pooled and flattened.
+    phases of training. No normalization, activation or dropout follows the last layer; its maps are pooled, and must be
+    down to one pixel then.
     Convolutions keep their bias before a normalization, which makes it idle, so that the weights are those of the net without.
     Paddings, poolings and dropout count as activations in `biasshift.activation_moments`; for the activation functions alone,
     ``layers=lambda name, module: name.startswith("act")``.
@@ -87,16 +100,17 @@ def stacks(
         channels: of the images.
 
     Raises:
-        ValueError: a name that is unknown, a specification with a size below 1, or rates that do not fit it.
+        ValueError: a name that is unknown, a specification with a size below 1, or rates that do not fit it; on a call, images
+            so large that more than a pixel is left.
 
-    >>> net = stacks([[(1, 8, 3)], [(2, 16, 2)], [(1, 10, 1)]], rates=[0, 0.1], geometry="caffe")
+    >>> net = stacks([[(1, 8, 3)], [(2, 16, 2)], [(1, 10, 1)]], rates=[0.0, 0.1], geometry="caffe")
     >>> " ".join(name for name, _ in net.named_children())
     'conv1_1 act1_1 pool1 conv2_1 act2_1 drop2_1 conv2_2 act2_2 drop2_2 pool2 conv3_1 pool3 flatten'
     """
     style = Style(activation, init, geometry, batch_norm, norm_at, dropout, width)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(convolutions(specification, style, generator, rates=rates, channels=channels, logits=True))
-    return nn.Sequential(modules | {"flatten": nn.Flatten()})
+    return nn.Sequential(modules | {"flatten": Flattened()})
 
 
 def convolutions(
