@@ -19,7 +19,7 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
     {"fisher"},
     {"layers", "tracing", "labels"},
     {"probing", "separating", "proving", "feeding", "offsets", "opinions"},
-    {"accumulating", "capturing"},
+    {"accumulating"},
     {"holding"},
     {"rereading"},
     {"averages", "shifts", "measuring", "gaps", "comparing", "checking"},

@@ -1,6 +1,5 @@
 """Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one `torch.optim.Optimizer`."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +11,15 @@ from torch import (
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
     nn,
 )
-from torch.nn.parameter import is_lazy
 
 from biasshift import layers as kinds
-from biasshift import triangle
-from biasshift.capturing import Listener, Member, Sums
-from biasshift.layers import WeightLayer
-from biasshift.proving import tied
-from biasshift.solving import rounding
-from biasshift.theory import dot
+from biasshift.optim.arguments import check, covered, refuse_large
+from biasshift.optim.curvature import Curvature
+from biasshift.optim.listener import Listener
+from biasshift.optim.member import Member
+from biasshift.optim.momentum import with_momentum
+from biasshift.optim.sums import Sums
 from biasshift.tracing import underlying
-
-FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -109,11 +105,11 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         weight_sharing: str = "per_example",
     ) -> None:
         self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing)
-        _check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs)
+        check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs)
         root = underlying(model)
-        layers = _layers(root) if self.member.needs_sums else {}
+        layers = covered(root) if self.member.needs_sums else {}
         if scale == "full":
-            _refuse_large(layers, max_dense_inputs)
+            refuse_large(layers, max_dense_inputs)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         super().__init__(model.parameters(), defaults)
         self.update_every, self.decay = update_every, decay
@@ -154,7 +150,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         updates = self._updates(1 / self._look())
         group = self.param_groups[0]
         params, lr = list(updates), float(group["lr"])
-        steps = self._with_momentum(updates, group["momentum"])
+        steps = with_momentum(updates, group["momentum"], self.state)
         decaying = [p for p in params if p.dim() > 1]
         if group["weight_decay"] and decaying:
             _foreach_mul_(decaying, 1 - lr * group["weight_decay"])
@@ -166,10 +162,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` needs to go on to the same numbers: the curvature and the generator of labels, too."""
-        curvature = {
-            name: {"examples": one.sums.examples, "positions": one.sums.positions, "reference": one.sums.reference, "parts": one.sums.parts}
-            for name, one in self._curvatures.items()
-        }
+        curvature = {name: one.sums.saved() for name, one in self._curvatures.items()}
         kind = (self.member.center, self.member.scale)
         rest = {"member": kind, "steps": self._steps, "generator": self.generator.get_state(), "curvature": curvature}
         return {**super().state_dict(), "biasshift": rest}
@@ -191,7 +184,9 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "biasshift"})
         self._steps = rest["steps"]
         self.generator.set_state(rest["generator"].cpu())
-        self._curvatures = {name: self._curvature(name, _loaded(self._layers[name], one)) for name, one in rest["curvature"].items()}
+        self._curvatures = {
+            name: self._curvature(name, Sums.loaded(one, self._layers[name].weight.device)) for name, one in rest["curvature"].items()
+        }
         self._listener.references = {name: one.sums.reference for name, one in self._curvatures.items()}
         self._listener.due = self._due()
 
@@ -216,7 +211,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             )
         return examples if self.member.reduction == "sum" else 1.0
 
-    def _curvature(self, name: str, sums: Sums) -> "Curvature":
+    def _curvature(self, name: str, sums: Sums) -> Curvature:
         return Curvature(name, sums, self.member, kinds.dtype_of_sums(self._layers[name].weight))
 
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
@@ -234,183 +229,3 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             if bias is not None and dw0 is not None:
                 updates[bias] = dw0.to(bias.dtype)
         return updates
-
-    def _with_momentum(self, updates: dict[Tensor, Tensor], momentum: float) -> list[Tensor]:
-        if not momentum:
-            return list(updates.values())
-        for p in updates:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in updates]
-        if buffers:
-            _foreach_mul_(buffers, momentum)
-            _foreach_add_(buffers, list(updates.values()))
-        return buffers
-
-
-class Curvature:
-    """The running sums of one layer, and what they make of its gradient.
-
-    Units that share a matrix are a block: every unit is one, except under the center p, where a group of units is.
-    """
-
-    def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
-        self.name, self.sums, self.member, self.dtype = name, sums, member, dtype
-        self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
-
-    def add(self, new: Sums, decay: float) -> None:
-        """Sums decay together with the counts that divide them: their quotients are bias-corrected running averages."""
-        self.sums.add(new, decay)
-        self._kept = None
-
-    def update(self, g: Tensor, g0: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
-        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale."""
-        r = _repeated(self._center(), len(g))
-        dw = g if g0 is None else g - g0[:, None] * r
-        moved = g0
-        if self.member.scale != "none":
-            c = self.sums.parts["weight"][0] / self.sums.examples
-            solved, usable = self._solve(dw, damping, bias=g0 is not None)
-            usable = usable & (c > 0)
-            dw = torch.where(usable[:, None], solved / c[:, None], dw)
-            moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
-        return dw, moved if moved is None else moved - dot(r, dw)
-
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every block: what divides its sums, (blocks, 1), the mean less the reference, and the mean, which is 0 for dead units."""
-        parts, reference = self.sums.parts, self.sums.reference
-        if self.member.center == "p":
-            weight, first = reference.new_full((len(reference), 1), self.sums.positions), parts["total"][0]
-        else:
-            weight, first = parts["weight"][0][:, None], parts["first"][0]
-        alive = weight > 0
-        weight = torch.where(alive, weight, 1.0)
-        offset = first / weight
-        return weight, offset, torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
-
-    def _center(self) -> Tensor:
-        """``r``, (blocks, inputs)."""
-        mean = self._moments()[2]
-        return torch.zeros_like(mean) if self.member.center == "none" else mean
-
-    # -- the curvature: second moments about the center ------------------------------------------------------------------
-
-    def _solve(self, rhs: Tensor, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
-        """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
-        if self._kept is None or self._kept[0] != (damping, bias):
-            factors, usable = self._diagonal(damping, bias) if self.member.scale == "diagonal" else self._factors(damping, bias)
-            self._kept = (damping, bias), factors, usable
-        _, factors, usable = self._kept
-        by_block = rhs.unflatten(0, (len(usable), -1))
-        if factors.dim() == 2:
-            solved = by_block / factors[:, None]
-        else:  # cholesky_solve would copy the factors, which takes 20 times as long
-            half = torch.linalg.solve_triangular(factors, by_block.mT, upper=False)
-            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT
-        return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
-
-    def _diagonal(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
-        """The diagonal of every block's W, and which are usable."""
-        (weight, offset, mean), r = self._moments(), self._center()
-        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp(min=0) + (mean - r).square()
-        usable, flat = self._usable(W, offset), W <= rounding(self.dtype) * (W + offset.square())
-        W = W + damping * W.mean(1, keepdim=True) + (0.0 if bias else r.square())
-        if damping == 0:
-            self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
-        return torch.where(usable[:, None], W, 1.0), usable
-
-    def _factors(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
-        """Cholesky factors of every block's W, formed in pieces, and which are usable."""
-        (weight, offset, mean), r = self._moments(), self._center()
-        blocks, inputs = offset.shape
-        factors, usable = offset.new_empty(blocks, inputs, inputs), torch.empty(blocks, dtype=torch.bool, device=offset.device)
-        one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
-        step = max(1, FACTOR_BYTES // (8 * inputs**2))
-        for some in (slice(i, i + step) for i in range(0, blocks, step)):
-            W = self._second(some) / weight[some, :, None]
-            _add_outer(W, offset[some], -1.0)
-            _add_outer(W, mean[some] - r[some])
-            diagonal = W.diagonal(dim1=1, dim2=2)
-            alive = self._usable(diagonal, offset[some])
-            diagonal += damping * diagonal.mean(1, keepdim=True)
-            if not bias:
-                _add_outer(W, r[some])
-            factor, info = torch.linalg.cholesky_ex(W)
-            failed = info > 0
-            if damping == 0:  # a pivot is what the inputs before leave unexplained of this one
-                pivots = factor.diagonal(dim1=1, dim2=2).square()
-                failed |= (pivots <= inputs * torch.finfo(self.dtype).eps * diagonal).any(1)
-                self._refuse_singular(failed & alive)
-            usable[some] = alive & ~failed
-            factors[some] = torch.where(usable[some, None, None], factor, one)
-        return factors, usable
-
-    def _second(self, some: slice) -> Tensor:
-        second = self.sums.parts["second"]
-        return second[0][some] if self.member.center == "p" else triangle.dense(second, some)
-
-    def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
-        """Blocks with more variance than rounding: relative damping helps no others."""
-        variance = diagonal.clamp(min=0).sum(1)
-        return variance > rounding(self.dtype) * (variance + offset.square().sum(1))
-
-    def _refuse_singular(self, units: Tensor) -> None:
-        if units.any():
-            raise ValueError(
-                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of {len(units)} units at damping=0, where "
-                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for example 1e-3."
-            )
-
-
-def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
-    W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
-
-
-def _repeated(x: Tensor, rows: int) -> Tensor:
-    """One row per group of units, repeated for its units."""
-    return x.repeat_interleave(rows // len(x), 0)
-
-
-def _loaded(layer: WeightLayer, saved: dict[str, Any]) -> Sums:
-    """A saved layer, with memory of its own, on the layer's device."""
-    parts = {name: [x.to(layer.weight.device, copy=True) for x in part] for name, part in saved["parts"].items()}
-    return Sums(saved["examples"], saved["positions"], saved["reference"].to(layer.weight.device, copy=True), parts)
-
-
-def _layers(root: nn.Module) -> dict[str, WeightLayer]:
-    """The layers whose units have weights of their own, by name."""
-    found = {name: module for name, module in root.named_modules() if kinds.is_covered(module) and kinds.why_uncovered(module) is None}
-    shared = tied(root, found)
-    return {name: module for name, module in found.items() if name not in shared and "weight" in module._parameters}
-
-
-def _refuse_large(layers: dict[str, WeightLayer], most: int) -> None:
-    for name, layer in layers.items():
-        inputs = kinds.input_count(layer)
-        if inputs > most and layer.weight.requires_grad:
-            raise ValueError(
-                f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: its full matrices would take "
-                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or raise max_dense_inputs.'
-            )
-
-
-def _check(
-    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be the nn.Module itself, whose forward passes are watched, got {type(model).__name__}.")
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError("The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one device.")
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
-    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping}
-    for name, value in rates.items():
-        if not math.isfinite(float(value)) or float(value) < 0:
-            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
-    for name, value in {"momentum": momentum, "decay": decay}.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-    for name, value in {"update_every": update_every, "max_dense_inputs": most}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}.")

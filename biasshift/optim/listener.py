@@ -5,9 +5,7 @@ activations come from forward hooks, its errors from one backward pass of our ow
 user's frees the graph (``"sampled"``), or from the user's backward pass itself (``"empirical"``).
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import cast
 
@@ -18,154 +16,13 @@ from torch.autograd.graph import get_gradient_edge
 
 from biasshift import labels as label_rules
 from biasshift import layers as kinds
-from biasshift import triangle
 from biasshift.labels import Likelihood
 from biasshift.layers import WeightLayer
+from biasshift.optim.divisors import Divisor
+from biasshift.optim.member import Member
+from biasshift.optim.passes import Ear, Heard, Pass
+from biasshift.optim.sums import Sums, batch_sums
 from biasshift.tracing import Call, Tape, errors, watch
-
-CHOICES = {
-    "center": ("q", "p", "none"),
-    "scale": ("full", "diagonal", "none"),
-    "labels": ("sampled", "empirical"),
-    "likelihood": label_rules.LIKELIHOODS,
-    "reduction": ("mean", "sum"),
-    "weight_sharing": ("per_example", "expand"),
-}
-VECTORS = 2**22  # elements of the errors times activations of shared weights that are formed at a time
-SLACK = 0.05  # by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
-
-
-@dataclass(frozen=True)
-class Member:
-    """One member of the family of updates, and how its curvature is estimated."""
-
-    center: str
-    scale: str
-    labels: str
-    likelihood: str
-    reduction: str
-    weight_sharing: str
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}.")
-
-    @property
-    def needs_errors(self) -> bool:
-        """Whether δ² is read: for the mean under q, or for the scale c."""
-        return self.center == "q" or self.scale != "none"
-
-    @property
-    def needs_sums(self) -> bool:
-        return self.needs_errors or self.center == "p"
-
-
-# -- sums over examples --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sums:
-    """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing else.
-
-    ``total`` Σ (a − reference) (groups, inputs); ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs);
-    ``second`` the same of the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the center p
-    there is no ``first``, and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
-    """
-
-    examples: float
-    positions: float
-    reference: Tensor  # (groups, inputs): products about the first batch's mean do not cancel
-    parts: dict[str, list[Tensor]]
-
-    def add(self, other: "Sums", decay: float = 1.0) -> None:
-        """Decays these sums and adds others about the same reference, in place."""
-        self.examples = decay * self.examples + other.examples
-        self.positions = decay * self.positions + other.positions
-        for name, mine in self.parts.items():
-            for i, (x, y) in enumerate(zip(mine, other.parts[name], strict=True)):
-                mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
-
-    def all_reduce(self) -> None:
-        """The sums over all processes, in place; their references must agree."""
-        counts = torch.tensor([self.examples, self.positions], dtype=torch.float64, device=self.reference.device)
-        for x in [counts, *(x for part in self.parts.values() for x in part)]:
-            dist.all_reduce(x)
-        self.examples, self.positions = counts.tolist()
-
-
-def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Member, examples: int) -> Sums:
-    """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions, units).
-
-    A sample is an example where its positions belong together, else a position: then there is one position a sample.
-    """
-    shifted = a - reference.to(a.dtype)
-    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]}
-    if delta is not None:
-        delta = delta.unflatten(2, (a.shape[2], -1))  # (samples, positions, groups, units of a group)
-        whole = delta.sum(1)
-        parts["weight"] = [whole.double().square().sum(0).flatten()]
-        if member.center != "p":
-            parts["first"] = [torch.einsum("ntgu,ntgi->gui", delta * whole[:, None], shifted).flatten(0, 1).double()]
-    if member.scale != "none":
-        parts["second"] = _shared_second(shifted, member) if member.center == "p" else _unit_second(shifted, delta, member)
-    return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
-
-
-def _shared_second(shifted: Tensor, member: Member) -> list[Tensor]:
-    by_group = shifted.flatten(0, 1).transpose(0, 1)
-    if member.scale == "diagonal":
-        return [by_group.square().sum(1, dtype=torch.float64)]
-    return [(by_group.mT @ by_group).double()]
-
-
-def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[Tensor]:
-    assert delta is not None
-    samples, positions, groups, inputs = shifted.shape
-    units, diagonal = groups * delta.shape[-1], member.scale == "diagonal"
-    if positions == 1 and diagonal:
-        return [torch.einsum("ngu,ngi->gui", delta[:, 0].square(), shifted[:, 0].square()).flatten(0, 1).double()]
-    rows = [shifted.new_zeros(units, inputs, dtype=torch.float64)] if diagonal else triangle.zeros(units, inputs, shifted.device)
-    if positions == groups == 1:
-        triangle.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
-        return rows
-    step = max(1, VECTORS // (units * inputs))
-    for n in (slice(i, i + step) for i in range(0, samples, step)):
-        vectors = torch.einsum("ntgu,ntgi->guni", delta[n], shifted[n]).flatten(0, 1)
-        if diagonal:
-            rows[0] += vectors.square().sum(1)
-        else:
-            triangle.add_outer(rows, vectors)
-    return rows
-
-
-# -- passes --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Heard:
-    """One call of a layer, and the error that came back. It holds no part of the graph, whose nodes hold it."""
-
-    a: Tensor
-    version: int
-    shape: torch.Size
-    delta: Tensor | None = None
-
-    def keep(self, output: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """A hook before a node of the graph; a second loss on the same outputs adds to the first."""
-        gradient = gradients[output]
-        if gradient is not None:
-            self.delta = gradient.detach() if self.delta is None else self.delta + gradient.detach()
-
-
-@dataclass(eq=False)
-class Pass:
-    """One forward pass: sums already formed, or what is needed to form them once the errors are there."""
-
-    examples: int
-    sums: dict[str, Sums] = field(default_factory=dict)
-    heard: dict[str, list[Heard]] = field(default_factory=dict)
-    outputs: Heard | None = None
 
 
 class Listener:
@@ -179,10 +36,10 @@ class Listener:
         self.references: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._tape: Tape | None = None
-        self._divides_by: str | None = None  # of a mean loss, for empirical labels
+        self._divisor = Divisor(member)
         # the last to register runs first, so that a layer that is the whole model is recorded before its pass ends
-        self._handles = [root.register_forward_pre_hook(_Ear(self, "_start")), watch("", root, _Ear(self, "_stop"), raw=True)]
-        self._handles += [watch(name, module, _Ear(self, "_record"), raw=True) for name, module in layers.items()]
+        self._handles = [root.register_forward_pre_hook(Ear(self, "_start")), watch("", root, Ear(self, "_stop"), raw=True)]
+        self._handles += [watch(name, module, Ear(self, "_record"), raw=True) for name, module in layers.items()]
 
     def remove(self) -> None:
         while self._handles:
@@ -293,51 +150,11 @@ class Listener:
     def _read_errors(self, passes: list[Pass]) -> None:
         """The errors of the user's losses, times what their mean has divided them by."""
         heard = [one for one in passes if one.heard]
-        factor = self._divisor(heard)
+        factor = self._divisor.of(heard)
         for one in heard:
             with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
                 self._read(one, factor)
             one.outputs = None
-
-    def _divisor(self, passes: list[Pass]) -> float:
-        """The number that a mean loss divides by: the examples, or, as most losses of PyTorch do, all labels of all of them.
-
-        Which of the two is read off the first step: the gradient of a negative log-likelihood by the outputs is prediction
-        minus target, divided by that number, and a target lies between 0 and 1. Nothing can be proven for ``gaussian``.
-        """
-        if self.member.reduction == "sum":
-            divisors = {"examples": 1.0}
-        else:
-            divisors = {"labels": sum(map(self._labels, passes)), "examples": float(sum(one.examples for one in passes))}
-        if self._divides_by is None and self.member.likelihood == "gaussian":
-            self._divides_by = "examples"
-        if self._divides_by is None:
-            self._divides_by = next((unit for unit, divisor in divisors.items() if self._is_possible(passes, divisor)), None)
-        if self._divides_by is None:
-            raise ValueError(
-                f'The loss is not a {self.member.reduction} of {self.member.likelihood} negative log-likelihoods, as labels="empirical" '
-                "needs: its gradient by the outputs leads to targets outside 0 … 1. Give reduction= as in the loss, divide the losses of "
-                'accumulated batches by their number, do not scale it, or use labels="sampled".'
-            )
-        return divisors[self._divides_by]
-
-    def _labels(self, one: Pass) -> float:
-        assert one.outputs is not None
-        outputs = one.outputs.a
-        return float(outputs.numel() // outputs.shape[-1] if self.member.likelihood == "categorical" else outputs.numel())
-
-    def _is_possible(self, passes: list[Pass], divisor: float) -> bool:
-        for one in passes:
-            assert one.outputs is not None
-            outputs, gradient = one.outputs.a.double(), one.outputs.delta
-            if gradient is None or one.outputs.a._version != one.outputs.version:
-                continue
-            p = outputs.softmax(-1) if self.member.likelihood == "categorical" else outputs.sigmoid()
-            targets = p - divisor * gradient.double()
-            total = targets.sum(-1) if self.member.likelihood == "categorical" else targets.new_ones(())
-            if not ((targets > -SLACK).all() and (targets < 1 + SLACK).all() and ((total - 1).abs() < SLACK).all()):
-                return False
-        return True
 
     # -- refusals --------------------------------------------------------------------------------------------------------
 
@@ -376,26 +193,3 @@ def _are_finite(sums: Mapping[str, Sums]) -> bool:
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     """Several calls of a layer, on the axis of positions."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-class _Ear:
-    """A hook that keeps no optimizer alive, and hears nothing in a copied or unpickled model."""
-
-    def __init__(self, listener: Listener, method: str) -> None:
-        self._listener, self._method = weakref.ref(listener), method
-
-    def __call__(self, *args: object) -> None:
-        listener = self._listener()
-        if listener is not None:
-            getattr(listener, self._method)(*args)
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return _deaf_ear, ()
-
-
-def _deaf_ear() -> Callable:
-    return _hear_nothing
-
-
-def _hear_nothing(*args: object) -> None:
-    pass

@@ -1,0 +1,49 @@
+"""What the optimizer is given: arguments that do not fit, and the layers that it covers."""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from biasshift import layers as kinds
+from biasshift.layers import WeightLayer
+from biasshift.proving import tied
+
+
+def covered(root: nn.Module) -> dict[str, WeightLayer]:
+    """The layers whose units have weights of their own, by name."""
+    found = {name: module for name, module in root.named_modules() if kinds.is_covered(module) and kinds.why_uncovered(module) is None}
+    shared = tied(root, found)
+    return {name: module for name, module in found.items() if name not in shared and "weight" in module._parameters}
+
+
+def refuse_large(layers: dict[str, WeightLayer], most: int) -> None:
+    for name, layer in layers.items():
+        inputs = kinds.input_count(layer)
+        if inputs > most and layer.weight.requires_grad:
+            raise ValueError(
+                f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: its full matrices would take "
+                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or raise max_dense_inputs.'
+            )
+
+
+def check(
+    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be the nn.Module itself, whose forward passes are watched, got {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError("The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one device.")
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
+    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping}
+    for name, value in rates.items():
+        if not math.isfinite(float(value)) or float(value) < 0:
+            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
+    for name, value in {"momentum": momentum, "decay": decay}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+    for name, value in {"update_every": update_every, "max_dense_inputs": most}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}.")

@@ -1,0 +1,135 @@
+"""The running sums of one layer, and what they make of its gradient."""
+
+import torch
+from torch import Tensor
+
+from biasshift import triangle
+from biasshift.optim.member import Member
+from biasshift.optim.sums import Sums
+from biasshift.solving import rounding
+from biasshift.theory import dot
+
+FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
+
+
+class Curvature:
+    """The running sums of one layer, and what they make of its gradient.
+
+    Units that share a matrix are a block: every unit is one, except under the center p, where a group of units is.
+    """
+
+    def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
+        self.name, self.sums, self.member, self.dtype = name, sums, member, dtype
+        self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
+
+    def add(self, new: Sums, decay: float) -> None:
+        """Sums decay together with the counts that divide them: their quotients are bias-corrected running averages."""
+        self.sums.add(new, decay)
+        self._kept = None
+
+    def update(self, g: Tensor, g0: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale."""
+        r = _repeated(self._center(), len(g))
+        dw = g if g0 is None else g - g0[:, None] * r
+        moved = g0
+        if self.member.scale != "none":
+            c = self.sums.parts["weight"][0] / self.sums.examples
+            solved, usable = self._solve(dw, damping, bias=g0 is not None)
+            usable = usable & (c > 0)
+            dw = torch.where(usable[:, None], solved / c[:, None], dw)
+            moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
+        return dw, moved if moved is None else moved - dot(r, dw)
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every block: what divides its sums, (blocks, 1), the mean less the reference, and the mean, which is 0 for dead units."""
+        parts, reference = self.sums.parts, self.sums.reference
+        if self.member.center == "p":
+            weight, first = reference.new_full((len(reference), 1), self.sums.positions), parts["total"][0]
+        else:
+            weight, first = parts["weight"][0][:, None], parts["first"][0]
+        alive = weight > 0
+        weight = torch.where(alive, weight, 1.0)
+        offset = first / weight
+        return weight, offset, torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
+
+    def _center(self) -> Tensor:
+        """``r``, (blocks, inputs)."""
+        mean = self._moments()[2]
+        return torch.zeros_like(mean) if self.member.center == "none" else mean
+
+    # -- the curvature: second moments about the center ------------------------------------------------------------------
+
+    def _solve(self, rhs: Tensor, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
+        if self._kept is None or self._kept[0] != (damping, bias):
+            factors, usable = self._diagonal(damping, bias) if self.member.scale == "diagonal" else self._factors(damping, bias)
+            self._kept = (damping, bias), factors, usable
+        _, factors, usable = self._kept
+        by_block = rhs.unflatten(0, (len(usable), -1))
+        if factors.dim() == 2:
+            solved = by_block / factors[:, None]
+        else:  # cholesky_solve would copy the factors, which takes 20 times as long
+            half = torch.linalg.solve_triangular(factors, by_block.mT, upper=False)
+            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT
+        return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
+
+    def _diagonal(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """The diagonal of every block's W, and which are usable."""
+        (weight, offset, mean), r = self._moments(), self._center()
+        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp(min=0) + (mean - r).square()
+        usable, flat = self._usable(W, offset), W <= rounding(self.dtype) * (W + offset.square())
+        W = W + damping * W.mean(1, keepdim=True) + (0.0 if bias else r.square())
+        if damping == 0:
+            self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
+        return torch.where(usable[:, None], W, 1.0), usable
+
+    def _factors(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+        """Cholesky factors of every block's W, formed in pieces, and which are usable."""
+        (weight, offset, mean), r = self._moments(), self._center()
+        blocks, inputs = offset.shape
+        factors, usable = offset.new_empty(blocks, inputs, inputs), torch.empty(blocks, dtype=torch.bool, device=offset.device)
+        one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
+        step = max(1, FACTOR_BYTES // (8 * inputs**2))
+        for some in (slice(i, i + step) for i in range(0, blocks, step)):
+            W = self._second(some) / weight[some, :, None]
+            _add_outer(W, offset[some], -1.0)
+            _add_outer(W, mean[some] - r[some])
+            diagonal = W.diagonal(dim1=1, dim2=2)
+            alive = self._usable(diagonal, offset[some])
+            diagonal += damping * diagonal.mean(1, keepdim=True)
+            if not bias:
+                _add_outer(W, r[some])
+            factor, info = torch.linalg.cholesky_ex(W)
+            failed = info > 0
+            if damping == 0:  # a pivot is what the inputs before leave unexplained of this one
+                pivots = factor.diagonal(dim1=1, dim2=2).square()
+                failed |= (pivots <= inputs * torch.finfo(self.dtype).eps * diagonal).any(1)
+                self._refuse_singular(failed & alive)
+            usable[some] = alive & ~failed
+            factors[some] = torch.where(usable[some, None, None], factor, one)
+        return factors, usable
+
+    def _second(self, some: slice) -> Tensor:
+        second = self.sums.parts["second"]
+        return second[0][some] if self.member.center == "p" else triangle.dense(second, some)
+
+    def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
+        """Blocks with more variance than rounding: relative damping helps no others."""
+        variance = diagonal.clamp(min=0).sum(1)
+        return variance > rounding(self.dtype) * (variance + offset.square().sum(1))
+
+    def _refuse_singular(self, units: Tensor) -> None:
+        if units.any():
+            raise ValueError(
+                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of {len(units)} units at damping=0, where "
+                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for example 1e-3."
+            )
+
+
+def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """One row per group of units, repeated for its units."""
+    return x.repeat_interleave(rows // len(x), 0)

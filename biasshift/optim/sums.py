@@ -1,0 +1,97 @@
+"""Sums over the examples of a pass, uncentered: what decays from one look at the curvature to the next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from biasshift import triangle
+from biasshift.optim.member import Member
+
+VECTORS = 2**22  # elements of the errors times activations of shared weights that are formed at a time
+
+
+@dataclass
+class Sums:
+    """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing else.
+
+    ``total`` Σ (a − reference) (groups, inputs); ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs);
+    ``second`` the same of the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the center p
+    there is no ``first``, and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
+    """
+
+    examples: float
+    positions: float
+    reference: Tensor  # (groups, inputs): products about the first batch's mean do not cancel
+    parts: dict[str, list[Tensor]]
+
+    def add(self, other: "Sums", decay: float = 1.0) -> None:
+        """Decays these sums and adds others about the same reference, in place."""
+        self.examples = decay * self.examples + other.examples
+        self.positions = decay * self.positions + other.positions
+        for name, mine in self.parts.items():
+            for i, (x, y) in enumerate(zip(mine, other.parts[name], strict=True)):
+                mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
+
+    def saved(self) -> dict[str, Any]:
+        return {"examples": self.examples, "positions": self.positions, "reference": self.reference, "parts": self.parts}
+
+    @classmethod
+    def loaded(cls, saved: dict[str, Any], device: torch.device) -> "Sums":
+        """With memory of their own."""
+        parts = {name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()}
+        return cls(saved["examples"], saved["positions"], saved["reference"].to(device, copy=True), parts)
+
+    def all_reduce(self) -> None:
+        """The sums over all processes, in place; their references must agree."""
+        counts = torch.tensor([self.examples, self.positions], dtype=torch.float64, device=self.reference.device)
+        for x in [counts, *(x for part in self.parts.values() for x in part)]:
+            dist.all_reduce(x)
+        self.examples, self.positions = counts.tolist()
+
+
+def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Member, examples: int) -> Sums:
+    """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions, units).
+
+    A sample is an example where its positions belong together, else a position: then there is one position a sample.
+    """
+    shifted = a - reference.to(a.dtype)
+    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]}
+    if delta is not None:
+        delta = delta.unflatten(2, (a.shape[2], -1))  # (samples, positions, groups, units of a group)
+        whole = delta.sum(1)
+        parts["weight"] = [whole.double().square().sum(0).flatten()]
+        if member.center != "p":
+            parts["first"] = [torch.einsum("ntgu,ntgi->gui", delta * whole[:, None], shifted).flatten(0, 1).double()]
+    if member.scale != "none":
+        parts["second"] = _shared_second(shifted, member) if member.center == "p" else _unit_second(shifted, delta, member)
+    return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
+
+
+def _shared_second(shifted: Tensor, member: Member) -> list[Tensor]:
+    by_group = shifted.flatten(0, 1).transpose(0, 1)
+    if member.scale == "diagonal":
+        return [by_group.square().sum(1, dtype=torch.float64)]
+    return [(by_group.mT @ by_group).double()]
+
+
+def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[Tensor]:
+    assert delta is not None
+    samples, positions, groups, inputs = shifted.shape
+    units, diagonal = groups * delta.shape[-1], member.scale == "diagonal"
+    if positions == 1 and diagonal:
+        return [torch.einsum("ngu,ngi->gui", delta[:, 0].square(), shifted[:, 0].square()).flatten(0, 1).double()]
+    rows = [shifted.new_zeros(units, inputs, dtype=torch.float64)] if diagonal else triangle.zeros(units, inputs, shifted.device)
+    if positions == groups == 1:
+        triangle.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
+        return rows
+    step = max(1, VECTORS // (units * inputs))
+    for n in (slice(i, i + step) for i in range(0, samples, step)):
+        vectors = torch.einsum("ntgu,ntgi->guni", delta[n], shifted[n]).flatten(0, 1)
+        if diagonal:
+            rows[0] += vectors.square().sum(1)
+        else:
+            triangle.add_outer(rows, vectors)
+    return rows
