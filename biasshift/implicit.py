@@ -120,11 +120,14 @@ class Samples:
         return w.sum(dtype=torch.float64), (w @ self.a).double(), ((w[:, None] * self.a).T @ self.a).double()
 
     def moments(self) -> Moments:
-        fourth, squares = torch.zeros((), device=self.a.device), torch.zeros((), device=self.a.device)
+        fourth = first = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
         for n in chunks(len(self.a), max(self.a.shape[1], len(self.delta2))):
-            fourth = fourth + self.delta2[:, n].double().square().sum(1)
+            wide = self.delta2[:, n].double()
+            fourth = fourth + wide.square().sum(1)
+            # In float64 from what is held: V v = S v − o oᵀv, and where V is nearly singular the two parts must agree to the last digit.
+            first = first + wide @ self.a[n].double()
             squares = squares + (self.delta2[:, n] @ self.a[n].square()).double()
-        return self.delta2.sum(1, dtype=torch.float64), fourth, (self.delta2 @ self.a).double(), squares
+        return self.delta2.sum(1, dtype=torch.float64), fourth, first, squares
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,11 @@ class Maps:
         for n in self._chunks(self._inputs * max(self._positions, len(self.units))):
             w = self.delta[0][n].double() if self.squared else self._example_weights(n).unsqueeze(2)
             weight, fourth = weight + w.sum((0, 2)), fourth + w.square().sum((0, 2))
-            y = self.weigh(self.delta[0].new_ones(len(w), len(self.units), self._positions), n)
-            first = first + self.backward(y, n).double()
+            # In float64, so that V v = S v − o oᵀv holds to the last digit, also where V is nearly singular.
+            y = self.weigh(w.new_ones(len(w), len(self.units), self._positions), n)
+            first = first + self.backward(y, n)
             if self.squared:
-                squares = squares + self.backward(y, n, power=2).double()
+                squares = squares + self.backward(y, n, power=2)
             else:
                 a = self._patches(n)
                 squares = squares + sum(self._vectors(own, a).square().sum(1, dtype=torch.float64) for own in self._seeds(n))
