@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -13,6 +13,7 @@ from biasshift.data.orders import Batching, epoch_generator, epoch_order
 __all__ = ["Augment", "Stream", "TensorStream"]
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Where the minibatches of a training run come from."""
 
