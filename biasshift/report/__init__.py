@@ -78,27 +78,25 @@ def _intro(states: pd.DataFrame, series: Sequence[Series]) -> str:
 
 def _verdicts(table: pd.DataFrame, series: Sequence[Series], left_out: list[str]) -> str:
     """Claims and the table for reading, for all runs; where they are of several settings, for each setting by itself."""
-    settings = dict.fromkeys(one.setting for one in series)
-    if len(settings) == 1:
-        return _verdict(table)
-    try:
-        return _said(table)
-    except ValueError as mixed:
-        parts = [faint(f"{mixed} So here each setting stands by itself.")]
-    if len(settings) > MOST_SETTINGS:
-        left_out.append(f"Claims of {len(settings) - MOST_SETTINGS} of {len(settings)} settings: give fewer runs at a time.")
-    for setting in list(settings)[:MOST_SETTINGS]:
-        runs = {run for one in series if one.setting == setting for run in one.runs}
-        rows = table.loc[table["run"].isin(runs)]
-        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{_verdict(rows)}")
-    return "".join(parts)
-
-
-def _verdict(table: pd.DataFrame) -> str:
     try:
         return _said(table)
     except ValueError as error:
-        return faint(f"No verdicts. {error}")
+        whole = str(error)
+    settings = list(dict.fromkeys(one.setting for one in series))
+    parts, reasons = [], {whole}
+    for setting in settings[:MOST_SETTINGS] if len(settings) > 1 else []:
+        runs = [run for one in series if one.setting == setting for run in one.runs]
+        try:
+            said = _said(table.loc[table["run"].isin(runs)])
+        except ValueError as error:
+            reasons.add(str(error))
+            said = faint(f"No verdicts. {error}")
+        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{said}")
+    if not parts or (reasons == {whole} and all("No verdicts" in part for part in parts)):
+        return faint(f"No verdicts. {whole}")
+    if len(settings) > MOST_SETTINGS:
+        left_out.append(f"Claims of {len(settings) - MOST_SETTINGS} of {len(settings)} settings: give fewer runs at a time.")
+    return faint(f"{whole} So here each setting stands by itself.") + "".join(parts)
 
 
 def _said(table: pd.DataFrame) -> str:

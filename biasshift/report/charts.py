@@ -48,11 +48,11 @@ def learning_curves(found: Reduced, metric: int | None) -> alt.TopLevelMixin:
     against = alt.param("against", bind=alt.BindDirect(element="#against"))
     rows = _with_labels(alt.Chart(alt.NamedData("curves")).transform_filter("datum.metric == metric"))
     rows = rows.transform_calculate(x="against == 'epoch' ? datum.epoch : datum.step").transform_filter("isValid(datum.x)")
-    dash = alt.StrokeDash("split:N", title=None, scale=alt.Scale(domain=["train", "valid", "test", ""], range=[[1, 0], [5, 3], [1, 2], [1, 0]]))
-    dash = dash.legend(orient="bottom", symbolStrokeColor="gray", values=["train", "valid"])
+    look = alt.Scale(domain=["train", "valid", "test", ""], range=[[1, 0], [5, 3], [1, 2], [1, 0]])
+    dash = alt.StrokeDash("split:N", scale=look, legend=None)  # the page says it; on a narrow screen a legend would be cut
     tooltip = ["label:N", "split:N", "step:Q", "epoch:Q", alt.Tooltip("mean:Q", format=".4~g"), alt.Tooltip("sd:Q", format=".3~g"), "n:Q"]
     x = alt.X("x:Q", title="step or epoch, as chosen").scale(nice=False)
-    return _lines_and_ribbons(found, rows, x, "mean over runs, ± SD", dash, tooltip).add_params(chosen, against)
+    return _lines_and_ribbons(found, rows, x, "mean over runs, ± SD", dash, tooltip, dots=metric is None).add_params(chosen, against)
 
 
 def heat_map() -> alt.TopLevelMixin:
@@ -78,7 +78,9 @@ def heat_map() -> alt.TopLevelMixin:
     encoded = rows.mark_rect(cursor="pointer").encode(
         x=alt.X("s:O", title="step", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("layer:N", title="layer", sort=alt.EncodingSortField("l", op="min"), axis=alt.Axis(labelLimit=120)),
-        color=alt.Color("color:Q", title=None, scale=alt.Scale(scheme="viridis", zero=False)).legend(orient="top", gradientLength=220),
+        color=alt.Color("color:Q", title=None, scale=alt.Scale(scheme="viridis", zero=False)).legend(
+            orient="top", gradientLength=220, format="~g"
+        ),
         stroke=alt.condition(chosen, alt.value("#ff2d55"), alt.value(None)),
         strokeWidth=alt.condition(chosen, alt.value(2.5), alt.value(0)),
         tooltip=tooltip,
@@ -95,7 +97,9 @@ def across_steps(found: Reduced) -> alt.TopLevelMixin:
         "label:N", alt.Tooltip("s:Q", title="step"), alt.Tooltip("mean:Q", format=".4~g"), alt.Tooltip("sd:Q", format=".3~g"), "runs:Q",
     ]  # fmt: skip
     x = alt.X("s:Q", title="step").scale(nice=False)
-    return _lines_and_ribbons(found, rows, x, "median over units: mean over runs, ± SD", None, tooltip).add_params(*_bound("quantity", "layer"))
+    return _lines_and_ribbons(found, rows, x, "median over units: mean over runs, ± SD", None, tooltip, dots=True).add_params(
+        *_bound("quantity", "layer")
+    )
 
 
 def within_cell(found: Reduced) -> alt.TopLevelMixin:
@@ -105,11 +109,17 @@ def within_cell(found: Reduced) -> alt.TopLevelMixin:
     rows = alt.Chart(alt.NamedData("cells")).transform_filter("datum.q == quantity && datum.l == layer && datum.s == step")
     rows = _with_labels(rows).transform_calculate(percent=str(list(LEVELS))).transform_flatten(["d", "percent"], ["value", "percent"])
     lines = rows.mark_line(point=alt.OverlayMarkDef(size=45)).encode(
-        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False)),
+        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False), axis=alt.Axis(format="~g")),
         y=alt.Y("percent:Q", title="% of units at or below", scale=alt.Scale(domain=[0, 100])),
         order="percent:Q",
         color=_color(found),
-        tooltip=["label:N", alt.Tooltip("percent:Q", title="%"), alt.Tooltip("value:Q", format=".3~g"), alt.Tooltip("n:Q", title="values"), "runs:Q"],
+        tooltip=[
+            "label:N",
+            alt.Tooltip("percent:Q", title="%"),
+            alt.Tooltip("value:Q", format=".3~g"),
+            alt.Tooltip("n:Q", title="values"),
+            "runs:Q",
+        ],
     )
     return lines.properties(width="container", height=HEIGHT).add_params(*_bound("quantity", "layer", "step"))
 
@@ -133,19 +143,24 @@ def _with_labels(chart: alt.Chart) -> alt.Chart:
 def _color(found: Reduced) -> alt.Color:
     import altair as alt
 
+    columns = 2 if all(len(one.label) < 18 for one in found.series) else 1  # or a narrow screen cuts them
     # "category" is the theme's: the colors follow light and dark.
     scale = alt.Scale(domain=[one.label for one in found.series], range="category")
-    return alt.Color("label:N", title=None, scale=scale).legend(orient="bottom", columns=2, symbolType="square", symbolStrokeWidth=0)
+    return alt.Color("label:N", title=None, scale=scale).legend(
+        orient="bottom", columns=columns, symbolType="square", symbolStrokeWidth=0, symbolOpacity=1
+    )
 
 
-def _lines_and_ribbons(found: Reduced, rows: alt.Chart, x: alt.X, title: str, dash: Any, tooltip: list[Any]) -> alt.LayerChart:
+def _lines_and_ribbons(found: Reduced, rows: alt.Chart, x: alt.X, title: str, dash: Any, tooltip: list[Any], dots: bool) -> Any:
     import altair as alt
 
     rows = rows.transform_calculate(low="datum.mean - (datum.sd || 0)", high="datum.mean + (datum.sd || 0)")
     color, detail = _color(found), [] if dash is None else ["split:N"]
-    y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
-    ribbons = rows.mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=color, detail=detail)
+    y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(format="~g"))
+    ribbons = rows.mark_area(opacity=0.18).encode(
+        x=x, y=alt.Y("low:Q", title=title, axis=alt.Axis(format="~g")), y2="high:Q", color=color, detail=detail
+    )
     lines = rows.mark_line(strokeWidth=2).encode(x=x, y=y, color=color, detail=detail)
     lines = lines if dash is None else lines.encode(strokeDash=dash)
-    points = rows.mark_point(size=60, filled=True, opacity=0).encode(x=x, y=y, color=color, tooltip=tooltip)
+    points = rows.mark_point(size=45, filled=True, opacity=1 if dots else 0).encode(x=x, y=y, color=color, tooltip=tooltip)
     return alt.layer(ribbons, lines, points).properties(width="container", height=HEIGHT)

@@ -35,6 +35,8 @@ def origins_part(folders: Sequence[Path], states: pd.DataFrame) -> tuple[str, li
 
 
 def _row(folder: Path, state: pd.Series) -> list[tuple[str, str]]:
+    import pandas as pd
+
     origin, config = read_json(folder, "provenance.json", {}), read_config(folder)
     others = {name: value for name, value in origin.items() if name not in ("command", "commit", "dirty", "device", "seed", "started")}
     commit = str(origin.get("commit") or origin.get("version") or "–")[:12] + (" (changed)" if origin.get("dirty") else "")
@@ -43,11 +45,11 @@ def _row(folder: Path, state: pd.Series) -> list[tuple[str, str]]:
     return [
         ("", escaped(state["run"], 80)),
         ("", escaped(state["state"])),
-        ("number", "–" if state["last_step"] is None or state["last_step"] != state["last_step"] else escaped(state["last_step"])),
+        ("number", "–" if state["last_step"] is pd.NA else escaped(state["last_step"])),
         ("number", escaped(origin.get("seed", config.get("seed", "–")), 30)),
         ("", escaped(origin.get("device", "–"), 80)),
         ("", escaped(commit)),
-        ("", "–" if started != started else f"{started:%Y-%m-%d %H:%M} UTC"),
+        ("", "–" if started is pd.NaT else f"{started:%Y-%m-%d %H:%M} UTC"),
         ("text", f"<code>{escaped(_command(origin.get('command')))}</code><details><summary>options</summary>{details}</details>"),
     ]
 

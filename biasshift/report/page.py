@@ -11,10 +11,11 @@ from biasshift.report.charts import charts, theme
 from biasshift.report.reducing import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, Reduced
 from biasshift.report.text import as_json, escaped
 
+
 def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced) -> str:
     """Returns the HTML. `sections` are (heading, HTML) behind which the charts' numbers and scripts follow."""
-    scripts = [_vega(), files(__package__).joinpath("page.js").read_text(encoding="utf-8")]
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    scripts = [_vega(), files("biasshift.report").joinpath("page.js").read_text(encoding="utf-8")]
+    style = files("biasshift.report").joinpath("page.css").read_text(encoding="utf-8")
     body = "".join(f"<section><h2>{escaped(heading)}</h2>{content}</section>" for heading, content in sections)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -40,7 +41,7 @@ def _vega() -> str:
     import altair
     import vl_convert
 
-    return vl_convert.javascript_bundle(vl_version=".".join(altair.SCHEMA_VERSION.split(".")[:2]))
+    return vl_convert.javascript_bundle(None, vl_version=".".join(altair.SCHEMA_VERSION.split(".")[:2]))
 
 
 def _data(found: Reduced) -> dict[str, Any]:

@@ -19,7 +19,8 @@ _PLACES = (
     ("heat", "Layer × step", "Median over units, then mean over runs. Colors end at the 2nd and 98th percentile of the cells. "
      "Point at a cell for its numbers, click it to choose its layer and step."),
     ("across", "Comparison over steps", "At the chosen layer: median over units in each run, then mean ± SD over runs."),
-    ("within", "Units at the chosen layer and step", "Percentiles over all units of all runs; over runs alone for a quantity of whole layers."),
+    ("within", "Units at the chosen layer and step",
+     "Percentiles over all units of all runs; over runs alone for a quantity of whole layers."),
 )  # fmt: skip
 
 
@@ -38,10 +39,11 @@ def _claim(row: dict[Any, Any], others: Sequence[Any]) -> list[tuple[str, str]]:
     verdict = str(row["verdict"])
     interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
     badge = f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(verdict)}</span>'
-    statement = f"{escaped(row['statement'])} <span class=\"faint\">({escaped(row['source'])})</span>"
+    statement = f'{escaped(row["statement"])} <span class="faint">({escaped(row["source"])})</span>'
     return [
         ("", badge), ("text", statement), ("", escaped(row["statistic"])), ("number", number(row["effect"]) + interval),
-        ("number", escaped(row["n"])), ("number", number(row["p"], 2)), ("text", escaped(row["caveat"])), *(_other(row[name]) for name in others),
+        ("number", escaped(row["n"])), ("number", number(row["p"], 2)), ("text", escaped(row["caveat"])),
+        *(_other(row[name]) for name in others),
     ]  # fmt: skip
 
 
@@ -51,7 +53,10 @@ def _other(value: Any) -> tuple[str, str]:
 
 def reading_part(found: pd.DataFrame, how: str) -> str:
     """`biasshift.summary.reading_table`, and how to read it."""
-    rows = [[("text", escaped(name)), *(("number", escaped(text)) for text in row)] for name, row in zip(found.index, found.to_numpy(), strict=True)]
+    rows = [
+        [("text", escaped(name)), *(("number", escaped(text)) for text in row)]
+        for name, row in zip(found.index, found.to_numpy(), strict=True)
+    ]
     return faint(how) + table(["", *map(str, found.columns)], rows)
 
 
@@ -67,7 +72,8 @@ def curves_part(found: Reduced) -> str:
     others = [(str(position), name) for position, name in enumerate(found.metrics) if name not in CURVES]
     if others:
         shown += f"<div>{_select('metric', 'another quantity', others)}{_chart('curves-other')}</div>"
-    note = "Mean over runs (line) ± SD over runs (ribbon); training solid, validation dashed. n is the number of runs. Point at a line for its numbers."
+    note = "Mean over runs (line) ± SD over runs (ribbon); training solid, validation dashed, test dotted. "
+    note += "n is the number of runs. Point at a line for its numbers."
     controls = _select("against", "against", [*epochs, ("step", "step")])
     return f'{faint(note)}<div class="controls">{controls}</div><div class="charts">{shown}</div>'
 
@@ -110,5 +116,7 @@ def _chart(place: str) -> str:
 
 
 def _select(name: str, label: str, options: Iterable[tuple[Any, str]], chosen: Any = None) -> str:
-    inner = (f'<option value="{value}"{" selected" if value == chosen else ""}>{escaped(plain(text, 120))}</option>' for value, text in options)
+    inner = (
+        f'<option value="{value}"{" selected" if value == chosen else ""}>{escaped(plain(text, 120))}</option>' for value, text in options
+    )
     return f'<label>{label}<select id="{name}">{"".join(inner)}</select></label>'

@@ -20,7 +20,7 @@ POINTS_A_CURVE = 150
 LEVELS = (0, 5, 10, 25, 50, 75, 90, 95, 100)  # percentiles of the values in a cell
 ALL_LAYERS = -1
 _SPLIT = re.compile(r"(train|valid|test)_(.+)")
-_NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs", "series"}
+_NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs", "series_"}
 CELL_COLUMNS = ["q", "g", "l", "s", "n", "runs", "mean", "sd", "d"]
 CURVE_COLUMNS = ["metric", "split", "g", "step", "epoch", "mean", "sd", "n"]
 
@@ -47,12 +47,14 @@ def reduced(table: pd.DataFrame, states: pd.DataFrame, series: Sequence[Series])
     shown = list(series[:MOST_SERIES])
     of_run = {run: position for position, one in enumerate(shown) for run in one.runs}
     codes = np.array([of_run.get(str(run), -1) for run in table["run"].cat.categories], dtype=np.int64)
-    table = table.assign(series=codes[table["run"].cat.codes])
+    table = table.assign(series_=codes[table["run"].cat.codes])
     names = [str(name) for name in table["layer"].cat.categories if name != ""]
     found = Reduced(shown, told_apart([plain(name, 60) for name in names]))
     if len(series) > len(shown):
-        found.left_out.append(f"{len(series) - len(shown)} of {len(series)} groups of runs, the smallest: {listed(s.label for s in series[MOST_SERIES:])}.")
-    table = table.loc[table["series"] >= 0]
+        found.left_out.append(
+            f"{len(series) - len(shown)} of {len(series)} groups of runs, the smallest: {listed(s.label for s in series[MOST_SERIES:])}."
+        )
+    table = table.loc[table["series_"] >= 0]
     measured = [name for name in table if name not in _NO_QUANTITY and name not in states]
     at_a_step = table["exam_damping"].isna() if "exam_damping" in table else np.ones(len(table), dtype=bool)
     _add_curves(found, table.loc[(table["layer"] == "") & at_a_step], measured)
@@ -77,11 +79,11 @@ def _add_curves(found: Reduced, rows: pd.DataFrame, measured: list[str]) -> None
     for column, (metric, split) in zip(columns, pairs, strict=True):
         if metric not in names:
             continue
-        values = _finite(found, rows, column, ["series", "run", "step"])
+        values = _finite(found, rows, column, ["series_", "run", "step"])
         values = _thinned(found, values, most, plain(column, 60))
-        by_run = values.groupby(["series", "run", "step"], observed=True)[column].mean().reset_index()
-        lines = by_run.groupby(["series", "step"])[column].agg(["mean", "std", "count"])
-        epochs = rows.groupby(["series", "step"])["epoch"].median() if "epoch" in rows else None
+        by_run = values.groupby(["series_", "run", "step"], observed=True)[column].mean().reset_index()
+        lines = by_run.groupby(["series_", "step"])[column].agg(["mean", "std", "count"])
+        epochs = rows.groupby(["series_", "step"])["epoch"].median() if "epoch" in rows else None
         for (group, step), row in lines.iterrows():
             epoch = None if epochs is None else _rounded(epochs.get((group, step)), 6)
             numbers = [_rounded(row["mean"], 4), _rounded(row["std"], 3), int(row["count"])]
@@ -106,7 +108,7 @@ def _add_cells(found: Reduced, rows: pd.DataFrame, measured: list[str], names: l
     most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, a_step)))
     labels = told_apart([plain(name, 60) for name in columns])
     for column, label in zip(columns, labels, strict=True):
-        values = _finite(found, rows, column, ["series", "run", "layer", "step", "unit"])
+        values = _finite(found, rows, column, ["series_", "run", "layer", "step", "unit"])
         values = values.loc[values["unit"] >= 0] if (values["unit"] >= 0).any() else values
         if dropped := values["layer"].nunique() - values["layer"].isin(layers[column]).groupby(values["layer"]).first().sum():
             found.left_out.append(f"'{label}': {dropped} layers between those shown.")
@@ -121,7 +123,7 @@ def _add_cells(found: Reduced, rows: pd.DataFrame, measured: list[str], names: l
 
 
 def _cells(values: pd.DataFrame, column: str, quantity: int) -> list[list[Any]]:
-    keys = ["series", "layer", "step"]
+    keys = ["series_", "layer", "step"]
     medians = values.groupby([*keys, "run"], observed=True)[column].median()
     over_runs = medians.groupby(level=keys).agg(["mean", "std", "count"])
     pooled = values.groupby(keys)[column]
@@ -151,12 +153,12 @@ def _thinned(found: Reduced, values: pd.DataFrame, most: int, what: str) -> pd.D
     """Evenly chosen steps of each series, the first and the last among them."""
     import pandas as pd
 
-    steps = {group: some.unique() for group, some in values.groupby("series")["step"]}
+    steps = {group: some.unique() for group, some in values.groupby("series_")["step"]}
     if not any(len(some) > most for some in steps.values()):
         return values
     how = f"{most} of {max(map(len, steps.values())):,} measured steps, evenly chosen"
     found.thinned.setdefault(how, []).append(what)
-    kept = [values.loc[(values["series"] == group) & values["step"].isin(_even(sorted(some), most))] for group, some in steps.items()]
+    kept = [values.loc[(values["series_"] == group) & values["step"].isin(_even(sorted(some), most))] for group, some in steps.items()]
     return pd.concat(kept)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,27 +30,29 @@ class Series:
 def all_series(states: pd.DataFrame) -> list[Series]:
     """Groups the rows of `run_states` by activation and by every option in which runs of one activation differ, but for the seed.
 
-    The hue is that of the activation, a further setting of the same activation is paler. Largest groups come first where
-    there are more than `MOST_SERIES`, and the order is that of the runs otherwise.
+    The hue is that of the activation; a further setting of the same activation is paler. The order is that of the runs, but
+    where there are more than `MOST_SERIES`, the largest come first.
     """
     if "activation" not in states:
         states = states.assign(activation="")
     states = states.assign(activation=states["activation"].astype(object).where(states["activation"].notna(), "").astype(str))
-    keys = ["activation", *_varying(states)]
-    groups = [(names, list(group["run"].astype(str))) for names, group in states.groupby(keys, sort=False, observed=True, dropna=False)]
+    options = _varying(states)
+    by = states.groupby(["activation", *options], sort=False, observed=True, dropna=False)
+    groups = [(names, tuple(group["run"].astype(str))) for names, group in by]
     if len(groups) > MOST_SERIES:
-        groups.sort(key=lambda item: -len(item[1]))
-    families: dict[str, list[int]] = {}
-    for position, (names, _) in enumerate(groups):
-        families.setdefault(names[0], []).append(position)
-    order = sorted(families, key=lambda name: list(LOOKS).index(name) if name in LOOKS else len(LOOKS))
-    settings = [", ".join(f"{key} = {_option(value)}" for key, value in zip(keys[1:], names[1:], strict=True)) for names, _ in groups]
-    colors = [_colors(order, names[0], families[names[0]].index(position), families) for position, (names, _) in enumerate(groups)]
-    labels = told_apart([_label(names[0], setting, len(runs)) for (names, runs), setting in zip(groups, settings, strict=True)])
-    return [
-        Series(label, setting, tuple(runs), *color)
-        for label, setting, (_, runs), color in zip(labels, settings, groups, colors, strict=True)
+        groups.sort(key=lambda group: -len(group[1]))
+    settings = [
+        ", ".join(f"{plain(key, 40)} = {_option(value)}" for key, value in zip(options, names[1:], strict=True)) for names, _ in groups
     ]
+    labels = told_apart([_label(names[0], setting, len(runs)) for (names, runs), setting in zip(groups, settings, strict=True)])
+    sizes, hues = Counter(names[0] for names, _ in groups), _hues(names[0] for names, _ in groups)
+    found, seen = [], Counter()
+    for (names, runs), setting, label in zip(groups, settings, labels, strict=True):
+        share = _PALEST * seen[names[0]] / max(1, sizes[names[0]] - 1)
+        seen[names[0]] += 1
+        hue = hues[names[0]]
+        found.append(Series(label, setting, runs, _mixed(hue, 255, share), _mixed(ON_DARK[hue], 30, share)))
+    return found
 
 
 def _varying(states: pd.DataFrame) -> list[str]:
@@ -66,13 +70,10 @@ def _label(activation: str, setting: str, runs: int) -> str:
     return f"{', '.join(filter(None, [name, plain(setting, 80)])) or 'all runs'} (n = {runs})"
 
 
-def _colors(order: list[str], activation: str, position: int, families: dict[str, list[int]]) -> tuple[str, str]:
-    if activation in LOOKS:
-        color = LOOKS[activation].color
-    else:
-        color = OTHER_LOOKS[[name for name in order if name not in LOOKS].index(activation) % len(OTHER_LOOKS)][0]
-    share = _PALEST * position / max(1, len(families[activation]) - 1)
-    return _mixed(color, 255, share), _mixed(ON_DARK[color], 30, share)
+def _hues(activations: Iterable[str]) -> dict[str, str]:
+    others = [name for name in dict.fromkeys(activations) if name not in LOOKS]
+    hues = {name: OTHER_LOOKS[position % len(OTHER_LOOKS)][0] for position, name in enumerate(others)}
+    return {name: look.color for name, look in LOOKS.items()} | hues
 
 
 def _mixed(color: str, ground: int, share: float) -> str:
