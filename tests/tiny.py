@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from biasshift.classifying import Setting
 from biasshift.data import DataSet, digits, shifted
@@ -18,7 +19,7 @@ def data() -> DataSet:
     return shifted(digits(), side=8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tiny(Demo):
     """The demo with 3 hidden layers × 10 units and 2 epochs."""
 
@@ -27,20 +28,26 @@ class Tiny(Demo):
     seeds: int = 1
     epochs: int = 2
     lr: float = 0.05
+    momentum: float = 0.0
     equal_loss: float = 2.2
     skip_input_layer: bool = False
     workers: int | None = 1
     replace: bool = False
+    device: str = "cpu"
+    diverging: tuple[str, ...] = ()  # activations that get a learning rate without hope
+
+    name: ClassVar[str] = "tiny"
 
     def load(self) -> DataSet:
         return data()
 
     def settings(self) -> list[Setting]:
+        self.check()
         return [
             Setting(
-                "tiny", activation, seed, self.epochs, 64, self.lr, 0.0, DEPTH, WIDTH, "normal", probe_size=200, exam_size=1500,
-                means_every=1, fisher_every=2, equal_loss=self.equal_loss, units_measured=4, damping=1e-3,
-                skip_input_layer=self.skip_input_layer,
+                self.name, activation, seed, self.epochs, 64, 1e9 if activation in self.diverging else self.lr, self.momentum, DEPTH,
+                WIDTH, "normal", probe_size=200, exam_size=1500, means_every=1, fisher_every=2, equal_loss=self.equal_loss,
+                units_measured=4, damping=1e-3, skip_input_layer=self.skip_input_layer,
             )
             for seed in range(self.seeds)
             for activation in self.activations
