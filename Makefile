@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+bench: $(VENV)/.installed-bench ## compare speed and memory with other libraries (half an hour)
+	@$(VENV)/bench/bin/python -m benchmarks
 
 clean: ## remove .venv, caches and build outputs; data/ and runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -44,6 +47,17 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 	$(call install,[dev])
+
+# The peers pin old versions of their own, some of a torch that no longer is: they get an environment, a constraint, and the
+# first two no dependencies.
+PEERS := $(VENV)/bench/bin/python -m pip install --quiet --disable-pip-version-check
+$(VENV)/.installed-bench: pyproject.toml benchmarks/requirements.txt $(VENV)/.created
+	@$(BIN)/python -m venv $(VENV)/bench
+	@$(PEERS) -e .
+	@$(VENV)/bench/bin/python -m pip freeze | grep -e '^torch==' -e '^torchvision==' > $(VENV)/bench/constraints.txt
+	@grep -v -e asdfghjkl -e delve benchmarks/requirements.txt | $(PEERS) -c $(VENV)/bench/constraints.txt -r /dev/stdin
+	@grep -e '^asdfghjkl' -e '^delve' benchmarks/requirements.txt | $(PEERS) --no-deps -r /dev/stdin
+	@touch $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'pass' 2>/dev/null || { echo "make: '$(PYTHON)' does not run. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }

@@ -74,25 +74,31 @@ def draw() -> Path | None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     shown = [result for result in results() if result["question"] in COMPARED]
     if not shown:
         return None
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False, layout="constrained")
     for ax, result in zip(axes[0], shown, strict=True):
-        for row in result["rows"]:
+        for number, row in enumerate(result["rows"]):
             if row.get("seconds") and row.get("bytes"):
                 ours = row["method"] == "biasshift"
-                x, y = row["seconds"] * 1e3, row["bytes"] / 2**20
+                x, y = row["seconds"], row["bytes"] / 2**20
                 ax.plot(x, y, "o", color="#c0392b" if ours else "#555555", markersize=8 if ours else 6)
                 ax.annotate(
-                    row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, weight="bold" if ours else "normal"
+                    row["method"],
+                    (x, y),
+                    xytext=(6, 5 if number % 2 else -12),
+                    textcoords="offset points",
+                    fontsize=9,
+                    weight="bold" if ours else "normal",
                 )
-        ax.set(xscale="log", yscale="log", xlabel="time / ms", ylabel="extra memory / MiB")
+        ax.set(xscale="log", yscale="log", xlabel="time / s", ylabel="extra memory / MiB")
         ax.margins(0.25)
         ax.set_title(result["title"].split(",")[0], fontsize=10)
         for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3, which="both")
