@@ -1,7 +1,6 @@
 """Real runs, of seconds: what a run leaves behind, what runs share, and the protocols' constants."""
 
 import math
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,35 +8,50 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import EPOCH_STEPS, LAYERS, UNITS, WIDTH, Tiny, data
+from tiny import DEPTH, EPOCH_STEPS, LAYERS, UNITS, WIDTH, Tiny, data
 
-from biasshift import classifying, training
+from biasshift import training
 from biasshift.claims import claims
-from biasshift.classifying import evenly_spaced, probes, run
-from biasshift.cli import _run
+from biasshift.classifying import Setting, evenly_spaced, probes, trial
+from biasshift.cli.training import _run
+from biasshift.data import TensorStream
 from biasshift.experiments.digits import Demo
+from biasshift.experiments.experiment import Experiment
 from biasshift.experiments.mnist import Mnist
+from biasshift.nets import mlp
 from biasshift.pool import run_jobs
 from biasshift.reading import read_run, read_runs, run_states
+from biasshift.running import run
 from biasshift.summary import per_run, reading_table
 from biasshift.training import evaluate
+from biasshift.trials import Exist, Progress
 
 QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "residual_theorem1"]
 
 
-def ran(folder: Path, **options) -> list[int]:
-    """One run; returns the calls of on_epoch."""
-    epochs: list[int] = []
-    (setting,) = Tiny(out=folder, activations=("elu",), **options).settings()
-    run(setting, data(), folder, "refuse", lambda: epochs.append(1))
-    return epochs
+def unheard(report: Progress) -> None: ...
+
+
+def run_setting(setting: Setting, folder: Path, exist: Exist = "refuse", report=unheard) -> None:
+    run([trial(setting, data())], [folder], exist, report)
+
+
+def ran(folder: Path, **options) -> list[Progress]:
+    """One run; returns its reports."""
+    reports: list[Progress] = []
+    (setting,) = Tiny(activations=("elu",), **options).settings()
+    run_setting(setting, folder, report=reports.append)
+    return reports
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> pd.DataFrame:
     """One run of ELU, read back."""
     folder = tmp_path_factory.mktemp("runs") / "elu-0"
-    assert len(ran(folder)) == 2  # once per epoch
+    reports = ran(folder)
+    epochs = [report for report in reports if report.step % EPOCH_STEPS == 0]  # on a slow machine there are others between
+    assert [(report.run, report.step, report.steps) for report in epochs] == [("elu-0", EPOCH_STEPS, 46), ("elu-0", 46, 46)]
+    assert all(0 < report.loss < 4 for report in reports)
     return read_run(folder)
 
 
@@ -82,6 +96,13 @@ def test_layer_sizes_are_recorded_once(table):
     assert sizes[["layer", "inputs"]].values.tolist() == [["0", 64], ["2", WIDTH], ["4", WIDTH], ["6", WIDTH]]
 
 
+def test_the_batches_own_loss_is_their_mean_since_the_last_scores(table):
+    """From a loop without any measurement; no batches have been seen at the beginning."""
+    losses = torch.stack([step.loss for step in loop(Tiny(activations=("elu",)).settings()[0])[1]]).double()
+    found = table[table["epoch"].notna()].sort_values("step")["batch_loss"].tolist()
+    assert math.isnan(found[0]) and found[1:] == pytest.approx([losses[:EPOCH_STEPS].mean().item(), losses[EPOCH_STEPS:].mean().item()])
+
+
 def test_the_examination_is_at_the_first_look_below_the_equal_loss(table):
     """On the digits a look is an epoch."""
     scores, exams = table[table["train_loss"].notna()], table[table["exam_damping"].notna()]
@@ -116,15 +137,15 @@ def test_a_run_that_never_comes_down_to_the_equal_loss_is_readable(tmp_path):
 
 def test_a_run_is_not_overwritten_unless_told_so(tmp_path):
     (setting,) = Tiny(activations=("elu",), epochs=1).settings()
-    run(setting, data(), tmp_path / "a", "refuse", lambda: None)
+    run_setting(setting, tmp_path / "a")
     with pytest.raises(FileExistsError, match="already holds a run"):
-        run(setting, data(), tmp_path / "a", "refuse", lambda: None)
-    run(replace(setting, seed=5), data(), tmp_path / "a", "replace", lambda: None)
+        run_setting(setting, tmp_path / "a")
+    run_setting(replace(setting, seed=5), tmp_path / "a", "replace")
     assert set(read_run(tmp_path / "a")["seed"]) == {5}
 
 
 def test_a_run_that_diverges_says_so_and_is_marked_failed(tmp_path):
-    with pytest.raises(RuntimeError, match="diverged; lower the rate"):
+    with pytest.raises(RuntimeError, match="diverged; lower the learning rate"):
         ran(tmp_path / "elu-0", lr=1e9)
     assert run_states(tmp_path)["state"].tolist() == ["failed"]
     assert read_run(tmp_path / "elu-0")["epoch"].max() == 0
@@ -133,68 +154,50 @@ def test_a_run_that_diverges_says_so_and_is_marked_failed(tmp_path):
 # -- what runs share ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """(activation, seed) → the weights at the start, and the labels of every batch, of the runs made from here on."""
-    found, current = defaultdict(list), []
-
-    def spy_train(model, *args, **kwargs):
-        activation = type(model[1]).__name__
-        current[:] = [activation]
-        found[activation].append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        return training.train(model, *args, **kwargs)
-
-    original = training.batches
-
-    def spy_batches(x, y, *args):
-        for chosen in original(x, y, *args):
-            found[current[0]].append(torch.cat([chosen[0].flatten(), chosen[1]]))
-            yield chosen
-
-    monkeypatch.setattr(classifying, "train", spy_train)
-    monkeypatch.setattr(training, "batches", spy_batches)
-    return found
+def start_and_batches(activation: str, seed: int) -> list[torch.Tensor]:
+    """The weights at the start, and what every minibatch of two epochs holds."""
+    made = trial(Tiny(activations=(activation,), seeds=seed + 1).settings()[seed], data())
+    weights = torch.cat([p.detach().flatten() for p in made.model.parameters()])
+    return [weights, *(torch.cat([x.flatten(), y]) for epoch in (1, 2) for x, y in made.stream.epoch(epoch))]
 
 
-def test_runs_of_one_seed_start_from_the_same_weights_and_see_the_same_batches(seen, tmp_path):
-    for setting in Tiny(activations=("elu", "relu", "lrelu", "srelu"), epochs=1).settings():
-        run(setting, data(), tmp_path / setting.activation, "refuse", lambda: None)
-    first, *others = seen.values()
-    assert len(first) == 1 + EPOCH_STEPS and len(others) == 3
+def test_runs_of_one_seed_start_from_the_same_weights_and_see_the_same_batches():
+    first, *others = (start_and_batches(activation, 0) for activation in ("elu", "relu", "lrelu", "srelu"))
+    assert len(first) == 1 + 2 * EPOCH_STEPS
     for other in others:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, other, strict=True))
 
 
-def test_runs_of_two_seeds_share_neither(seen, tmp_path):
-    one, two = Tiny(activations=("elu",), seeds=2, epochs=1).settings()
-    run(one, data(), tmp_path / "0", "refuse", lambda: None)
-    first = seen.pop("ELU")
-    run(two, data(), tmp_path / "1", "refuse", lambda: None)
-    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(first, seen["ELU"], strict=True))
+def test_runs_of_two_seeds_share_neither():
+    one, two = (start_and_batches("elu", seed) for seed in (0, 1))
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(one, two, strict=True))
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
+    """But for the seconds that they took."""
     tables = []
     for workers in (1, 2):
         tiny = Tiny(out=tmp_path / str(workers), epochs=1, equal_loss=9.0)
-        jobs = [(_run, (tiny, setting, tiny.out / setting.activation)) for setting in tiny.settings()]
-        calls: list[int] = []
-        run_jobs(jobs, workers, lambda calls=calls: calls.append(1))
-        assert len(calls) == 2
-        tables.append(read_runs(tiny.out))
+        reports: list[Progress] = []
+        run_jobs([(_run, (tiny, [setting])) for setting in tiny.settings()], workers, reports.append)
+        assert {(report.run, report.step) for report in reports if report.step == 23} == {("elu-0", 23), ("relu-0", 23)}
+        tables.append(read_runs(tiny.out).drop(columns="seconds"))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert tables[0][QUANTITIES].notna().any().all()
+
+
+def loop(setting: Setting) -> tuple[torch.nn.Module, list[training.Step]]:
+    """The same training, without any measurement."""
+    model = mlp(64, WIDTH, DEPTH, 10, setting.activation, seed=setting.seed)
+    update = training.Gradient(model, torch.optim.SGD(model.parameters(), lr=setting.lr))
+    stream = TensorStream(data().x_train, data().y_train, 64, setting.seed, views=9)
+    return model, list(training.train(update, stream, steps=2 * EPOCH_STEPS))
 
 
 def test_measuring_does_not_change_the_training(tmp_path):
     """The same losses, to the last digit, from a loop without any measurement."""
     ran(tmp_path / "elu-0")
-    (setting,) = Tiny(activations=("elu",)).settings()
-    model = classifying.mlp(64, WIDTH, 3, 10, "elu", seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting.lr)
-    generator = torch.Generator().manual_seed(classifying.DATA_ORDER_SEED)
-    for _ in training.train(model, optimizer, data(), epochs=2, batch_size=64, generator=generator):
-        pass
+    model, _ = loop(Tiny(activations=("elu",)).settings()[0])
     losses = read_run(tmp_path / "elu-0")["train_loss"].dropna()
     assert evaluate(model, data().x_train[:1437], data().y_train[:1437])[0] == losses.iloc[-1]
 
@@ -256,7 +259,7 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
         ({"equal_loss": 0.0}, "--equal-loss must be a number above 0"),
         ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
         ({"damping": -1e-3}, "--damping must be a number of at least 0"),
-        ({"activation": ()}, "--activation needs at least one name"),
+        ({"activation": ()}, "--activation needs at least one value"),
         ({"activation": ("elu", "elu")}, "each of them once"),
     ],
 )
@@ -265,12 +268,68 @@ def test_an_option_out_of_its_range_is_named(options, says):
         Mnist(**options).settings()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "nonsense"}, "no kind of device 'nonsense'; try cpu or cuda"),
+        ({"device": "cuda:99"}, "--device cuda:99: this machine has . GPUs that PyTorch can use; leave the option out"),
+        ({"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"ensemble": True, "precision": "bfloat16"}, "--ensemble trains in float32"),
+        ({"ensemble": True, "compile": True}, "--ensemble trains in float32 and uncompiled"),
+    ],
+)
+@pytest.mark.parametrize("experiment", [Mnist, Tiny])
+def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], options, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        experiment(**options).settings()
+    assert "\n" not in str(caught.value)
+
+
+def test_going_on_and_beginning_anew_exclude_each_other():
+    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word."""
+    with pytest.raises(ValueError, match="--replace and --resume exclude each other"):
+        Mnist(replace=True, resume=True).settings()
+    assert not Demo(resume=True).replace
+
+
+@pytest.mark.parametrize("options", [{"ensemble": True}, {"workers": 2}])
+def test_several_processes_of_torchrun_train_one_network(options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Under torchrun all processes train one network"):
+        Tiny(**options).settings()
+
+
+def test_what_is_there_is_refused_replaced_or_gone_on_with():
+    assert [Mnist().exist(), Mnist(replace=True).exist(), Mnist(resume=True).exist()] == ["refuse", "replace", "resume"]
+    assert [Demo().exist(), Demo(resume=True).exist(), Demo(replace=False).exist()] == ["replace", "resume", "refuse"]
+
+
+def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
+    assert Demo(quick=True).out == Path("runs/demo/quick") and Demo(quick=True, out=Path("here")).out == Path("here")
+    assert Demo(quick=True).folder(Demo(quick=True).settings()[0]) == Path("runs/demo/quick/elu-0")
+
+
+@pytest.mark.parametrize("experiment", [Demo, Mnist])
+def test_a_smoke_test_is_one_seed_of_a_tiny_network(experiment):
+    settings = experiment(smoke=True).settings()
+    assert {setting.seed for setting in settings} == {0} and len({setting.activation for setting in settings}) == len(settings)
+    assert all(setting.depth <= 2 and setting.width <= 20 and setting.epochs <= 2 for setting in settings)
+
+
+def test_an_ensemble_differs_in_nothing_but_the_seed():
+    demo = Demo()
+    groups = {demo.alike(setting) for setting in demo.settings()}
+    assert len(groups) == 4  # activations
+    one = demo.settings()[0]
+    assert demo.alike(replace(one, seed=9)) == demo.alike(one) != demo.alike(replace(one, lr=0.02))
+
+
 @pytest.mark.data
 def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
     options = {"probe": 200, "exam_probe": 1500, "units": 2, "fisher_every": 2}
     mnist = Mnist(activation=("elu",), seeds=1, epochs=2, data=data_root, **options)
     (setting,) = mnist.settings()
-    run(setting, mnist.load(), tmp_path / "elu-0", "refuse", lambda: None)
+    run([mnist.trial(setting, mnist.load())], [tmp_path / "elu-0"], "refuse", unheard)
     found = read_run(tmp_path / "elu-0")
     scores = found[found["train_loss"].notna()]
     assert scores["step"].tolist() == [0, 782, 1564]  # 50,000 images in batches of 64
