@@ -41,7 +41,8 @@ def _vega() -> str:
     import altair
     import vl_convert
 
-    return vl_convert.javascript_bundle(None, vl_version=".".join(altair.SCHEMA_VERSION.split(".")[:2]))
+    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    return vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]: its stub forgets a default
 
 
 def _data(found: Reduced) -> dict[str, Any]:

@@ -19,8 +19,10 @@ MOST_STEPS, MOST_LAYERS, MOST_QUANTITIES = 40, 32, 40
 POINTS_A_CURVE = 150
 LEVELS = (0, 5, 10, 25, 50, 75, 90, 95, 100)  # percentiles of the values in a cell
 ALL_LAYERS = -1
+_NETWORK, _NOWHERE = -2, -3  # layers of rows about the whole network, and of rows that are in no chart
+_LARGEST = 1e150  # squares of larger numbers may overflow
 _SPLIT = re.compile(r"(train|valid|test)_(.+)")
-_NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs", "series_"}
+_NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs"}
 CELL_COLUMNS = ["q", "g", "l", "s", "n", "runs", "mean", "sd", "d"]
 CURVE_COLUMNS = ["metric", "split", "g", "step", "epoch", "mean", "sd", "n"]
 
@@ -42,91 +44,107 @@ class Reduced:
 
 def reduced(table: pd.DataFrame, states: pd.DataFrame, series: Sequence[Series]) -> Reduced:
     """Returns the cells (median over units per run, then mean and SD over runs; percentiles over units and runs) and the curves."""
-    import numpy as np
-
-    shown = list(series[:MOST_SERIES])
-    of_run = {run: position for position, one in enumerate(shown) for run in one.runs}
-    codes = np.array([of_run.get(str(run), -1) for run in table["run"].cat.categories], dtype=np.int64)
-    table = table.assign(series_=codes[table["run"].cat.codes])
+    shown, hidden = list(series[:MOST_SERIES]), [one.label for one in series[MOST_SERIES:]]
     names = [str(name) for name in table["layer"].cat.categories if name != ""]
     found = Reduced(shown, told_apart([plain(name, 60) for name in names]))
-    if len(series) > len(shown):
-        found.left_out.append(
-            f"{len(series) - len(shown)} of {len(series)} groups of runs, the smallest: {listed(s.label for s in series[MOST_SERIES:])}."
-        )
-    table = table.loc[table["series_"] >= 0]
-    measured = [name for name in table if name not in _NO_QUANTITY and name not in states]
-    at_a_step = table["exam_damping"].isna() if "exam_damping" in table else np.ones(len(table), dtype=bool)
-    _add_curves(found, table.loc[(table["layer"] == "") & at_a_step], measured)
-    _add_cells(found, table.loc[(table["layer"] != "") & at_a_step], measured, names)
+    if hidden:
+        found.left_out.append(f"The charts show {len(shown)} of {len(series)} groups of runs, and leave out {listed(hidden)}.")
+    keys = _keys(table, shown, names)
+    columns = [name for name in table if name not in _NO_QUANTITY and name not in states]
+    _add_curves(found, {name: _values(found, table[name], keys, keys["layer"] == _NETWORK) for name in columns}, keys, table)
+    _add_cells(found, {name: _values(found, table[name], keys, keys["layer"] >= 0) for name in columns})
     found.left_out += [f"{how}: {listed(what, MOST_QUANTITIES)}." for how, what in found.thinned.items()]
     return found
+
+
+def _keys(table: pd.DataFrame, series: Sequence[Series], names: Sequence[str]) -> pd.DataFrame:
+    """Of each row of the table: the positions of its series and layer (-1: in no chart), its run, step and unit."""
+    import numpy as np
+    import pandas as pd
+
+    group_of = {run: position for position, one in enumerate(series) for run in one.runs}
+    groups = np.array([group_of.get(str(run), -1) for run in table["run"].cat.categories], dtype=np.int16)
+    layer_of = {name: position for position, name in enumerate(names)}
+    layers = np.array([layer_of.get(str(name), _NETWORK) for name in table["layer"].cat.categories], dtype=np.int32)
+    group, layer = groups[table["run"].cat.codes], layers[table["layer"].cat.codes]
+    # Examinations at equal loss are repeated over probes and dampings: they stand at no step of a chart.
+    charted = (group >= 0) & (table["exam_damping"].isna().to_numpy() if "exam_damping" in table else True)
+    run = table["run"].cat.codes.to_numpy()
+    where = {"group": group, "layer": np.where(charted, layer, _NOWHERE), "run": run, "step": table["step"], "unit": table["unit"]}
+    return pd.DataFrame(where, copy=False)
+
+
+def _values(found: Reduced, column: pd.Series, keys: pd.DataFrame, where: pd.Series) -> pd.DataFrame:
+    """The keys and the `value` of the rows that have one. Only these are copied: the table may fill the memory."""
+    import numpy as np
+
+    rows = np.flatnonzero(where.to_numpy() & column.notna().to_numpy())
+    values = column.to_numpy()[rows].astype(np.float64)
+    finite = np.abs(values) < _LARGEST
+    if not finite.all():
+        found.left_out.append(
+            f"'{plain(column.name, 60)}': {(~finite).sum():,} of {len(values):,} values are infinite or beyond {_LARGEST:g}."
+        )
+    return keys.iloc[rows[finite]].assign(value=values[finite])
 
 
 # -- curves of the whole network ---------------------------------------------------------------------------------
 
 
-def _add_curves(found: Reduced, rows: pd.DataFrame, measured: list[str]) -> None:
-    columns = [name for name in measured if rows[name].notna().any()]
-    pairs = [(match[2], match[1]) if (match := _SPLIT.fullmatch(name)) else (name, "") for name in columns]
-    names = list(dict.fromkeys(metric for metric, _ in pairs))
+def _add_curves(found: Reduced, values: dict[str, pd.DataFrame], keys: pd.DataFrame, table: pd.DataFrame) -> None:
+    values = {name: some for name, some in values.items() if len(some)}
+    parts = {name: (match[2], match[1]) if (match := _SPLIT.fullmatch(name)) else (name, "") for name in values}
+    names = list(dict.fromkeys(metric for metric, _ in parts.values()))
     names.sort(key=lambda name: ["loss", "error"].index(name) if name in ("loss", "error") else 2)
-    if len(names) > MOST_QUANTITIES:
-        found.left_out.append(f"Learning curves of {len(names) - MOST_QUANTITIES} quantities: {listed(names[MOST_QUANTITIES:])}.")
-        names = names[:MOST_QUANTITIES]
+    names = _first(found, names, "quantities of the whole network")
     found.metrics = told_apart([plain(name, 60) for name in names])
-    most = max(2, min(POINTS_A_CURVE, MOST_POINTS // max(1, len(columns) * len(found.series))))
-    for column, (metric, split) in zip(columns, pairs, strict=True):
-        if metric not in names:
-            continue
-        values = _finite(found, rows, column, ["series_", "run", "step"])
-        values = _thinned(found, values, most, plain(column, 60))
-        by_run = values.groupby(["series_", "run", "step"], observed=True)[column].mean().reset_index()
-        lines = by_run.groupby(["series_", "step"])[column].agg(["mean", "std", "count"])
-        epochs = rows.groupby(["series_", "step"])["epoch"].median() if "epoch" in rows else None
-        for (group, step), row in lines.iterrows():
-            epoch = None if epochs is None else _rounded(epochs.get((group, step)), 6)
-            numbers = [_rounded(row["mean"], 4), _rounded(row["std"], 3), int(row["count"])]
-            found.points.append([names.index(metric), split, int(group), int(step), epoch, *numbers])
+    most = max(2, min(POINTS_A_CURVE, MOST_POINTS // max(1, len(values) * len(found.series))))
+    epochs = _epochs(table, keys)
+    for column, (metric, split) in parts.items():
+        if metric in names:
+            by_run = _thinned(found, values[column], most, plain(column, 60)).groupby(["group", "step", "run"])["value"].mean()
+            lines = by_run.groupby(level=["group", "step"]).agg(["mean", "std", "count"])
+            found.points += [
+                [names.index(metric), split, int(g), int(step), epochs.get((g, step)), _rounded(mean, 4), _rounded(sd, 3), int(n)]
+                for (g, step), (mean, sd, n) in zip(lines.index, lines.to_numpy(), strict=True)
+            ]
+
+
+def _epochs(table: pd.DataFrame, keys: pd.DataFrame) -> dict[Any, Any]:
+    if "epoch" not in table:
+        return {}
+    rows = keys[(keys["layer"] == _NETWORK) & table["epoch"].notna().to_numpy()]
+    medians = rows.assign(epoch=table["epoch"].to_numpy()[rows.index]).groupby(["group", "step"])["epoch"].median()
+    return {key: _rounded(epoch, 6) for key, epoch in medians.items()}
 
 
 # -- layers and units --------------------------------------------------------------------------------------------
 
 
-def _add_cells(found: Reduced, rows: pd.DataFrame, measured: list[str], names: list[str]) -> None:
+def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
     import numpy as np
 
-    columns = [name for name in measured if rows[name].notna().any()]
-    if len(columns) > MOST_QUANTITIES:
-        found.left_out.append(f"{len(columns) - MOST_QUANTITIES} quantities of layers: {listed(columns[MOST_QUANTITIES:])}.")
-        columns = columns[:MOST_QUANTITIES]
-    codes = {name: code for code, name in enumerate(names)}
-    position = np.array([codes.get(str(name), ALL_LAYERS) for name in rows["layer"].cat.categories], dtype=np.int64)
-    rows = rows.assign(layer=position[rows["layer"].cat.codes])
-    layers = {column: _even(np.unique(rows["layer"][rows[column].notna()]), MOST_LAYERS) for column in columns}
-    a_step = sum(len(some) + 1 for some in layers.values()) * len(found.series)
-    most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, a_step)))
-    labels = told_apart([plain(name, 60) for name in columns])
-    for column, label in zip(columns, labels, strict=True):
-        values = _finite(found, rows, column, ["series_", "run", "layer", "step", "unit"])
-        values = values.loc[values["unit"] >= 0] if (values["unit"] >= 0).any() else values
-        if dropped := values["layer"].nunique() - values["layer"].isin(layers[column]).groupby(values["layer"]).first().sum():
-            found.left_out.append(f"'{label}': {dropped} layers between those shown.")
-        values = values.loc[values["layer"].isin(layers[column])]
-        values = _thinned(found, values, most, label)
-        if len(values):
-            found.quantities.append(label)
-            each = _cells(values, column, len(found.quantities) - 1)
-            means = [cell[6] for cell in each]
-            found.ranges.append((float(np.quantile(means, 0.02)), float(np.quantile(means, 0.98))))
-            found.cells += each + _cells(values.assign(layer=ALL_LAYERS), column, len(found.quantities) - 1)
+    columns = _first(found, [name for name, some in values.items() if len(some)], "quantities of layers")
+    layers = {column: _even(np.unique(values[column]["layer"]), MOST_LAYERS) for column in columns}
+    cells_a_step = sum(len(some) + 1 for some in layers.values()) * len(found.series)
+    most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, cells_a_step)))
+    found.quantities = told_apart([plain(name, 60) for name in columns])
+    for position, (column, label) in enumerate(zip(columns, found.quantities, strict=True)):
+        rows = values[column]
+        rows = rows[rows["unit"] >= 0] if (rows["unit"] >= 0).any() else rows
+        if (measured := rows["layer"].nunique()) > MOST_LAYERS:
+            found.thinned.setdefault(f"{MOST_LAYERS} of {measured:,} layers, evenly chosen", []).append(label)
+        rows = _thinned(found, rows[rows["layer"].isin(layers[column])], most, label)
+        each = _cells(rows, position)
+        low, high = np.quantile([cell[6] for cell in each], [0.02, 0.98])
+        found.ranges.append((float(low), float(high)))
+        found.cells += each + _cells(rows.assign(layer=ALL_LAYERS), position)
 
 
-def _cells(values: pd.DataFrame, column: str, quantity: int) -> list[list[Any]]:
-    keys = ["series_", "layer", "step"]
-    medians = values.groupby([*keys, "run"], observed=True)[column].median()
-    over_runs = medians.groupby(level=keys).agg(["mean", "std", "count"])
-    pooled = values.groupby(keys)[column]
+def _cells(rows: pd.DataFrame, quantity: int) -> list[list[Any]]:
+    keys = ["group", "layer", "step"]
+    over_runs = rows.groupby([*keys, "run"])["value"].median().groupby(level=keys).agg(["mean", "std", "count"])
+    pooled = rows.groupby(keys)["value"]
     percentiles, sizes = pooled.quantile([level / 100 for level in LEVELS]).unstack(), pooled.size()
     return [
         [quantity, int(g), int(layer), int(step), int(n), int(runs), _rounded(mean, 4), _rounded(sd, 3), [_rounded(x, 3) for x in some]]
@@ -139,26 +157,22 @@ def _cells(values: pd.DataFrame, column: str, quantity: int) -> list[list[Any]]:
 # -- thinning ----------------------------------------------------------------------------------------------------
 
 
-def _finite(found: Reduced, rows: pd.DataFrame, column: str, keys: list[str]) -> pd.DataFrame:
-    import numpy as np
-
-    values = rows.loc[rows[column].notna(), [*keys, column]].astype({column: "float64"})
-    finite = np.isfinite(values[column].to_numpy())
-    if not finite.all():
-        found.left_out.append(f"'{plain(column, 60)}': {len(values) - finite.sum():,} of {len(values):,} values are infinite.")
-    return values.loc[finite]
+def _first(found: Reduced, names: list[str], what: str) -> list[str]:
+    if len(names) > MOST_QUANTITIES:
+        found.left_out.append(f"{len(names) - MOST_QUANTITIES} of {len(names)} {what}: {listed(names[MOST_QUANTITIES:])}.")
+    return names[:MOST_QUANTITIES]
 
 
 def _thinned(found: Reduced, values: pd.DataFrame, most: int, what: str) -> pd.DataFrame:
     """Evenly chosen steps of each series, the first and the last among them."""
     import pandas as pd
 
-    steps = {group: some.unique() for group, some in values.groupby("series_")["step"]}
+    steps = {group: some.unique() for group, some in values.groupby("group")["step"]}
     if not any(len(some) > most for some in steps.values()):
         return values
     how = f"{most} of {max(map(len, steps.values())):,} measured steps, evenly chosen"
     found.thinned.setdefault(how, []).append(what)
-    kept = [values.loc[(values["series_"] == group) & values["step"].isin(_even(sorted(some), most))] for group, some in steps.items()]
+    kept = [values.loc[(values["group"] == group) & values["step"].isin(_even(sorted(some), most))] for group, some in steps.items()]
     return pd.concat(kept)
 
 
