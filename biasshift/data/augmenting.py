@@ -37,13 +37,49 @@ class Augment:
         >>> Augment(pad=1).apply(x, torch.tensor([[1, 1, 1]])).tolist()  # not moved, mirrored
         [[[[1, 0], [3, 2]]]]
         """
-        height, width = x.shape[2:]
-        rows = draws[:, 0, None] + torch.arange(height, device=x.device)
-        columns = torch.arange(width, device=x.device).expand(len(x), width)
-        columns = draws[:, 1, None] + torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
-        framed = torch.nn.functional.pad(x, [self.pad] * 4)
-        image = torch.arange(len(x), device=x.device)[:, None, None]
-        return framed.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        return _cut(torch.nn.functional.pad(x, [self.pad] * 4), draws, x.shape[2], x.shape[3])
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Random crops of `size` × `size` pixels from images of `side` × `side`, and random horizontal flips; used as `Augment` is.
+
+    Raises:
+        ValueError: the crop is larger than the image.
+    """
+
+    side: int = 256
+    size: int = 224
+    flip: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.size <= self.side:
+            raise ValueError(f"a crop must have from 1 to {self.side} pixels, the side of the images, got {self.size}.")
+
+    def draw(self, images: int, generator: torch.Generator) -> Int[Tensor, "images 3"]:
+        """For each image the row and the column of its crop, and whether it is mirrored."""
+        corners = torch.randint(self.side - self.size + 1, (images, 2), generator=generator)
+        mirrored = torch.randint(2, (images, 1), generator=generator)
+        return torch.cat([corners, mirrored if self.flip else torch.zeros_like(mirrored)], 1)
+
+    def center(self, images: int) -> Int[Tensor, "images 3"]:
+        """The draws that take the middle of each image as it is."""
+        return torch.tensor([(self.side - self.size) // 2] * 2 + [0]).repeat(images, 1)
+
+    def apply(self, x: Real[Tensor, "batch channels side side"], draws: Int[Tensor, "batch 3"]) -> Real[Tensor, "batch channels size size"]:
+        """The crops as drawn, in the same dtype."""
+        return _cut(x, draws, self.size, self.size)
+
+
+def _cut(
+    x: Real[Tensor, "batch channels rows columns"], draws: Int[Tensor, "batch 3"], height: int, width: int
+) -> Real[Tensor, "batch channels {height} {width}"]:
+    """From every image the rectangle at its own row and column, mirrored where the third number is 1."""
+    rows = draws[:, 0, None] + torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device).expand(len(x), width)
+    columns = draws[:, 1, None] + torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
