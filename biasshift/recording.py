@@ -39,6 +39,7 @@ class Run:
         self._waiting: list[pa.Table] = []
         self.segments = 0  # on disk
         self._closed = False
+        self.failed = False  # set by whoever finds that the rest of the rows will not come
 
     @classmethod
     def create(
@@ -88,8 +89,13 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, folder: str | os.PathLike[str], config: Any, segments: int, *, max_rows: int = 200_000) -> Run:
+    def resume(
+        cls, folder: str | os.PathLike[str], config: Any, segments: int, *, last_step: int | None = None, max_rows: int = 200_000
+    ) -> Run:
         """Returns a run that is there already, as it was when it had so many `segments`: later ones are deleted.
+
+        Args:
+            last_step: in those segments.
 
         Raises:
             ValueError: the run was made with another configuration, or lacks segments.
@@ -110,7 +116,7 @@ class Run:
         for number in sorted(set(names) - set(range(segments)), reverse=True):
             (folder / names[number]).unlink()
         run = cls(folder, config, max_rows)
-        run.segments = segments
+        run.segments, run.last_step = segments, last_step
         run._write_state("running")
         return run
 
@@ -171,7 +177,13 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        state = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        state = (
+            ("failed" if self.failed else "finished")
+            if kind is None
+            else "interrupted"
+            if issubclass(kind, KeyboardInterrupt)
+            else "failed"
+        )
         try:
             self.flush()
         except BaseException:
@@ -185,7 +197,7 @@ class Run:
         _write_json(self.folder / "state.json", {"state": state, "last_step": self.last_step, "updated": now()})
 
 
-def _options(config: Any) -> dict[str, Any]:
+def _options(config: Any) -> dict[Any, Any]:
     return dict(config) if isinstance(config, Mapping) else asdict(config)
 
 
@@ -205,7 +217,8 @@ def _make_room(folder: Path, exist: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"'{folder}' is a file: choose another folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(os.listdir(folder), reverse=True)  # config.json after the segments: half deleted is still a run
+    # The checkpoint goes first, config.json last: half deleted is still a run, and one that begins anew.
+    names = sorted(os.listdir(folder), key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name), reverse=True)
     if not all(TEMPORARY.fullmatch(name) for name in names):
         try:
             ours = is_run(folder)

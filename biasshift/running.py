@@ -15,17 +15,20 @@ from biasshift.instrument import instrument
 from biasshift.logs import ProbeLog
 from biasshift.recording import Run
 from biasshift.training import checkpoints
-from biasshift.training.ensembles import Ensemble
+from biasshift.training.ensembles import Ensemble, refuse_unlike
 from biasshift.training.loop import train
-from biasshift.training.processes import rank
-from biasshift.training.updating import Gradient
+from biasshift.training.processes import rank, summed, told, world
+from biasshift.training.updating import Gradient, shared
 from biasshift.trials import Execution, Exist, Phase, Progress, Report, Trial
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REPORT_SECONDS = 0.5  # between two reports of progress, each of which waits for the device
-KEYS = frozenset({"step", "model", "optimizer", "update", "random", "segments", "examined", "seconds"})
+KEPT = {  # in a checkpoint
+    "step": int, "model": dict, "optimizer": dict, "update": dict, "random": dict, "labels": list, "segments": int, "examined": bool,
+    "seconds": float,
+}  # fmt: skip
 
 
 def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: Report, execution: Execution = Execution()) -> None:  # noqa: B008
@@ -40,9 +43,11 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
 
     Raises:
         FileExistsError: a folder holds a run already, and ``exist`` is "refuse".
-        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint.
-        Diverged: training diverged.
+        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint; or trials that differ in shape.
+        Diverged: training diverged; that of an ensemble, of all its members. One that is lost while others go on is "failed", no more.
     """
+    if len(trials) > 1:
+        _refuse_different(trials)
     device = next(trials[0].model.parameters()).device
     with _random_state(trials[0].config.seed, device), ExitStack() as stack:
         members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
@@ -69,14 +74,16 @@ class Member:
 
     def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
         """Makes the run folder, or finds what is there to go on from."""
-        if exist == "resume" and Run.is_finished(self.folder, self.trial.config):
-            self.finished = True
+        self.finished = told(exist == "resume" and rank() == 0 and Run.is_finished(self.folder, self.trial.config))
+        if self.finished:
             return
-        self.state = checkpoints.load(self.folder, KEYS) if exist == "resume" else None
+        self.state = checkpoints.load(self.folder, KEPT) if exist == "resume" else None
         if rank() > 0:
             self.record: Run | Silence = Silence()
         elif self.state is not None:
-            self.record = stack.enter_context(Run.resume(self.folder, self.trial.config, self.state["segments"]))
+            self.record = stack.enter_context(
+                Run.resume(self.folder, self.trial.config, self.state["segments"], last_step=self.state["step"])
+            )
         else:
             how = "replace" if exist == "resume" else exist
             self.record = stack.enter_context(Run.create(self.folder, self.trial.config, how, device=device))
@@ -94,14 +101,27 @@ class Member:
                 log.flush()
                 log.step = self.start
             self.logs.append(log)
+        if self.state is not None:
+            for generator, state in zip(self._generators(), self.state["labels"], strict=True):
+                generator.set_state(state)
         if not self.start and self.logs:
             self.record.append(_layer_sizes(self.logs[0]))
 
-    def score(self, step: int, epoch: float) -> None:
-        """Records the numbers of the whole network."""
+    def _generators(self) -> list[torch.Generator]:
+        """Those that the measurements draw labels from."""
+        return [generator for watch in self.trial.watches if (generator := watch.options.get("generator")) is not None]
+
+    def labels(self) -> list[Tensor]:
+        """What a resumed run draws labels from."""
+        return [generator.get_state() for generator in self._generators()]
+
+    def score(self, step: int, epoch: float, batch_loss: float) -> None:
+        """Records the numbers of the whole network; ``batch_loss`` is the mean over the minibatches since the last time."""
         import pandas as pd
 
-        self.record.append(pd.DataFrame([{"step": step, "epoch": epoch, "seconds": self.seconds, **self.trial.score(self.trial.model)}]))
+        losses = {"train_loss": batch_loss, "batch_loss": batch_loss}  # where the trial looks at all examples, its own word counts
+        numbers = {"step": step, "epoch": epoch, "seconds": self.seconds, **losses, **self.trial.score(self.trial.model)}
+        self.record.append(pd.DataFrame([numbers]))
 
     def examine(self, step: int) -> None:
         """Records the examination, once, when the loss has come down to where it is due."""
@@ -151,8 +171,9 @@ class Training:
 
     def _make_update(self, first: Trial) -> "Gradient | Ensemble":
         if len(self.members) == 1:
-            optimizer = first.make_optimizer(first.model, first.model.parameters())
-            return Gradient(first.model, optimizer, first.loss, self.execution.precision, self.execution.compiled)
+            model = shared(first.model)
+            optimizer = first.make_optimizer(model, first.model.parameters())
+            return Gradient(model, optimizer, first.loss, self.execution.precision, self.execution.compiled)
         models = [member.trial.model for member in self.members]
         return Ensemble(models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss)
 
@@ -160,9 +181,11 @@ class Training:
         """To the last step."""
         start, stream = self.members[0].start, Together([member.trial.stream for member in self.members])
         if start == 0:
-            self._score(0, 0.0)
+            self._score(0, 0.0, None, 0)
+        losses, last, count = None, None, 0
         clock, reported = Clock(self.device), time.monotonic()
         for step in train(self._timed(clock), stream, steps=self.steps, start=start, before_step=self._begin):
+            losses, last, count = step.loss.double() if losses is None else losses + step.loss, step.loss, count + 1
             for member in self.members:
                 member.examine(step.number)
             scored = step.number % self.score_every == 0 or step.number == self.steps
@@ -171,12 +194,17 @@ class Training:
                     report(Progress(member.folder.name, step.number, self.steps, loss))
                 reported = time.monotonic()
             if scored:
+                spent = clock.take() / len(self.members)
                 for member in self.members:
-                    member.seconds += clock.share_per_step() * clock.take() / len(self.members)
-                self._score(step.number, step.number / len(stream))
+                    member.seconds += spent
+                self._score(step.number, step.number / len(stream), losses, count)
+                losses, count = None, 0
                 self._keep(step.number)
+        if last is not None:
+            for member, lost in zip(self.members, (~last.isfinite()).reshape(-1).tolist(), strict=True):
+                member.record.failed = lost
         for member in self.members:
-            if member.trial.closing is not None:
+            if member.trial.closing is not None and not member.record.failed:
                 member.record.append(member.trial.closing(member.trial.model, self.steps))
         if self.execution.keep_weights:
             self._save(self.steps)
@@ -199,9 +227,12 @@ class Training:
             self.members[0].trial.enter(self.update.module, phase)
             self.phase = phase
 
-    def _score(self, step: int, epoch: float) -> None:
-        for member in self.members:
-            member.score(step, epoch)
+    def _score(self, step: int, epoch: float, losses: Tensor | None, count: int) -> None:
+        """``losses`` are sums over the last ``count`` minibatches, of this process; their mean is over all of them."""
+        sums = torch.full((len(self.members),), torch.nan) if losses is None else losses.reshape(-1)
+        means = summed(sums.double() / max(count, 1) / world(), len(self.members)).tolist()
+        for member, mean in zip(self.members, means, strict=True):
+            member.score(step, epoch, mean)
 
     def _keep(self, step: int) -> None:
         """A checkpoint, if the last one is old enough; all processes agree on that."""
@@ -221,7 +252,8 @@ class Training:
                     {
                         "step": step, "model": member.trial.model.state_dict(), "optimizer": _slice(self.optimizer, part),
                         "update": self.update.state_dict() if isinstance(self.update, Gradient) else {}, "random": random,
-                        "segments": member.record.segments, "examined": member.examined, "seconds": member.seconds,
+                        "labels": member.labels(), "segments": member.record.segments, "examined": member.examined,
+                        "seconds": member.seconds,
                     },
                 )  # fmt: skip
 
@@ -243,14 +275,10 @@ class Clock:
             self.spent += self.now() - began
             self.undisturbed += 1
 
-    def share_per_step(self) -> float:
-        """Seconds of an undisturbed step."""
-        return self.spent / self.undisturbed if self.undisturbed else 0.0
-
-    def take(self) -> int:
-        """Steps since the last call."""
+    def take(self) -> float:
+        """Seconds of all steps since the last call."""
         steps, self.steps = self.steps, 0
-        return steps
+        return steps * self.spent / self.undisturbed if self.undisturbed else 0.0
 
 
 class Together:
@@ -277,11 +305,19 @@ class Together:
 class Silence:
     """Records nothing: what all processes but the first write."""
 
-    segments = 0
+    segments, failed = 0, False
 
     def append(self, frame: "pd.DataFrame") -> None: ...
 
     def flush(self) -> None: ...
+
+
+def _refuse_different(trials: Sequence[Trial]) -> None:
+    first = trials[0]
+    if any((trial.steps, trial.phases, trial.score_every) != (first.steps, first.phases, first.score_every) for trial in trials):
+        raise ValueError("the members of an ensemble need the same steps, phases and times of scores: train them apart.")
+    refuse_unlike([trial.model for trial in trials])
+    Together([trial.stream for trial in trials])
 
 
 def _slice(optimizer: torch.optim.Optimizer, number: int | None) -> dict[str, Any]:

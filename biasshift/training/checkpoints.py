@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from biasshift.training.processes import together, told, world
+from biasshift.layout import own_file
+from biasshift.training.processes import rank, together, told, world
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -46,22 +47,26 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
     temporary.replace(folder / CHECKPOINT)
 
 
-def load(folder: Path, keys: frozenset[str]) -> dict[str, Any] | None:
+def load(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any] | None:
     """The checkpoint of a run folder, or ``None`` where there is none; process 0 reads it for all. Nothing in it is executed.
+
+    Args:
+        kinds: what a checkpoint holds: names and types.
 
     Raises:
         ValueError: the file is damaged or no checkpoint.
     """
-    return told(_read(folder / CHECKPOINT, keys) if (folder / CHECKPOINT).exists() else None)
+    return told(_read(folder / CHECKPOINT, kinds) if rank() == 0 and os.path.lexists(folder / CHECKPOINT) else None)
 
 
-def _read(path: Path, keys: frozenset[str]) -> dict[str, Any]:
+def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     remedy = "delete it to begin this run anew with --replace."
+    path = own_file(path.parent, path.name)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on the byte that is wrong
         raise ValueError(f"'{path}' is no readable checkpoint: {remedy}") from error
-    if not isinstance(state, dict) or not keys <= state.keys():
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"'{path}' is no checkpoint of a training run: {remedy}")
     return state
 

@@ -25,7 +25,8 @@ class Ensemble:
         loss: (outputs, y) → the mean loss of one member's minibatch.
 
     Raises:
-        ValueError: members that differ in their parameters' names or shapes, or fewer than one.
+        ValueError: members that differ in more than the values of their parameters, or fewer than one; or an optimizer of something
+            else than the stacked parameters, such as one that watches a network.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Ensemble:
         make_optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
         loss: Loss = F.cross_entropy,
     ):
-        _refuse_unlike(members)
+        refuse_unlike(members)
         self.members, self.loss = list(members), loss
         self.parameters = {name: nn.Parameter(_stacked(members, name)) for name, _ in members[0].named_parameters()}
         self.buffers = {name: _stacked(members, name) for name, _ in members[0].named_buffers()}
@@ -46,6 +47,8 @@ class Ensemble:
                 member.get_submodule(owner)._buffers[own] = self.buffers[name][number]
         self.module = copy.deepcopy(members[0]).to("meta")  # the architecture alone
         self.optimizer = make_optimizer(iter(self.parameters.values()))
+        if {id(p) for group in self.optimizer.param_groups for p in group["params"]} != {id(p) for p in self.parameters.values()}:
+            raise ValueError(f"{type(self.optimizer).__name__} does not train the members of an ensemble together: train them apart.")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.module.train()
@@ -60,13 +63,21 @@ class Ensemble:
 
 
 def _stacked(members: Sequence[nn.Module], name: str) -> Tensor:
-    return torch.stack([member.state_dict(keep_vars=True)[name].detach() for member in members])
+    return torch.stack([dict(_tensors(member))[name].detach() for member in members])
 
 
-def _refuse_unlike(members: Sequence[nn.Module]) -> None:
+def _tensors(member: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from member.named_parameters()
+    yield from member.named_buffers()
+
+
+def refuse_unlike(members: Sequence[nn.Module]) -> None:
+    """Raises a ValueError that names the first member that is another network than member 0."""
     if not members:
         raise ValueError("an ensemble needs at least one member.")
-    shapes = [{name: (p.shape, p.dtype, p.device) for name, p in member.state_dict().items()} for member in members]
-    for number, other in enumerate(shapes):
-        if other != shapes[0]:
+    shapes = [{name: (p.shape, p.dtype, p.device) for name, p in _tensors(member)} for member in members]
+    for number, member in enumerate(members):
+        if shapes[number] != shapes[0]:
             raise ValueError(f"member {number} of the ensemble has other parameters than member 0: train them apart.")
+        if repr(member) != repr(members[0]):  # it would be trained with the activations of member 0
+            raise ValueError(f"member {number} of the ensemble has other modules than member 0: train them apart.")

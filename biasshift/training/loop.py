@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.data.streams import Stream
+from biasshift.training.processes import summed, together
 
 LOOK_EVERY = 500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
 
@@ -80,9 +81,11 @@ def train(
 def _refuse_divergence(losses: list[Tensor], number: int) -> None:
     """Raise if any loss of the last steps, up to step `number`, is not finite. Waits for the device once."""
     values = torch.stack(losses)
-    wrong = ~values.isfinite()
-    wrong = wrong if values.dim() == 1 else wrong.all(1)
+    values = values[:, None] if values.dim() == 1 else values
+    if together():  # or the one process that finds it would leave the others waiting
+        values = summed(values.double().flatten(), values.numel()).reshape(values.shape)
+    wrong = ~values.isfinite().any(1)
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         step = number - len(losses) + first + 1
-        raise Diverged(f"the loss became {values[first].flatten()[0].item()} at step {step}: training diverged; lower the learning rate.")
+        raise Diverged(f"the loss became {values[first, 0].item()} at step {step}: training diverged; lower the learning rate.")

@@ -13,11 +13,18 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def shared(model: nn.Module) -> nn.Module:
+    """The model in ``DistributedDataParallel``, once; alone, as it is. An optimizer that watches the model is to be given this one."""
+    if not together() or isinstance(model, nn.parallel.DistributedDataParallel):
+        return model
+    return nn.parallel.DistributedDataParallel(model)
+
+
 class Gradient:
     """Forward, backward, step: a hand-written loop's body.
 
-    With several processes the model is wrapped in ``DistributedDataParallel``, and the gradient is that of the mean over the examples
-    of all of them: that of one process that sees the whole minibatch.
+    With several processes the model is wrapped by `shared`, and the gradient is that of the mean over the examples of all of them:
+    that of one process that sees the whole minibatch.
 
     Args:
         loss: (outputs, y) → the mean loss of the minibatch.
@@ -40,10 +47,11 @@ class Gradient:
         device = next(model.parameters()).device
         if precision == "float16" and device.type != "cuda":
             raise ValueError("precision float16 needs a GPU: choose bfloat16 or float32.")
-        self.module, self.optimizer, self.loss, self.device = model, optimizer, loss, device
+        self.module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.optimizer, self.loss, self.device = optimizer, loss, device
         self.autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
-        forward = nn.parallel.DistributedDataParallel(model) if together() else model
+        forward = shared(model)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compiled else forward
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
