@@ -17,6 +17,9 @@ from biasshift.data import CenterCrops, Crop, ImageNet, Images, ImageStream, Sca
 from biasshift.data.orders import epoch_generator
 from biasshift.data.photographs import photographs, read_photograph
 
+# PyTorch on a machine with one core, and Python from 3.12 on about the worker processes of a DataLoader.
+pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.filterwarnings("ignore:.*use of fork")]
+
 SIDE, SIZE = 12, 8
 CROP = Crop(SIDE, SIZE)
 
@@ -48,7 +51,7 @@ def little(tmp_path) -> ImageNet:
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch, tmp_path):
+def settings(monkeypatch, tmp_path):
     monkeypatch.delenv("BIASSHIFT_DATA", raising=False)
     monkeypatch.setenv("BIASSHIFT_CACHE", str(tmp_path / "cache"))
 
@@ -248,15 +251,15 @@ def same(one, other) -> bool:
 
 
 def test_a_crop_is_a_slice_of_its_image_mirrored_or_not():
-    x = torch.randint(256, (200, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    draws = CROP.draw(200, torch.Generator().manual_seed(1))
+    x = torch.randint(256, (500, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    draws = CROP.draw(500, torch.Generator().manual_seed(1))
     for image, (row, column, mirrored), found in zip(x.numpy(), draws.tolist(), CROP.apply(x, draws).numpy(), strict=True):
         crop = image[:, row : row + SIZE, column : column + SIZE]
         assert np.array_equal(found, crop[:, :, ::-1] if mirrored else crop)
     assert {tuple(draw) for draw in draws.tolist()} == {(i, j, k) for i in range(5) for j in range(5) for k in range(2)}
     assert not Crop(SIDE, SIZE, flip=False).draw(200, torch.Generator())[:, 2].any()
-    assert torch.equal(CROP.apply(x, CROP.center(200)), x[:, :, 2:-2, 2:-2])
-    assert torch.equal(Crop(SIDE, SIDE, flip=False).apply(x, Crop(SIDE, SIDE).center(200)), x)
+    assert torch.equal(CROP.apply(x, CROP.center(500)), x[:, :, 2:-2, 2:-2])
+    assert torch.equal(Crop(SIDE, SIDE, flip=False).apply(x, Crop(SIDE, SIDE).center(500)), x)
     for size in (0, SIDE + 1):
         with pytest.raises(ValueError, match=f"from 1 to {SIDE} pixels.*got {size}"):
             Crop(SIDE, size)
@@ -282,7 +285,7 @@ def test_an_epoch_shows_every_image_once_cropped_as_drawn_for_it(little):
 def test_workers_and_their_number_do_not_matter_and_the_global_generator_is_left_alone(little):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    epochs = [list(ImageStream(little.train, 5, 0, crop=CROP, workers=workers).epoch(1)) for workers in (0, 1, 3)]
+    epochs = [list(ImageStream(little.train, 5, 0, crop=CROP, workers=workers).epoch(1)) for workers in (0, 1, 2)]
     assert same(epochs[0], epochs[1]) and same(epochs[0], epochs[2])
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -1,5 +1,7 @@
 """The little sets: their shapes, their seeds, and that there is something to learn in them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_a_folder_of_images_is_made_whole(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         data.synthetic_imagenet(tmp_path / "deep" / "little")
     again = data.synthetic_imagenet(tmp_path / "again", classes=3, train=5, valid=2, side=40)
-    assert [open(path, "rb").read() for path in made.train.paths] == [open(path, "rb").read() for path in again.train.paths]
+    assert [Path(path).read_bytes() for path in made.train.paths] == [Path(path).read_bytes() for path in again.train.paths]
 
 
 def test_an_interrupted_folder_is_not_there(tmp_path, monkeypatch):

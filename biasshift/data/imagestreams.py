@@ -13,7 +13,7 @@ from torch import Tensor
 from biasshift.data.augmenting import Crop, Scale
 from biasshift.data.caching import Arrays, cache_folder, cached, content_key
 from biasshift.data.orders import Batching, epoch_generator, epoch_order
-from biasshift.data.photographs import Images, photographs
+from biasshift.data.photographs import WORKERS, Images, photographs
 
 SIDE, CROP = 256, 224  # the paper's: images resized to 256 × 256, crops of 224 × 224
 CHUNK = 64  # images at a time for the mean
@@ -44,7 +44,7 @@ class ImageStream:
     _: KW_ONLY
     prepare: Callable[[Tensor], Tensor] = field(default_factory=Scale)
     crop: Crop = field(default_factory=lambda: Crop(SIDE, CROP))
-    workers: int = 4
+    workers: int = WORKERS
     device: torch.device | str = "cpu"
     rank: int = 0
     world: int = 1
@@ -96,7 +96,7 @@ class CenterCrops:
     _: KW_ONLY
     prepare: Callable[[Tensor], Tensor] = field(default_factory=Scale)
     crop: Crop = field(default_factory=lambda: Crop(SIDE, CROP))
-    workers: int = 4
+    workers: int = WORKERS
     device: torch.device | str = "cpu"
     rank: int = 0
     world: int = 1
@@ -114,7 +114,7 @@ class CenterCrops:
 def mean_image(
     images: Images,
     side: int = SIDE,
-    workers: int = 4,
+    workers: int = WORKERS,
     root: str | Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Float32[Tensor, "3 {side} {side}"]:
@@ -141,10 +141,18 @@ def mean_image(
             on_batch(done)
         return {"mean": sums.numpy() / (255.0 * len(images))}
 
-    states = [os.stat(path) for path in images.paths]
-    key = content_key(images.paths, np.array([(state.st_size, state.st_mtime_ns) for state in states]), side)
+    key = content_key(images.paths, np.array([_state(path) for path in images.paths]), side)
     mean = cached("mean", key, {"mean": (3, side, side)}, compute, cache_folder(root))["mean"]
     return torch.from_numpy(mean).to(torch.float32)
+
+
+def _state(path: str) -> tuple[int, int]:
+    """What changes when a file changes. One that is gone is found when it is loaded."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _refuse_workers(workers: int) -> None:

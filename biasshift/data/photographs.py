@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 MAX_PIXELS = 100_000_000  # a few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million
+WORKERS = min(4, os.cpu_count() or 1)
 FORMATS = ("JPEG", "PNG")  # one of ImageNet's .JPEG files is a PNG
 
 
