@@ -109,6 +109,13 @@ def test_mnist_reads_what_was_written(small_mnist, tmp_path):
     assert small.x_train.dtype == torch.float32 and small.x_train.max() <= 1
 
 
+def test_mnist_can_stay_in_bytes(small_mnist, tmp_path):
+    stored, scaled = data.mnist(tmp_path, as_bytes=True), data.mnist(tmp_path)
+    for name in ("x_train", "x_valid", "x_test"):
+        assert getattr(stored, name).dtype == torch.uint8
+        assert torch.equal(data.Scale()(getattr(stored, name)), getattr(scaled, name))
+
+
 def test_the_folder_is_the_argument_then_the_variable_then_data(small_mnist, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="data/MNIST/raw"):

@@ -243,6 +243,13 @@ def test_a_broken_image_is_met_as_one_sentence_wherever_it_is_loaded(little, wor
     assert f"'{broken}'" in one_sentence(caught.value)
 
 
+def test_a_worker_that_is_killed_is_one_sentence(little, monkeypatch):
+    monkeypatch.setattr("biasshift.data.photographs.read_photograph", lambda *args: os._exit(1))
+    with pytest.raises(RuntimeError, match="was killed, perhaps for want of memory") as caught:
+        list(ImageStream(little.train, 3, 0, crop=CROP, workers=1).epoch(1))
+    one_sentence(caught.value)
+
+
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 

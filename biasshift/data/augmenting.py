@@ -88,7 +88,8 @@ class Scale:
 
     Args:
         divide: 255 puts bytes into [0, 1].
-        mean: what is subtracted after dividing: one number per channel, shaped (channels, 1, 1), or per pixel. Nothing by default.
+        mean: what is subtracted after dividing: one number per channel, shaped (channels, 1, 1), or per pixel. Nothing by
+            default. Best on the images' device: elsewhere it is copied for every minibatch.
 
     >>> Scale()(torch.tensor([[0, 51, 255]], dtype=torch.uint8)).tolist()
     [[0.0, 0.2..., 1.0]]
