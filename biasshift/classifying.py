@@ -16,6 +16,7 @@ from biasshift.optim import UnitNaturalGradient
 from biasshift.training.evaluating import evaluate
 from biasshift.training.processes import rank, world
 from biasshift.trials import Exam, Phase, Probe, Trial, Watch
+from biasshift.watching import evenly_spaced
 
 Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
 UPDATES: dict[str, dict[str, Any]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
@@ -56,12 +57,16 @@ class Setting:
     update_damping: float = 1e-2  # λ of the updates that have a scale
     update_every: int = 10  # steps between two looks at the curvature
     scores_per_epoch: int = 1
+    scored: int = 0  # training examples that the training loss is measured on; 0: all
+    examined: bool = True  # whether there are an examination at the equal loss and residuals at the end
 
 
 def trial(setting: Setting, data: DataSet) -> Trial:
     """The network of a setting, its minibatches and its measurements."""
     inputs, device = data.x_train[0].numel(), data.x_train.device
-    model = mlp(inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init)
+    model = mlp(
+        inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init, constant=setting.constant
+    )
     stream = TensorStream(
         data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world()
     )  # fmt: skip
@@ -82,11 +87,11 @@ def trial(setting: Setting, data: DataSet) -> Trial:
         stream,
         steps=setting.epochs * len(stream),
         phases=(Phase(1, setting.lr),),
-        score=partial(_scores, data=data),
+        score=partial(_scores, data=data, scored=setting.scored),
         score_every=max(1, len(stream) // setting.scores_per_epoch),
         watches=_watches(setting, probe, len(stream), measured, units),
-        exam=exam,
-        closing=lambda model, step: residuals(model, probe, units, step),
+        exam=exam if setting.examined else None,
+        closing=(lambda model, step: residuals(model, probe, units, step)) if setting.examined else None,
     )
 
 
@@ -107,12 +112,6 @@ def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Param
     )  # fmt: skip
 
 
-def evenly_spaced(width: int, count: int) -> list[int]:
-    """``count`` indices from 0 on, as far apart as they go; all of them where there are no more."""
-    count = min(count, width)
-    return [i * width // count for i in range(count)]
-
-
 def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe, Probe]]:
     """A random part of the training population, and two disjoint ones for the examination: the same for every run."""
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(data.x_train.device)
@@ -127,9 +126,9 @@ def _followed_loss(model: nn.Module, data: DataSet) -> float:
     return evaluate(model, data.x_train[:examples], data.y_train[:examples])[0]
 
 
-def _scores(model: nn.Module, data: DataSet) -> dict[str, float]:
+def _scores(model: nn.Module, data: DataSet, scored: int) -> dict[str, float]:
     """Losses and errors of the whole network in eval mode, on one view of every training example and on the validation set."""
-    examples = len(data.x_train) // data.views
+    examples = min(len(data.x_train) // data.views, scored or len(data.x_train))
     train_loss, train_error = evaluate(model, data.x_train[:examples], data.y_train[:examples])
     valid_loss, valid_error = evaluate(model, data.x_valid, data.y_valid)
     return {"train_loss": train_loss, "train_error": train_error, "valid_loss": valid_loss, "valid_error": valid_error}

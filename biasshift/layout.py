@@ -28,7 +28,7 @@ FLOAT32 = frozenset(
     "mean var total own incoming second_order k effective_samples norm_mean_p norm_mean_q norm_corrected_mean "
     "cos_gradient cos_centered cos_diagonal norm_ratio mean_in_abs".split()
 )
-FLOAT64 = frozenset("mean_delta2 s k0 coupling epoch seconds train_loss valid_loss valid_error".split())
+FLOAT64 = frozenset("mean_delta2 s k0 coupling epoch seconds train_loss batch_loss valid_loss valid_error test_loss test_error".split())
 RESERVED = FLOAT32 | FLOAT64 | {*KEYS, "run", "state", "last_step", "started", "updated"}
 
 SEGMENT = re.compile(r"segment-(\d{5,})\.parquet")

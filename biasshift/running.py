@@ -88,7 +88,8 @@ class Member:
             how = "replace" if exist == "resume" else exist
             self.record = stack.enter_context(Run.create(self.folder, self.trial.config, how, device=device))
         if self.state is not None:
-            checkpoints.restore(self.folder, self.trial.model, self.state["model"])
+            with checkpoints.fitting(self.folder):
+                self.trial.model.load_state_dict(self.state["model"])
             self.start, self.examined, self.seconds = self.state["step"], self.state["examined"], self.state["seconds"]
 
     def watch(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
@@ -161,7 +162,8 @@ class Training:
         self.optimizer = self.update.optimizer
         for number, member in enumerate(self.members):
             if member.state is not None:
-                _load_slice(self.optimizer, member.state["optimizer"], number if len(self.members) > 1 else None)
+                with checkpoints.fitting(member.folder):
+                    _load_slice(self.optimizer, member.state["optimizer"], number if len(self.members) > 1 else None)
         if (state := self.members[0].state) is not None:
             checkpoints.restore_random_state(state["random"], rank(), self.device)
             if isinstance(self.update, Gradient):

@@ -11,13 +11,17 @@ from rich.console import Console
 from biasshift.cli.options import Claims, Figure, Runs
 from biasshift.cli.saying import say_claims, say_paths, say_runs
 from biasshift.cli.training import train
+from biasshift.experiments.autoencoder import Autoencoder
+from biasshift.experiments.cifar11 import Cifar11
+from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
 from biasshift.experiments.mnist import Mnist
+from biasshift.experiments.sweep import Sweep
 from biasshift.figures import FIGURES, draw
 from biasshift.reading import read_runs, run_states
 from biasshift.training.processes import launched
 
-EXPERIMENTS = {"mnist": Mnist}
+EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +50,7 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
     app: Any = tyro.extras.SubcommandApp()
     app.command(name="demo")(Demo)
     app.command(experiments, name="train", help="Train the networks of one of the paper's experiments, instrumented.")
+    app.command(name="sweep")(Sweep)
     for name, command in {"figure": Figure, "claims": Claims, "runs": Runs}.items():
         app.command(name=name)(command)
     return app.cli(prog="biasshift", description="Measure, test and exploit bias shift and the unit natural gradient.", args=arguments)

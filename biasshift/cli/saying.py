@@ -20,7 +20,10 @@ IDENTITIES = {
     "residual_theorem2": "Theorem 2 against the shift of the update itself",
     "residual_bookkeeping": "own + incoming + second order = measured bias shift",
 }
-SCORES = {"train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error", "valid_error5": "top-5"}
+SCORES = {
+    "train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error",
+    "test_loss": "test loss", "test_error": "test error", "test_error5": "top-5",
+}  # fmt: skip
 
 
 def say_comparison(console: Console, table: "pd.DataFrame") -> None:
@@ -63,9 +66,11 @@ def say_claims(console: Console, table: "pd.DataFrame") -> "pd.DataFrame":
 def say_runs(console: Console, states: Any, table: Any) -> None:
     """One line per run: its state, its steps, its last numbers."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    names = [name for name in SCORES if name in table]
+    hidden = "valid" if "test_loss" in table else "test"
+    names = [name for name in SCORES if name in table and not name.startswith(hidden)]
     for column in ("run", "state", "step", *(SCORES[name] for name in names), "written (UTC)"):
-        shown.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+        left = column in ("run", "state")
+        shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=left)
     for row in states.itertuples():
         own = table[table["run"] == row.run].sort_values("step")
         last = {name: own[name].dropna().tail(1) for name in names}

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from biasshift.classifying import Setting, trial
-from biasshift.data import DataSet, mnist
-from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
+from biasshift.data import DataSet, mnist, synthetic_mnist
+from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.ranges import at_least_one, distinct, not_negative, positive, shares
 from biasshift.trials import Trial
 
 DEPTH, WIDTH = 8, 128  # hidden layers and their units
@@ -65,7 +66,7 @@ class Mnist(Experiment):
 
     def load(self) -> DataSet:
         """MNIST, checked."""
-        return mnist(self.data).to(self.where())
+        return (synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
 
     def settings(self) -> list[Setting]:
         """One per run. The input layer's 784 inputs would need 7,840 effective samples: it is left out of the Fisher matrices.

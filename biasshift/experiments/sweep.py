@@ -1,0 +1,134 @@
+"""Is it causal? Networks trained by updates that take the bias shift out, beside those that do not.
+
+The paper argues that mean activations near zero help because they bring the gradient nearer to the unit natural gradient. If that is
+the reason, then an update that centers incoming activations should help ReLU networks more than ELU networks, and close the gap
+between them; and a constant added to ELU's activations should slow gradient descent and not the centered update.
+
+Every cell (activation × update × constant) is trained at the same learning rates with the same seeds: nothing is tuned for one
+of them. The images are MNIST's, averaged over 2×2 pixels: the input layer's blocks of the full update are then sixteen times smaller.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from biasshift.classifying import Setting, Update, trial
+from biasshift.data import DataSet, mnist, synthetic_mnist
+from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.ranges import at_least_one, distinct, not_negative, positive
+from biasshift.trials import Trial
+
+ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
+UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
+LEARNING_RATES = (0.01, 0.03, 0.1)  # the paper's, and a decade beyond it
+CONSTANT = 0.5  # about what separates ReLU's mean activation from ELU's
+CONSTANT_UPDATES: tuple[Update, ...] = ("plain", "centered")
+SEEDS = 6  # fewer cannot carry a paired test
+EPOCHS = 3
+DEPTH, WIDTH, BATCH_SIZE = 8, 128, 64  # those of Figure 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Experiment):
+    """Train activations × updates × learning rates × seeds on MNIST, for the causal claims; resumable, and in parts."""
+
+    activation: tuple[Activation, ...] = ACTIVATIONS
+    update: tuple[Update, ...] = UPDATES
+    """plain (gradient descent), centered and centered-p (bias shift taken out), quasi-diagonal, full (unit natural gradient)."""
+    lr: tuple[float, ...] = LEARNING_RATES
+    """Learning rates; every cell gets all of them."""
+    constant: float = CONSTANT
+    """Added to ELU's activations in further runs, plain and centered. 0: no such runs."""
+    seeds: int = SEEDS
+    epochs: int = EPOCHS
+    depth: int = DEPTH
+    width: int = WIDTH
+    data: Path | None = None
+    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is missing."""
+    out: Path = Path("runs/sweep")
+    """Run folders are written below."""
+    resume: bool = True
+    """Skip the runs that are done, and go on with those that are not."""
+    part: tuple[int, int] = (1, 1)
+    """The runs of one job out of several, such as 3 of 16: --part $SLURM_ARRAY_TASK_ID 16 for an array 1-16."""
+    scores_per_epoch: int = 8
+    """Looks at the losses, from which the steps to a loss are read."""
+    scored: int = 10_000
+    """Training images that the training loss is measured on."""
+    exam_probe: int = 10_000
+    """Training examples in each of the two disjoint probes of the examination at equal loss, of plain runs."""
+    equal_loss: float = 0.5
+    units: int = 8
+    """Measured units of every hidden layer, evenly spaced."""
+    damping: float = 1e-2
+    """Of the updates that have a scale."""
+    update_every: int = 20
+    """Steps between two looks at the curvature."""
+
+    name: ClassVar[str] = "sweep"
+    small: ClassVar[bool] = True
+
+    def load(self) -> DataSet:
+        """MNIST, checked, at half its resolution."""
+        return _halved(synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
+
+    def settings(self) -> list[Setting]:
+        """One per run, seed by seed: a sweep that is stopped has whole seeds."""
+        self._check()
+        cells: list[tuple[Activation, Update, float]] = [
+            (activation, update, 0.0) for activation in self.activation for update in self.update
+        ]
+        if self.constant and "elu" in self.activation:
+            elu: Activation = "elu"
+        cells += [(elu, update, self.constant) for update in CONSTANT_UPDATES if update in self.update]
+        found = [
+            self._setting(activation, update, constant, lr, seed)
+            for seed in range(self.seeds)
+            for activation, update, constant in cells
+            for lr in self.lr
+        ]
+        number, count = self.part
+        found = found[number - 1 :: count]
+        return [replace(s, epochs=1, depth=2, width=12, update_every=2) for s in found if s.seed < 1] if self.smoke else found
+
+    def _setting(self, activation: Activation, update: Update, constant: float, lr: float, seed: int) -> Setting:
+        plain = update == "plain" and not constant
+        return Setting(
+            self.name, activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
+            means_every=1, fisher_every=0, equal_loss=self.equal_loss, units_measured=self.units, damping=1e-3, skip_input_layer=True,
+            update=update, constant=constant, update_damping=self.damping, update_every=self.update_every,
+            scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=plain,
+        )  # fmt: skip
+
+    def folder(self, setting: Setting) -> Path:
+        """The folder of a run."""
+        constant = f"-plus{setting.constant:g}" if setting.constant else ""
+        return self.out / f"{setting.activation}{constant}-{setting.update}-lr{setting.lr:g}-{setting.seed}"
+
+    def trial(self, setting: Setting, data: DataSet) -> Trial:
+        """The network of a setting, and what is measured of it."""
+        return trial(setting, data)
+
+    def _check(self) -> None:
+        self.check()
+        at_least_one(self, "seeds", "epochs", "depth", "width", "scores_per_epoch", "scored", "exam_probe", "units", "update_every")
+        positive(self, "equal_loss")
+        not_negative(self, "damping")
+        for lr in self.lr:
+            positive(replace(self, lr=lr), "lr")  # pyright: ignore[reportArgumentType]
+        for name in ("activation", "update", "lr"):
+            distinct(name, getattr(self, name))
+        if not 1 <= self.part[0] <= self.part[1]:
+            raise ValueError(f"--part must be a job's number and how many there are, such as 1 16, got {self.part[0]} {self.part[1]}.")
+        if self.ensemble and self.update != ("plain",):
+            raise ValueError("--ensemble trains by plain gradient descent alone: give --update plain, or leave it out.")
+
+
+def _halved(data: DataSet) -> DataSet:
+    def pooled(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.view(-1, 1, 28, 28), 2).flatten(1)
+
+    return replace(data, x_train=pooled(data.x_train), x_valid=pooled(data.x_valid), x_test=pooled(data.x_test))
