@@ -31,7 +31,7 @@ def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
     rows = [_claim(row, others) for row in found.head(MOST_CLAIMS).to_dict("records")]
     words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said[:MOST_CLAIMS])
     more = f"{len(found) - MOST_CLAIMS} more claims are not shown." if len(found) > MOST_CLAIMS else ""
-    note = "Effects are ELU minus the other activation, paired by seed, with 95 % intervals, not corrected for their number. "
+    note = "Intervals are 95 %, over paired seeds, and not corrected for the number of claims. "
     return faint(note + more) + table(head, rows) + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
 
 

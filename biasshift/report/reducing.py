@@ -125,7 +125,7 @@ def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
     import numpy as np
 
     columns = _first(found, [name for name, some in values.items() if len(some)], "quantities of layers")
-    layers = {column: _even(np.unique(values[column]["layer"]), MOST_LAYERS) for column in columns}
+    layers = {column: _even(np.unique(values[column]["layer"]).tolist(), MOST_LAYERS) for column in columns}
     cells_a_step = sum(len(some) + 1 for some in layers.values()) * len(found.series)
     most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, cells_a_step)))
     found.quantities = told_apart([plain(name, 60) for name in columns])
