@@ -82,8 +82,8 @@ class Sweep(Experiment):
             (activation, update, 0.0) for activation in self.activation for update in self.update
         ]
         if self.constant and "elu" in self.activation:
-            elu: Activation = "elu"
-        cells += [(elu, update, self.constant) for update in CONSTANT_UPDATES if update in self.update]
+            raised: list[tuple[Activation, Update, float]] = [("elu", update, self.constant) for update in CONSTANT_UPDATES]
+            cells += [cell for cell in raised if cell[1] in self.update]
         found = [
             self._setting(activation, update, constant, lr, seed)
             for seed in range(self.seeds)
