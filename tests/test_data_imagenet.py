@@ -73,6 +73,11 @@ def test_folders_are_classes_in_the_order_of_their_names(little, tmp_path):
             assert Path(path).parent == tmp_path / "little" / name / little.folders[label]
 
 
+def test_hidden_folders_are_no_classes(tmp_path):
+    (build(tmp_path / "little") / "train" / ".cache").mkdir()
+    assert data.imagenet(tmp_path / "little").classes == 3
+
+
 def test_the_mapping_gives_order_and_names(tmp_path):
     root = build(tmp_path / "mapped")
     (root / folders.MAPPING).write_text("n03 fox, red one\nn00 owl\n\nn01 cat\nn02\n")

@@ -62,7 +62,7 @@ def imagenet(root: str | Path | None = None, numbering: Literal["folders", "mapp
 def _class_folders(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            found = {entry.name for entry in entries if entry.is_dir()}
+            found = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
     except OSError as error:
         raise FileNotFoundError(
             f"there are no images in '{folder}' ({error.strerror}): "
