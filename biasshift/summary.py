@@ -2,17 +2,19 @@
 
 from typing import TYPE_CHECKING
 
+from biasshift.cells import CELL, NAMES, best_rate, cell_of, cells_of, paper_runs
+
 if TYPE_CHECKING:
     import pandas as pd
 
 REFERENCE_DAMPING = 1e-2  # of the examinations at equal loss, the one whose numbers are shown
-NAMES = {"elu": "ELU", "relu": "ReLU", "lrelu": "LReLU", "srelu": "SReLU"}
 EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
 REMEDY = "give runs of `biasshift demo` or `biasshift train`"
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
+FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 # What runs that are compared must share, where they record it.
 SHARED = (
-    "experiment", "epochs", "batch_size", "lr", "momentum", "depth", "width", "init",
+    "experiment", "epochs", "batch_size", "momentum", "update_damping", "update_every", "scores_per_epoch", "depth", "width", "init",
     "probe_size", "exam_size", "means_every", "equal_loss", "units_measured",
 )  # fmt: skip
 
@@ -37,28 +39,29 @@ Units with fewer than ten effective samples per incoming activation are excluded
 
 
 def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per run: its activation and seed, numbers at equal steps (its end), and ``exam_*``, its examination at equal loss.
+    """One row per run: its seed, cell and learning rate, numbers at its end, along it, and ``exam_*``, at equal loss.
 
     ``unit_mean`` is the median over all hidden units of their mean activation (the paper's statistic), ``unit_mean_abs`` the mean
-    of its absolute value. ``exam_*`` are those of `biasshift.examining.layer_statistics`, at damping 0.01, averaged over two
-    disjoint probes and over the layers that are fed by an activation; NaN for a run that never came down to the equal loss.
+    of its absolute value, ``unit_mean_equal`` the first where the run came down to the equal loss, between two measurements. Shares
+    of the bias shift that are ``inherited`` are over all measured steps, ``inherited_early`` over the first quarter of them, and
+    ``inherited_equal`` over those before the equal loss. ``drift_units`` and ``drift_median`` are variances over epochs, see
+    `drifts`. ``exam_*`` are those of `biasshift.examining.layer_statistics`, at damping 0.01, averaged over two disjoint probes
+    and over the layers that are fed by an activation; NaN for a run that never came down to the equal loss.
     A run that was stopped before its last epoch has no numbers at its end: NaN.
 
     Raises:
-        ValueError: when the table lacks the columns of a run, or holds runs that cannot be compared: of two settings, or two
-            of one activation and seed.
+        ValueError: when the table lacks the columns of a run, or holds runs that cannot be compared: of two settings, of unequal
+            learning rates, or two of one kind and seed.
     """
     import pandas as pd
 
     _refuse_mixture(table)
-    rows = [
-        {"run": name, "activation": run["activation"].iloc[0], "seed": run["seed"].iloc[0], **_at_the_end(run)}
-        for name, run in table.groupby("run", observed=True, sort=False)
-    ]
-    numbers = pd.DataFrame(rows)
-    exams = examinations(table)
+    runs, exams = cells_of(table), examinations(table)
     exams = exams[exams["exam_damping"] == REFERENCE_DAMPING].drop(columns=["activation", "seed", "exam_probe", "exam_damping"])
-    return numbers.join(exams.groupby("run", observed=True).mean(), on="run")
+    runs = runs.join(exams.groupby("run", observed=True).mean(), on="run")
+    equal_steps = runs.set_index("run")["exam_step"]
+    rows = [{"run": name, **_along(run, float(equal_steps[name]))} for name, run in table.groupby("run", observed=True, sort=False)]
+    return runs.join(pd.DataFrame(rows).set_index("run"), on="run")
 
 
 def _refuse_mixture(table: "pd.DataFrame") -> None:
@@ -69,23 +72,52 @@ def _refuse_mixture(table: "pd.DataFrame") -> None:
         values = sorted(runs[name].dropna().unique()) if name in table else []
         if len(values) > 1:
             raise ValueError(f"These runs differ in '{name}' ({', '.join(map(str, values))}): give runs of one setting.")
-    if len(twice := runs[runs.duplicated(["activation", "seed"])]):
-        activation, seed = twice.iloc[0][["activation", "seed"]]
-        raise ValueError(f"There are two runs of '{activation}' with seed {seed}: give one of them.")
 
 
-def _at_the_end(run: "pd.DataFrame") -> dict[str, float]:
-    if not run["epoch"].max() >= run["epochs"].iloc[0]:
-        return dict.fromkeys(("unit_mean", "unit_mean_abs", "inherited", "train_loss"), float("nan"))
-    means = _last(run[(run["unit"] >= 0) & run["mean"].notna()])["mean"].astype(float)
-    losses = _last(run[run["train_loss"].notna()])
-    behind = run[run["layer"].isin(fed_layers(run))]
-    return {
-        "unit_mean": means.median(),
-        "unit_mean_abs": means.abs().mean(),
-        "inherited": inherited_share(behind),
-        "train_loss": losses["train_loss"].mean(),
+def _along(run: "pd.DataFrame", equal_step: float) -> dict[str, float]:
+    """All numbers of one run that are not of its examination."""
+    means = run[(run["unit"] >= 0) & run["mean"].notna()]
+    behind = run[run["layer"].isin(fed_layers(run)) & run["own"].notna()]
+    numbers = {
+        "unit_mean_equal": _median_at(means, equal_step),
+        "inherited_early": inherited_share(behind[behind["step"] <= run["step"].max() / 4]),
+        "inherited_equal": inherited_share(behind[behind["step"] <= equal_step]),
     }
+    at_the_end = dict.fromkeys(("unit_mean", "unit_mean_abs", "inherited", "train_loss", "drift_units", "drift_median"), float("nan"))
+    if run["epoch"].max() >= run["epochs"].iloc[0]:
+        last = _last(means)["mean"].astype(float)
+        at_the_end = {
+            "unit_mean": last.median(),
+            "unit_mean_abs": last.abs().mean(),
+            "inherited": inherited_share(behind),
+            "train_loss": _last(run[run["train_loss"].notna()])["train_loss"].mean(),
+            **drifts(means),
+        }
+    return at_the_end | numbers
+
+
+def _median_at(means: "pd.DataFrame", step: float) -> float:
+    """The median over units of the mean activation, between the measurements before and after a step."""
+    import numpy as np
+
+    if not len(means) or not step <= means["step"].max():
+        return float("nan")
+    medians = means.groupby("step")["mean"].median()
+    return float(np.interp(step, medians.index, medians.astype(float)))
+
+
+def drifts(means: "pd.DataFrame") -> dict[str, float]:
+    """How much mean activations vary over the measurements after step 0, layer by layer, and then on average over layers.
+
+    ``drift_units``: the variance of every unit's mean activation, its median over the units; ``drift_median``: the variance of the
+    median over the units. NaN with fewer than three measurements.
+    """
+    later = means[means["step"] > 0].astype({"layer": str})
+    if later["step"].nunique() < FEWEST_MEASUREMENTS:
+        return {"drift_units": float("nan"), "drift_median": float("nan")}
+    units = later.groupby(["layer", "unit"])["mean"].var().groupby("layer").median()
+    medians = later.groupby(["layer", "step"])["mean"].median().groupby("layer").var()
+    return {"drift_units": float(units.mean()), "drift_median": float(medians.mean())}
 
 
 def examinations(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -123,14 +155,38 @@ def _last(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over seeds."""
+    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over seeds.
+
+    Of runs of several updates and learning rates, those that the paper compared: plain gradient descent at one rate.
+    """
     import pandas as pd
 
+    plain = paper_runs(numbers)
     columns = {}
-    for activation, group in numbers.groupby("activation", observed=True, sort=False):
+    for _, group in (plain if len(plain) else numbers).groupby([*CELL, "lr"], sort=False):
+        kind, rate = cell_of(group), group["lr"].iloc[0]
+        name = NAMES.get(kind.activation, kind.activation) if len(plain) else kind.name
+        name = f"{name}, {rate:g}" if name in columns else name
         texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
-        columns[NAMES.get(str(activation), str(activation))] = {**texts, "seeds": str(len(group))}
+        columns[name] = {**texts, "seeds": str(len(group))}
     return pd.DataFrame(columns)
+
+
+def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate, as text.
+
+    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged at, and in column ``plain`` the
+    one at which plain runs are compared where the claim is not about speed.
+    """
+    import pandas as pd
+
+    common = best_rate(paper_runs(numbers)) if len(paper_runs(numbers)) else float("nan")
+    rows = {}
+    for _, cell in numbers.groupby(list(CELL), sort=False):
+        kind, chosen = cell_of(cell), best_rate(cell)
+        texts = {f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen) for rate, group in cell.groupby("lr")}
+        rows[kind.name] = {**texts, "plain": f"{common:g}" if kind.update == "plain" else ""}
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
 def mean_and_sd(values: "pd.Series") -> str:

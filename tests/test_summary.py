@@ -77,8 +77,8 @@ def test_a_missing_column_is_named(column):
 
 
 def test_runs_of_two_settings_are_not_compared():
-    with pytest.raises(ValueError, match=r"differ in 'lr' \(0.1, 0.2\)"):
-        per_run(table([Planted("elu", 0), Planted("relu", 0, settings={"lr": 0.2})]))
+    with pytest.raises(ValueError, match=r"differ in 'momentum' \(0.0, 0.9\)"):
+        per_run(table([Planted("elu", 0, settings={"momentum": 0.0}), Planted("relu", 0, settings={"momentum": 0.9})]))
 
 
 def test_a_seed_that_comes_twice_is_refused():

@@ -1,0 +1,1 @@
+"""From runs to verdicts: one module per idea of the paper, one statistics for all of them."""

@@ -1,0 +1,101 @@
+"""What the claims are judged by: every run reduced to its numbers, its learning curve and what was measured of its layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from biasshift.cells import Cell, best_rate, cell_of, paper_runs
+from biasshift.judging.curves import common_levels, curve_of, loss_after, reached
+from biasshift.judging.points import exam_points, points_of
+from biasshift.summary import examinations, per_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TO_STEPS, TO_SECONDS = "ln of the steps to training loss {:g}", "ln of the seconds to training loss {:g}"
+AT_THE_END, AT_EQUAL_TIME = "ln of the training loss at the end", "ln of the training loss at equal time"
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Runs, reduced. ``paper`` are those of plain gradient descent at one learning rate."""
+
+    numbers: "pd.DataFrame"  # one row per run, `biasshift.summary.per_run`
+    exams: "pd.DataFrame"  # one row per run of the paper's kind, probe and damping
+    curves: dict[str, "pd.DataFrame"]
+    points: "pd.DataFrame"  # one row per run of the paper's kind, step and layer
+    exam_points: "pd.DataFrame"  # one row per run of the paper's kind, layer, probe and damping
+
+    @classmethod
+    def of(cls, table: "pd.DataFrame") -> "Evidence":
+        """Reduces a table of runs."""
+        import pandas as pd
+
+        numbers, exams = per_run(table), examinations(table)
+        paper = list(paper_runs(numbers)["run"])
+        curves, points = {}, []
+        for name, run in table.groupby("run", observed=True, sort=False):
+            curves[str(name)] = curve_of(run)
+            if name in paper:
+                points.append(points_of(run).assign(run=name, activation=run["activation"].iloc[0], seed=run["seed"].iloc[0]))
+        measured = [some for some in points if len(some)]
+        layers = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
+        examined = exam_points(table)
+        return cls(numbers, exams[exams["run"].isin(paper)], curves, layers, examined[examined["run"].isin(paper)])
+
+    @cached_property
+    def paper(self) -> "pd.DataFrame":
+        return paper_runs(self.numbers)
+
+    @cached_property
+    def cells(self) -> set[Cell]:
+        return {cell_of(runs) for _, runs in self.numbers.groupby(["activation", "update", "constant", "batch_norm"])}
+
+    def best(self, cells: Sequence[Cell]) -> dict[Cell, "pd.DataFrame"]:
+        """The runs of every cell at its best learning rate of those that all of these cells were trained at, by seed."""
+        runs = {cell: self._runs(cell) for cell in cells}
+        rates = set.intersection(*(set(some["lr"]) for some in runs.values()))
+        found = {}
+        for cell, some in runs.items():
+            some = some[some["lr"].isin(rates)]
+            found[cell] = (some[some["lr"] == best_rate(some)] if rates else some).set_index("seed")
+        return found
+
+    def _runs(self, cell: Cell) -> "pd.DataFrame":
+        same = np.ones(len(self.numbers), bool)
+        for name, value in cell._asdict().items():
+            same &= (self.numbers[name] == value).to_numpy()
+        return self.numbers.loc[same]
+
+    def edges(self, cells: Sequence[Cell]) -> list[str]:
+        """Names of the cells whose best learning rate is the first or the last of several: a better one may lie outside."""
+        found = []
+        for cell, runs in self.best(cells).items():
+            rates = sorted(set(self._runs(cell)["lr"]))
+            if len(rates) > 1 and len(runs) and runs["lr"].iloc[0] in (rates[0], rates[-1]):
+                found.append(f"{cell.name} ({runs['lr'].iloc[0]:g})")
+        return found
+
+    def speeds(self, cells: Sequence[Cell], levels: int) -> dict[str, "pd.DataFrame"]:
+        """How fast cells learn at their best rates: measure → (seed, cell), smaller is faster, seeds that all cells have.
+
+        Steps and seconds to the lowest losses that all of these runs reach, the loss at the end, and that after the seconds of
+        the quickest of the runs of a seed.
+        """
+        import pandas as pd
+
+        best = self.best(cells)
+        seeds = sorted(set.intersection(*(set(runs.index) for runs in best.values())))
+        curves = {cell: {seed: self.curves[str(runs.loc[seed, "run"])] for seed in seeds} for cell, runs in best.items()}
+        finished = [by_seed[seed] for cell, by_seed in curves.items() for seed in seeds if best[cell].loc[seed, "train_loss"] >= 0]
+        found = {}
+        for axis, name in (("step", TO_STEPS), ("seconds", TO_SECONDS)):
+            for level in common_levels(finished, levels):
+                found[name.format(level)] = {cell: [reached(some[seed], level, axis) for seed in seeds] for cell, some in curves.items()}
+        found[AT_THE_END] = {cell: [best[cell].loc[seed, "train_loss"] for seed in seeds] for cell in cells}
+        quickest = {seed: min(float(some[seed]["seconds"].max()) for some in curves.values()) for seed in seeds}
+        found[AT_EQUAL_TIME] = {cell: [loss_after(some[seed], quickest[seed]) for seed in seeds] for cell, some in curves.items()}
+        return {name: np.log(pd.DataFrame(by_cell, index=pd.Index(seeds)).clip(lower=1e-300)) for name, by_cell in found.items()}

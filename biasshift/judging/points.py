@@ -1,0 +1,72 @@
+"""What was measured of the layers along a run: one point per layer and step, of units that carry a number."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from biasshift.summary import fed_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
+ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
+COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
+NEEDED = ("coupling", "effective_samples", "norm_mean_p", "norm_corrected_mean", "mean_in_abs", "cos_gradient")
+
+
+def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per measured step and layer that is fed by an activation.
+
+    ``incoming``: the mean of |E_p(a)| over inputs; ``coupling``: the median of h over units; ``corrected``: that of
+    h corrected for few samples; ``gap``: degrees between gradient and
+    unit natural gradient; ``smaller``: the share of units with |μ − k m| < |μ|. Layers most of whose units have too few effective
+    samples have no row.
+    """
+    import pandas as pd
+
+    if any(name not in run for name in NEEDED):
+        return pd.DataFrame(columns=list(COLUMNS))
+    inputs = run[run["inputs"].notna()].assign(layer=lambda rows: rows["layer"].astype(str)).groupby("layer")["inputs"].first()
+    behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
+    units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
+    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs)
+    corrected = hotelling(units["coupling"], units["effective_samples"], units["layer"].map(inputs))
+    units = units.assign(enough=enough, corrected=corrected, smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
+    layers = units.groupby(["step", "layer"])["enough"].mean()
+    kept = units[units["enough"]].groupby(["step", "layer"])
+    found = pd.DataFrame(
+        {"coupling": kept["coupling"].median(), "corrected": kept["corrected"].median(), "smaller": kept["smaller"].mean()}
+    )
+    whole = behind[(behind["unit"] < 0) & behind["cos_gradient"].notna()].set_index(["step", "layer"])
+    found = found.join(whole[["mean_in_abs", "cos_gradient"]])[layers.reindex(found.index) >= ENOUGH_UNITS]
+    gap = np.degrees(np.arccos(found["cos_gradient"].astype(float).clip(-1, 1)))
+    return found.assign(incoming=found["mean_in_abs"], gap=gap).reset_index()[list(COLUMNS)]
+
+
+def hotelling(coupling: "pd.Series", samples: "pd.Series", inputs: "pd.Series") -> "pd.Series":
+    """h without the bias that few samples give it: of ``mᵀV⁻¹m = h/(1−h)``, scaled, d/N is taken off. May be a little below 0."""
+    raw = coupling / (1 - coupling).clip(lower=1e-12)
+    unbiased = raw * (samples - inputs - 2) / (samples - 1) - inputs / samples
+    return unbiased / (1 + unbiased)
+
+
+def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per run, layer, probe and damping of the examinations: ``coupling`` and ``gap``, at equal loss."""
+    import pandas as pd
+
+    keys = ["run", "activation", "seed", "layer", "exam_probe", "exam_damping"]
+    if any(name not in table for name in (*keys, "exam_inflation", "exam_gap_degrees")):
+        return pd.DataFrame(columns=[*keys, "coupling", "gap"])
+    rows = table[table["exam_damping"].notna()].rename(columns={"exam_inflation": "coupling", "exam_gap_degrees": "gap"})
+    return rows[[*keys, "coupling", "gap"]].astype({"run": str, "activation": str, "layer": str})
+
+
+def rank_correlation(points: "pd.DataFrame", cause: str, effect: str, within: list[str]) -> float:
+    """Spearman's correlation within every group of points that agree in ``within``, averaged over groups of three or more."""
+    found = []
+    for _, group in points.groupby(within) if within else [((), points)]:
+        ranks = group[[cause, effect]].dropna().rank()
+        if len(ranks) > 2 and (ranks.std() > 0).all():
+            found.append(float(np.corrcoef(ranks.to_numpy().T)[0, 1]))
+    return float(np.mean(found)) if found else float("nan")
