@@ -218,6 +218,11 @@ def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, fault):
     assert f"'{path}'" in one_sentence(caught.value)
 
 
+def test_what_would_unpack_to_gigabytes_is_told_before(tmp_path):
+    with pytest.raises(RuntimeError, match="11000 × 11000 pixels, more than is safe to unpack"):
+        read_photograph(written(tmp_path, large_png(11_000)), 9)
+
+
 def test_what_is_no_file_is_one_sentence(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "gone", tmp_path):
