@@ -1,6 +1,7 @@
 """Verdicts on planted runs: where a claim is true, false or undecidable by construction, claims must say so."""
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ import pytest
 from planted import Planted, table
 from scipy import stats
 
-from biasshift.claims import CLAIMS, claims, interval, sentences, verdict
+from biasshift.claims import claims, claims_markdown, sentences
+from biasshift.judging.statistics import holm, paired, seeds_needed, share, verdict
 from biasshift.recording import Run
 
 SEEDS = range(6)
@@ -40,6 +42,15 @@ def row(found: pd.DataFrame, claim: str) -> pd.Series:
     return found.iloc[where]
 
 
+OF_ONE = {"correction", "correction-steps"} | {  # claims that need no pair of activation functions
+    f"{link}-{where}" for link in ("mean-coupling", "coupling-gap") for where in ("layers", "steps", "activations", "all")
+}
+BETWEEN = {
+    "coupling", "coupling-steps", "gap", "gap-steps", "inherited", "inherited-loss", "speed", "speed-1", "speed-0.5", "loss",
+    "drift", "drift-median",
+}  # fmt: skip
+
+
 # -- true, false, undecidable ------------------------------------------------------------------------------------
 
 
@@ -60,8 +71,8 @@ def test_an_interval_across_0_decides_nothing(claim):
 
 
 def test_an_interval_below_0_decides_nothing_where_the_exact_test_disagrees():
-    found = row(claims(planted("gap", [-1, -1.1, -0.9, -1, -1.05, 0.01])), "gap")
-    assert found["high"] < 0 and found["p"] == 2 / 32 and found["verdict"] == "undecided"
+    found = row(claims(planted("gap", [-1, -1.1, -0.9, -1.05, 0.01, 0.02])), "gap")
+    assert found["high"] < 0 and found["p"] == 5 / 64 and found["verdict"] == "undecided"
 
 
 def test_fewer_than_six_seeds_decide_nothing():
@@ -149,14 +160,14 @@ def test_runs_that_were_stopped_decide_nothing_about_the_end():
 @pytest.mark.parametrize(
     ("activations", "expected"),
     [
-        (("elu",), {"correction"}),
-        (("relu", "lrelu"), {"correction"}),
-        (("elu", "lrelu"), {"means-lrelu", "correction"}),
-        (("elu", "relu", "lrelu", "srelu"), {claim.name for claim in CLAIMS} | {"correction"}),
+        (("elu",), set()),
+        (("relu", "lrelu"), {"means-lrelu-relu", "means-lrelu-relu-loss"}),
+        (("elu", "lrelu"), {"means-lrelu", "means-lrelu-loss", "speed-lrelu", "speed-lrelu-1", "speed-lrelu-0.5", "loss-lrelu"}),
+        (("elu", "relu"), {"means", "means-loss", "means-unitwise", *BETWEEN}),
     ],
 )
 def test_claims_about_activations_that_were_not_trained_are_left_out(activations, expected):
-    assert set(claims(table(Planted(name, seed) for name in activations for seed in SEEDS))["claim"]) == expected
+    assert set(claims(table(Planted(name, seed) for name in activations for seed in SEEDS))["claim"]) == expected | OF_ONE
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------
@@ -189,56 +200,104 @@ def test_two_runs_of_one_seed_are_refused():
 def test_the_interval_is_that_of_the_paired_t_test(n):
     rng = np.random.default_rng(n)
     elu, relu = rng.normal(size=n), rng.normal(size=n) + 0.5
-    found = interval(pd.Series(elu - relu))
+    found = paired(pd.Series(elu - relu))
     expected = stats.ttest_rel(elu, relu).confidence_interval(0.95)
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-12)
-    assert found["effect"] == pytest.approx(np.mean(elu) - np.mean(relu)) and found["n"] == n
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert found.effect == pytest.approx(np.mean(elu) - np.mean(relu)) and found.n == n
 
 
 def exact_p(effects: np.ndarray) -> float:
-    """Every effect may have had the other sign: how often is the rank sum at least as far out?"""
-    ranks = stats.rankdata(np.abs(effects))
-    out = abs(ranks[effects > 0].sum() - ranks.sum() / 2)
-    sums = [ranks[np.array(signs)].sum() for signs in itertools.product([False, True], repeat=len(ranks))]
-    return float(np.mean(np.abs(np.array(sums) - ranks.sum() / 2) >= out))
+    """Every effect may have had the other sign: how often is the sum of ranks above 0, zeros half, at most as large?"""
+    ranks, positive = stats.rankdata(np.abs(effects)), np.array([(x > 0) + (x == 0) / 2 for x in effects])
+    free = effects != 0
+    fixed = (ranks * positive)[~free].sum()
+    sums = [fixed + ranks[free][np.array(signs)].sum() for signs in itertools.product([False, True], repeat=int(free.sum()))]
+    return float(np.mean(np.array(sums) <= (ranks * positive).sum() + 1e-9))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_p_is_exact(seed):
-    effects = np.random.default_rng(seed).normal(size=6) - 0.7
-    assert interval(pd.Series(effects))["p"] == pytest.approx(exact_p(effects))
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "with ties and zeros"])
+def test_p_is_exact_and_one_sided(seed, rounded):
+    effects = np.random.default_rng(seed).normal(size=7) - 0.7
+    effects = np.round(effects) if rounded else effects
+    assert paired(pd.Series(effects)).p == pytest.approx(exact_p(effects))
+    assert paired(pd.Series(effects)).p_contrary == pytest.approx(exact_p(-effects))
+    assert paired(pd.Series(effects), predicted=1).p == pytest.approx(exact_p(-effects))
 
 
-def test_six_equal_signs_have_p_1_in_32():
-    assert interval(pd.Series(LESS))["p"] == 1 / 32 == exact_p(np.array(LESS))
+def test_six_equal_signs_have_p_1_in_64():
+    assert paired(pd.Series(LESS)).p == 1 / 64 == exact_p(np.array(LESS))
+    assert paired(pd.Series(LESS)).p_contrary == 1
 
 
-def test_an_effect_of_exactly_0_has_no_exact_p_and_decides_nothing():
-    found = interval(pd.Series([0.0, -1, -2, -3, -2.5, -1.5, -2.1]))
-    assert np.isnan(found["p"]) and found["high"] < 0
-    assert verdict(found["low"], found["high"], int(found["n"]), found["p"]) == "undecided"
+def test_effects_of_exactly_0_decide_nothing():
+    found = paired(pd.Series([0.0] * 6))
+    assert (found.p, found.p_contrary) == (1, 1)
+    assert verdict(found.low, found.high, found.n, found.p, found.p_contrary) == "undecided"
 
 
 def test_no_effects_at_all():
-    found = interval(pd.Series([], dtype=float))
-    assert found["n"] == 0 and np.isnan([found["effect"], found["low"], found["high"], found["p"]]).all()
+    found = paired(pd.Series([], dtype=float))
+    assert found.n == 0 and np.isnan([found.effect, found.low, found.high, found.p]).all()
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "n", "p", "expected"),
+    ("low", "high", "n", "p", "contrary", "expected"),
     [
-        (-2.0, -1.0, 6, 0.03, "supported"),
-        (1.0, 2.0, 6, 0.03, "not supported"),
-        (-1.0, 1.0, 6, 0.03, "undecided"),
-        (-2.0, -1.0, 5, 0.03, "undecided"),
-        (-2.0, -1.0, 6, 0.06, "undecided"),
-        (1.0, 2.0, 6, 0.06, "undecided"),
-        (-2.0, 0.0, 6, 0.03, "undecided"),
-        (-2.0, -1.0, 6, float("nan"), "undecided"),
+        (-2.0, -1.0, 6, 0.03, 1.0, "supported"),
+        (1.0, 2.0, 6, 1.0, 0.03, "not supported"),
+        (-1.0, 1.0, 6, 0.03, 0.9, "undecided"),
+        (-2.0, -1.0, 5, 0.03, 1.0, "undecided"),
+        (-2.0, -1.0, 6, 0.06, 1.0, "undecided"),
+        (1.0, 2.0, 6, 1.0, 0.06, "undecided"),
+        (1.0, 2.0, 6, 0.03, 1.0, "undecided"),
+        (-2.0, 0.0, 6, 0.03, 1.0, "undecided"),
+        (-2.0, -1.0, 6, float("nan"), float("nan"), "undecided"),
+        (float("nan"), float("nan"), 6, 0.02, 1.0, "undecided"),
     ],
 )
-def test_the_verdict(low, high, n, p, expected):
-    assert verdict(low, high, n, p) == expected
+def test_the_verdict(low, high, n, p, contrary, expected):
+    assert verdict(low, high, n, p, contrary) == expected
+    assert verdict(-high, -low, n, p, contrary, predicted=1) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holms_correction_is_the_closed_test(seed):
+    """Adjusted p of a hypothesis: the largest Bonferroni p of all sets of hypotheses that it is in."""
+    p = np.random.default_rng(seed).uniform(size=5) ** 3
+    sets = [some for size in range(1, 6) for some in itertools.combinations(range(5), size)]
+    for i, adjusted in enumerate(holm(list(p))):
+        assert adjusted == pytest.approx(max(min(1, len(some) * p[list(some)].min()) for some in sets if i in some))
+
+
+def test_tests_that_could_not_be_made_do_not_count():
+    assert holm([0.02, float("nan"), 0.03])[::2] == [0.04, 0.04] and np.isnan(holm([float("nan")])).all()
+
+
+@pytest.mark.parametrize(("variants", "seeds"), [(1, 6), (3, 6), (4, 7), (6, 7), (7, 8), (42, 10)])
+def test_how_many_seeds_could_decide(variants, seeds):
+    """All signs equal, everywhere: the smallest p there is, corrected."""
+    assert seeds_needed(variants) == seeds
+    assert holm([2.0**-seeds] * variants)[0] < 0.05
+    assert seeds == 6 or holm([2.0 ** (1 - seeds)] * variants)[0] >= 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_of_a_share_holds_the_shares_that_a_t_test_does_not_refuse(seed):
+    rng = np.random.default_rng(seed)
+    whole = pd.Series(1 + rng.normal(scale=0.3, size=8))
+    part = 0.6 * whole + rng.normal(scale=0.2, size=8)
+    found = share(part, whole)
+    assert found.effect == pytest.approx(100 * part.mean() / whole.mean())
+    for edge in (found.low, found.high):
+        assert stats.ttest_1samp(part - edge / 100 * whole, 0).pvalue == pytest.approx(0.05, abs=1e-9)
+    assert stats.ttest_1samp(part - (found.low + found.high) / 200 * whole, 0).pvalue > 0.05
+
+
+def test_there_is_no_share_of_what_may_be_nothing():
+    part = pd.Series([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
+    assert np.isnan(share(part, pd.Series([1.0, -0.9, 0.8, -1.1, 0.5, 0.1])).low)
+    assert np.isnan(share(part, pd.Series([-1.0, -0.9, -0.8, -1.1, -0.5, -0.1])).effect)
 
 
 # -- saying it ---------------------------------------------------------------------------------------------------
@@ -251,7 +310,7 @@ def test_one_sentence_per_claim_with_its_number():
     low, high = (f"{row(found, 'gap')[name]:+.3g}" for name in ("low", "high"))
     assert (
         f"Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). degrees between gradient and unit "
-        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.031. At equal training loss; the sign is the same on two disjoint "
+        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.016. At equal training loss; the sign is the same on two disjoint "
         "probes and at dampings 1e-4, 1e-2 and 1."
     ) in said
     for sentence, statement in zip(said, found["statement"], strict=True):
@@ -266,12 +325,24 @@ def test_the_contrary_is_said_plainly():
 def test_columns_and_folders(tmp_path):
     runs = planted("gap", LESS)
     columns = ["claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict", "caveat"]
-    assert list(claims(runs).columns) == columns
+    more = ["number", "family", "predicted", "test", "p_holm", "p_contrary", "p_holm_all"]
+    assert list(claims(runs).columns) == columns + more
     for name, rows in runs.groupby("run", sort=False):
         config = {key: rows[key].iloc[0].item() for key in ("seed", "epochs", "lr")} | {"activation": rows["activation"].iloc[0]}
         with Run.create(tmp_path / str(name), {**config, "experiment": "planted"}) as record:
             record.append(rows.drop(columns=["run", "experiment", *config]))
     pd.testing.assert_frame_equal(claims(tmp_path), claims(runs), rtol=1e-6)
+
+
+def test_the_markdown_table_has_a_row_per_claim_and_no_markup_from_outside():
+    found = claims(planted("gap", LESS))
+    found.loc[0, "caveat"] = "<script>|`x`\n| [y](z)"
+    lines = claims_markdown(found).splitlines()
+    assert len(lines) == 2 + len(found)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "\\<script\\>\\|\\`x\\` \\| \\[y\\](z)" in lines[2]
+    (gap,) = [line for line in lines if line.startswith("| 2 gap |")]
+    assert "supported" in gap and "-0.0967" in gap and "0.016" in gap
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
