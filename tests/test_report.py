@@ -138,6 +138,8 @@ def test_curves_are_mean_and_sd_over_runs(small, page):
             (found,) = points[(points.metric == metric) & (points.split == split) & (points.g == 0) & (points.step == 20)].itertuples()
             assert (found.epoch, found.n) == (2, 3)
             assert found.mean == pytest.approx(wanted.mean(), rel=1e-3) and found.sd == pytest.approx(wanted.std(), rel=1e-2)
+            logs = np.log10(wanted)
+            assert found.log == pytest.approx(logs.mean(), rel=1e-3, abs=1e-4) and found.log_sd == pytest.approx(logs.std(), rel=1e-2)
 
 
 def test_claims_are_those_of_the_runs(tmp_path):
@@ -293,7 +295,7 @@ def test_200_runs_stay_small_and_quick(tmp_path):
     rng, steps = np.random.default_rng(0), range(0, 3000, 50)
     layers = [f"layer.{number}" for number in range(12)]
     names = ["mean", "var", "own", "incoming", "k", *(f"quantity_{number}" for number in range(15))]
-    frame = units(rng, steps, layers, 4).assign(**{name: rng.normal(size=60 * 12 * 4) for name in names})
+    frame = units(rng, steps, layers, 2).assign(**{name: rng.normal(size=60 * 12 * 2) for name in names})
     for number in range(200):
         config = {"activation": ("elu", "relu", "lrelu", "srelu")[number % 4], "seed": number // 20, "lr": 0.1 * (1 + number // 4 % 5)}
         write(tmp_path / "runs" / f"run-{number}", {**config, "note": "n" * 20_000}, curves(rng, range(0, 3000, 10)), frame)
@@ -363,7 +365,7 @@ def opened(driver, path: Path, width: int = 1280) -> None:
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get_log("browser")
     driver.get(path.resolve().as_uri())
-    wait(driver, "document.body.dataset.drawn === 'light'")
+    wait(driver, "document.body.dataset.drawn .startsWith('light')")
 
 
 def choose(driver, select: str, text: str) -> None:
@@ -406,7 +408,7 @@ def test_the_colors_are_those_of_the_figures_and_change_with_the_scheme(shown):
     colors = "[...document.querySelectorAll('#across g.mark-line path')].map(p => p.getAttribute('stroke'))"
     assert shown.execute_script(f"return {colors}") == [LOOKS["elu"].color.lower(), LOOKS["relu"].color.lower()]
     scheme(shown, "dark")
-    wait(shown, "document.body.dataset.drawn === 'dark'")
+    wait(shown, "document.body.dataset.drawn .startsWith('dark')")
     assert shown.execute_script(f"return {colors}") == [ON_DARK[LOOKS[name].color].lower() for name in ("elu", "relu")]
     assert shown.get_log("browser") == []
 
@@ -425,6 +427,32 @@ def test_another_quantity_and_layer_are_drawn(shown, page):
     assert shown.execute_script(f"return {free.format('layer')}") == ["all layers", "b"]
     assert shown.execute_script(f"return {free.format('step')}") == ["0", "10"]
     assert shown.execute_script("return [document.getElementById('layer').value, document.getElementById('step').value]") == ["-1", "10"]
+    assert shown.get_log("browser") == []
+
+
+@browser
+def test_a_logarithmic_scale_has_mean_and_sd_of_the_logarithm(shown, page):
+    points = page.rows("curves")
+    points = points[(points.metric == 0) & (points.split == "train") & (points.g == 0)].sort_values("step")
+    heights = "[...document.querySelectorAll('#curves-loss g.mark-line.role-mark path')].map(path => path.getAttribute('d'))"
+    for scale, values in (("linear", points["mean"]), ("logarithmic", points["log"])):
+        choose(shown, "scale", scale)
+        wait(shown, f"document.body.dataset.drawn.includes('{scale[:3]}')")
+        lines = [[float(pair.split(",")[1]) for pair in path[1:].split("L")] for path in shown.execute_script(f"return {heights}")]
+        # On the right scale the heights are linear in the values; the first line is the first series' training.
+        assert any(abs(np.corrcoef(line, values)[0, 1]) > 0.99999 for line in lines)
+    assert shown.get_log("browser") == []
+
+
+@browser
+def test_compressed_colors_keep_what_they_show(shown):
+    fills = "[...document.querySelectorAll('#heat g.mark-rect.role-mark path')].map(path => path.getAttribute('fill'))"
+    before = shown.execute_script(f"return {fills}")
+    choose(shown, "colors", "compressed (logarithmic)")
+    wait(shown, "document.body.dataset.drawn.includes('compressed')")
+    after = shown.execute_script(f"return {fills}")
+    # Another scale, the same order: the largest cell is the lightest on both.
+    assert len(set(after)) == len(before) and before.index("rgb(253, 231, 37)") == after.index("rgb(253, 231, 37)")
     assert shown.get_log("browser") == []
 
 

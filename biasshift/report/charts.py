@@ -10,19 +10,27 @@ if TYPE_CHECKING:
     import altair as alt
 
 HEIGHT = 260
+# Plain numbers as far as they are short, powers of ten beyond.
+_TICK = "datum.value == 0 || (abs(datum.value) >= 1e-4 && abs(datum.value) < 1e6) ? format(datum.value, ',~r') : format(datum.value, '~e')"
 CURVES = {"loss": "curves-loss", "error": "curves-error"}  # metric → its place on the page; the others share one
 
 
 def charts(found: Reduced) -> dict[str, dict[str, Any]]:
     """Returns place on the page → specification; `found` decides which there are, the data themselves are added on the page."""
-    made: dict[str, alt.TopLevelMixin] = {}
-    for position, name in enumerate(found.metrics):
-        if name in CURVES:
-            made[CURVES[name]] = learning_curves(found, position)
+    across = {"heat": heat_map(), "across": across_steps(found), "within": within_cell(found)} if found.cells else {}
+    return _curves(found, log=False) | {place: chart.to_dict() for place, chart in across.items()}
+
+
+def variants(found: Reduced) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns name of a `<select>` → its value → the charts that take the place of others then. Vega-Lite's scales choose no type."""
+    heat = {"heat": heat_map(compressed=True).to_dict()} if found.cells else {}
+    return {"scale": {"log": _curves(found, log=True)}, "colors": {"compressed": heat}}
+
+
+def _curves(found: Reduced, log: bool) -> dict[str, dict[str, Any]]:
+    made = {CURVES[name]: learning_curves(found, position, log) for position, name in enumerate(found.metrics) if name in CURVES}
     if set(found.metrics) - set(CURVES):
-        made["curves-other"] = learning_curves(found, None)
-    if found.cells:
-        made |= {"heat": heat_map(), "across": across_steps(found), "within": within_cell(found)}
+        made["curves-other"] = learning_curves(found, None, log)
     return {place: chart.to_dict() for place, chart in made.items()}
 
 
@@ -34,14 +42,18 @@ def theme(found: Reduced, dark: bool) -> dict[str, Any]:
         "background": ground,
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
+        "autosize": {"type": "fit-x", "contains": "padding", "resize": True},  # other numbers need other room at the axes
         "axis": {**text, "gridColor": faint, "domainColor": faint, "tickColor": faint},
         "legend": {**text, "labelLimit": 260},
         "range": {"category": [one.on_dark if dark else one.color for one in found.series]},
     }
 
 
-def learning_curves(found: Reduced, metric: int | None) -> alt.TopLevelMixin:
-    """Mean over runs against step or epoch, with a ribbon of ± SD; training solid, validation dashed."""
+def learning_curves(found: Reduced, metric: int | None, log: bool) -> alt.TopLevelMixin:
+    """Mean over runs against step or epoch, with a ribbon of ± SD; training solid, validation dashed.
+
+    Mean and SD belong to the scale that is drawn: on a log scale they are those of the logarithm.
+    """
     import altair as alt
 
     chosen = alt.param("metric", bind=alt.BindDirect(element="#metric")) if metric is None else alt.param("metric", value=metric)
@@ -52,18 +64,26 @@ def learning_curves(found: Reduced, metric: int | None) -> alt.TopLevelMixin:
     dash = alt.StrokeDash("split:N", scale=look, legend=None)  # the page says it; on a narrow screen a legend would be cut
     tooltip = ["label:N", "split:N", "step:Q", "epoch:Q", alt.Tooltip("mean:Q", format=".4~g"), alt.Tooltip("sd:Q", format=".3~g"), "n:Q"]
     x = alt.X("x:Q", title="step or epoch, as chosen").scale(nice=False)
-    return _lines_and_ribbons(found, rows, x, "mean over runs, ± SD", dash, tooltip, dots=metric is None).add_params(chosen, against)
+    return _lines_and_ribbons(found, rows, x, "mean over runs, ± SD", dash, tooltip, dots=metric is None, log=log).add_params(
+        chosen, against
+    )
 
 
-def heat_map() -> alt.TopLevelMixin:
-    """Layer × step of one quantity and one series. A click on a cell chooses its layer and step for the other charts."""
+def heat_map(compressed: bool = False) -> alt.TopLevelMixin:
+    """Layer × step of one quantity and one series. A click on a cell chooses its layer and step for the other charts.
+
+    Args:
+        compressed: colors linear in the value up to the tenth percentile of its size, and in its logarithm beyond.
+    """
     import altair as alt
 
     cell = alt.selection_point(name="cell", fields=["l", "s"], toggle=False, empty=False)
     rows = alt.Chart(alt.NamedData("cells")).transform_filter("datum.q == quantity && datum.g == series && datum.l >= 0")
     rows = rows.transform_lookup("l", alt.LookupData(alt.NamedData("layers"), "l", ["layer"]))
-    rows = rows.transform_lookup("q", alt.LookupData(alt.NamedData("ranges"), "q", ["least", "most"]))
-    rows = rows.transform_calculate(color="clamp(datum.mean, datum.least, datum.most)", median=f"datum.d[{LEVELS.index(50)}]")
+    rows = rows.transform_lookup("q", alt.LookupData(alt.NamedData("ranges"), "q", ["least", "most", "small"]))
+    rows = rows.transform_calculate(
+        color="clamp(datum.mean, datum.least, datum.most)" + (" / datum.small" if compressed else ""), median=f"datum.d[{LEVELS.index(50)}]"
+    )
     rows = rows.transform_calculate(low=f"datum.d[{LEVELS.index(5)}]", high=f"datum.d[{LEVELS.index(95)}]")
     chosen = "datum.l == layer && datum.s == step"
     tooltip = [
@@ -75,12 +95,12 @@ def heat_map() -> alt.TopLevelMixin:
         alt.Tooltip("median:Q", title="median of values", format=".3~g"),
         alt.Tooltip("high:Q", title="95 % of values below", format=".3~g"),
     ]  # fmt: skip
+    scale = alt.Scale(scheme="viridis", type="symlog", constant=1) if compressed else alt.Scale(scheme="viridis", zero=False)
+    ticks = _TICK.replace("datum.value", "(datum.value * data('ranges')[quantity].small)").replace(",~r", ".2~r") if compressed else _TICK
     encoded = rows.mark_rect(cursor="pointer").encode(
         x=alt.X("s:O", title="step", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("layer:N", title="layer", sort=alt.EncodingSortField("l", op="min"), axis=alt.Axis(labelLimit=120)),
-        color=alt.Color("color:Q", title=None, scale=alt.Scale(scheme="viridis", zero=False)).legend(
-            orient="top", gradientLength=220, format="~g"
-        ),
+        color=alt.Color("color:Q", title=None, scale=scale).legend(orient="top", gradientLength=220, labelExpr=ticks),
         stroke=alt.condition(chosen, alt.value("#ff2d55"), alt.value(None)),
         strokeWidth=alt.condition(chosen, alt.value(2.5), alt.value(0)),
         tooltip=tooltip,
@@ -97,9 +117,7 @@ def across_steps(found: Reduced) -> alt.TopLevelMixin:
         "label:N", alt.Tooltip("s:Q", title="step"), alt.Tooltip("mean:Q", format=".4~g"), alt.Tooltip("sd:Q", format=".3~g"), "runs:Q",
     ]  # fmt: skip
     x = alt.X("s:Q", title="step").scale(nice=False)
-    return _lines_and_ribbons(found, rows, x, "median over units: mean over runs, ± SD", None, tooltip, dots=True).add_params(
-        *_bound("quantity", "layer")
-    )
+    return _lines_and_ribbons(found, rows, x, "median over units, ± SD", None, tooltip, dots=True).add_params(*_bound("quantity", "layer"))
 
 
 def within_cell(found: Reduced) -> alt.TopLevelMixin:
@@ -108,8 +126,11 @@ def within_cell(found: Reduced) -> alt.TopLevelMixin:
 
     rows = alt.Chart(alt.NamedData("cells")).transform_filter("datum.q == quantity && datum.l == layer && datum.s == step")
     rows = _with_labels(rows).transform_calculate(percent=str(list(LEVELS))).transform_flatten(["d", "percent"], ["value", "percent"])
+    # Without the least and the largest of thousands of units: a single one would squeeze all others.
+    rows = rows.transform_calculate(least="datum.d[0]", most=f"datum.d[{len(LEVELS) - 1}]")
+    rows = rows.transform_filter("datum.percent > 0 && datum.percent < 100")
     lines = rows.mark_line(point=alt.OverlayMarkDef(size=45)).encode(
-        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False), axis=alt.Axis(format="~g")),
+        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False), axis=alt.Axis(labelExpr=_TICK)),
         y=alt.Y("percent:Q", title="% of units at or below", scale=alt.Scale(domain=[0, 100])),
         order="percent:Q",
         color=_color(found),
@@ -151,16 +172,22 @@ def _color(found: Reduced) -> alt.Color:
     )
 
 
-def _lines_and_ribbons(found: Reduced, rows: alt.Chart, x: alt.X, title: str, dash: Any, tooltip: list[Any], dots: bool) -> Any:
+def _lines_and_ribbons(
+    found: Reduced, rows: alt.Chart, x: alt.X, title: str, dash: Any, tooltip: list[Any], dots: bool, log: bool = False
+) -> Any:
     import altair as alt
 
-    rows = rows.transform_calculate(low="datum.mean - (datum.sd || 0)", high="datum.mean + (datum.sd || 0)")
+    if log:
+        rows = rows.transform_filter("isValid(datum.log)").transform_calculate(
+            y="pow(10, datum.log)", low="pow(10, datum.log - (datum.log_sd || 0))", high="pow(10, datum.log + (datum.log_sd || 0))"
+        )
+    else:
+        rows = rows.transform_calculate(y="datum.mean", low="datum.mean - (datum.sd || 0)", high="datum.mean + (datum.sd || 0)")
     color, detail = _color(found), [] if dash is None else ["split:N"]
-    y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(format="~g"))
-    ribbons = rows.mark_area(opacity=0.18).encode(
-        x=x, y=alt.Y("low:Q", title=title, axis=alt.Axis(format="~g")), y2="high:Q", color=color, detail=detail
-    )
-    lines = rows.mark_line(strokeWidth=2).encode(x=x, y=y, color=color, detail=detail)
+    look = {"title": title, "scale": alt.Scale(type="log") if log else alt.Scale(zero=False), "axis": alt.Axis(labelExpr=_TICK)}
+    ribbons = rows.mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q", **look), y2="high:Q", color=color, detail=detail)
+    lines = rows.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("y:Q", **look), color=color, detail=detail)
     lines = lines if dash is None else lines.encode(strokeDash=dash)
-    points = rows.mark_point(size=45, filled=True, opacity=1 if dots else 0).encode(x=x, y=y, color=color, tooltip=tooltip)
+    points = rows.mark_point(size=45, filled=True, opacity=1 if dots else 0)
+    points = points.encode(x=x, y=alt.Y("y:Q", **look), color=color, tooltip=tooltip)
     return alt.layer(ribbons, lines, points).properties(width="container", height=HEIGHT)

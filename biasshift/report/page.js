@@ -1,4 +1,4 @@
-// Draws the charts of the page, again when the system changes between light and dark. What is chosen on the page reaches
+// Draws the charts of the page, again when the system changes between light and dark, or to another scale. What is chosen on the page reaches
 // the charts through Vega's own bindings; the two listeners below bring a click on the heat map, and a new quantity, to the page.
 const page = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -25,7 +25,9 @@ function offerMeasured() {
 let drawn = [];
 async function draw() {
   for (const chart of drawn.splice(0)) chart.finalize();
-  for (const [place, spec] of Object.entries(page.charts)) {
+  const chosen = Object.entries(page.variants).map(([id, options]) => options[select(id)?.value]);
+  const charts = Object.assign({}, page.charts, ...chosen);
+  for (const [place, spec] of Object.entries(charts)) {
     const chart = await vegaEmbed("#" + place, { ...spec, datasets: datasets() }, {
       ast: true, // expressions are interpreted, not compiled: the page's policy forbids making code from text
       renderer: "svg",
@@ -40,7 +42,7 @@ async function draw() {
       });
     }
   }
-  document.body.dataset.drawn = dark.matches ? "dark" : "light";
+  document.body.dataset.drawn = [dark.matches ? "dark" : "light", ...Object.keys(page.variants).map((id) => select(id)?.value)].join(" ");
 }
 
 if (select("quantity")) {
@@ -48,4 +50,6 @@ if (select("quantity")) {
   offerMeasured();
 }
 let drawing = draw();
-dark.addEventListener("change", () => (drawing = drawing.then(draw)));
+const again = () => (drawing = drawing.then(draw));
+dark.addEventListener("change", again);
+for (const id of Object.keys(page.variants)) select(id)?.addEventListener("input", again);

@@ -7,7 +7,7 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from biasshift.report.charts import charts, theme
+from biasshift.report.charts import charts, theme, variants
 from biasshift.report.reducing import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, Reduced
 from biasshift.report.text import as_json, escaped
 
@@ -53,6 +53,7 @@ def _data(found: Reduced) -> dict[str, Any]:
         measured[position] = {"layers": layers, "steps": sorted({cell[3] for cell in cells})}
     return {
         "charts": charts(found),
+        "variants": variants(found),
         "themes": {"light": theme(found, dark=False), "dark": theme(found, dark=True)},
         "measured": measured,
         "datasets": {
@@ -60,6 +61,6 @@ def _data(found: Reduced) -> dict[str, Any]:
             "curves": {"names": CURVE_COLUMNS, "rows": found.points},
             "labels": {"names": ["g", "label"], "rows": [[i, one.label] for i, one in enumerate(found.series)]},
             "layers": {"names": ["l", "layer"], "rows": [[i, name] for i, name in enumerate(found.layers)]},
-            "ranges": {"names": ["q", "least", "most"], "rows": [[i, *limits] for i, limits in enumerate(found.ranges)]},
+            "ranges": {"names": ["q", "least", "most", "small"], "rows": [[i, *limits] for i, limits in enumerate(found.ranges)]},
         },
     }

@@ -20,7 +20,7 @@ _PLACES = (
      "Point at a cell for its numbers, click it to choose its layer and step."),
     ("across", "Comparison over steps", "At the chosen layer: median over units in each run, then mean ± SD over runs."),
     ("within", "Units at the chosen layer and step",
-     "Percentiles over all units of all runs; over runs alone for a quantity of whole layers."),
+     "The 5th to 95th percentile over all units of all runs; over runs alone for a quantity of whole layers."),
 )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def curves_part(found: Reduced) -> str:
     note = "Mean over runs (line) ± SD over runs (ribbon); training solid, validation dashed, test dotted. "
     note += "n is the number of runs. Point at a line for its numbers."
     controls = _select("against", "against", [*epochs, ("step", "step")])
+    controls += _select("scale", "scale", [("linear", "linear"), ("log", "logarithmic")])
     return f'{faint(note)}<div class="controls">{controls}</div><div class="charts">{shown}</div>'
 
 
@@ -88,6 +89,7 @@ def layers_part(found: Reduced) -> str:
         _select("quantity", "quantity", enumerate(found.quantities), first),
         _select("layer", "layer", [(ALL_LAYERS, "all layers"), *enumerate(found.layers)]),
         _select("step", "step", [(step, f"{step:,}") for step in steps], steps[-1]),
+        _select("colors", "colors of the heat map", [("linear", "linear"), ("compressed", "compressed (logarithmic)")]),
         _select("series", "runs in the heat map", [(position, one.label) for position, one in enumerate(found.series)]),
     ]
     shown = "".join(f"<div><h3>{heading}</h3>{faint(text)}{_chart(place)}</div>" for place, heading, text in _PLACES)

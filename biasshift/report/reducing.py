@@ -24,7 +24,7 @@ _LARGEST = 1e150  # squares of larger numbers may overflow
 _SPLIT = re.compile(r"(train|valid|test)_(.+)")
 _NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs"}
 CELL_COLUMNS = ["q", "g", "l", "s", "n", "runs", "mean", "sd", "d"]
-CURVE_COLUMNS = ["metric", "split", "g", "step", "epoch", "mean", "sd", "n"]
+CURVE_COLUMNS = ["metric", "split", "g", "step", "epoch", "mean", "sd", "n", "log", "log_sd"]  # log: of base 10, over positive values
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Reduced:
     series: list[Series]
     layers: list[str]
     quantities: list[str] = field(default_factory=list)
-    ranges: list[tuple[float, float]] = field(default_factory=list)  # of each quantity's colors
+    ranges: list[tuple[float, float, float]] = field(default_factory=list)  # of each quantity's colors, and a small value
     cells: list[list[Any]] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     points: list[list[Any]] = field(default_factory=list)
@@ -92,6 +92,9 @@ def _values(found: Reduced, column: pd.Series, keys: pd.DataFrame, where: pd.Ser
 
 
 def _add_curves(found: Reduced, values: dict[str, pd.DataFrame], keys: pd.DataFrame, table: pd.DataFrame) -> None:
+    import numpy as np
+    import pandas as pd
+
     values = {name: some for name, some in values.items() if len(some)}
     parts = {name: (match[2], match[1]) if (match := _SPLIT.fullmatch(name)) else (name, "") for name in values}
     names = list(dict.fromkeys(metric for metric, _ in parts.values()))
@@ -103,10 +106,13 @@ def _add_curves(found: Reduced, values: dict[str, pd.DataFrame], keys: pd.DataFr
     for column, (metric, split) in parts.items():
         if metric in names:
             by_run = _thinned(found, values[column], most, plain(column, 60)).groupby(["group", "step", "run"])["value"].mean()
-            lines = by_run.groupby(level=["group", "step"]).agg(["mean", "std", "count"])
+            logs = by_run.where(by_run > 0).map(np.log10)
+            lines = pd.concat([some.groupby(level=["group", "step"]).agg(["mean", "std"]) for some in (by_run, logs)], axis=1)
+            rounded = [[_rounded(value, 4) for value in row] for row in lines.to_numpy()]
+            counts = by_run.groupby(level=["group", "step"]).size()
             found.points += [
-                [names.index(metric), split, int(g), int(step), epochs.get((g, step)), _rounded(mean, 4), _rounded(sd, 3), int(n)]
-                for (g, step), (mean, sd, n) in zip(lines.index, lines.to_numpy(), strict=True)
+                [names.index(metric), split, int(g), int(step), epochs.get((g, step)), *spread[:2], int(n), *spread[2:]]
+                for (g, step), n, spread in zip(lines.index, counts, rounded, strict=True)
             ]
 
 
@@ -136,8 +142,9 @@ def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
             found.thinned.setdefault(f"{MOST_LAYERS} of {measured:,} layers, evenly chosen", []).append(label)
         rows = _thinned(found, rows[rows["layer"].isin(layers[column])], most, label)
         each = _cells(rows, position)
-        low, high = np.quantile([cell[6] for cell in each], [0.02, 0.98])
-        found.ranges.append((float(low), float(high)))
+        means = np.array([cell[6] for cell in each])
+        small = np.quantile(np.abs(means[means != 0]), 0.1) if means.any() else 1.0
+        found.ranges.append((*(float(limit) for limit in np.quantile(means, [0.02, 0.98])), float(small)))
         found.cells += each + _cells(rows.assign(layer=ALL_LAYERS), position)
 
 
