@@ -78,6 +78,10 @@ class Member:
         if self.finished:
             return
         self.state = checkpoints.load(self.folder, KEPT) if exist == "resume" else None
+        if self.state is not None:
+            with checkpoints.fitting(self.folder):
+                self.trial.model.load_state_dict(self.state["model"])
+            self.start, self.examined, self.seconds = self.state["step"], self.state["examined"], self.state["seconds"]
         if rank() > 0:
             self.record: Run | Silence = Silence()
         elif self.state is not None:
@@ -87,10 +91,6 @@ class Member:
         else:
             how = "replace" if exist == "resume" else exist
             self.record = stack.enter_context(Run.create(self.folder, self.trial.config, how, device=device))
-        if self.state is not None:
-            with checkpoints.fitting(self.folder):
-                self.trial.model.load_state_dict(self.state["model"])
-            self.start, self.examined, self.seconds = self.state["step"], self.state["examined"], self.state["seconds"]
 
     def watch(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
         """Starts the measurements; those on entry are the step before the first."""
@@ -103,8 +103,9 @@ class Member:
                 log.step = self.start
             self.logs.append(log)
         if self.state is not None:
-            for generator, state in zip(self._generators(), self.state["labels"], strict=True):
-                generator.set_state(state)
+            with checkpoints.fitting(self.folder):
+                for generator, state in zip(self._generators(), self.state["labels"], strict=True):
+                    generator.set_state(state)
         if not self.start and self.logs:
             self.record.append(_layer_sizes(self.logs[0]))
 
@@ -165,9 +166,10 @@ class Training:
                 with checkpoints.fitting(member.folder):
                     _load_slice(self.optimizer, member.state["optimizer"], number if len(self.members) > 1 else None)
         if (state := self.members[0].state) is not None:
-            checkpoints.restore_random_state(state["random"], rank(), self.device)
-            if isinstance(self.update, Gradient):
-                self.update.load_state_dict(state["update"])
+            checkpoints.restore_random_state(self.members[0].folder, state["random"], self.device)
+            with checkpoints.fitting(self.members[0].folder):
+                if isinstance(self.update, Gradient):
+                    self.update.load_state_dict(state["update"])
         for member in self.members:
             member.watch(self.optimizer, self.stack)
 

@@ -1,12 +1,12 @@
 """Where a training run stood: enough to go on to the same numbers as one that was never interrupted."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from biasshift.layout import own_file
 from biasshift.training.processes import rank, together, told, world
@@ -24,17 +24,19 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return {str(rank): state for rank, state in enumerate(gathered)}
 
 
-def restore_random_state(state: Mapping[str, Any], rank: int, device: torch.device) -> None:
+def restore_random_state(folder: Path, state: Mapping[str, Any], device: torch.device) -> None:
     """Undoes what has been drawn since `random_state`.
 
     Raises:
-        ValueError: the run was made by fewer processes.
+        ValueError: the run was made by more or fewer processes, or this is no random state.
     """
-    if str(rank) not in state or len(state) != world():
-        raise ValueError(f"the run was made by {len(state)} processes and is resumed by {world()}: start as many.")
-    torch.set_rng_state(state[str(rank)]["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state[str(rank)]:
-        torch.cuda.set_rng_state(state[str(rank)]["cuda"].cpu(), device)
+    if len(state) != world():
+        raise ValueError(f"'{folder}' was begun by {len(state)} processes and is resumed by {world()}: start as many.")
+    with fitting(folder):
+        own = state[str(rank())]
+        torch.set_rng_state(own["cpu"])
+        if device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], device)
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
@@ -71,13 +73,16 @@ def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     return state
 
 
-def restore(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Puts the weights of a checkpoint into a model.
+@contextmanager
+def fitting(folder: Path) -> Iterator[None]:
+    """Around what takes a checkpoint in, whose inner parts nobody has looked at.
 
     Raises:
-        ValueError: they are those of another network.
+        ValueError: they are those of another network or optimizer, or nonsense.
     """
     try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{path / CHECKPOINT}' holds the weights of another network: give this run another --out.") from error
+        yield
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"'{folder / CHECKPOINT}' is of another network or optimizer: give this run another --out, or begin it anew with --replace."
+        ) from error
