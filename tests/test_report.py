@@ -254,7 +254,8 @@ def test_text_helpers():
 
 def test_the_page_loads_nothing_and_runs_its_own_scripts_only(page):
     attributes = [(tag, name) for tag, some in page.elements for name in some]
-    assert not [(tag, name) for tag, name in attributes if name in ("src", "href", "srcset", "action") or name.startswith("on")]
+    assert not [(tag, name) for tag, name in attributes if name in ("src", "srcset", "action") or name.startswith("on")]
+    assert all(some["href"].startswith("#part-") for _, some in page.elements if "href" in some)
     (policy,) = (some["content"] for _, some in page.elements if some.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
@@ -299,9 +300,9 @@ def test_200_runs_stay_small_and_quick(tmp_path):
     for number in range(200):
         config = {"activation": ("elu", "relu", "lrelu", "srelu")[number % 4], "seed": number // 20, "lr": 0.1 * (1 + number // 4 % 5)}
         write(tmp_path / "runs" / f"run-{number}", {**config, "note": "n" * 20_000}, curves(rng, range(0, 3000, 10)), frame)
-    begun = time.perf_counter()
+    begun = time.process_time()  # not of the machine, which others may load
     out = report([tmp_path / "runs"], tmp_path / "a.html")
-    taken, found = time.perf_counter() - begun, Page(out)
+    taken, found = time.process_time() - begun, Page(out)
     assert out.stat().st_size < MOST_BYTES and taken < 90
     cells = found.rows("cells")
     assert len(cells) <= MOST_CELLS and cells.groupby(["q", "g"])["s"].nunique().max() <= MOST_STEPS

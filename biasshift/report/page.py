@@ -16,13 +16,15 @@ def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced
     """Returns the HTML. `sections` are (heading, HTML) behind which the charts' numbers and scripts follow."""
     scripts = [_vega(), files("biasshift.report").joinpath("page.js").read_text(encoding="utf-8")]
     style = files("biasshift.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = "".join(f"<section><h2>{escaped(heading)}</h2>{content}</section>" for heading, content in sections)
+    numbered = [(f"part-{position}", escaped(heading), content) for position, (heading, content) in enumerate(sections)]
+    links = "".join(f'<a href="#{name}">{heading}</a> ' for name, heading, _ in numbered)
+    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{content}</section>' for name, heading, content in numbered)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escaped(title)}</title><style>{style}</style></head>
-<body><main><h1>{escaped(title)}</h1>{intro}{body}<noscript>The charts need JavaScript.</noscript></main>
+<body><main><h1>{escaped(title)}</h1>{intro}<nav>{links}</nav>{body}<noscript>The charts need JavaScript.</noscript></main>
 <script type="application/json" id="data">{as_json(_data(found))}</script>
 <script>{scripts[0]}</script>
 <script>{scripts[1]}</script>

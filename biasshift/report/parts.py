@@ -27,28 +27,29 @@ _PLACES = (
 def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
     """The verdicts: one row per claim, then the same as sentences."""
     others = [name for name in found if name not in _CLAIM_COLUMNS]
-    head = ["verdict", "claim", "statistic", "effect [interval]", "n", "p", "caveat", *map(str, others)]
+    head = ["verdict", "claim", "effect [interval]", "n", "p", "statistic", "caveat"]
     rows = [_claim(row, others) for row in found.head(MOST_CLAIMS).to_dict("records")]
     words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said[:MOST_CLAIMS])
     more = f"{len(found) - MOST_CLAIMS} more claims are not shown." if len(found) > MOST_CLAIMS else ""
-    note = "Intervals are 95 %, over paired seeds, and not corrected for the number of claims. "
-    return faint(note + more) + table(head, rows) + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
+    note = "Effects with 95 % intervals over paired seeds; p is not corrected for the number of claims. "
+    counts = "; ".join(f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items())
+    return faint(f"{counts}. {note}{more}") + table(head, rows) + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
 
 
 def _claim(row: dict[Any, Any], others: Sequence[Any]) -> list[tuple[str, str]]:
     verdict = str(row["verdict"])
     interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
-    badge = f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(verdict)}</span>'
-    statement = f'{escaped(row["statement"])} <span class="faint">({escaped(row["source"])})</span>'
+    more = "; ".join(f"{name} = {number(row[name]) if isinstance(row[name], float) else row[name]}" for name in others)
+    more = f"<details><summary>more</summary>{escaped(more, 1000)}</details>" if more else ""
     return [
-        ("", badge), ("text", statement), ("", escaped(row["statistic"])), ("number", number(row["effect"]) + interval),
-        ("number", escaped(row["n"])), ("number", number(row["p"], 2)), ("text", escaped(row["caveat"])),
-        *(_other(row[name]) for name in others),
-    ]  # fmt: skip
-
-
-def _other(value: Any) -> tuple[str, str]:
-    return ("number", number(value)) if isinstance(value, float) else ("", escaped(value))
+        ("", f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(verdict)}</span>'),
+        ("text", f'{escaped(row["statement"])} <span class="faint">({escaped(row["source"])})</span>'),
+        ("number", number(row["effect"]) + interval),
+        ("number", escaped(row["n"])),
+        ("number", number(row["p"], 2)),
+        ("text", escaped(row["statistic"])),
+        ("text", escaped(row["caveat"]) + more),
+    ]
 
 
 def reading_part(found: pd.DataFrame, how: str) -> str:
