@@ -94,9 +94,10 @@ def paper_runs(numbers: "pd.DataFrame") -> "pd.DataFrame":
 
     The rate is that of `best_rate` over these runs together. Without batch normalization, unless all networks have it.
     """
-    plain = numbers.query("update == 'plain' and constant == 0")
-    plain = plain.query("not batch_norm") if len(plain.query("not batch_norm")) else plain
-    return plain.query("lr == @rate", local_dict={"rate": best_rate(plain)}) if len(plain) else plain
+    plain = numbers.loc[(numbers["update"] == "plain").to_numpy() & (numbers["constant"] == 0).to_numpy()]
+    normed = plain["batch_norm"].to_numpy(bool)
+    plain = plain if normed.all() else plain.loc[~normed]
+    return plain.loc[(plain["lr"] == best_rate(plain)).to_numpy()] if len(plain) else plain
 
 
 def best_rate(numbers: "pd.DataFrame") -> float:

@@ -34,7 +34,8 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
         Columns ``claim``, ``statement``, ``source``, ``statistic``, ``effect``, ``low``, ``high``, ``n`` (paired seeds), ``p`` (of the
         exact test), ``verdict``, ``caveat``, ``number`` (1 to 8), ``family`` (of variants that are corrected together), ``predicted``
         (sign of the effect), ``test`` (its name and side), ``p_holm`` (corrected within the family: what the verdict goes by),
-        ``p_contrary`` (the same of the opposite sign), ``p_holm_all`` (``p`` corrected over all rows). `biasshift.judging.statistics` says why.
+        ``p_contrary`` (the same of the opposite sign), ``p_holm_all`` (``p`` corrected over all rows).
+        `biasshift.judging.statistics` says why.
 
     Raises:
         ValueError: when there are no runs, they lack what the claims are made of, or they are no runs of one setting.

@@ -25,6 +25,7 @@ class Planted:
     equal_step: int | None = 50  # None: never examined
     exam: Callable[[int, float], dict[str, float]] = field(default=lambda probe, damping: {})  # overrides of EXAM
     finished: bool = True
+    every: int = 50  # steps between measurements
     means: Callable[[int], float] = lambda step: 9.0  # the median before the last step
     rate: float | None = None  # the loss falls exponentially from 2.3, by so much a step, in ten scores
     step_seconds: float | None = None
@@ -34,7 +35,7 @@ class Planted:
     def rows(self) -> pd.DataFrame:
         last = LAST if self.finished else LAST // 2
         rows = [{"step": 0, "layer": layer, "unit": -1, "inputs": 3.0} for layer in ("0", "2", "4")]
-        for step in range(0, last + 1, 50):
+        for step in range(0, last + 1, self.every):
             loss = self.train_loss if step == last else 2.3
             if self.rate is None:
                 rows.append(self._score(step, loss))

@@ -7,7 +7,7 @@ import numpy as np
 
 from biasshift.judging.claim import EQUAL_STEPS, NO_EXAM, NO_UNITS, Claim, differences, from_exams
 from biasshift.judging.evidence import Evidence
-from biasshift.judging.points import rank_correlation
+from biasshift.judging.points import rank_correlations
 from biasshift.judging.statistics import Found, paired
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def follow_means(evidence: Evidence) -> Iterator[Claim]:
     """Claim 2, as rank correlations within and across layers, steps and activations; one number per seed."""
     for effect, family, cause, statement, of in ALONG:
         for where, common in [*WITHIN.items(), ("all", [])]:
-            effects = _correlations(evidence.points, cause, effect, common)
+            effects = rank_correlations(evidence.points, cause, effect, common)
             found, unsure = _checked(effects, 1, list(_correlations_repeated(evidence, cause, effect, where)))
             name, scope = f"{family}-{effect}-{where}", f"across {where} alone" if common else "over all layers, steps and activations"
             said, which = f"{statement}, {scope}", "within" if common else "all"
@@ -96,18 +96,11 @@ def follow_means(evidence: Evidence) -> Iterator[Claim]:
 def _correlations_repeated(evidence: Evidence, cause: str, effect: str, where: str) -> "Iterator[pd.Series]":
     """With h corrected for few samples; and, of h and the gap, at equal loss, on two probes at three dampings."""
     swapped = {"coupling": "corrected"}
-    yield _correlations(evidence.points, swapped.get(cause, cause), swapped.get(effect, effect), WITHIN.get(where, []))
+    yield rank_correlations(evidence.points, swapped.get(cause, cause), swapped.get(effect, effect), WITHIN.get(where, []))
     if cause == "coupling" and where != "steps":
         common = [name for name in WITHIN.get(where, []) if name != "step"]
         for _, group in _repeats(evidence.exam_points):
-            yield _correlations(group, cause, effect, common)
-
-
-def _correlations(points: "pd.DataFrame", cause: str, effect: str, within: list[str]) -> "pd.Series":
-    import pandas as pd
-
-    seeds = points.groupby("seed") if len(points) else ()
-    return pd.Series({seed: rank_correlation(some, cause, effect, within) for seed, some in seeds}, dtype=float)
+            yield rank_correlations(group, cause, effect, common)
 
 
 def corrected(evidence: Evidence) -> Iterator[Claim]:

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from biasshift.judging.claim import EQUAL_LOSS, EQUAL_STEPS, NO_EXAM, NO_PAIR, Claim, differences
 from biasshift.judging.curves import common_levels, reached
 from biasshift.judging.evidence import Evidence
+from biasshift.judging.points import FEWEST, correlation_of_ranks
 from biasshift.judging.statistics import paired
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 SHARE = "Σ|incoming| / Σ(|own| + |incoming| + |second order|)"
 STATEMENT = "ELU units inherit a smaller share of their bias shift from below than ReLU units"
 SLOWER = "networks that inherit a larger share of their bias shift early learn more slowly"
-FEWEST = 3  # activation functions, to rank them
 NO_RANKS = f"Fewer than {FEWEST} activation functions with one seed came down to a common loss."
 
 
@@ -49,7 +47,6 @@ def forecast(evidence: Evidence) -> "pd.Series":
     steps = [reached(evidence.curves[name], levels[0]) for name in runs["run"]]
     found = {}
     for seed, some in runs.assign(steps=steps).groupby("seed"):
-        ranks = some[["inherited_early", "steps"]].dropna().rank()
-        if len(ranks) >= FEWEST and (ranks.std() > 0).all():
-            found[seed] = float(np.corrcoef(ranks.to_numpy().T)[0, 1])
+        both = some[["inherited_early", "steps"]].dropna().to_numpy(float)
+        found[seed] = correlation_of_ranks(*both.T)
     return pd.Series(found, dtype=float)

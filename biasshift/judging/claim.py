@@ -42,7 +42,8 @@ class Claim:
 
 def differences(numbers: "pd.DataFrame", column: str, first: str, second: str, transform: Callable = lambda x: x) -> "pd.Series":
     """First minus second activation function, seed by seed."""
-    one, other = (numbers.query("activation == @name", local_dict={"name": name}).set_index("seed")[column] for name in (first, second))
+    by_seed = numbers.set_index("seed")
+    one, other = (by_seed.loc[(by_seed["activation"] == name).to_numpy(), column] for name in (first, second))
     return (transform(one.astype(float)) - transform(other.astype(float))).dropna()
 
 

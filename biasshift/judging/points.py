@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
+FEWEST = 3  # points, to rank them
 COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
 NEEDED = ("coupling", "effective_samples", "norm_mean_p", "norm_corrected_mean", "mean_in_abs", "cos_gradient")
 
@@ -62,11 +63,26 @@ def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
     return rows[[*keys, "coupling", "gap"]].astype({"run": str, "activation": str, "layer": str})
 
 
-def rank_correlation(points: "pd.DataFrame", cause: str, effect: str, within: list[str]) -> float:
-    """Spearman's correlation within every group of points that agree in ``within``, averaged over groups of three or more."""
-    found = []
-    for _, group in points.groupby(within) if within else [((), points)]:
-        ranks = group[[cause, effect]].dropna().rank()
-        if len(ranks) > 2 and (ranks.std() > 0).all():
-            found.append(float(np.corrcoef(ranks.to_numpy().T)[0, 1]))
-    return float(np.mean(found)) if found else float("nan")
+def rank_correlations(points: "pd.DataFrame", cause: str, effect: str, within: list[str]) -> "pd.Series":
+    """Spearman's correlation within every group of a seed's points that agree in ``within``, averaged over groups: one per seed."""
+    import pandas as pd
+
+    if not len(points):
+        return pd.Series(dtype=float)
+    pairs = points[[cause, effect]].to_numpy(float)
+    points, pairs = points.loc[there := np.isfinite(pairs).all(1)], pairs[there]
+    groups = points.groupby(["seed", *within], observed=True).ngroup().to_numpy()
+    seeds, found = points["seed"].to_numpy(), {}
+    for group in np.unique(groups):
+        here = groups == group
+        found.setdefault(seeds[here][0], []).append(correlation_of_ranks(*pairs[here].T))
+    return pd.Series({seed: np.mean(rhos) for seed, some in found.items() if (rhos := [rho for rho in some if rho == rho])}, dtype=float)
+
+
+def correlation_of_ranks(x: "np.ndarray", y: "np.ndarray") -> float:
+    """Spearman's, NaN where fewer than three points or one value can be ranked."""
+    from scipy.stats import rankdata
+
+    if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
+        return float("nan")
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
