@@ -45,7 +45,7 @@ def evaluate_batches(
             values = [loss(outputs, y).sum(dtype=torch.float64), *(_wrong(outputs, y, k) for k in top)]
             batch = [torch.tensor(float(len(y)), dtype=torch.float64, device=outputs.device), *values]
             sums = batch if sums is None else [a + b for a, b in zip(sums, batch, strict=True)]
-    totals = summed(torch.stack(sums) if sums else None, 2 + len(top) - 1).tolist()
+    totals = summed(torch.stack(sums) if sums else None, 2 + len(top)).tolist()
     if totals[0] == 0:
         raise ValueError("there are no examples to evaluate on.")
     names = ("loss", *("error" if k == 1 else f"error{k}" for k in top))

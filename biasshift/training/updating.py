@@ -24,7 +24,8 @@ class Gradient:
     """Forward, backward, step: a hand-written loop's body.
 
     With several processes the model is wrapped by `shared`, and the gradient is that of the mean over the examples of all of them:
-    that of one process that sees the whole minibatch.
+    that of one process that sees the whole minibatch. The loss that each returns is weighted by its examples, so that their mean is
+    the loss of the whole, too.
 
     Args:
         loss: (outputs, y) → the mean loss of the minibatch.
@@ -67,7 +68,7 @@ class Gradient:
             self.scaler.scale(total).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return value.detach()
+        return total.detach()
 
     def _share(self, examples: int) -> float:
         """What this process's mean counts for in the mean over all: 1 where all have as many examples."""
