@@ -197,6 +197,15 @@ def test_a_run_without_rows_or_options_has_a_page(tmp_path, config):
     assert any(text.startswith("No verdicts. ") for text in found.text)
 
 
+def test_options_of_odd_kinds_take_no_chart_away(tmp_path):
+    for activation in ("elu", "relu"):
+        rows = Planted(activation, 0).rows().drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
+        config = {"activation": activation, "seed": 0, "experiment": "planted", "epochs": "four", "lr": [1]}
+        write(tmp_path / "runs" / activation, config, rows)
+    found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
+    assert "heat" in found.data["charts"] and any("No verdicts. These runs' options" in text for text in found.text)
+
+
 def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
     frame = pd.DataFrame({"step": 0, "layer": "a", "unit": range(6), "s": [1.0, 2.0, 3.0, np.inf, 1e300, np.nan]})
     found = Page(report([write(tmp_path / "a", {"activation": "elu"}, frame)], tmp_path / "a.html"))

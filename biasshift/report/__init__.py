@@ -100,8 +100,11 @@ def _verdicts(table: pd.DataFrame, series: Sequence[Series], left_out: list[str]
 
 
 def _said(table: pd.DataFrame) -> str:
-    found = claims(table)
-    summary = "<h3>Mean ± SD over seeds</h3>" + reading_part(reading_table(per_run(table)), READING)
+    try:
+        found = claims(table)
+        summary = "<h3>Mean ± SD over seeds</h3>" + reading_part(reading_table(per_run(table)), READING)
+    except (TypeError, LookupError) as error:  # options of other kinds than any run of ours has must not take the charts away
+        raise ValueError(f"These runs' options are not of the kinds that claims are made of ({error}).") from error
     return claims_part(found, sentences(found)) + summary
 
 
