@@ -1,5 +1,6 @@
 """The gradient gap: how far the plain gradient of a layer points away from its unit natural gradient."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from biasshift.theory import dot
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Update = tuple[Tensor, Tensor | None]
 
 
 def gradient_gap(
@@ -43,7 +46,9 @@ def gradient_gap(
     Returns:
         Columns ``layer``, ``cos_gradient``, ``cos_centered``, ``cos_diagonal``, ``norm_ratio`` (‖gradient‖ / ‖unit natural
         gradient‖), ``mean_in_abs`` (the mean of \\|E_p(a)\\| over inputs), ``units`` (in the cosines), ``excluded`` (dead or singular),
-        ``effective_samples`` (their median), ``inputs``, ``labels``. Layers without a bias have NaN in ``cos_centered``.
+        ``effective_samples`` (their median), ``inputs``, ``labels``, ``norm_ratio_centered`` and ``norm_ratio_diagonal`` (as
+        ``norm_ratio``), ``gap_explained`` (the gain of the centered gradient, as a share of 1 − ``cos_gradient``: what bias shift
+        explains of the gap; negative where centering leads away). Layers without a bias have NaN where something is centered.
 
     Raises:
         ValueError: as `unit_fisher`, and when there are no labels.
@@ -55,25 +60,63 @@ def gradient_gap(
     return pd.DataFrame([{"layer": name, **gap(layer)} for name, layer in measured.items()])
 
 
-def gap(layer: Measured) -> dict[str, float | str]:
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The gradient of a layer and three updates made of it, each ``(Δw (units, inputs), Δw₀ (units,) or None)``; one solve."""
+
+    plain: Update
+    natural: Update
+    centered: Update | None  # None without a bias
+    diagonal: Update
+
+    @classmethod
+    def of(cls, layer: Measured) -> "Directions":
+        """Of a layer that was measured with its gradient."""
+        fisher, g, g0 = layer.fisher, layer.g, layer.g0
+        assert g is not None
+        centered = None if g0 is None else centered_gradient(fisher, g, g0)
+        return cls((g, g0), fisher.natural_gradient(g, g0), centered, quasi_diagonal_gradient(fisher, g, g0))
+
+
+def gap(layer: Measured, directions: Directions | None = None) -> dict[str, float | str]:
     """The row of one layer."""
-    fisher, g, g0 = layer.fisher, layer.g, layer.g0
-    assert g is not None
+    fisher, to = layer.fisher, directions or Directions.of(layer)
     used = ~(fisher.dead | fisher.singular)
-    natural = _stacked(*fisher.natural_gradient(g, g0))[used]
-    plain = _stacked(g, g0)[used]
+    plain, natural, diagonal = (_stacked(*update)[used] for update in (to.plain, to.natural, to.diagonal))
+    centered = None if to.centered is None else _stacked(*to.centered)[used]
+    cos_gradient, cos_centered = _cosine(plain, natural), float("nan") if centered is None else _cosine(centered, natural)
     return {
-        "cos_gradient": _cosine(plain, natural),
-        "cos_centered": _cosine(_stacked(*centered_gradient(fisher, g, g0))[used], natural) if g0 is not None else float("nan"),
-        "cos_diagonal": _cosine(_stacked(*quasi_diagonal_gradient(fisher, g, g0))[used], natural),
-        "norm_ratio": (plain.norm() / natural.norm()).item() if used.any() else float("nan"),
+        "cos_gradient": cos_gradient,
+        "cos_centered": cos_centered,
+        "cos_diagonal": _cosine(diagonal, natural),
+        "norm_ratio": _ratio(plain, natural),
         "mean_in_abs": fisher.sums.mean_p.abs().mean().item(),
         "units": int(used.sum()),
         "excluded": int((~used).sum()),
         "effective_samples": fisher.sums.effective_samples[used].median().item() if used.any() else float("nan"),
-        "inputs": g.shape[1],
+        "inputs": plain.shape[1] - (to.centered is not None),
         "labels": fisher.labels,
+        "norm_ratio_centered": float("nan") if centered is None else _ratio(centered, natural),
+        "norm_ratio_diagonal": _ratio(diagonal, natural),
+        "gap_explained": (cos_centered - cos_gradient) / (1 - cos_gradient) if cos_gradient < 1 else float("nan"),
     }
+
+
+def unit_shifts(layer: Measured, directions: Directions | None = None) -> dict[str, Tensor]:
+    """By how much a step of size 1 would move the mean net input of every unit by itself: ``−(μᵀΔw + Δw₀)``.
+
+    Along the gradient, along the centered gradient, and along Theorem 1's update of the same gradient, which is Theorem 2's shift.
+    The gradient is that on the probe, without the noise of a minibatch. What is foreseen is the unit's ``own`` part of the bias shift,
+    divided by the learning rate: the layers below stand still. Without a bias ``−μᵀΔw``, and nothing to center with.
+    """
+    to, mu = directions or Directions.of(layer), layer.fisher.sums.mean_p
+    updates = {"shift_gradient": to.plain, "shift_centered": to.centered, "shift_natural": to.natural}
+    return {name: torch.full_like(layer.fisher.sums.weight, torch.nan) if u is None else -_shift(mu, *u) for name, u in updates.items()}
+
+
+def _shift(mu: Tensor, dw: Tensor, dw0: Tensor | None) -> Tensor:
+    moved = (mu * dw.double()).sum(-1)
+    return moved if dw0 is None else moved + dw0.double()
 
 
 def centered_gradient(fisher: UnitFisher, g: Tensor, g0: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +138,10 @@ def quasi_diagonal_gradient(fisher: UnitFisher, g: Tensor, g0: Tensor | None) ->
 
 def _stacked(w: Tensor, w0: Tensor | None) -> Tensor:
     return w.double() if w0 is None else torch.cat([w, w0[:, None]], 1).double()
+
+
+def _ratio(x: Tensor, y: Tensor) -> float:
+    return (x.norm() / y.norm()).item() if len(x) else float("nan")
 
 
 def _cosine(x: Tensor, y: Tensor) -> float:

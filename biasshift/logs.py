@@ -12,7 +12,7 @@ from biasshift import layers as kinds
 from biasshift.accumulating import Measured, Options, kept_units
 from biasshift.averages import ActivationWatcher, activation_modules, activation_moments
 from biasshift.feeding import Feeding
-from biasshift.gaps import gap
+from biasshift.gaps import Directions, gap, unit_shifts
 from biasshift.layers import WeightLayer
 from biasshift.measuring import measure
 from biasshift.moments import ActivationMoments
@@ -151,7 +151,10 @@ class ProbeLog(Log):
                     for name, layer in measured.items():
                         columns[name] = {**columns.get(name, {}), **fisher_columns(layer.fisher)}
                 if "gap" in self.quantities:
-                    frames += [layer_row(self.step, name, gap(layer)) for name, layer in measured.items()]
+                    for name, layer in measured.items():
+                        directions = Directions.of(layer)
+                        frames.append(layer_row(self.step, name, gap(layer, directions)))
+                        columns[name] = {**columns.get(name, {}), **unit_shifts(layer, directions)}
         frames += [unit_rows(self.step, name, columns[name], self._units_of(name)) for name in self.weights if columns.get(name)]
         self._frames += frames
 

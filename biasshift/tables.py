@@ -9,6 +9,7 @@ from torch import Tensor
 from biasshift.fisher import UnitFisher
 from biasshift.moments import ActivationMoments
 from biasshift.shifts import BiasShift
+from biasshift.solving import variances
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,12 @@ FISHER_COLUMNS = (
     "mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean",
 )  # fmt: skip
 GAP_COLUMNS = ("cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs")
-COLUMNS = (*KEYS, *ACTIVATION_COLUMNS, *SHIFT_COLUMNS, *FISHER_COLUMNS, *GAP_COLUMNS)
+# Behind the columns that code outside relies on: unit rows of "fisher", unit rows of "gap", layer rows of "gap".
+MORE_FISHER_COLUMNS = ("coupling_corrected", "norm_cov_p", "cov_distance")
+UPDATE_COLUMNS = ("shift_gradient", "shift_centered", "shift_natural")
+MORE_GAP_COLUMNS = ("norm_ratio_centered", "norm_ratio_diagonal", "gap_explained")
+MORE_COLUMNS = (*MORE_FISHER_COLUMNS, *UPDATE_COLUMNS, *MORE_GAP_COLUMNS)
+COLUMNS = (*KEYS, *ACTIVATION_COLUMNS, *SHIFT_COLUMNS, *FISHER_COLUMNS, *GAP_COLUMNS, *MORE_COLUMNS)
 
 Columns = Mapping[str, Tensor]
 
@@ -38,7 +44,27 @@ def fisher_columns(fisher: UnitFisher) -> Columns:
     columns = {name: getattr(fisher, name) for name in FISHER_COLUMNS if not name.startswith("norm_")}
     norm_p = fisher.mean_p.norm(dim=-1).expand_as(fisher.c)
     norms = {"norm_mean_p": norm_p, "norm_mean_q": fisher.mean_q.norm(dim=1), "norm_corrected_mean": fisher.corrected_mean.norm(dim=1)}
-    return columns | norms
+    return {**columns, **norms, **_more_fisher_columns(fisher)}
+
+
+def _more_fisher_columns(fisher: UnitFisher) -> Columns:
+    """``norm_cov_p`` is ``|Cov_p(δ², a)|``; ``cov_distance`` how far it is from the zero that makes k = 1, free of scales.
+
+    That is ``|m − μ| / √tr V``: about ``1/√effective_samples`` by chance alone, where δ² and the incoming activations are independent.
+    """
+    spread = variances(fisher.sums).sum(1).sqrt()
+    distance = torch.where(spread > 0, fisher.sums.offset_pq.norm(dim=1) / spread, torch.nan)
+    corrected = hotelling(fisher.coupling.double(), fisher.sums.effective_samples, fisher.mean_q.shape[1])
+    return {"coupling_corrected": corrected, "norm_cov_p": fisher.cov_p.norm(dim=1), "cov_distance": distance}
+
+
+def hotelling(coupling: Tensor, samples: Tensor, inputs: int) -> Tensor:
+    """h without the bias of few samples: ``mᵀV⁻¹m = h/(1 − h)``, scaled by (N − d − 2)/(N − 1), less d/N; NaN for N ≤ d + 2.
+
+    Its mean is right, so that it may be a little below 0 where h is 0. N is the number of effective samples.
+    """
+    unbiased = coupling / (1 - coupling) * (samples - inputs - 2) / (samples - 1) - inputs / samples
+    return torch.where(samples > inputs + 2, unbiased / (1 + unbiased), torch.nan)
 
 
 def unit_rows(step: int, layer: str, columns: Columns, units: Tensor | None = None) -> "pd.DataFrame":
@@ -54,7 +80,7 @@ def layer_row(step: int, layer: str, values: Mapping[str, object]) -> "pd.DataFr
     """The row of a whole layer."""
     import pandas as pd
 
-    return pd.DataFrame([{"step": step, "layer": layer, "unit": -1, **{name: values[name] for name in GAP_COLUMNS}}])
+    return pd.DataFrame([{"step": step, "layer": layer, "unit": -1, **{name: values[name] for name in (*GAP_COLUMNS, *MORE_GAP_COLUMNS)}}])
 
 
 def tidy(frames: Iterable["pd.DataFrame"]) -> "pd.DataFrame":

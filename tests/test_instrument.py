@@ -19,6 +19,9 @@ DOUBLE = torch.float64
 KEYS = ["step", "layer", "unit"]
 ACTIVATION = ["mean", "var"]
 SHIFT = ["total", "own", "incoming", "second_order"]
+MORE = ["coupling_corrected", "norm_cov_p", "cov_distance"]
+UPDATES = ["shift_gradient", "shift_centered", "shift_natural"]
+MORE_GAP = ["norm_ratio_centered", "norm_ratio_diagonal", "gap_explained"]
 FISHER = ["mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean"]
 GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
 DAMPING = 1e-3
@@ -70,7 +73,7 @@ def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
 
 def test_columns_and_their_types() -> None:
     table = logged()[0].table()
-    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP]
+    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP, *MORE, *UPDATES, *MORE_GAP]
     assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(table["unit"])
     assert all(isinstance(name, str) for name in table["layer"])
     assert all(pd.api.types.is_float_dtype(table[name]) for name in table.columns[3:])
@@ -201,7 +204,13 @@ def test_the_shifts_of_single_steps_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize(
     ("quantities", "columns"),
-    [(("activations",), ACTIVATION), (("bias_shift",), SHIFT), (("fisher",), FISHER), (("gap",), GAP), (("fisher", "gap"), FISHER + GAP)],
+    [
+        (("activations",), ACTIVATION),
+        (("bias_shift",), SHIFT),
+        (("fisher",), FISHER + MORE),
+        (("gap",), GAP + UPDATES + MORE_GAP),
+        (("fisher", "gap"), FISHER + MORE + GAP + UPDATES + MORE_GAP),
+    ],
 )
 def test_only_the_quantities_asked_for(quantities: tuple[str, ...], columns: list[str]) -> None:
     table = logged(2, 2, quantities=quantities)[0].table()
