@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from biasshift import theory
 from biasshift.accumulating import Measured, Options, Units
 from biasshift.fisher import UnitFisher
 from biasshift.labels import Labels, Likelihood
@@ -111,12 +112,12 @@ def unit_shifts(layer: Measured, directions: Directions | None = None) -> dict[s
     """
     to, mu = directions or Directions.of(layer), layer.fisher.sums.mean_p
     updates = {"shift_gradient": to.plain, "shift_centered": to.centered, "shift_natural": to.natural}
-    return {name: torch.full_like(layer.fisher.sums.weight, torch.nan) if u is None else -_shift(mu, *u) for name, u in updates.items()}
-
-
-def _shift(mu: Tensor, dw: Tensor, dw0: Tensor | None) -> Tensor:
-    moved = (mu * dw.double()).sum(-1)
-    return moved if dw0 is None else moved + dw0.double()
+    nothing = torch.zeros_like(layer.fisher.sums.weight)
+    found = {}
+    for name, update in updates.items():
+        dw, dw0 = update or (layer.fisher.sums.mean_q * torch.nan, None)
+        found[name] = -theory.bias_shift(mu, dw.double(), nothing if dw0 is None else dw0.double())
+    return found
 
 
 def centered_gradient(fisher: UnitFisher, g: Tensor, g0: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from biasshift import theory
 from biasshift.fisher import UnitFisher
 from biasshift.moments import ActivationMoments
 from biasshift.shifts import BiasShift
@@ -50,21 +51,14 @@ def fisher_columns(fisher: UnitFisher) -> Columns:
 def _more_fisher_columns(fisher: UnitFisher) -> Columns:
     """``norm_cov_p`` is ``|Cov_p(δ², a)|``; ``cov_distance`` how far it is from the zero that makes k = 1, free of scales.
 
-    That is ``|m − μ| / √tr V``: about ``1/√effective_samples`` by chance alone, where δ² and the incoming activations are independent.
+    The distance is ``|m − μ| / √tr V``: about ``1/√effective_samples`` by chance alone, where δ² and activations are independent.
+    ``coupling_corrected`` is h without the bias of few samples, right on average, so that it may be a little below 0.
     """
     spread = variances(fisher.sums).sum(1).sqrt()
     distance = torch.where(spread > 0, fisher.sums.offset_pq.norm(dim=1) / spread, torch.nan)
-    corrected = hotelling(fisher.coupling.double(), fisher.sums.effective_samples, fisher.mean_q.shape[1])
-    return {"coupling_corrected": corrected, "norm_cov_p": fisher.cov_p.norm(dim=1), "cov_distance": distance}
-
-
-def hotelling(coupling: Tensor, samples: Tensor, inputs: int) -> Tensor:
-    """h without the bias of few samples: ``mᵀV⁻¹m = h/(1 − h)``, scaled by (N − d − 2)/(N − 1), less d/N; NaN for N ≤ d + 2.
-
-    Its mean is right, so that it may be a little below 0 where h is 0. N is the number of effective samples.
-    """
-    unbiased = coupling / (1 - coupling) * (samples - inputs - 2) / (samples - 1) - inputs / samples
-    return torch.where(samples > inputs + 2, unbiased / (1 + unbiased), torch.nan)
+    raw = fisher.coupling.double() / (1 - fisher.coupling.double())  # mᵀV⁻¹m
+    unbiased = theory.hotelling(raw, fisher.sums.effective_samples, fisher.mean_q.shape[1])
+    return {"coupling_corrected": unbiased / (1 + unbiased), "norm_cov_p": fisher.cov_p.norm(dim=1), "cov_distance": distance}
 
 
 def unit_rows(step: int, layer: str, columns: Columns, units: Tensor | None = None) -> "pd.DataFrame":

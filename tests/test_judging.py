@@ -11,7 +11,7 @@ from planted import Planted, table
 from biasshift.cells import Cell, best_rate, cells_of, paper_runs
 from biasshift.claims import claims
 from biasshift.judging.curves import common_levels, curve_of, loss_after, reached
-from biasshift.judging.points import hotelling, points_of, rank_correlations
+from biasshift.judging.points import points_of, rank_correlations
 from biasshift.summary import drifts, per_run, reading_table, sweep_table
 
 SEEDS = range(6)
@@ -307,20 +307,6 @@ def test_a_point_is_a_layer_at_a_step():
     assert len(found) == 3 * 2 and found["gap"].tolist() == pytest.approx([30.0] * 6)
     assert set(found["coupling"]) == {0.4} and set(found["smaller"]) == {0.5} and set(found["incoming"]) == {0.7}
     assert len(points_of(run.drop(columns="coupling"))) == 0
-
-
-def test_hotellings_correction_takes_the_mean_bias_off():
-    """Inputs with h = 0: what is measured of h/(1−h) is d/(N − d − 2) on average."""
-    rng, d, n = np.random.default_rng(0), 5, 60
-    found = []
-    for _ in range(2000):
-        a = rng.normal(size=(n, d))
-        m = a.mean(0)
-        t = m @ np.linalg.solve(np.cov(a.T, ddof=0), m)
-        found.append(t / (1 + t))
-    corrected = hotelling(pd.Series(found), pd.Series([float(n)] * 2000), pd.Series([float(d)] * 2000))
-    assert np.mean(found) > 0.08
-    assert abs((corrected / (1 - corrected)).mean()) < 0.005
 
 
 def test_rank_correlations_are_within_groups_and_averaged():

@@ -11,7 +11,6 @@ from biasshift.accumulating import Measured, Options
 from biasshift.gaps import gap
 from biasshift.measuring import measure
 from biasshift.optim import UnitNaturalGradient
-from biasshift.tables import hotelling
 
 DOUBLE = torch.float64
 
@@ -117,22 +116,6 @@ def test_the_distance_is_free_of_scales_and_1_over_the_root_of_the_samples_by_ch
 
 
 # -- few samples ------------------------------------------------------------------------------------------------------------------
-
-
-def test_hotellings_correction_takes_the_mean_bias_off(randn):
-    inputs, samples, repetitions = 5, 60, 2000
-    a = randn(repetitions, samples, inputs) + 0.1
-    m = a.mean(1)
-    V = torch.einsum("rni,rnj->rij", a - m[:, None], a - m[:, None]) / samples
-    t = torch.einsum("ri,ri->r", m, torch.cholesky_solve(m[:, :, None], torch.linalg.cholesky(V))[:, :, 0])
-    found = hotelling(t / (1 + t), torch.full((repetitions,), float(samples), dtype=DOUBLE), inputs)
-    truth = inputs * 0.1**2
-    assert t.mean().item() > 2 * truth
-    assert (found / (1 - found)).mean().item() == pytest.approx(truth, abs=0.006)
-
-
-def test_too_few_samples_have_no_correction():
-    assert hotelling(torch.tensor([0.9, 0.9]), torch.tensor([7.0, 7.5]), 5).isnan().tolist() == [True, False]
 
 
 def test_the_column_is_the_corrected_coupling_of_the_effective_samples():

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from biasshift.summary import fed_layers
+from biasshift.theory import hotelling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +34,7 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
     behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
     units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
     enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs)
-    corrected = hotelling(units["coupling"], units["effective_samples"], units["layer"].map(inputs))
-    units = units.assign(enough=enough, corrected=corrected, smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
+    units = units.assign(enough=enough, corrected=_corrected(units, inputs), smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
     layers = units.groupby(["step", "layer"])["enough"].mean()
     kept = units[units["enough"]].groupby(["step", "layer"])
     found = pd.DataFrame(
@@ -45,11 +46,16 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
     return found.assign(incoming=found["mean_in_abs"], gap=gap).reset_index()[list(COLUMNS)]
 
 
-def hotelling(coupling: "pd.Series", samples: "pd.Series", inputs: "pd.Series") -> "pd.Series":
-    """h without the bias that few samples give it: of ``mᵀV⁻¹m = h/(1−h)``, scaled, d/N is taken off. May be a little below 0."""
-    raw = coupling / (1 - coupling).clip(lower=1e-12)
-    unbiased = raw * (samples - inputs - 2) / (samples - 1) - inputs / samples
-    return unbiased / (1 + unbiased)
+def _corrected(units: "pd.DataFrame", inputs: "pd.Series") -> "pd.Series":
+    """h of every unit without the bias that few samples give it."""
+    import pandas as pd
+
+    found = pd.Series(np.nan, index=units.index)
+    for layer, rows in units.groupby("layer"):
+        h, samples = (torch.tensor(rows[name].to_numpy(float)) for name in ("coupling", "effective_samples"))
+        unbiased = hotelling(h / (1 - h), samples, int(inputs[layer]))
+        found.loc[rows.index] = (unbiased / (1 + unbiased)).numpy()
+    return found
 
 
 def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
