@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,13 +19,14 @@ from biasshift.trials import Exam, Phase, Probe, Trial, Watch
 from biasshift.watching import evenly_spaced
 
 Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
-UPDATES: dict[str, dict[str, Any]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
+UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
     "plain": {"center": "none", "scale": "none"},
     "centered": {"center": "q", "scale": "none"},
     "centered-p": {"center": "p", "scale": "none"},
     "quasi-diagonal": {"center": "q", "scale": "diagonal"},
     "full": {"center": "q", "scale": "full"},
 }
+DECAY = 0.99  # of the running sums that the updates center and scale by
 LOOK_EVERY = 23  # steps, an epoch of the digits: within the 782 of MNIST's first epoch the losses of two networks part by far
 LOOKED_AT = 5_000  # training examples, the first ones, on which the way down to the equal loss is followed
 
@@ -54,8 +55,10 @@ class Setting:
     skip_input_layer: bool  # from the unit Fisher matrices: its incoming activations are the data, for every activation function
     update: Update = "plain"
     constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
-    update_damping: float = 1e-2  # λ of the updates that have a scale
-    update_every: int = 10  # steps between two looks at the curvature
+    update_damping: float = 0.1  # λ of the updates that have a scale
+    update_unit_damping: float = 1.0  # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
+    update_kl_clip: float = 1e-3
+    update_every: int = 20  # steps between two looks at the curvature of the full update; the others look at every step
     scores_per_epoch: int = 1
     scored: int = 0  # training examples that the training loss is measured on; 0: all
     examined: bool = True  # whether there are an examination at the equal loss and residuals at the end
@@ -106,9 +109,13 @@ def _watches(setting: Setting, probe: Probe, epoch_steps: int, measured: list[st
 def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
     if setting.update == "plain":  # the same steps as the family's plain member, without its looks at the forward passes
         return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
+    kind, scaled = UPDATES[setting.update], UPDATES[setting.update]["scale"] != "none"
     return UnitNaturalGradient(
-        model, setting.lr, **UPDATES[setting.update], momentum=setting.momentum, damping=setting.update_damping,
-        update_every=setting.update_every, generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed),
+        model, setting.lr, kind["center"], kind["scale"], setting.momentum, damping=setting.update_damping, decay=DECAY,
+        update_every=setting.update_every if setting.update == "full" else 1,
+        kl_clip=setting.update_kl_clip if scaled else None,
+        unit_damping=setting.update_unit_damping if scaled else 0.0,
+        generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed),
     )  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
+from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
 from biasshift.figures import FIGURES, draw
 from biasshift.reading import read_runs, run_states
 from biasshift.training.processes import launched
 
-EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18}
+EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ IDENTITIES = {
 }
 SCORES = {
     "train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error",
-    "test_loss": "test loss", "test_error": "test error", "test_error5": "top-5",
+    "test_loss": "test loss", "test_error": "test error", "valid_error5": "valid. top-5",
 }  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def say_runs(console: Console, states: Any, table: Any) -> None:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     hidden = "valid" if "test_loss" in table else "test"
     names = [name for name in SCORES if name in table and not name.startswith(hidden)]
-    for column in ("run", "state", "step", *(SCORES[name] for name in names), "written (UTC)"):
+    when = ["written (UTC)"] if console.width >= 100 else []
+    for column in ("run", "state", "step", *(SCORES[name] for name in names), *when):
         left = column in ("run", "state")
         shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=left)
     for row in states.itertuples():
@@ -77,5 +78,5 @@ def say_runs(console: Console, states: Any, table: Any) -> None:
         numbers = [f"{value.iloc[0]:.4g}" if len(value) else "–" for value in last.values()]
         step = "–" if str(row.last_step) == "<NA>" else f"{row.last_step:,}"
         written = "–" if str(row.updated) == "NaT" else f"{row.updated:%m-%d %H:%M}"
-        shown.add_row(str(row.run), str(row.state), step, *numbers, written)
+        shown.add_row(str(row.run), str(row.state), step, *numbers, *[written][: len(when)])
     console.print(shown)

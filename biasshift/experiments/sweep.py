@@ -27,7 +27,7 @@ LEARNING_RATES = (0.01, 0.03, 0.1)  # the paper's, and a decade beyond it
 CONSTANT = 0.5  # about what separates ReLU's mean activation from ELU's
 CONSTANT_UPDATES: tuple[Update, ...] = ("plain", "centered")
 SEEDS = 6  # fewer cannot carry a paired test
-EPOCHS = 3
+EPOCHS = 1
 DEPTH, WIDTH, BATCH_SIZE = 8, 128, 64  # those of Figure 2
 
 
@@ -54,19 +54,23 @@ class Sweep(Experiment):
     """Skip the runs that are done, and go on with those that are not."""
     part: tuple[int, int] = (1, 1)
     """The runs of one job out of several, such as 3 of 16: --part $SLURM_ARRAY_TASK_ID 16 for an array 1-16."""
-    scores_per_epoch: int = 8
+    scores_per_epoch: int = 16
     """Looks at the losses, from which the steps to a loss are read."""
-    scored: int = 10_000
+    scored: int = 5_000
     """Training images that the training loss is measured on."""
-    exam_probe: int = 10_000
+    exam_probe: int = 8_000
     """Training examples in each of the two disjoint probes of the examination at equal loss, of plain runs."""
-    equal_loss: float = 0.5
+    equal_loss: float = 0.6
     units: int = 8
     """Measured units of every hidden layer, evenly spaced."""
-    damping: float = 1e-2
+    damping: float = 0.1
     """Of the updates that have a scale."""
+    unit_damping: float = 1.0
+    """Of their c: without it ReLU units that are hardly ever active take unbounded steps, and the runs diverge."""
+    kl_clip: float = 1e-3
+    """Their trust region. It, and the two dampings, were set on single runs of 300 steps of ELU and ReLU and are the same for all."""
     update_every: int = 20
-    """Steps between two looks at the curvature."""
+    """Steps between two looks of the full update at its curvature; the others look at every step."""
 
     name: ClassVar[str] = "sweep"
     small: ClassVar[bool] = True
@@ -99,7 +103,7 @@ class Sweep(Experiment):
         return Setting(
             self.name, activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
             means_every=1, fisher_every=0, equal_loss=self.equal_loss, units_measured=self.units, damping=1e-3, skip_input_layer=True,
-            update=update, constant=constant, update_damping=self.damping, update_every=self.update_every,
+            update=update, constant=constant, update_damping=self.damping, update_unit_damping=self.unit_damping, update_kl_clip=self.kl_clip, update_every=self.update_every,
             scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=plain,
         )  # fmt: skip
 
@@ -115,8 +119,8 @@ class Sweep(Experiment):
     def _check(self) -> None:
         self.check()
         at_least_one(self, "seeds", "epochs", "depth", "width", "scores_per_epoch", "scored", "exam_probe", "units", "update_every")
-        positive(self, "equal_loss")
-        not_negative(self, "damping")
+        positive(self, "equal_loss", "kl_clip")
+        not_negative(self, "damping", "unit_damping")
         for lr in self.lr:
             positive(replace(self, lr=lr), "lr")  # pyright: ignore[reportArgumentType]
         for name in ("activation", "update", "lr"):

@@ -28,8 +28,9 @@ def refuse_large(layers: dict[str, WeightLayer], most: int) -> None:
 
 
 def check(
-    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int
-) -> None:
+    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int,
+    kl_clip: float | None, unit_damping: float,
+) -> None:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be the nn.Module itself, whose forward passes are watched, got {type(model).__name__}.")
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
@@ -37,10 +38,12 @@ def check(
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
-    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping}
+    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping, "unit_damping": unit_damping}
     for name, value in rates.items():
         if not math.isfinite(float(value)) or float(value) < 0:
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
+    if kl_clip is not None and not 0 < kl_clip < math.inf:
+        raise ValueError(f"kl_clip must be a number above 0, or None, got {kl_clip!r}.")
     for name, value in {"momentum": momentum, "decay": decay}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")

@@ -27,8 +27,11 @@ class Curvature:
         self.sums.add(new, decay)
         self._kept = None
 
-    def update(self, g: Tensor, g0: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
-        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale."""
+    def update(self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float) -> tuple[Tensor, Tensor | None]:
+        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale.
+
+        ``c`` is ``E_p(δ̄²)`` plus ``unit_damping`` times its mean over the layer's units.
+        """
         r = _repeated(self._center(), len(g))
         dw = g if g0 is None else g - g0[:, None] * r
         moved = g0
@@ -36,6 +39,7 @@ class Curvature:
             c = self.sums.parts["weight"][0] / self.sums.examples
             solved, usable = self._solve(dw, damping, bias=g0 is not None)
             usable = usable & (c > 0)
+            c = c + unit_damping * c.mean()
             dw = torch.where(usable[:, None], solved / c[:, None], dw)
             moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
         return dw, moved if moved is None else moved - dot(r, dw)

@@ -14,6 +14,7 @@ from torch import (
 
 from biasshift import layers as kinds
 from biasshift.optim.arguments import check, covered, refuse_large
+from biasshift.optim.clipping import within_trust
 from biasshift.optim.curvature import Curvature
 from biasshift.optim.listener import Listener
 from biasshift.optim.member import Member
@@ -67,6 +68,12 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         max_dense_inputs: the most inputs of a unit that a full matrix is kept for.
         generator: draws the sampled labels; by default one of its own, with a fixed seed.
         weight_sharing: for convolutions and sequences, as in `biasshift.unit_fisher`.
+        kl_clip: shortens a step to where ``lr² Σ gᵀΔ``, about twice the mean divergence between the model's answers before and
+            after it, is so large; none is shortened by default. With a scale, c goes to 0 as the model becomes sure and 1/c grows
+            without bound: 1e-3 to 1e-2 keeps such steps in hand.
+        unit_damping: adds so much of the layer's mean c to the c of every unit, in the update alone. Units that are hardly ever
+            active, as ReLU networks have them, would otherwise take unbounded steps. It is a learning rate for each unit: the
+            identity holds with this c, and the invariance under shifts is untouched.
 
     Raises:
         ValueError: for arguments that do not fit, or a layer whose curvature cannot be formed (the sentence names it).
@@ -103,14 +110,17 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         max_dense_inputs: int = 1024,
         generator: torch.Generator | None = None,
         weight_sharing: str = "per_example",
+        kl_clip: float | None = None,
+        unit_damping: float = 0.0,
     ) -> None:
         self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing)
-        check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs)
+        check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs, kl_clip, unit_damping)
         root = underlying(model)
         layers = covered(root) if self.member.needs_sums else {}
         if scale == "full":
             refuse_large(layers, max_dense_inputs)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
+        defaults |= {"kl_clip": kl_clip, "unit_damping": unit_damping}
         super().__init__(model.parameters(), defaults)
         self.update_every, self.decay = update_every, decay
         distributed = isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
@@ -147,9 +157,11 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = self._updates(1 / self._look())
-        group = self.param_groups[0]
+        factor = 1 / self._look()
+        updates, group = self._updates(factor), self.param_groups[0]
         params, lr = list(updates), float(group["lr"])
+        if group["kl_clip"] is not None:
+            updates = within_trust(updates, [p.grad * factor for p in params if p.grad is not None], lr, group["kl_clip"])
         steps = with_momentum(updates, group["momentum"], self.state)
         decaying = [p for p in params if p.dim() > 1]
         if group["weight_decay"] and decaying:
@@ -216,7 +228,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
 
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
         """The update of every parameter that has a gradient, before momentum and learning rate."""
-        updates = {p: p.grad if factor == 1 else p.grad * factor for p in self.param_groups[0]["params"] if p.grad is not None}
+        group = self.param_groups[0]
+        updates = {p: p.grad if factor == 1 else p.grad * factor for p in group["params"] if p.grad is not None}
         for name, curvature in self._curvatures.items():
             layer = self._layers[name]
             weight, bias = layer.weight, layer.bias
@@ -224,7 +237,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
                 continue
             g = kinds.weights(layer, updates[weight]).double()
             g0 = updates[bias].double() if bias is not None and bias in updates else None
-            dw, dw0 = curvature.update(g, g0, self.param_groups[0]["damping"])
+            dw, dw0 = curvature.update(g, g0, group["damping"], group["unit_damping"])
             updates[weight] = kinds.as_weight(layer, dw).to(weight.dtype)
             if bias is not None and dw0 is not None:
                 updates[bias] = dw0.to(bias.dtype)
