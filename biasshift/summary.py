@@ -12,9 +12,9 @@ EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
 REMEDY = "give runs of `biasshift demo` or `biasshift train`"
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
-# What runs that are compared must share, where they record it.
+# What runs that are compared must share, where they record it; so they must the options of the updates, named update_….
 SHARED = (
-    "experiment", "epochs", "batch_size", "momentum", "update_damping", "update_every", "scores_per_epoch", "depth", "width", "init",
+    "experiment", "epochs", "batch_size", "momentum", "scores_per_epoch", "depth", "width", "init",
     "probe_size", "exam_size", "means_every", "equal_loss", "units_measured",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def _refuse_mixture(table: "pd.DataFrame") -> None:
     if missing := [name for name in NEEDED if name not in table]:
         raise ValueError(f"These runs have no column '{missing[0]}': {REMEDY}.")
     runs = table.drop_duplicates("run")
-    for name in SHARED:
+    for name in [*SHARED, *(name for name in table if str(name).startswith("update_"))]:
         values = sorted(runs[name].dropna().unique()) if name in table else []
         if len(values) > 1:
             raise ValueError(f"These runs differ in '{name}' ({', '.join(map(str, values))}): give runs of one setting.")

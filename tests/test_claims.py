@@ -320,6 +320,7 @@ def test_one_sentence_per_claim_with_its_number():
 def test_the_contrary_is_said_plainly():
     (said,) = [s for s in sentences(claims(planted("loss", [0.1 - d for d in LESS]))) if "lower training loss" in s]
     assert said.startswith("Not supported, the contrary holds: ELU networks end at a lower training loss than ReLU networks")
+    assert "p = 0.016 of the contrary" in said
 
 
 def test_columns_and_folders(tmp_path):

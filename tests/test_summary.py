@@ -81,6 +81,11 @@ def test_runs_of_two_settings_are_not_compared():
         per_run(table([Planted("elu", 0, settings={"momentum": 0.0}), Planted("relu", 0, settings={"momentum": 0.9})]))
 
 
+def test_updates_of_two_settings_are_not_compared():
+    with pytest.raises(ValueError, match=r"differ in 'update_damping' \(0.01, 0.1\)"):
+        per_run(table([Planted("elu", 0, settings={"update_damping": 0.01}), Planted("relu", 0, settings={"update_damping": 0.1})]))
+
+
 def test_a_seed_that_comes_twice_is_refused():
     again = Planted("elu", 1).rows().assign(run="elsewhere/elu-1")
     with pytest.raises(ValueError, match="two runs of 'elu' with seed 1"):
