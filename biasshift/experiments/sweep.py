@@ -69,7 +69,7 @@ class Sweep(Experiment):
     """Of their c: without it ReLU units that are hardly ever active take unbounded steps, and the runs diverge."""
     kl_clip: float = 1e-3
     """Their trust region. It, and the two dampings, were set on single runs of 300 steps of ELU and ReLU and are the same for all."""
-    update_every: int = 20
+    update_every: int = 50
     """Steps between two looks of the full update at its curvature; the others look at every step."""
 
     name: ClassVar[str] = "sweep"
@@ -103,7 +103,8 @@ class Sweep(Experiment):
         return Setting(
             self.name, activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
             means_every=1, fisher_every=0, equal_loss=self.equal_loss, units_measured=self.units, damping=1e-3, skip_input_layer=True,
-            update=update, constant=constant, update_damping=self.damping, update_unit_damping=self.unit_damping, update_kl_clip=self.kl_clip, update_every=self.update_every,
+            update=update, constant=constant, update_damping=self.damping, update_unit_damping=self.unit_damping,
+            update_kl_clip=self.kl_clip, update_every=self.update_every,
             scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=plain,
         )  # fmt: skip
 
