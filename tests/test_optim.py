@@ -674,6 +674,71 @@ def test_remove_leaves_no_hook_and_a_forgotten_optimizer_is_no_burden():
     assert torch.equal(state, generator.get_state())
 
 
+# -- layers too large for matrices ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp-elu", "mlp-no-bias", "mlp-gaussian"])
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+def test_the_latest_examples_take_the_place_of_large_matrices(name, labels):
+    """With nothing carried over from earlier looks the two ways are one definition."""
+    case = BY_NAME[name]
+    found = []
+    for most in (1024, 4):
+        model, x, y = case.build()
+        optimizer = UnitNaturalGradient(
+            model, 0.1, damping=DAMPING, labels=labels, likelihood=case.likelihood, decay=0.0, max_dense_inputs=most
+        )
+        for _ in range(3):
+            take_step(model, optimizer, x, y, case.likelihood)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+    kept = optimizer.state_dict()["biasshift"]["curvature"]
+    assert any("samples" in one["parts"] and "second" not in one["parts"] for one in kept.values())
+
+
+def test_examples_of_accumulated_batches_add_up():
+    found = []
+    for parts in (1, 2):
+        model, x, y = BY_NAME["mlp-elu"].build()
+        optimizer = UnitNaturalGradient(model, 0.1, damping=DAMPING, labels="empirical", decay=0.9, max_dense_inputs=4)
+        for some, their in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (negative_log_likelihood(model(some), their) * len(some) / len(x)).backward()
+        optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+def test_large_layers_go_on_from_a_state(tmp_path):
+    found = []
+    for through_file in (False, True):
+        model, x, y = BY_NAME["mlp-elu"].build()
+        options = {"damping": DAMPING, "update_every": 3, "max_dense_inputs": 4}
+        optimizer = UnitNaturalGradient(model, 0.1, **options)
+        train(model, optimizer, x, y, 2)
+        if through_file:
+            torch.save(optimizer.state_dict(), tmp_path / "state")
+            optimizer.remove()
+            optimizer = UnitNaturalGradient(model, 0.1, **options)
+            optimizer.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        train(model, optimizer, x, y, 3)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_large_layers_with_dead_units_and_positions():
+    model, x, y = BY_NAME["mlp-relu"].build()
+    with torch.no_grad():
+        model[0].bias[1] = -1e3
+    before = parameters(model)
+    train(model, UnitNaturalGradient(model, 0.01, damping=DAMPING, max_dense_inputs=4), x, y, 3)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(model[0].weight[1], before["0.weight"][1])
+    case = BY_NAME["tokens-pooled"]
+    model, x, y = case.build()
+    with pytest.raises(ValueError, match=r"positions an example.*expand"):
+        take_step(model, UnitNaturalGradient(model, 0.1, likelihood=case.likelihood, max_dense_inputs=2), x, y, case.likelihood)
+
+
 # -- singular cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -738,7 +803,8 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
         ({"damping": -1e-3}, "damping must be"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"update_every": 0}, "update_every must be a whole number"),
-        ({"max_dense_inputs": 4}, "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs"),
+        ({"max_dense_inputs": 4, "center": "p"}, "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs"),
+        ({"max_dense_inputs": 4, "center": "none"}, "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(options, words):

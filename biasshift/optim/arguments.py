@@ -7,6 +7,7 @@ from torch.nn.parameter import is_lazy
 
 from biasshift import layers as kinds
 from biasshift.layers import WeightLayer
+from biasshift.optim.member import Member
 from biasshift.proving import tied
 
 
@@ -17,10 +18,12 @@ def covered(root: nn.Module) -> dict[str, WeightLayer]:
     return {name: module for name, module in found.items() if name not in shared and "weight" in module._parameters}
 
 
-def refuse_large(layers: dict[str, WeightLayer], most: int) -> None:
+def refuse_large(layers: dict[str, WeightLayer], member: Member, distributed: bool) -> None:
+    """Linear layers of one process are solved with by their examples; others must keep the matrices of all their units."""
+    by_examples = member.center == "q" and not distributed
     for name, layer in layers.items():
-        inputs = kinds.input_count(layer)
-        if inputs > most and layer.weight.requires_grad:
+        inputs, most = kinds.input_count(layer), member.dense_inputs
+        if inputs > most and layer.weight.requires_grad and not (by_examples and isinstance(layer, nn.Linear)):
             raise ValueError(
                 f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: its full matrices would take "
                 f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or raise max_dense_inputs.'

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from biasshift import triangle
+from biasshift.optim.examples import Examples
 from biasshift.optim.member import Member
 from biasshift.optim.sums import Sums
 from biasshift.solving import rounding
@@ -20,12 +21,13 @@ class Curvature:
 
     def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
         self.name, self.sums, self.member, self.dtype = name, sums, member, dtype
+        self._examples: tuple[tuple[float, bool], Examples] | None = None
         self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
 
     def add(self, new: Sums, decay: float) -> None:
         """Sums decay together with the counts that divide them: their quotients are bias-corrected running averages."""
         self.sums.add(new, decay)
-        self._kept = None
+        self._kept = self._examples = None
 
     def update(self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float) -> tuple[Tensor, Tensor | None]:
         """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale.
@@ -65,6 +67,10 @@ class Curvature:
 
     def _solve(self, rhs: Tensor, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
+        if "samples" in self.sums.parts:
+            if self._examples is None or self._examples[0] != (damping, bias):
+                self._examples = (damping, bias), Examples(self.name, self.sums, damping, bias)
+            return self._examples[1].solve(rhs)
         if self._kept is None or self._kept[0] != (damping, bias):
             factors, usable = self._diagonal(damping, bias) if self.member.scale == "diagonal" else self._factors(damping, bias)
             self._kept = (damping, bias), factors, usable

@@ -130,6 +130,7 @@ class Listener:
             self._check_calls(name, calls, found.examples)
             a = _side_by_side([kinds.patches(module, heard.a, heard.shape) for heard in calls])
             a = a.to(kinds.dtype_of_sums(a))
+            self._check_positions(name, a)
             delta = None
             if self.member.needs_errors:
                 came = [a.new_zeros(heard.shape) if heard.delta is None else heard.delta for heard in calls]
@@ -170,6 +171,13 @@ class Listener:
                         f"The outputs {tuple(output.shape)} look like the maps of convolution '{name}', with the classes on axis 1; here "
                         "they must come last. Wrap the model so that it returns outputs.movedim(1, -1)."
                     )
+
+    def _check_positions(self, name: str, a: Tensor) -> None:
+        if self.member.keeps_examples(a.shape[3]) and a.shape[1] > 1 and self.member.weight_sharing == "per_example":
+            raise ValueError(
+                f"Layer '{name}' has {a.shape[3]} inputs a unit and sees {a.shape[1]} positions an example, whose errors add up: its "
+                'matrices would be needed. Use weight_sharing="expand", scale="diagonal", or raise max_dense_inputs.'
+            )
 
     def _check_calls(self, name: str, calls: Iterable[Heard], examples: int) -> None:
         for heard in calls:

@@ -24,6 +24,7 @@ class Member:
     likelihood: str
     reduction: str
     weight_sharing: str
+    dense_inputs: int = 2**62  # beyond so many inputs of a unit, the full scale keeps the latest examples in place of its matrices
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -34,6 +35,9 @@ class Member:
     def needs_errors(self) -> bool:
         """Whether δ² is read: for the mean under q, or for the scale c."""
         return self.center == "q" or self.scale != "none"
+
+    def keeps_examples(self, inputs: int) -> bool:
+        return self.scale == "full" and inputs > self.dense_inputs
 
     @property
     def needs_sums(self) -> bool:

@@ -65,7 +65,9 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             loss divided by their number, as ever.
         update_every: steps between two looks at the curvature, and between two factorizations.
         decay: of the running sums from one look to the next; 0 keeps the latest.
-        max_dense_inputs: the most inputs of a unit that a full matrix is kept for.
+        max_dense_inputs: the most inputs of a unit that a full matrix is kept for. Linear layers with more keep the examples of
+            the latest look in place of V, and solve with those (by iteration where they are many); their c and center are running
+            averages as ever. With the center ``"q"``, and in one process; else, and for convolutions, they are refused.
         generator: draws the sampled labels; by default one of its own, with a fixed seed.
         weight_sharing: for convolutions and sequences, as in `biasshift.unit_fisher`.
         kl_clip: shortens a step to where ``lr² Σ gᵀΔ``, about twice the mean divergence between the model's answers before and
@@ -113,17 +115,17 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         kl_clip: float | None = None,
         unit_damping: float = 0.0,
     ) -> None:
-        self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing)
+        self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs)
         check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs, kl_clip, unit_damping)
         root = underlying(model)
         layers = covered(root) if self.member.needs_sums else {}
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
         if scale == "full":
-            refuse_large(layers, max_dense_inputs)
+            refuse_large(layers, self.member, distributed)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         defaults |= {"kl_clip": kl_clip, "unit_damping": unit_damping}
         super().__init__(model.parameters(), defaults)
         self.update_every, self.decay = update_every, decay
-        distributed = isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
         device = next(model.parameters()).device
         self.generator = generator or torch.Generator(device).manual_seed(dist.get_rank() if distributed else 0)
         self._layers, self._steps = layers, 0

@@ -20,6 +20,7 @@ class Sums:
     ``total`` Σ (a − reference) (groups, inputs); ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs);
     ``second`` the same of the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the center p
     there is no ``first``, and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
+    Of layers too large for outer products there is no ``second`` but ``samples``: a − reference and δ² of every example, latest look.
     """
 
     examples: float
@@ -32,6 +33,10 @@ class Sums:
         self.examples = decay * self.examples + other.examples
         self.positions = decay * self.positions + other.positions
         for name, mine in self.parts.items():
+            if name == "samples":
+                theirs = other.parts[name]
+                self.parts[name] = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)] if decay == 1 else theirs
+                continue
             for i, (x, y) in enumerate(zip(mine, other.parts[name], strict=True)):
                 mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
 
@@ -65,7 +70,9 @@ def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Membe
         parts["weight"] = [whole.double().square().sum(0).flatten()]
         if member.center != "p":
             parts["first"] = [torch.einsum("ntgu,ntgi->gui", delta * whole[:, None], shifted).flatten(0, 1).double()]
-    if member.scale != "none":
+    if delta is not None and member.keeps_examples(a.shape[3]):
+        parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
+    elif member.scale != "none":
         parts["second"] = _shared_second(shifted, member) if member.center == "p" else _unit_second(shifted, delta, member)
     return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
 
