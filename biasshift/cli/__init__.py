@@ -1,4 +1,4 @@
-"""The command line: `biasshift demo | train | figure | claims | runs`, generated from typed dataclasses."""
+"""The command line: `biasshift demo | train | sweep | figure | claims | runs | report`, generated from typed dataclasses."""
 
 import os
 import sys
@@ -8,7 +8,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from biasshift.cli.options import Claims, Figure, Runs
+from biasshift.claims import claims_markdown
+from biasshift.cli.options import Claims, Figure, Report, Runs
 from biasshift.cli.saying import say_claims, say_paths, say_runs
 from biasshift.cli.training import train
 from biasshift.experiments.autoencoder import Autoencoder
@@ -20,6 +21,7 @@ from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
 from biasshift.figures import FIGURES, draw
 from biasshift.reading import read_runs, run_states
+from biasshift.report import report
 from biasshift.training.processes import launched
 
 EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
@@ -52,7 +54,7 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
     app.command(name="demo")(Demo)
     app.command(experiments, name="train", help="Train the networks of one of the paper's experiments, instrumented.")
     app.command(name="sweep")(Sweep)
-    for name, command in {"figure": Figure, "claims": Claims, "runs": Runs}.items():
+    for name, command in {"figure": Figure, "claims": Claims, "runs": Runs, "report": Report}.items():
         app.command(name=name)(command)
     return app.cli(prog="biasshift", description="Measure, test and exploit bias shift and the unit natural gradient.", args=arguments)
 
@@ -73,6 +75,10 @@ def _carry_out(options: Any) -> None:
         _judge(console, options)
     elif isinstance(options, Runs):
         say_runs(console, run_states(*options.runs), read_runs(*options.runs, units=False))
+    elif isinstance(options, Report):
+        if not options.runs:
+            raise ValueError("reports are about runs: biasshift report FOLDER.")
+        console.print(f"Report: {report(options.runs, options.out)}", soft_wrap=True)
     else:
         train(console, options)
 
@@ -89,7 +95,12 @@ def _draw(console: Console, options: Figure) -> None:
 def _judge(console: Console, options: Claims) -> None:
     if not options.runs:
         raise ValueError("claims are about runs: biasshift claims FOLDER.")
-    say_claims(console, read_runs(*options.runs))
+    found = say_claims(console, read_runs(*options.runs))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        found.to_parquet(options.out / "claims.parquet")
+        (options.out / "claims.md").write_text(claims_markdown(found), encoding="utf-8")
+        console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -35,3 +35,13 @@ class Runs:
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
     """Run folders, or folders that contain them."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Make one self-contained page for looking at runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders that contain them."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page, which opens from the disk."""

@@ -118,7 +118,7 @@ def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
     table, states = read_runs(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
         console.print(f"{name}: training diverged; the run ends there.")
-    if not experiment.figures:
+    if not experiment.figures or set(states["state"]) == {"failed"}:  # of runs that all are lost there is nothing to compare
         say_runs(console, states, table)
         return
     say_comparison(console, table)
