@@ -18,9 +18,13 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
+from biasshift.cli import training
+from biasshift.cli.progress import progress
+from biasshift.experiments import digits
 from biasshift.experiments.digits import Demo
 from biasshift.reading import read_runs, run_states
 from biasshift.recording import Run
+from biasshift.trials import Progress
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 90  # seconds, for a machine that is busy with something else
@@ -83,12 +87,13 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["demo", "train", "figure", "claims"]),
-        (["demo"], ["--quick", "--out", "--workers", "Needs no download"]),
+        ([], ["demo", "train", "figure", "claims", "runs"]),
+        (["demo"], ["--quick", "--out", "--workers", "--resume", "--smoke", "Needs no download"]),
         (["train"], ["mnist"]),
         (["train", "mnist"], ["--activation", "--seeds", "--epochs", "(default: 300)", "--data", "$BIASSHIFT_DATA"]),
         (["figure"], ["1 (activation functions)", "--out", "{1,2,gap,all}"]),
         (["claims"], ["Run folders"]),
+        (["runs"], ["Run folders", "(default:"]),
     ],
 )
 def test_help(here, capsys, arguments, words):
@@ -117,6 +122,12 @@ def test_python_minus_m():
         (["claims"], "biasshift claims FOLDER"),
         (["claims", "nowhere"], "'nowhere' is no folder"),
         (["claims", "."], "no runs in ."),
+        (["runs"], "'runs' is no folder"),
+        (["runs", "."], "no runs in ."),
+        (["demo", "--device", "nonsense"], "--device: there is no kind of device 'nonsense'; try cpu or cuda"),
+        (["train", "mnist", "--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["train", "mnist", "--replace", "--resume"], "--replace and --resume exclude each other"),
+        (["demo", "--ensemble", "--precision", "bfloat16"], "--ensemble trains in float32"),
         (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
         (["train", "mnist", "--workers", "0"], "--workers must be at least 1, got 0"),
@@ -124,7 +135,7 @@ def test_python_minus_m():
         (["train", "mnist", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["train", "mnist", "--lr", "-1"], "--lr must be a number above 0, got -1.0"),
         (["train", "mnist", "--lr", "nan"], "--lr must be a number above 0, got nan"),
-        (["train", "mnist", "--activation"], "--activation needs at least one name"),
+        (["train", "mnist", "--activation"], "--activation needs at least one value"),
         (["train", "mnist", "--activation", "elu", "elu"], "each of them once"),
         (["train", "mnist"], "MNIST is not complete in 'data/MNIST/raw'"),
         (["train", "mnist", "--data", "nowhere"], "--data or $BIASSHIFT_DATA"),
@@ -141,7 +152,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, arguments, s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "{demo, train, figure, claims}"),
+        ([], "Expected one of {demo, train, "),
         (["tarin"], "tarin"),
         (["train"], "mnist"),
         (["train", "cifar"], "cifar"),
@@ -182,7 +193,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(here, capsys):
 def test_runs_of_two_settings_are_not_judged_together(runs, capsys):
     write_run(runs.parent / "more" / "elu-9", Planted("elu", 9, settings={"lr": 0.5}).rows())
     status, shown, errors = call(capsys, "claims", "runs")
-    assert (status, shown) == (2, "") and errors == "biasshift: These runs differ in 'lr' (0.1, 0.5): give runs of one setting.\n"
+    assert (status, shown) == (2, "") and errors.count("\n") == 1 and "'elu' was trained at 0.1, 0.5" in errors
 
 
 # -- runs that are there already ---------------------------------------------------------------------------------
@@ -226,7 +237,7 @@ def test_claims_fit_the_terminal(runs, capsys, monkeypatch, columns):
     assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown
     words = " ".join(shown.split())
     assert "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3)." in words
-    assert "degrees between gradient and unit natural gradient: -10 [" in words and "n = 6, p = 0.031." in words
+    assert "degrees between gradient and unit natural gradient: -10 [" in words and "n = 6, p = 0.0" in words
 
 
 def test_a_single_run_folder_is_enough(runs, capsys):
@@ -244,6 +255,20 @@ def test_whoever_stops_reading_is_not_shouted_at(runs, here):
         assert process.communicate(timeout=PATIENCE)[1] == "" and process.returncode == 1
 
 
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_listed_with_their_state_and_their_last_numbers(runs, capsys):
+    with pytest.raises(KeyboardInterrupt), Run.create(runs / "srelu-0", {"seed": 0}) as run:
+        raise KeyboardInterrupt
+    assert run.last_step is None
+    status, shown, errors = call(capsys, "runs")
+    assert (status, errors) == (0, "") and max(map(len, shown.splitlines())) <= 80 and "nan" not in shown and "NA" not in shown
+    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[1:2] in (["finished"], ["interrupted"])}
+    assert len(lines) == 13
+    assert lines["elu-3"][:5] == ["elu-3", "finished", "100", "0.5", "1"] and lines["srelu-0"][:3] == ["srelu-0", "interrupted", "–"]
+
+
 # -- training ----------------------------------------------------------------------------------------------------
 
 
@@ -253,15 +278,17 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("trained") / "a [bold] folder"
     shown = io.StringIO()
     console = Console(file=shown, width=60, highlight=False, markup=False, emoji=False)
-    cli._train(console, Tiny(out=folder))
+    training.train(console, Tiny(out=folder))
     return folder, shown.getvalue()
 
 
 def test_training_shows_progress_table_identities_figures_and_claims(trained):
     folder, shown = trained
-    first, *progress = shown.splitlines()[:5]
-    assert first == f"2 runs of 2 epochs in 1 process → {folder}"
-    assert progress == [f"{done} of 4 epochs" for done in (1, 2, 3, 4)]
+    first, *lines = shown.splitlines()
+    assert first == f"2 runs on cpu in 1 process → {folder}"
+    found = [re.fullmatch(r"(\d+) of 92 steps, \d+ steps/s, loss \d\.\d+ \((elu|relu)-0, step (\d+)\)", line) for line in lines]
+    steps = [int(match[1]) for match in found if match]
+    assert {46, 92} <= set(steps) <= set(range(93)) and steps == sorted(steps)  # on a slow machine there are more
     words = " ".join(shown.split())
     for text in ("Mean ± SD over seeds", "seeds 1 1", "Exact identities", "Undecided: ELU networks learn faster", "Fewer than 6"):
         assert text in words
@@ -290,9 +317,31 @@ def test_training_leaves_run_folders_and_figures(trained):
     assert set(run_states(folder)["state"]) == {"finished"}
 
 
-def test_a_run_that_diverges_is_named(here):
-    with pytest.raises(RuntimeError, match=r"'.*elu-0': the loss became .* diverged"):
-        cli._train(Console(file=io.StringIO()), Tiny(out=here, lr=1e9))
+def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, workers=2, diverging=("elu",), activations=("elu", "relu", "lrelu")))
+    states = run_states(tmp_path).set_index("run")["state"].to_dict()
+    assert states == {"elu-0": "failed", "lrelu-0": "finished", "relu-0": "finished"}
+    assert [line for line in shown.getvalue().splitlines() if "diverged" in line] == ["elu-0: training diverged; the run ends there."]
+    assert read_runs(tmp_path / "elu-0")["step"].max() == 0
+    assert "Exact identities" in shown.getvalue()
+
+
+def test_when_all_runs_diverge_there_is_still_an_end(tmp_path):
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu")))
+    assert shown.getvalue().count("training diverged") == 2 and set(run_states(tmp_path)["state"]) == {"failed"}
+
+
+def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):
+    """All seeds of an activation at once; seed 0 is the run that was made alone."""
+    tiny = Tiny(out=tmp_path, ensemble=True, seeds=2)
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=80), tiny)
+    assert set(run_states(tmp_path)["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"} and set(run_states(tmp_path)["state"]) == {"finished"}
+    for name in ("elu-0", "relu-0"):
+        found, expected = (read_runs(folder / name)["train_loss"].dropna() for folder in (tmp_path, trained[0]))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -302,27 +351,33 @@ def test_a_terminal_gets_a_bar_and_no_color_where_none_is_wanted(monkeypatch, no
         monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with cli.progress(console, 3) as on_epoch:
-        for _ in range(3):
-            on_epoch()
+    with progress(console, 300) as report:
+        for step in (100, 200, 300):
+            report(Progress("elu-0", step, 300, 0.25))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "3/3" in shown and "epochs" in shown
+    assert "100%" in shown and "loss 0.25 (elu-0, step 300)" in shown
     assert bool(re.search(r"\x1b\[[\d;]*(3[0-7]|38;[\d;]+)m", shown)) != no_color
 
 
 def test_elsewhere_progress_is_ten_plain_lines():
-    console = Console(file=io.StringIO(), width=80)
-    with cli.progress(console, 1440) as on_epoch:
-        for _ in range(1440):
-            on_epoch()
-    assert console.file.getvalue().splitlines() == [f"{144 * i} of 1440 epochs" for i in range(1, 11)]  # type: ignore[attr-defined]
+    """Of two runs together, one of which goes on where an earlier command stopped."""
+    console = Console(file=io.StringIO(), width=200)
+    with progress(console, 2000) as report:
+        for step in range(1, 1001):
+            report(Progress("elu-0", step, 1000, 1.0))
+        for step in range(501, 1001):
+            report(Progress("relu-0", step, 1000, 0.125))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    done = [int(line.split(" of 2,000 steps, ")[0].replace(",", "")) for line in lines]
+    assert done == [200, 400, 600, 800, 1000, 1501, 1600, 1800, 2000]
+    assert lines[0].endswith("loss 1 (elu-0, step 200)") and lines[-1].endswith("loss 0.125 (relu-0, step 1,000)")
 
 
 def test_a_system_error_names_its_file(here, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "runs/demo")
 
-    monkeypatch.setattr(cli, "_train", refuse)
+    monkeypatch.setattr(cli, "train", refuse)
     assert call(capsys, "demo") == (2, "", "biasshift: 'runs/demo': Permission denied.\n")
 
 
@@ -345,28 +400,55 @@ def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_jobs", interrupted)
+    monkeypatch.setattr(training, "run_jobs", interrupted)
     status, _, errors = call(capsys, "demo", "--quick")
     assert status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
 
 
-def test_ctrl_c_during_the_demo(here):
-    """The demo with small networks and without an end."""
-    small = "digits.DEPTH, digits.WIDTH, digits.PROBE, digits.EXAM_PROBE, digits.MEANS_EVERY, digits.QUICK_EPOCHS = 2, 8, 50, 200, 1, 10**6"
-    code = f"from biasshift.experiments import digits; {small}; from biasshift.cli import main; main(['demo', '--quick', '--workers', '2'])"
-    process = spawn("-c", code, stdout=subprocess.PIPE, cwd=here, start_new_session=True)
+SMALL = {
+    "DEPTH": 2,
+    "WIDTH": 8,
+    "PROBE": 50,
+    "EXAM_PROBE": 200,
+    "QUICK_EPOCHS": 50,
+    "QUICK_SEEDS": 1,
+    "ACTIVATIONS": ("elu", "relu"),
+}
+
+
+def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
+    """The demo with small networks: Ctrl-C in the middle of two runs; then the same command with --resume."""
+    code = f"from biasshift.experiments import digits; vars(digits).update({SMALL}); from biasshift.cli import main; main()"
+    options = ["demo", "--quick", "--device", "cpu", "--checkpoint-seconds", "0.2"]
+    process = spawn("-c", code, *options, "--workers", "2", stdout=subprocess.PIPE, cwd=here, start_new_session=True)
     end = time.monotonic() + PATIENCE
-    while len({path.parent for path in here.glob("runs/demo/*/segment-00001.parquet")}) < 2:  # both workers are in the middle of a run
+    while len(list(here.glob("runs/demo/quick/*/checkpoint.pt"))) < 2:  # both workers are in the middle of a run
         assert time.monotonic() < end and process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
     shown, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and shown.startswith("8 runs of 1000000 epochs in 2 processes")
-    assert errors == "biasshift: interrupted. Finished runs are complete, the others are readable up to their last epoch.\n"
-    assert run_states(here / "runs")["state"].tolist() == ["interrupted"] * 2  # the other six never began
-    assert read_runs(here / "runs").groupby("run", observed=True)["epoch"].max().ge(2).all()
-    assert not members(process.pid)
+    assert process.returncode == 130 and shown.startswith("2 runs on cpu in 2 processes → runs/demo/quick")
+    assert errors.startswith("biasshift: interrupted. Finished runs are complete") and errors.count("\n") == 1
+    assert errors.endswith("the same command with --resume goes on.\n")
+    while members(process.pid):  # one that was killed may still be ending
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    states = run_states(here / "runs").set_index("run")["state"].to_dict()
+    assert set(states) == {"elu-0", "relu-0"} and "interrupted" in states.values() and set(states.values()) <= {"interrupted", "finished"}
+
+    for name, value in SMALL.items():
+        monkeypatch.setattr(digits, name, value)
+    assert call(capsys, *options, "--no-replace")[0] == 2  # a run is there
+    status, shown, errors = call(capsys, *options, "--resume", "--workers", "1")
+    assert (status, errors) == (0, "") and not list(here.rglob("checkpoint.pt"))
+    first = re.search(r"([\d,]+) of 2,300 steps", shown)
+    assert first and int(first[1].replace(",", "")) > 23  # not from the beginning
+    assert set(run_states(here / "runs")["state"]) == {"finished"} and "Exact identities" in shown
+    table = read_runs(here / "runs")
+    for _, run in table[table["train_loss"].notna()].groupby("run", observed=True):
+        assert run["epoch"].tolist() == list(range(51))  # every epoch once
 
 
 def test_options_of_the_demo_have_the_documented_defaults():
-    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace) == (Path("runs/demo"), False, None, True)
+    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace, Demo().resume) == (Path("runs/demo"), False, None, True, False)
+    assert (Demo().checkpoint_seconds, Demo().device, Demo().precision, Demo().keep_weights) == (30.0, "auto", "float32", False)

@@ -33,7 +33,7 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
     inputs = run[run["inputs"].notna()].assign(layer=lambda rows: rows["layer"].astype(str)).groupby("layer")["inputs"].first()
     behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
     units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
-    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs)
+    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float)  # text, of no units
     units = units.assign(enough=enough, corrected=_corrected(units, inputs), smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
     layers = units.groupby(["step", "layer"])["enough"].mean()
     kept = units[units["enough"]].groupby(["step", "layer"])
