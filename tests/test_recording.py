@@ -411,3 +411,98 @@ def test_a_key_of_one_run_measured_in_another_is_refused(tmp_path):
         run.append(pd.DataFrame({"step": [0], "momentum": [0.5]}))
     with pytest.raises(ValueError, match="'momentum'"):
         read_runs(tmp_path)
+
+
+# -- going on with a run -----------------------------------------------------------------------------------------
+
+
+def interrupted(folder: Path) -> Path:
+    """Three segments, of the steps 0, 1 and 2; config and state of a run that was interrupted."""
+    with pytest.raises(KeyboardInterrupt), Run.create(folder, {"seed": 0, "lr": 0.5, "out": Path("runs")}) as run:
+        for step in range(3):
+            run.append(rows(step))
+            run.flush()
+        raise KeyboardInterrupt
+    return folder
+
+
+CONFIG = {"seed": 0, "lr": 0.5, "out": "runs"}
+
+
+@pytest.mark.parametrize("segments", [0, 1, 3])
+def test_a_run_is_gone_on_with_behind_its_first_segments(tmp_path, segments):
+    """What was written after them is written again, once."""
+    folder = interrupted(tmp_path / "run")
+    provenance = (folder / "provenance.json").read_bytes()
+    with Run.resume(folder, CONFIG, segments, last_step=segments - 1 if segments else None) as run:
+        states = run_states(folder)
+        assert states["state"].tolist() == ["running"] and states["last_step"].tolist() == [segments - 1 if segments else pd.NA]
+        assert len(read_run(folder)) == 5 * segments and run.segments == segments
+        for step in range(segments, 5):
+            run.append(rows(step))
+            run.flush()
+    assert read_run(folder)["step"].tolist() == [step for step in range(5) for _ in range(5)]
+    assert run_states(folder)["state"].tolist() == ["finished"] and run_states(folder)["last_step"].tolist() == [4]
+    assert (folder / "provenance.json").read_bytes() == provenance
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 1}, "seed = 0, and this one has 1"),
+        ({"more": 2}, "more = None, and this one has 2"),
+        ({"lr": "0.5"}, "lr = 0.5, and this"),
+    ],
+)
+def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, change, says):
+    folder = interrupted(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for call in (lambda config: Run.resume(folder, config, 1), lambda config: Run.is_finished(folder, config)):
+        with pytest.raises(ValueError, match=f"holds a run with {says}"):
+            call(CONFIG | change)
+    with pytest.raises(ValueError, match=r"lr = 0\.5, and this one has None"):
+        Run.resume(folder, {"seed": 0, "out": "runs"}, 1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_that_lacks_a_segment_is_not_gone_on_with(tmp_path):
+    folder = interrupted(tmp_path / "run")
+    (folder / "segment-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="has lost segment 1: give --replace"):
+        Run.resume(folder, CONFIG, 3)
+    assert len(read_run(folder)) == 10
+
+
+def test_a_run_is_finished_when_it_says_so(tmp_path):
+    assert not Run.is_finished(tmp_path / "nowhere", CONFIG) and not Run.is_finished(tmp_path, CONFIG)
+    folder = interrupted(tmp_path / "run")
+    assert not Run.is_finished(folder, CONFIG)
+    (folder / "state.json").unlink()
+    assert not Run.is_finished(folder, CONFIG)  # killed before it could say anything
+    with Run.resume(folder, CONFIG, 3):
+        assert not Run.is_finished(folder, CONFIG)
+    assert Run.is_finished(folder, CONFIG)
+
+
+def test_whoever_knows_that_a_run_is_lost_can_say_so(tmp_path):
+    with Run.create(tmp_path / "run", {}) as run:
+        run.append(rows(0))
+        run.failed = True
+    assert run_states(tmp_path)["state"].tolist() == ["failed"] and len(read_run(tmp_path / "run")) == 5
+
+
+def test_a_replaced_run_loses_its_checkpoint_first_and_its_config_last(tmp_path, monkeypatch):
+    """Killed at any moment, what is left is a run that begins anew: never a checkpoint of something that is not there."""
+    folder = record(tmp_path / "run", seed=0)
+    (folder / "checkpoint.pt").write_bytes(b"")
+    gone: list[str] = []
+    unlink = Path.unlink
+
+    def noted(path: Path, *arguments, **options) -> None:
+        gone.append(path.name)
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    with Run.create(folder, {"seed": 1}, exist="replace"):
+        pass
+    assert gone == ["checkpoint.pt", "state.json", "segment-00000.parquet", "provenance.json", "config.json"]
