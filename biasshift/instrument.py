@@ -28,6 +28,7 @@ def instrument(
     units: Units = None,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
+    distributed: bool = False,
 ) -> "ProbeLog | TrainingLog":
     """Measures a model while somebody else's loop trains it; the loop stays as it is.
 
@@ -44,6 +45,8 @@ def instrument(
         layers: names, or a predicate ``(name, module) → bool``, of the weight layers and activation modules in the table.
         units: increasing indices of the units kept in weight layers, for all or per layer.
         batch_size: examples per forward pass over the probe. The rest as in `biasshift.unit_fisher`.
+        distributed: the probe is this process's share of one: what the processes of ``torch.distributed`` measure is merged, and
+            every one of them has the whole table. All of them must make the log, and the steps.
 
     Raises:
         ValueError: for arguments that do not fit, or a layer that cannot be measured.
@@ -73,7 +76,7 @@ def instrument(
     if y is None and isinstance(x, Tensor) and ("gap" in wanted or ("fisher" in wanted and labels == "empirical")):
         raise ValueError('"gap" and empirical labels need the data\'s labels: give probe=(x, y), or other quantities.')
     options = Options(labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator)
-    return ProbeLog(model, optimizer, x, y, every, wanted, options)
+    return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed)
 
 
 def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift import layers as kinds
+from biasshift import merging
 from biasshift.accumulating import Measured, Options, kept_units
 from biasshift.averages import ActivationWatcher, activation_modules, activation_moments
 from biasshift.feeding import Feeding
@@ -86,9 +87,11 @@ class ProbeLog(Log):
         every: int,
         quantities: tuple[str, ...],
         options: Options,
+        distributed: bool = False,
     ):
         super().__init__(model, optimizer, options.layers, measure_weights=quantities != ("activations",))
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
+        self._merging = distributed and merging.together()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
         self._last_moments: dict[str, ActivationMoments] = {}
@@ -122,7 +125,7 @@ class ProbeLog(Log):
     def _on_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._before = None
         if "bias_shift" in self.quantities and self.weights and self.due:
-            self._before = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
+            self._before = self._net_means()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if _skipped(optimizer):
@@ -132,7 +135,7 @@ class ProbeLog(Log):
         if due:
             shifts = {}
             if self._before is not None:
-                shifts = compare(self._before, net_means(self.model, self.x, self.options.layers, self.options.batch_size))
+                shifts = compare(self._before, self._net_means())
             self._measure({name: shift_columns(shift, self._units_of(name)) for name, shift in shifts.items()})
             self._before = None
 
@@ -141,9 +144,8 @@ class ProbeLog(Log):
         frames = []
         with undisturbed(self.model, evaluate=True):
             if "activations" in self.quantities:
-                self._last_moments = activation_moments(
-                    self.model, self.x, layers=list(self.activations), batch_size=self.options.batch_size
-                )
+                moments = activation_moments(self.model, self.x, layers=list(self.activations), batch_size=self.options.batch_size)
+                self._last_moments = merging.merged_moments(moments) if self._merging else moments
                 frames += [unit_rows(self.step, name, activation_columns(moments)) for name, moments in self._last_moments.items()]
             if self.weights and ("fisher" in self.quantities or "gap" in self.quantities):
                 measured = self._measure_fishers()
@@ -158,10 +160,15 @@ class ProbeLog(Log):
         frames += [unit_rows(self.step, name, columns[name], self._units_of(name)) for name in self.weights if columns.get(name)]
         self._frames += frames
 
+    def _net_means(self) -> dict[str, NetMeans]:
+        means = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
+        return merging.merged_means(means) if self._merging else means
+
     def _measure_fishers(self) -> dict[str, Measured]:
         """A diverged network has no Fisher matrices; that is no reason to end somebody's training."""
         try:
-            return measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
+            measured = measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
+            return merging.merged_measurements(measured) if self._merging else measured
         except NonFiniteOutputs as error:
             warnings.warn(f"Step {self.step}: {error} No Fisher and gap rows are written.", stacklevel=2)
             return {}

@@ -95,7 +95,10 @@ class Member:
     def watch(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
         """Starts the measurements; those on entry are the step before the first."""
         for watch in self.trial.watches:
-            log = instrument(self.trial.model, optimizer, watch.probe, watch.every, quantities=watch.quantities, **watch.options)
+            share = tuple(part[rank() :: world()] for part in watch.probe)  # of several processes, each measures its own
+            log = instrument(
+                self.trial.model, optimizer, share, watch.every, quantities=watch.quantities, distributed=True, **watch.options
+            )
             assert isinstance(log, ProbeLog)
             stack.enter_context(log)
             if self.start:

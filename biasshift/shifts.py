@@ -93,6 +93,7 @@ class NetMeans:
     mean: Tensor  # (inputs,), or (units, inputs) for groups
     net: Float[Tensor, " units"]
     dtype: torch.dtype
+    positions: int  # that the means are over
 
 
 def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None) -> dict[str, NetMeans]:
@@ -120,7 +121,7 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
 def _net_means(module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype) -> NetMeans:
     w = kinds.weights(module).detach().double().clone()
     w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
-    return NetMeans(w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype)
+    return NetMeans(w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype, positions)
 
 
 def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> dict[str, BiasShift]:

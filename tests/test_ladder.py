@@ -23,6 +23,7 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
     {"holding"},
     {"rereading"},
     {"averages", "shifts", "measuring", "gaps", "comparing", "checking"},
+    {"merging"},
     {"layout", "provenance", "reading", "recording"},
     {"cells"},
     {"summary"},

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from biasshift.claims import claims, sentences
-from biasshift.summary import READING, per_run, reading_table
+from biasshift.summary import READING, per_run, reading_table, sweep_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +57,23 @@ def say_claims(console: Console, table: "pd.DataFrame") -> "pd.DataFrame":
     """The verdicts, in sentences; returns the table of claims."""
     found = claims(table)
     console.print("\nWhat these runs say about the paper's claims", style="bold")
-    console.print("Effects are ELU minus the other activation, paired by seed, with 95 % intervals, not corrected for their number.")
+    console.print("Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement.")
     for sentence in sentences(found):
         console.print(textwrap.fill(sentence, console.width, initial_indent="  ", subsequent_indent="  "), soft_wrap=True)
     return found
+
+
+def say_sweep(console: Console, table: "pd.DataFrame") -> None:
+    """The training losses at all learning rates, those that each kind of run is judged at marked by a star."""
+    found = sweep_table(per_run(table))
+    shown = Table(
+        title="Training loss at every learning rate, mean ± SD over seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("", *found.columns):
+        shown.add_column(str(column), justify="right" if column else "left", overflow="fold")
+    for kind, row in found.iterrows():
+        shown.add_row(str(kind), *map(str, row))
+    console.print(shown)
 
 
 def say_runs(console: Console, states: Any, table: Any) -> None:

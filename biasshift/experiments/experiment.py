@@ -47,6 +47,7 @@ class Experiment:
 
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]] = ()
+    sweeps: ClassVar[bool] = False  # runs differ in more than activation and seed
     small: ClassVar[bool] = False  # one core is enough for a run, so that runs are computed side by side
 
     def settings(self) -> list[Any]:

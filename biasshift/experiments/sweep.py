@@ -73,6 +73,8 @@ class Sweep(Experiment):
     """Steps between two looks of the full update at its curvature; the others look at every step."""
 
     name: ClassVar[str] = "sweep"
+    figures: ClassVar[tuple[str, ...]] = ()
+    sweeps: ClassVar[bool] = True
     small: ClassVar[bool] = True
 
     def load(self) -> DataSet:

@@ -31,7 +31,7 @@ def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
     rows = [_claim(row, others) for row in found.head(MOST_CLAIMS).to_dict("records")]
     words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said[:MOST_CLAIMS])
     more = f"{len(found) - MOST_CLAIMS} more claims are not shown." if len(found) > MOST_CLAIMS else ""
-    note = "Effects with 95 % intervals over paired seeds; p is not corrected for the number of claims. "
+    note = "Effects with 95 % intervals over paired seeds; the verdict goes by p_holm, corrected within a family of claims. "
     counts = "; ".join(f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items())
     return faint(f"{counts}. {note}{more}") + table(head, rows) + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
 
