@@ -319,7 +319,7 @@ def test_training_leaves_run_folders_and_figures(trained):
 
 def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, workers=2, diverging=("elu",), activations=("elu", "relu", "lrelu")))
+    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu",), activations=("elu", "relu", "lrelu")))
     states = run_states(tmp_path).set_index("run")["state"].to_dict()
     assert states == {"elu-0": "failed", "lrelu-0": "finished", "relu-0": "finished"}
     assert [line for line in shown.getvalue().splitlines() if "diverged" in line] == ["elu-0: training diverged; the run ends there."]
