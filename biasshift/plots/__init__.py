@@ -1,0 +1,30 @@
+"""The pictures: `(ax, table) -> ax`. Each is a reduction of the tidy table, then lines or dots on the given axes.
+
+styling     one style, panels, legends, the look of every line
+reducing    pure functions from table to table: what a picture shows
+functions   activation functions
+curves      lines along training, with ribbons
+gaps        the gradient gap against the mean incoming activation
+comparing   numbers beside numbers
+"""
+
+from typing import TYPE_CHECKING
+
+from biasshift.looks import LOOKS, OTHER_LOOKS, Look
+from biasshift.plots.comparing import published, ranking, spans, stacked
+from biasshift.plots.curves import coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
+from biasshift.plots.functions import activation_functions
+from biasshift.plots.gaps import gap_against_mean
+from biasshift.plots.reducing import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, with_epochs
+from biasshift.plots.styling import STYLE, in_percent, in_thousands, legend, lettered, looks, one_legend, panels, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+
+__all__ = [
+    "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "coupling", "curves", "gap_against_mean", "gap_points", "in_percent",
+    "in_thousands", "layer_lines", "learning_curves", "legend", "lettered", "lines_and_ribbons", "looks", "mean_and_sd_over_seeds",
+    "median_over_runs", "median_over_units", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",
+    "with_epochs",
+]  # fmt: skip

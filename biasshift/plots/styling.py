@@ -1,0 +1,106 @@
+"""One style for all figures: sizes, fonts, panels, legends, and the look of every line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from biasshift.looks import LOOKS, OTHER_LOOKS, Look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+STYLE = {
+    "figure.figsize": (5.0, 3.0),
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # text stays text in the PDF
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 2.6,  # long enough to tell dashes from dots
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+# The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
+PAPER: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markerfacecolor": "white",
+    "markeredgecolor": "0.45",
+    "markersize": 5,
+    "zorder": 4,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Returns a context in which figures are made in the project's style: `with style(): fig, ax = plt.subplots()`."""
+    import matplotlib
+
+    return matplotlib.rc_context(dict[Any, Any](STYLE))
+
+
+def panels(count: int, rows: int = 1, width: float = 3.6, height: float = 3.2, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with `count` axes, row by row, known to no pyplot: nothing to close, no backend to choose.
+
+    Args:
+        width, height: of one of the axes, in inches; beside them there is room for a legend.
+    """
+    from matplotlib.figure import Figure
+
+    columns = -(-count // rows)
+    figure = Figure(figsize=(1.5 + width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
+
+
+def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
+    """Titles as papers have them: (a) …, (b) …"""
+    for ax, letter, title in zip(axes, "abcdefghijkl", titles, strict=False):
+        ax.set_title(f"({letter}) {title}", loc="left")
+
+
+def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
+    """One legend below all panels, in place of theirs; a name that several panels have stands once."""
+    handles = {}
+    for ax in axes:
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True) if label not in handles}
+        if (own := ax.get_legend()) is not None:
+            own.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, max(len(handles), 1)))
+
+
+def legend(ax: Axes) -> None:
+    """Beside the axes: between ribbons that fill them there is often no free corner."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+
+
+def in_thousands(ax: Axes) -> None:
+    """Steps as the paper counts them."""
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
+    ax.set_xlabel("thousand updates")
+
+
+def in_percent(axis: Axis) -> None:
+    """Fractions as percentages; the label says so, not the ticks."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.10g}")
+
+
+def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
+    """A look for each name: the activations' own, in a fixed order, or the others in order of appearance."""
+    names = list(names)
+    found = {name: look for name, look in LOOKS.items() if name in names} if group == "activation" else {}
+    for name in names:
+        if name not in found:
+            color, marker, line = OTHER_LOOKS[(len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)]
+            found[name] = Look(str(name) if group == "activation" else f"{group} = {name}", color, marker, line)
+    return found
