@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .harness import RESULTS
 
-QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead")
+QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop")
 COMPARED = ("mlp", "cnn")  # those in the figure: time and memory of every method
 
 
@@ -51,6 +51,8 @@ def _columns(result: dict) -> list[str]:
         return ["over the matrix product", "wanted", "error"]
     if result["question"] == "overhead":
         return ["share of a step"]
+    if result["question"] == "loop":
+        return ["more than by hand"]
     return ["extra memory", "error"]
 
 
@@ -59,7 +61,7 @@ def _cell(row: dict, column: str) -> str:
         return "" if row.get("bytes") is None else f"{row['bytes'] / 2**20:.0f} MiB"
     if column == "error":
         return f"{row['error']:.0e}"
-    if column == "share of a step":
+    if column in ("share of a step", "more than by hand"):
         return f"{row['share']:+.1%}"
     return f"{row['gemm_ratio']:.2f} ×" if column == "over the matrix product" else f"≥ {row['target']} ×"
 

@@ -1,6 +1,7 @@
 """One step of an optimizer as a call: (x, y) → the loss before it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -56,9 +57,10 @@ class Gradient:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compiled else forward
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        self.module.train()
+        if not self.module.training:  # looking costs less than telling every module, which a small network feels
+            self.module.train()
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             value = self.loss(self.forward(x), y)
         total = value * self._share(len(y)) if together() else value
         if self.scaler is None:
