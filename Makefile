@@ -15,7 +15,7 @@ demo: $(VENV)/.installed ## see the idea at work on a small data set
 	@$(BIN)/biasshift demo
 
 test: $(VENV)/.installed-test ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev ## check style and types
 	@$(BIN)/ruff check .

@@ -10,6 +10,10 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: more threads than cores would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 # Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for it.
 install_import_hook("biasshift", "beartype.beartype")
 
