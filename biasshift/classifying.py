@@ -115,7 +115,7 @@ def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Param
         update_every=setting.update_every if setting.update == "full" else 1,
         kl_clip=setting.update_kl_clip if scaled else None,
         unit_damping=setting.update_unit_damping if scaled else 0.0,
-        generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed),
+        generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed + 1_000_003 * rank()),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Trials → run folders: training, measuring, recording and checkpoints, and going on where a killed run stopped."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,6 +54,8 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
         members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
+            if member.finished:  # counts, too
+                report(Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan))
         if not (members := [member for member in members if not member.finished]):
             return
         for start in sorted({member.start for member in members}):  # of a killed ensemble, some may be one checkpoint ahead

@@ -1,5 +1,6 @@
 """How far all runs are: a live bar on a terminal, ten plain lines elsewhere."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,4 +64,5 @@ def _lines(console: Console, counter: Counter) -> Callable[[trials.Progress], No
 
 
 def _said(report: trials.Progress, counter: Counter) -> str:
-    return f"{counter.rate():.0f} steps/s, loss {report.loss:.3g} ({report.run}, step {report.step:,})"
+    loss = f", loss {report.loss:.3g}" if math.isfinite(report.loss) else ""
+    return f"{counter.rate():.0f} steps/s{loss} ({report.run}, step {report.step:,})"

@@ -19,7 +19,7 @@ def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str =
     """Returns `ax` with published numbers (x, y, activation) as hollow marks of the activation's shape and color."""
     for x, y, activation in points:
         look = looks([activation])[activation]
-        ax.plot([x], [y], **PAPER | {"marker": look.marker, "markeredgecolor": look.color})
+        ax.plot([x], [y], **(PAPER | {"marker": look.marker, "markeredgecolor": look.color}))
     if points:
         ax.plot([], [], **PAPER, label=label)
     return ax

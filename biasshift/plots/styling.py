@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from biasshift.looks import LOOKS, OTHER_LOOKS, Look
 
@@ -33,7 +33,7 @@ STYLE = {
     "lines.markersize": 4,
 }
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
-PAPER: dict[str, Any] = {
+PAPER: Any = {
     "linestyle": "none",
     "marker": "o",
     "markerfacecolor": "white",
@@ -50,7 +50,9 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(dict[Any, Any](STYLE))
 
 
-def panels(count: int, rows: int = 1, width: float = 3.6, height: float = 3.2, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(
+    count: int, rows: int = 1, width: float = 3.6, height: float = 3.2, share_y: Literal["all", "row", "none"] = "none"
+) -> tuple[Figure, list[Axes]]:
     """Returns a figure with `count` axes, row by row, known to no pyplot: nothing to close, no backend to choose.
 
     Args:
@@ -74,9 +76,14 @@ def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
     handles = {}
     for ax in axes:
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True) if label not in handles}
-        if (own := ax.get_legend()) is not None:
-            own.remove()
+        no_legend(ax)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, max(len(handles), 1)))
+
+
+def no_legend(ax: Axes) -> None:
+    """For axes whose lines are named elsewhere."""
+    if (own := ax.get_legend()) is not None:
+        own.remove()
 
 
 def legend(ax: Axes) -> None:

@@ -1,0 +1,128 @@
+"""Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots` → PNG and PDF.
+
+drawing     what a figure consists of
+choosing    which of the given runs it is about, and what it says about them
+tabled      small tables with their origin
+connected, pictures, theory, causal, speed     the figures
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from biasshift import plots
+from biasshift.figures import causal, connected, pictures, speed, theory
+from biasshift.figures.choosing import chosen, described, read, with_length
+from biasshift.figures.drawing import Drawing, Number
+from biasshift.figures.tabled import committed, load, save
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from biasshift.plots import Figure
+
+__all__ = ["ALIASES", "FIGURES", "caption", "condensed", "data", "described", "draw", "drawable", "numbers", "picture", "save", "write"]
+
+_ORDER = ("1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench")
+_FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
+FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
+ALIASES = {"gap": "theory1"}
+
+
+def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
+    """Returns the small table that a figure shows: of the given runs, or else the one that comes with the package.
+
+    Raises:
+        ValueError: no such figure or table; runs that lack what it shows.
+    """
+    drawing = _drawing(name)
+    if name == "1":
+        return None
+    if paths:
+        return condensed(name, speed.read_benchmarks(*paths) if name == "bench" else read(*paths))
+    table = committed(ALIASES.get(name, name))
+    if table is None:
+        raise ValueError(
+            f"Figure {name} shows runs, and none come with this version: "
+            f"make them with `{drawing.runs}`, then `biasshift figure {name} FOLDER`."
+        )
+    return load(table)
+
+
+def condensed(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the small table of a figure from the table of `biasshift.reading.read_runs`.
+
+    Raises:
+        ValueError: the runs lack what the figure shows.
+    """
+    drawing = _drawing(name)
+    if name in ("1", "bench"):
+        return drawing.condense(table)
+    rows = chosen(table, drawing.experiments, drawing.prefer, f"make them with `{drawing.runs}`.")
+    return drawing.condense(with_length(rows))
+
+
+def picture(name: str, table: pd.DataFrame | None) -> Figure:
+    """Returns a figure of its small table, in the project's style."""
+    with plots.style():
+        return _drawing(name).panels(table)
+
+
+def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
+    """Returns the numbers that a figure shows, each beside the paper's."""
+    return [] if table is None else _drawing(name).numbers(table)
+
+
+def caption(name: str, table: pd.DataFrame | None) -> str:
+    """Returns what the figure is, what runs it shows, and what the paper's shows."""
+    drawing = _drawing(name)
+    runs = f" Shown: {described(table)}." if table is not None and described(table) else ""
+    return f"{drawing.title}.{runs}" + (f" Paper: {drawing.paper}." if drawing.paper else "")
+
+
+def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = "") -> list[Path]:
+    """Writes a figure as PNG and PDF, with its caption in the files; returns the paths."""
+    paths = [Path(folder) / f"figure_{name}.{kind}" for kind in ("png", "pdf")]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with plots.style():
+        for path, key in zip(paths, ("Description", "Subject"), strict=True):
+            figure.savefig(path, metadata={"Title": f"Figure {name}", key: words})
+    return paths
+
+
+def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
+    """Draws a figure of run folders' table and writes it as PNG and PDF; returns the paths.
+
+    Raises:
+        ValueError: for a figure that does not exist, or runs that lack what it shows.
+    """
+    _drawing(name)
+    if table is None and name != "1":
+        raise ValueError(f"Figure '{name}' shows runs, and there are none.")
+    small = None if table is None or name == "1" else condensed(name, table)
+    return write(name, picture(name, small), folder, caption(name, small))
+
+
+def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.DataFrame | None], dict[str, str]]:
+    """Returns the small tables of all figures that the given runs, or without runs the package, can draw; and why not the others."""
+    found: dict[str, pd.DataFrame | None] = {}
+    left: dict[str, str] = {}
+    table = read(*paths) if paths else None
+    for name in FIGURES:
+        try:
+            if table is None or name == "1":
+                found[name] = data(name)
+            elif name != "bench":
+                found[name] = condensed(name, table)
+        except ValueError as error:
+            left[name] = str(error)
+    return found, left
+
+
+def _drawing(name: str) -> Drawing:
+    if (found := FIGURES.get(ALIASES.get(name, name))) is None:
+        raise ValueError(f"There is no figure '{name}': choose one of {', '.join([*FIGURES, *ALIASES])}.")
+    return found
