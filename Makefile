@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo figures test lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -13,6 +13,9 @@ help: ## list the targets
 
 demo: $(VENV)/.installed ## see the idea at work on a small data set
 	@$(BIN)/biasshift demo
+
+figures: $(VENV)/.installed ## draw every figure that the committed tables allow
+	@$(BIN)/biasshift figure all
 
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile

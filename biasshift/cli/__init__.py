@@ -9,8 +9,9 @@ import tyro
 from rich.console import Console
 
 from biasshift.claims import claims_markdown
+from biasshift.cli.drawing import draw_figures
 from biasshift.cli.options import Claims, Figure, Report, Runs
-from biasshift.cli.saying import say_claims, say_paths, say_runs
+from biasshift.cli.saying import say_claims, say_runs
 from biasshift.cli.training import train
 from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
@@ -19,7 +20,6 @@ from biasshift.experiments.digits import Demo
 from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
-from biasshift.figures import FIGURES, draw
 from biasshift.reading import read_runs, run_states
 from biasshift.report import report
 from biasshift.training.processes import launched
@@ -70,7 +70,7 @@ def _carry_out(options: Any) -> None:
     if launched() and int(os.environ.get("RANK", "0")) > 0:
         console.quiet = True
     if isinstance(options, Figure):
-        _draw(console, options)
+        draw_figures(console, options, _parsed)
     elif isinstance(options, Claims):
         _judge(console, options)
     elif isinstance(options, Runs):
@@ -81,15 +81,6 @@ def _carry_out(options: Any) -> None:
         console.print(f"Report: {report(options.runs, options.out)}", soft_wrap=True)
     else:
         train(console, options)
-
-
-def _draw(console: Console, options: Figure) -> None:
-    names = list(FIGURES) if options.name == "all" else [options.name]
-    if names != ["1"] and not options.runs:
-        raise ValueError(f"figure {options.name} shows runs: biasshift figure {options.name} FOLDER.")
-    table = read_runs(*options.runs) if options.runs else None
-    for name in names:
-        say_paths(console, draw(name, table, options.out))
 
 
 def _judge(console: Console, options: Claims) -> None:

@@ -24,7 +24,21 @@ if TYPE_CHECKING:
 
     from biasshift.plots import Figure
 
-__all__ = ["ALIASES", "FIGURES", "caption", "condensed", "data", "described", "draw", "drawable", "numbers", "picture", "save", "write"]
+__all__ = [
+    "ALIASES",
+    "FIGURES",
+    "caption",
+    "condensed",
+    "data",
+    "described",
+    "draw",
+    "drawable",
+    "numbers",
+    "picture",
+    "said",
+    "save",
+    "write",
+]
 
 _ORDER = ("1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench")
 _FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
@@ -83,6 +97,15 @@ def caption(name: str, table: pd.DataFrame | None) -> str:
     return f"{drawing.title}.{runs}" + (f" Paper: {drawing.paper}." if drawing.paper else "")
 
 
+def said(name: str, table: pd.DataFrame | None) -> str:
+    """Returns the caption, and a line for every number that the figure shows, beside the paper's."""
+    lines = [
+        f"  {number.quantity}: {number.here}" + (f"  (paper: {number.paper})" if number.paper != "–" else "")
+        for number in numbers(name, table)
+    ]
+    return "\n".join([caption(name, table), *lines])
+
+
 def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = "") -> list[Path]:
     """Writes a figure as PNG and PDF, with its caption in the files; returns the paths."""
     paths = [Path(folder) / f"figure_{name}.{kind}" for kind in ("png", "pdf")]
@@ -115,7 +138,9 @@ def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.Data
         try:
             if table is None or name == "1":
                 found[name] = data(name)
-            elif name != "bench":
+            elif name == "bench":
+                left[name] = "It shows no runs: give it a folder that `python -m benchmarks` wrote into."
+            else:
                 found[name] = condensed(name, table)
         except ValueError as error:
             left[name] = str(error)

@@ -16,7 +16,19 @@ from biasshift.plots.curves import coupling, curves, layer_lines, learning_curve
 from biasshift.plots.functions import activation_functions
 from biasshift.plots.gaps import gap_against_mean
 from biasshift.plots.reducing import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
-from biasshift.plots.styling import STYLE, in_percent, in_thousands, legend, lettered, looks, no_legend, one_legend, panels, style
+from biasshift.plots.styling import (
+    STYLE,
+    in_percent,
+    in_thousands,
+    legend,
+    lettered,
+    looks,
+    no_legend,
+    on_log_scale,
+    one_legend,
+    panels,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
@@ -26,6 +38,6 @@ __all__ = [
     "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "coupling", "curves", "gap_against_mean",
     "gap_points", "in_percent", "in_thousands", "layer_lines", "learning_curves", "legend", "lettered",
     "lines_and_ribbons", "looks", "mean_and_sd_over_seeds", "median_over_runs", "median_over_units", "need",
-    "no_legend", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",
+    "no_legend", "on_log_scale", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",
     "with_epochs",
 ]  # fmt: skip

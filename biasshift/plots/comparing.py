@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from biasshift.plots.reducing import need
-from biasshift.plots.styling import PAPER, legend, looks
+from biasshift.plots.styling import PAPER, between, legend, looks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,10 +40,10 @@ def spans(
         rows = table.loc[table[group] == name]
         offset = SPREAD * ((number + 0.5) / len(found) - 0.5)
         x = [places[place] + offset for place in rows[at]]
-        seeds = f" (n = {_range(rows['n'])})" if "n" in rows else ""
+        seeds = f" (n = {between(rows['n'].astype(int))})" if "n" in rows else ""
         bars = [rows[middle] - rows[low], rows[high] - rows[middle]]
         ax.errorbar(x, rows[middle], bars, fmt=look.marker, color=look.color, capsize=2, linewidth=1, label=look.label + seeds)
-    ax.set_xticks(list(places.values()), [str(place) for place in places])
+    ax.set_xticks(list(places.values()), [str(place).replace("-", "-\n") for place in places])
     ax.set_xlim(-0.6, len(places) - 0.4)
     legend(ax)
     return ax
@@ -77,8 +77,3 @@ def stacked(ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: st
     ax.set_ylim(0, 1)
     legend(ax)
     return ax
-
-
-def _range(counts: pd.Series) -> str:
-    least, most = int(counts.min()), int(counts.max())
-    return str(most) if least == most else f"{least}–{most}"

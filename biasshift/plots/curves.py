@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from biasshift.plots.reducing import mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
-from biasshift.plots.styling import legend, looks
+from biasshift.plots.styling import between, legend, looks, on_log_scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,14 +111,20 @@ def curves(
     scale = (lambda exponent: 10**exponent) if log else (lambda value: value)
     lines_and_ribbons(ax, reduce(rows, column, [group, against]), group, against, line, named, scale)
     ax.set(yscale="log" if log else "linear", ylabel=column)
+    if log:
+        on_log_scale(ax.yaxis)
     return ax
 
 
-def layer_lines(ax: Axes, table: pd.DataFrame, column: str, group: str = "activation") -> Axes:
-    """Returns `ax` with a column of whole layers against their number, the first behind the input layer being 1."""
+def layer_lines(ax: Axes, table: pd.DataFrame, column: str, group: str = "activation", log: bool = False) -> Axes:
+    """Returns `ax` with a column of whole layers against their `number`: mean and SD over seeds, or those of the logarithm."""
+    import numpy as np
+
     need(table, ["number", group, column], f"'{column}' by layer")
-    lines_and_ribbons(ax, mean_and_sd_over_seeds(table, column, [group, "number"]), group, "number", line="-")
-    ax.set(xlabel="layer, from the input")
+    rows = table.assign(**{column: np.log10(table[column].where(table[column] > 0))}) if log else table
+    lines = mean_and_sd_over_seeds(rows, column, [group, "number"])
+    lines_and_ribbons(ax, lines, group, "number", "-", scale=(lambda exponent: 10**exponent) if log else (lambda value: value))
+    ax.set(xlabel="layer", yscale="log" if log else "linear")
     ax.set_xticks(sorted(table["number"].unique()))
     return ax
 
@@ -143,10 +149,9 @@ def lines_and_ribbons(
     for name, look in looks(lines[group].unique(), group).items():
         rows = lines.loc[lines[group] == name]
         x, mean, sd = rows[against], rows["mean"], rows["sd"]
-        least, most = rows["n"].min(), rows["n"].max()
-        label = f"{look.label} (n = {most if least == most else f'{least}–{most}'})" if named else None
+        label = f"{look.label} (n = {between(rows['n'].astype(int))})" if named else None
         # Where the line style is taken, markers tell the groups apart in grey print.
-        marks = {} if line is None else {"marker": look.marker, "markevery": max(1, len(rows) // 8)}
+        marks = {} if line is None and len(rows) > 1 else {"marker": look.marker, "markevery": max(1, len(rows) // 8)}
         ax.plot(x, scale(mean), line or look.line, color=look.color, label=label, **marks)
         if sd.notna().any():
             ax.fill_between(x, scale(mean - sd), scale(mean + sd), color=look.color, alpha=0.2, linewidth=0)

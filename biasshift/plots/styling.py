@@ -32,6 +32,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
+FEW_STEPS, MANY_DECADES = 2000, 1e3
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
 PAPER: Any = {
     "linestyle": "none",
@@ -73,11 +74,21 @@ def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
 
 def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
     """One legend below all panels, in place of theirs; a name that several panels have stands once."""
-    handles = {}
+    handles, counts = {}, {}
     for ax in axes:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True) if label not in handles}
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            name, _, count = str(label).partition(" (n = ")
+            handles.setdefault(name, handle)
+            counts.setdefault(name, []).extend(int(number) for number in count.rstrip(")").split("–") if number)
         no_legend(ax)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, max(len(handles), 1)))
+    labels = [f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in handles]
+    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)))
+
+
+def between(counts: Iterable[int]) -> str:
+    """ "3", or "3–6"."""
+    counts = list(counts)
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
 
 
 def no_legend(ax: Axes) -> None:
@@ -92,9 +103,23 @@ def legend(ax: Axes) -> None:
 
 
 def in_thousands(ax: Axes) -> None:
-    """Steps as the paper counts them."""
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
-    ax.set_xlabel("thousand updates")
+    """Steps as the paper counts them, unless there are too few; call it when all lines are drawn."""
+    ax.locator_params(axis="x", nbins=5)
+    if ax.get_xlim()[1] > FEW_STEPS:
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
+    ax.set_xlabel("thousand updates" if ax.get_xlim()[1] > FEW_STEPS else "updates")
+
+
+def on_log_scale(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 in plain numbers; over many decades, at powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_data_interval()
+    many = 0 < MANY_DECADES * low < high < float("inf")
+    axis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
+    if not many:
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def in_percent(axis: Axis) -> None:

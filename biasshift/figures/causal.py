@@ -1,0 +1,123 @@
+"""theory4: networks trained by updates that take the bias shift out, beside those that do not."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from biasshift import plots
+from biasshift.cells import CELL, NAMES, Cell, best_rate, cells_of
+from biasshift.figures.choosing import described, kept
+from biasshift.figures.drawing import Drawing, Number
+from biasshift.judging.curves import common_levels, curve_of, reached
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from biasshift.plots import Figure
+
+UPDATES = ("plain", "centered", "centered-p", "quasi-diagonal", "full")
+
+
+def best(table: pd.DataFrame) -> pd.DataFrame:
+    """The training losses of every run; `network` is its activation with what was added to it, `best` whether at its cell's best rate.
+
+    Raises:
+        ValueError: cells were not trained at the same learning rates.
+    """
+    import numpy as np
+
+    plots.need(table, ["train_loss", "update", "lr", "activation", "epochs", "epoch"], "theory4")
+    rows = table.loc[(table["layer"] == "") & table["train_loss"].notna()]
+    plots.need(rows, [], "theory4")
+    rows = rows.loc[np.isfinite(rows["train_loss"])]  # of a run that diverged, what came before
+    last = rows.sort_values("step").drop_duplicates("run", keep="last").set_index("run")
+    ends = last["train_loss"].astype(float).where(last["epoch"] >= last["epochs"] - 1e-6)
+    runs = cells_of(rows)
+    runs["train_loss"] = runs["run"].map(ends.to_dict())
+    rates = {cell: best_rate(group) for cell, group in runs.groupby(list(CELL))}
+    runs["best"] = [rates[tuple(row[name] for name in CELL)] == row["lr"] for row in runs.to_dict("records")]
+    runs["network"] = [
+        str(name) + (f" + {added:g}" if added else "") for name, added in zip(runs["activation"], runs["constant"], strict=True)
+    ]
+    found = kept(rows, ["epoch", "seconds", "train_loss"]).drop(columns=["update", "constant"], errors="ignore").astype({"run": object})
+    return found.merge(runs[["run", "update", "constant", "network", "best"]].astype({"run": object}), on="run")
+
+
+def steps_to(table: pd.DataFrame) -> tuple[float, pd.DataFrame]:
+    """The lowest loss of the 1-2-5 series that all runs at their best rates come down to, and every run's steps to it."""
+    import pandas as pd
+
+    runs = table.loc[table["best"]].groupby("run", sort=False)
+    curves = {name: curve_of(rows) for name, rows in runs}
+    levels = common_levels(curves.values(), 1)
+    if not levels:
+        return math.nan, pd.DataFrame(columns=["update", "network", "seed", "lr", "steps"])
+    rows = [
+        {name: rows[name].iloc[0] for name in ("update", "network", "seed", "lr")} | {"steps": reached(curves[run], levels[0])}
+        for run, rows in runs
+    ]
+    return levels[0], pd.DataFrame(rows)
+
+
+def theory4(table: pd.DataFrame) -> Figure:
+    """Learning curves of every update, and the steps to a loss that all come down to, each at its best learning rate."""
+    updates = [name for name in UPDATES if (table["update"] == name).any()]
+    figure, axes = plots.panels(len(updates) + 1, rows=1 if len(updates) < 3 else 2, width=3.0, height=2.7)
+    shown = named(table.loc[table["best"]])
+    low, high = shown["train_loss"].min(), shown["train_loss"].max()
+    for ax, update in zip(axes, updates, strict=False):
+        plots.curves(ax, shown.loc[shown["update"] == update], "train_loss", group="activation", log=True, line="-")
+        ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high * 1.1))
+    level, steps = steps_to(table)
+    if len(steps):
+        plots.spans(axes[len(updates)], spread(steps), at="update")
+    axes[len(updates)].set(yscale="log", ylabel="steps", xlabel="update")
+    plots.on_log_scale(axes[len(updates)].yaxis)
+    titles = [*updates, f"steps to training loss {level:g}" if len(steps) else "no loss that all runs reach"]
+    plots.lettered(axes, titles)
+    plots.one_legend(figure, axes[: len(updates)], columns=5)
+    plots.no_legend(axes[len(updates)])
+    for ax in axes[len(updates) + 1 :]:
+        ax.remove()
+    figure.suptitle(f"Each at its best learning rate of those tried for all; mean ± SD of logarithms over seeds\n{described(table)}")
+    return figure
+
+
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """Networks to which a constant is added, as activations of their own."""
+    labels = {name: NAMES.get(name.partition(" ")[0], name) + name[len(name.partition(" ")[0]) :] for name in table["network"].unique()}
+    return table.assign(activation=[name if name in NAMES else labels[name] for name in table["network"]])
+
+
+def spread(steps: pd.DataFrame) -> pd.DataFrame:
+    """Mean and mean ± SD of the logarithm of the steps, cell by cell."""
+    import numpy as np
+
+    rows = named(steps.assign(ln=np.log(steps["steps"].astype(float).clip(lower=1))))
+    found = rows.groupby(["update", "activation"], sort=False)["ln"].agg(["mean", "std", "size"]).reset_index()
+    sd = found["std"].fillna(0)
+    order = found["update"].map({name: place for place, name in enumerate(UPDATES)})
+    numbers = {"mean": np.exp(found["mean"]), "low": np.exp(found["mean"] - sd), "high": np.exp(found["mean"] + sd), "n": found["size"]}
+    return found.assign(order=order, **numbers).sort_values("order", kind="stable")
+
+
+def numbers(table: pd.DataFrame) -> list[Number]:
+    """Steps to the common loss, and the learning rate that each cell is shown at."""
+    level, steps = steps_to(table)
+    rates = table.loc[table["best"]].groupby(["update", "network"], sort=False)["lr"].first()
+    found = spread(steps).set_index(["update", "activation"]) if len(steps) else None
+    listed = []
+    for (update, network), rate in rates.items():
+        name = network if network in NAMES else named(table.loc[table["network"] == network])["activation"].iloc[0]
+        reach = "–" if found is None else f"{found.loc[(update, name), 'mean']:.0f} steps to {level:g}"
+        listed.append(Number(f"{Cell(NAMES.get(name, name), update).name}, learning rate {rate:g}", reach))
+    return listed
+
+
+FIGURES = {
+    "theory4": Drawing(
+        "Is it causal? Updates that take the bias shift out", "biasshift sweep", "no such figure", best, theory4, numbers, ("sweep",),
+        {"batch_norm": False}, ("sweep --seeds 1 --lr 0.03 --update plain centered --scored 1000",),
+    ),
+}  # fmt: skip

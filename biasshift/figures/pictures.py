@@ -1,0 +1,210 @@
+"""Figures 4, 5 and 6 and Table 1: the convolutional networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from biasshift import plots
+from biasshift.figures.choosing import described, kept
+from biasshift.figures.drawing import Drawing, Number, finals
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from biasshift.plots import Figure
+
+STEPS, SPLIT = 165_000, 90_000  # of Figure 4, and where its panels divide it
+TEST_ERRORS = {"elu": (28.75, 0.24), "srelu": (29.35, 0.29), "lrelu": (30.59, 0.29), "relu": (31.56, 0.37)}  # 10 runs
+TRAIN_LOSSES = {"elu": 0.345, "srelu": 0.39, "lrelu": 0.48, "relu": 0.53}  # read off Figure 4
+TABLE1 = {  # test error in percent on CIFAR-10 and CIFAR-100
+    "AlexNet": (18.04, 45.80),
+    "DSN": (7.97, 34.57),
+    "NiN": (8.81, 35.68),
+    "Maxout": (9.38, 38.57),
+    "All-CNN": (7.25, 33.71),
+    "Highway": (7.60, 32.24),
+    "Fract. max-pooling": (4.50, 27.62),
+    "ELU network": (6.55, 24.28),
+}
+TOP5 = {"elu": 160_000, "relu": 200_000}  # iterations to 20 % top-5 error
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Training loss and test error of every run."""
+    plots.need(table, ["train_loss", "test_error", "activation"], "this figure")
+    network = table.loc[(table["layer"] == "") & (table["train_loss"].notna() | table["test_error"].notna())]
+    return kept(network, ["epoch", "train_loss", "test_error"])
+
+
+def figure4(table: pd.DataFrame) -> Figure:
+    """Training loss and test error of the 11-layer networks: whole, start and end of training (Figure 4)."""
+    figure, axes = plots.panels(6, rows=2, width=2.9, height=2.4)
+    last = float(table["step"].max())
+    split = last * SPLIT / STEPS
+    parts = (table, table.loc[table["step"] <= split], table.loc[table["step"] >= split])
+    for row, (column, name) in enumerate((("train_loss", "training loss (nats)"), ("test_error", "test error (%)"))):
+        for number, part in enumerate(parts):
+            ax = axes[3 * row + number]
+            plots.curves(ax, part, column)
+            plots.in_thousands(ax)
+            ax.set_ylabel("" if number else name)
+            if row:
+                plots.in_percent(ax.yaxis)
+    if last >= STEPS / 2 and _of(table, "cifar100"):
+        plots.published(axes[2], [(last, loss, name) for name, loss in TRAIN_LOSSES.items()])
+        plots.published(axes[5], [(last, error / 100, name) for name, (error, _) in TEST_ERRORS.items()])
+    places = ("whole", "start", "end")
+    plots.lettered(axes, [f"{name}, {place}" for name in ("training loss", "test error") for place in places])
+    plots.one_legend(figure, axes)
+    figure.suptitle(f"Mean ± SD over seeds\n{described(table)}")
+    return figure
+
+
+def numbers4(table: pd.DataFrame) -> list[Number]:
+    """Test errors and training losses at the end."""
+    paper = {name: f"{error} ± {sd} % (n = 10)" for name, (error, sd) in TEST_ERRORS.items()}
+    losses = {name: f"about {loss}" for name, loss in TRAIN_LOSSES.items()}
+    return [
+        *finals(table, "test_error", paper, "test error at the end", percent=True),
+        *finals(table, "train_loss", losses, "training loss at the end"),
+    ]
+
+
+def normed_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Test errors with and without batch normalization."""
+    plots.need(table, ["batch_norm"], "figure 5")
+    if table["batch_norm"].astype(bool).nunique() < 2:
+        there = "with" if table["batch_norm"].astype(bool).all() else "without"
+        raise ValueError(
+            f"Figure 5 compares networks with and without batch normalization, and all of these are {there}: "
+            "add those of `biasshift train cifar11` with and without --batch-norm."
+        )
+    return scores(table)
+
+
+def figure5(table: pd.DataFrame) -> Figure:
+    """Test errors with and without batch normalization, ELU beside one other activation a panel (Figure 5)."""
+    others = [name for name in ("relu", "srelu", "lrelu") if (table["activation"] == name).any()] or ["elu"]
+    figure, axes = plots.panels(2 * len(others), rows=2, width=2.9, height=2.4)
+    split = float(table["step"].max()) * SPLIT / STEPS
+    for number, other in enumerate(others):
+        pair = table.loc[table["activation"].isin(["elu", other])]
+        for ax, part in ((axes[number], pair), (axes[len(others) + number], pair.loc[pair["step"] >= split])):
+            normed = part["batch_norm"].astype(bool)
+            for rows, line, named in ((part.loc[~normed], "-", True), (part.loc[normed], ":", False)):
+                if len(rows):
+                    plots.curves(ax, rows, "test_error", line=line, named=named)
+            plots.in_thousands(ax)
+            plots.in_percent(ax.yaxis)
+            ax.set_ylabel("" if number else "test error (%)")
+    for line, name in (("-", "without batch norm"), (":", "with batch norm")):
+        axes[0].plot([], [], line, color="0.4", label=name)
+    names = [f"ELU – {plots.LOOKS[other].label}" for other in others]
+    plots.lettered(axes, [f"{name}, {place}" for place in ("whole", "end") for name in names])
+    plots.one_legend(figure, axes)
+    figure.suptitle(f"Mean ± SD over seeds\n{described(table)}")
+    return figure
+
+
+def numbers5(table: pd.DataFrame) -> list[Number]:
+    """Test errors at the end. The paper prints none with batch normalization, but that it helped ReLU and LReLU only."""
+    plain = {name: f"{error} ± {sd} % (n = 10)" for name, (error, sd) in TEST_ERRORS.items()}
+    normed = table["batch_norm"].astype(bool)
+    return [
+        *finals(table.loc[~normed], "test_error", plain, "test error without batch norm", percent=True),
+        *finals(table.loc[normed], "test_error", {}, "test error with batch norm", percent=True),
+    ]
+
+
+def imagenet_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Training loss, top-5 and top-1 error of every run."""
+    plots.need(table, ["train_loss", "valid_error5", "valid_error", "activation"], "figure 6")
+    network = table.loc[(table["layer"] == "") & (table["train_loss"].notna() | table["valid_error"].notna())]
+    return kept(network, ["epoch", "train_loss", "valid_error5", "valid_error"])
+
+
+def figure6(table: pd.DataFrame) -> Figure:
+    """Training loss, top-5 and top-1 error on validation images against iterations (Figure 6)."""
+    figure, axes = plots.panels(3, width=2.9, height=2.9)
+    shown = (("train_loss", "training loss (nats)"), ("valid_error5", "top-5 error (%)"), ("valid_error", "top-1 error (%)"))
+    for ax, (column, name) in zip(axes, shown, strict=True):
+        plots.curves(ax, table, column)
+        plots.in_thousands(ax)
+        ax.set_ylabel(name)
+        if column != "train_loss":
+            plots.in_percent(ax.yaxis)
+    if table["step"].max() >= TOP5["elu"] / 2 and _of(table, "imagenet (1000 classes)"):
+        plots.published(axes[1], [(steps, 0.2, name) for name, steps in TOP5.items()])
+    plots.lettered(axes, ["training loss", "top-5 error", "top-1 error"])
+    plots.one_legend(figure, axes)
+    figure.suptitle(described(table))
+    return figure
+
+
+def numbers6(table: pd.DataFrame) -> list[Number]:
+    """Errors at the end."""
+    paper = {"elu": "20 % after 160k, < 10 % at the end", "relu": "20 % after 200k"}
+    return [
+        *finals(table, "valid_error5", paper, "top-5 error at the end", percent=True),
+        *finals(table, "valid_error", {}, "top-1 error at the end", percent=True),
+    ]
+
+
+def last_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The last test error of every run."""
+    found = scores(table)
+    return found.loc[found["test_error"].notna()].sort_values("step", kind="stable").drop_duplicates("run", keep="last")
+
+
+def table1(table: pd.DataFrame) -> Figure:
+    """Test errors of the 18-layer networks beside the ten that the paper lists (Table 1)."""
+    figure, axes = plots.panels(2, width=3.2, height=3.4)
+    for column, (ax, dataset) in enumerate(zip(axes, ("cifar10", "cifar100"), strict=True)):
+        plots.ranking(ax, _ours(table, dataset), {name: errors[column] for name, errors in TABLE1.items()})
+        ax.set(xlabel="test error (%)", title=("CIFAR-10", "CIFAR-100")[column])
+    plots.one_legend(figure, axes[::-1])
+    figure.suptitle(described(table))
+    return figure
+
+
+def _ours(table: pd.DataFrame, dataset: str) -> dict[str, float]:
+    """Mean test error in percent over seeds, activation by activation."""
+    rows = table.loc[table["dataset"] == dataset]
+    looks = plots.looks(rows["activation"].unique())
+    return {f"{look.label}, these runs": 100 * rows.loc[rows["activation"] == name, "test_error"].mean() for name, look in looks.items()}
+
+
+def numbers_of_table1(table: pd.DataFrame) -> list[Number]:
+    """The paper's ten networks, and these."""
+    listed = [Number(name, "–", f"{ten:.2f} % / {hundred:.2f} %") for name, (ten, hundred) in TABLE1.items()]
+    for place, dataset in enumerate(("cifar10", "cifar100")):
+        paper = {"elu": f"{TABLE1['ELU network'][place]:.2f} %"}
+        listed += finals(table.loc[table["dataset"] == dataset], "test_error", paper, f"these runs, {dataset}", percent=True)
+    return listed
+
+
+def _of(table: pd.DataFrame, dataset: str) -> bool:
+    return "dataset" in table and bool((table["dataset"] == dataset).all())
+
+
+CIFAR = "CIFAR-100, 165,000 updates, 10 runs"
+SHORT = "train cifar11 --steps 20 --seeds 1 --score-every 5 --instrument activations --test-images 500"
+FIGURES = {
+    "4": Drawing(
+        "CIFAR-100, 11 layers: training loss and test error", "biasshift train cifar11", CIFAR,
+        scores, figure4, numbers4, ("cifar11",), {"dataset": "cifar100", "batch_norm": False}, (SHORT,),
+    ),
+    "5": Drawing(
+        "CIFAR-100, 11 layers: with and without batch normalization", "biasshift train cifar11, with and without --batch-norm", CIFAR,
+        normed_scores, figure5, numbers5, ("cifar11",), {"dataset": "cifar100"}, (SHORT, f"{SHORT} --batch-norm"),
+    ),
+    "6": Drawing(
+        "ImageNet, 15 layers: training loss and validation errors", "biasshift train imagenet",
+        "ImageNet, 1000 classes, about 250,000 updates", imagenet_scores, figure6, numbers6, ("imagenet",), {},
+        ("train imagenet --steps 20 --score-every 5",),
+    ),
+    "table1": Drawing(
+        "Test errors on CIFAR-10 and CIFAR-100", "biasshift train cifar18", "ten networks", last_scores, table1, numbers_of_table1,
+        ("cifar18",), {"batch_norm": False}, ("train cifar18 --steps 10 --score-every 5 --instrument activations --test-images 500",),
+    ),
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""theory1 to theory3: what the theory says about networks, measured along training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from biasshift import plots
+from biasshift.cells import NAMES
+from biasshift.figures.choosing import described, kept, with_settings
+from biasshift.figures.connected import PLAIN
+from biasshift.figures.drawing import Drawing, Number, finals
+from biasshift.judging.points import SAMPLES_PER_INPUT
+from biasshift.summary import fed_layers, mean_and_sd
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from biasshift.plots import Figure
+
+PARTS = {"own": "own weights", "incoming": "inherited", "second_order": "second order"}
+MEANS = ("k", "norm_mean_p", "norm_corrected_mean")
+
+
+def gaps(table: pd.DataFrame) -> pd.DataFrame:
+    """Gradient gap and mean incoming activation of every layer that is fed by an activation."""
+    return kept(plots.gap_points(table, layers=fed_layers(table)), ["mean_in_abs", "cos_gradient"])
+
+
+def gap(table: pd.DataFrame) -> Figure:
+    """The gradient gap of every layer that is fed by an activation, against its mean incoming activation."""
+    figure, (ax,) = plots.panels(1)
+    plots.gap_against_mean(ax, table)
+    figure.suptitle(described(table))
+    ax.set_title("a dot per layer, run and measurement; large: medians", loc="left")
+    return figure
+
+
+def gap_numbers(table: pd.DataFrame) -> list[Number]:
+    """Medians of what is drawn."""
+    points = plots.gap_points(table).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()
+    return [
+        Number(
+            f"median gap and mean incoming activation, {NAMES.get(str(name), name)}", f"{row.degrees:.0f} degrees, {row.mean_in_abs:.2g}"
+        )
+        for name, row in points.iterrows()
+    ]
+
+
+def effective_means(table: pd.DataFrame) -> pd.DataFrame:
+    """Medians over units of k, |E_p(a)| and |E_p(a) − k E_q(a)|: one row per run and step, of units with enough samples.
+
+    Units of layers fed by the data are left out, as are those with fewer than ten effective samples per incoming activation: their
+    k is biased. `enough` is the share of units that are left.
+    """
+    plots.need(table, [*MEANS, "effective_samples", "inputs", "activation"], "theory2")
+    inputs = table.loc[table["inputs"].notna()].drop_duplicates("layer").set_index("layer")["inputs"]
+    units = table.loc[table["layer"].isin(fed_layers(table)) & (table["unit"] >= 0) & table["effective_samples"].notna()]
+    plots.need(units, [], "theory2")
+    enough = units["k"].notna() & (units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float))
+    rows = units.assign(enough=enough.astype(float)).astype({"run": object})
+    shares = rows.groupby(["run", "step"])["enough"].mean()
+    medians = rows.loc[enough].groupby(["run", "step"])[list(MEANS)].median()
+    return _with_epochs(medians.join(shares).reset_index().assign(layer="", unit=-1), table)
+
+
+def theory2(table: pd.DataFrame) -> Figure:
+    """The k of Theorem 2 along training, and the means that it corrects, before and after."""
+    figure, (left, middle, right) = plots.panels(3, width=2.9)
+    plots.curves(left, table, "k", against="epoch", line="-")
+    left.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    left.set_ylabel("$k$, median over units")
+    plots.curves(middle, table, "norm_mean_p", against="epoch", line="-", named=False)
+    plots.curves(middle, table, "norm_corrected_mean", against="epoch", line=":", named=False)
+    for line, name in (("-", r"$|E_p(a)|$"), (":", r"$|E_p(a) - k\,E_q(a)|$")):
+        middle.plot([], [], line, color="0.4", label=name)
+    middle.set_ylabel("norm, median over units")
+    middle.set_ylim(bottom=0)
+    plots.curves(right, table, "enough", against="epoch", line="-", named=False)
+    plots.in_percent(right.yaxis)
+    right.set(ylabel="units (%)", ylim=(0, 1.05))
+    plots.lettered([left, middle, right], ["factor of the correction", "means, as they are and corrected", "units with enough samples"])
+    plots.one_legend(figure, [left, middle])
+    figure.suptitle(f"Mean ± SD over seeds, units with {SAMPLES_PER_INPUT} effective samples per input or more\n{described(table)}")
+    return figure
+
+
+def numbers2(table: pd.DataFrame) -> list[Number]:
+    """At the last step that most units have enough samples at."""
+    enough = table.loc[table["enough"] >= 0.5]
+    return [
+        *finals(enough, "k", {}, "k, as long as most units have enough samples"),
+        *finals(enough, "norm_mean_p", {}, "norm of the mean, likewise"),
+        *finals(enough, "norm_corrected_mean", {}, "norm of the corrected mean, likewise"),
+    ]
+
+
+def parts(table: pd.DataFrame) -> pd.DataFrame:
+    """Sums over the units of a layer of |own|, |incoming| and |second order|, for every run, step and layer behind the first."""
+    plots.need(table, [*PARTS, "activation"], "theory3")
+    rows = table.loc[table["layer"].isin(fed_layers(table)) & (table["unit"] >= 0) & table["own"].notna()]
+    plots.need(rows, [], "theory3")
+    rows = rows.assign(**{name: rows[name].astype(float).abs() for name in PARTS}).astype({"run": object, "layer": object})
+    sums = rows.groupby(["run", "step", "layer"], sort=False)[list(PARTS)].sum().reset_index()
+    number = sums.groupby("run")["layer"].transform(lambda names: names.factorize()[0] + 2)
+    return _with_epochs(sums.assign(number=number, unit=0), table)
+
+
+def theory3(table: pd.DataFrame) -> Figure:
+    """Of what the bias shift is made: over the whole run, along it, and layer by layer."""
+    figure, (left, middle, right) = plots.panels(3, width=2.9)
+    plots.stacked(left, shares(table, []).groupby("activation", observed=True)[list(PARTS)].mean().reset_index(), PARTS)
+    left.set_ylabel("share of the bias shift")
+    along = shares(table, ["step", "epoch"]).assign(layer="")
+    plots.curves(middle, along, "incoming", against="epoch", line="-")
+    plots.layer_lines(right, shares(table, ["number"]), "incoming")
+    right.set_xlabel("layer")
+    for ax in (middle, right):
+        ax.set(ylim=(0, 1), ylabel="inherited share")
+    plots.lettered([left, middle, right], ["whole run", "along training", "by layer"])
+    plots.one_legend(figure, [left, middle])
+    figure.suptitle(f"Sums of absolute parts over units, mean ± SD over seeds\n{described(table)}")
+    return figure
+
+
+def shares(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row per run and combination of `keys`: the shares of the three parts, which add up to 1."""
+    runs = ["run", "activation", *(["seed"] if "seed" in table else [])]
+    sums = table.groupby([*runs, *keys], observed=True, sort=True)[list(PARTS)].sum()
+    return sums.div(sums.sum(axis=1), axis=0).reset_index()
+
+
+def numbers3(table: pd.DataFrame) -> list[Number]:
+    """Inherited shares over the whole run."""
+    whole = shares(table, [])
+    return [
+        Number(f"inherited share of the bias shift, {NAMES.get(str(name), name)}", f"{mean_and_sd(rows['incoming'])} (n = {len(rows)})")
+        for name, rows in whole.groupby("activation", observed=True)
+    ]
+
+
+def _with_epochs(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of runs and steps with the epochs and the settings of their runs."""
+    epochs = plots.with_epochs(table[["run", "step", "epoch"]]).drop_duplicates(["run", "step"]).astype({"run": object})
+    return with_settings(rows.merge(epochs, on=["run", "step"], how="left"), table)
+
+
+OWN = "no such figure"
+EVERY = ("digits", "mnist", "sweep", "autoencoder", "cifar11", "cifar18", "imagenet")
+NARROW = {"depth": 8, "width": 128, "batch_norm": False, **PLAIN}
+DEMO, QUICK = "biasshift demo, or biasshift train mnist", ("demo --quick",)
+FIGURES = {
+    "theory1": Drawing(
+        "The gradient gap against the mean incoming activation", DEMO, OWN, gaps, gap, gap_numbers, EVERY, NARROW, QUICK
+    ),
+    "theory2": Drawing(
+        "Theorem 2 along training: k and the corrected means", DEMO, OWN,
+        effective_means, theory2, numbers2, EVERY, NARROW, QUICK,
+    ),
+    "theory3": Drawing(
+        "The parts of the bias shift", DEMO, OWN, parts, theory3, numbers3, EVERY, NARROW, QUICK
+    ),
+}  # fmt: skip

@@ -1,0 +1,22 @@
+"""Figure 2: mean unit activations and learning curves on MNIST. `python paper_figs/fig2.py [RUNS...]`
+
+RUNS are folders of `biasshift train mnist` or `biasshift demo`; without any, the table that comes with the package is drawn.
+"""
+
+import sys
+
+from biasshift import figures, plots
+
+table = figures.data("2", *sys.argv[1:])  # median unit activations and losses: one row per run and step
+
+with plots.style():
+    figure, (means, losses) = plots.panels(2)
+    plots.unit_means(means, table, line="-")
+    plots.learning_curves(losses, table, log=True)
+    plots.no_legend(means)
+    plots.lettered([means, losses], ["mean ± SD over seeds", "mean ± SD of the logarithm"])
+    figure.suptitle(figures.described(table))
+
+for path in figures.write("2", figure, words=figures.caption("2", table)):
+    print(path)
+print(figures.said("2", table))

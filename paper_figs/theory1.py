@@ -1,0 +1,20 @@
+"""theory1: the gradient gap against the mean incoming activation. `python paper_figs/theory1.py [RUNS...]`
+
+RUNS are folders of `biasshift demo` or `biasshift train mnist`.
+"""
+
+import sys
+
+from biasshift import figures, plots
+
+table = figures.data("theory1", *sys.argv[1:])  # one row per run, layer and measurement
+
+with plots.style():
+    figure, (ax,) = plots.panels(1)
+    plots.gap_against_mean(ax, table)
+    ax.set_title("a dot per layer, run and measurement; large: medians", loc="left")
+    figure.suptitle(figures.described(table))
+
+for path in figures.write("theory1", figure, words=figures.caption("theory1", table)):
+    print(path)
+print(figures.said("theory1", table))
