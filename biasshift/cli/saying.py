@@ -20,6 +20,7 @@ IDENTITIES = {
     "residual_theorem2": "Theorem 2 against the shift of the update itself",
     "residual_bookkeeping": "own + incoming + second order = measured bias shift",
 }
+VERDICTS = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
 SCORES = {
     "train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error",
     "test_loss": "test loss", "test_error": "test error", "valid_error5": "valid. top-5",
@@ -61,6 +62,24 @@ def say_claims(console: Console, table: "pd.DataFrame") -> "pd.DataFrame":
     for sentence in sentences(found):
         console.print(textwrap.fill(sentence, console.width, initial_indent="  ", subsequent_indent="  "), soft_wrap=True)
     return found
+
+
+def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
+    """The claims by verdict, a line or two each; what speaks against taking them for more is in their caveats, which `claims` shows."""
+    found: Any = claims(table)
+    console.print("\nWhat these runs say about the paper's claims", style="bold")
+    console.print("Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement.")
+    for verdict in ("supported", "not supported", "undecided"):
+        rows = found[found["verdict"] == verdict]
+        if len(rows):
+            console.print(f"{VERDICTS[verdict]} ({len(rows)})")
+        for row in rows.itertuples():
+            effect = (
+                f"{row.effect:+.3g}" + (f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else "") if row.n else "not measured"
+            )
+            line = f"{row.statement} ({row.source}). {row.statistic}: {effect}, n = {row.n}."
+            console.print(textwrap.fill(line, console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
+    console.print("Their caveats: biasshift claims FOLDER")
 
 
 def say_sweep(console: Console, table: "pd.DataFrame") -> None:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from biasshift.cli.progress import progress
-from biasshift.cli.saying import say_claims, say_comparison, say_identities, say_paths, say_runs
+from biasshift.cli.saying import say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw
 from biasshift.layout import is_run, read_config
@@ -118,11 +118,15 @@ def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
     table, states = read_runs(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
         console.print(f"{name}: training diverged; the run ends there.")
-    if not experiment.figures or set(states["state"]) == {"failed"}:  # of runs that all are lost there is nothing to compare
+    lost = set(states["state"]) == {"failed"}  # of runs that all are there is nothing to compare
+    if lost or not (experiment.figures or experiment.sweeps):
         say_runs(console, states, table)
         return
-    say_comparison(console, table)
+    if experiment.sweeps:
+        say_sweep(console, table)
+    else:
+        say_comparison(console, table)
     say_identities(console, table)
     for name in experiment.figures:
         say_paths(console, draw(name, table, experiment.out))
-    say_claims(console, table)
+    say_verdicts(console, table)
