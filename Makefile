@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test lint bench clean
+.PHONY: help demo figures notebooks lab docs test lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -16,6 +16,15 @@ demo: $(VENV)/.installed ## see the idea at work on a small data set
 
 figures: $(VENV)/.installed ## draw every figure that the committed tables allow
 	@$(BIN)/biasshift figure all
+
+notebooks: $(VENV)/.installed-notebooks ## run the notebooks and keep their outputs
+	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+lab: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/; a warning is an error
+	@$(BIN)/mkdocs build --strict
 
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
@@ -29,7 +38,7 @@ bench: $(VENV)/.installed-bench ## compare speed and memory with other libraries
 	@$(VENV)/bench/bin/python -m benchmarks
 
 clean: ## remove .venv, caches and build outputs; data/ and runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # -- the environment: one stamp per set of extras, so that a second call installs nothing --------------------------
@@ -50,6 +59,12 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 	$(call install,[dev])
+
+$(VENV)/.installed-notebooks: pyproject.toml $(VENV)/.created
+	$(call install,[notebooks])
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.created
+	$(call install,[docs])
 
 # The peers pin old versions of their own, some of a torch that no longer is: they get an environment, a constraint, and the
 # first two no dependencies.
