@@ -1,0 +1,95 @@
+"""The documentation builds without warnings, its Python runs, its commands exist, and no public name is missing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import biasshift as bs
+from biasshift import data, nets, optim, training
+from biasshift.cli import _parsed
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+EXTRA = "the documentation needs mkdocs: pip install -e '.[docs]'"
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page):
+    """Every `biasshift …` of a page, without comments, as arguments."""
+    lines = [line.partition("#")[0].split() for block in blocks(page, "sh") for line in block.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["biasshift"]]
+
+
+def with_pages(having):
+    return pytest.mark.parametrize("page", [page for page in PAGES if having(page)], ids=lambda page: page.stem)
+
+
+@with_pages(lambda page: blocks(page, "python"))
+def test_the_python_of_a_page_runs(page):
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@with_pages(commands)
+def test_the_commands_of_a_page_exist(page):
+    for arguments in commands(page):
+        _parsed(arguments)  # exits where an option or a command does not exist
+
+
+def test_a_command_that_does_not_exist_would_be_found(capsys):
+    with pytest.raises(SystemExit):
+        _parsed(["sweep", "--parts", "1", "16"])
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r": (\S+\.md)$", nav, re.MULTILINE)) == {page.relative_to(DOCS).as_posix() for page in PAGES}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason=EXTRA)
+    pytest.importorskip("mkdocstrings", reason=EXTRA)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("biasshift", [name for name in bs.__all__ if name != "optim"]),
+        ("optim", optim.__all__),
+        ("data", data.__all__),
+        ("nets", nets.__all__),
+        ("training", training.__all__),
+    ],
+)
+def test_every_public_name_is_in_the_reference(site, page, names):
+    html = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+    described = {found.rsplit(".", 1)[-1] for found in re.findall(r'<h\d id="([\w.]+)" class="doc doc-heading"', html)}
+    assert set(names) <= described
+
+
+def test_docstrings_become_markdown(site):
+    optimizer = (site / "api" / "optim.html").read_text(encoding="utf-8")
+    assert "<td>quasi-diagonal natural gradient</td>" in optimizer  # the table of updates is a table
+    for page in (site / "api").glob("*.html"):
+        assert "<blockquote>" not in page.read_text(encoding="utf-8")  # no doctest is taken for a quotation
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', html)
+        assert not re.findall(r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="(?:https?:)?//', html)
