@@ -1,11 +1,20 @@
-"""What the figures show, read back from their artists; and what is on disk afterwards."""
+"""What the figures show, read back from their artists; the small tables behind them; and what is on disk afterwards."""
+
+import json
+import math
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from planted import Planted, table
 
-from biasshift.figures import FIGURES, described, draw, figure1, figure2, gap
+from biasshift import figures, plots
+from biasshift.figures import FIGURES, caption, condensed, described, draw, numbers, picture
+from biasshift.figures.choosing import chosen
+from biasshift.figures.pictures import TABLE1, TEST_ERRORS, TRAIN_LOSSES
+from biasshift.figures.tabled import KEY, load
+from biasshift.recording import Run
 
 
 @pytest.fixture
@@ -18,21 +27,61 @@ def runs() -> pd.DataFrame:
     )
 
 
+def scored(experiment, settings, columns, at=(0, 50, 100), **more) -> pd.DataFrame:
+    """Whole-network rows of runs of the given settings; each column is a function of (step, setting)."""
+    rows = []
+    for setting in settings:
+        name = "-".join(map(str, setting.values()))
+        run = {"run": name, "experiment": experiment, "epochs": 4, "layer": "", "unit": -1, **more, **setting}
+        rows += [{**run, "step": step, "epoch": step / 25, **{key: f(step, setting) for key, f in columns.items()}} for step in at]
+    return pd.DataFrame(rows)
+
+
+LEVEL = {"elu": 0.1, "srelu": 0.2, "lrelu": 0.3, "relu": 0.4}
+
+
+def cifar(steps=(0, 60, 120), normed=(False,), names=tuple(LEVEL), **more) -> pd.DataFrame:
+    """Test errors of the activation's level + seed/100, half of it with batch norm; losses ten times that; both fall with the step."""
+    settings = [{"activation": name, "seed": seed, "batch_norm": bn} for name in names for seed in (0, 1) for bn in normed]
+
+    def error(step, s):
+        return (LEVEL[s["activation"]] + s["seed"] / 100) * (0.5 if s["batch_norm"] else 1.0) + 0.5 - 0.5 * step / steps[-1]
+
+    columns = {"test_error": error, "train_loss": lambda step, s: 10 * error(step, s) if step else math.nan}
+    return scored("cifar11", settings, columns, steps, **({"dataset": "cifar100", "steps": steps[-1]} | more))
+
+
 def labels(ax) -> list[str]:
     legend = ax.get_legend()
     return [text.get_text() for text in legend.get_texts()] if legend else []
 
 
-# -- the figures -------------------------------------------------------------------------------------------------
+def below(figure) -> list[str]:
+    """The legend of the whole figure."""
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def line(ax, activation, style=None):
+    color = plots.LOOKS[activation].color
+    (found,) = [one for one in ax.lines if one.get_color() == color and len(one.get_xdata()) and style in (None, one.get_linestyle())]
+    return found
+
+
+def drawn(name, runs):
+    small = condensed(name, runs)
+    return picture(name, small), small
+
+
+# -- the paper's figures -----------------------------------------------------------------------------------------
 
 
 def test_figure_1_is_the_activation_functions():
-    (ax,) = figure1().axes
+    (ax,) = picture("1", None).axes
     assert labels(ax) == ["ELU", "LReLU", "ReLU", "SReLU"]
 
 
 def test_figure_2_is_means_and_losses_against_the_epoch(runs):
-    figure = figure2(runs)
+    figure, small = drawn("2", runs)
     means, losses = figure.axes
     elu, relu = means.lines[:2]
     np.testing.assert_allclose(elu.get_data(), [[0, 2, 4], [9, 9, 0.2]])
@@ -41,20 +90,163 @@ def test_figure_2_is_means_and_losses_against_the_epoch(runs):
     np.testing.assert_allclose(train.get_data(), [[0, 2, 4], [2.3, 2.3, np.exp(-2)]])
     assert losses.get_yscale() == "log" and means.get_yscale() == "linear"
     assert figure.get_suptitle() == "planted: 4 epochs, 3 seeds"
+    assert len(small) == 6 * 3 * 2  # runs, measurements, and one row each for the network and for the median unit
 
 
-def test_one_legend_serves_both_panels(runs):
-    means, losses = figure2(runs).axes
+def test_figure_2_from_its_small_table_is_figure_2_of_the_runs(runs):
+    means = plots.unit_means(picture("1", None).axes[0], runs)  # the axes do not matter
+    (ours, _) = drawn("2", runs)[0].axes
+    for one, other in zip(ours.lines[:2], means.lines[4:6], strict=True):
+        np.testing.assert_allclose(one.get_data(), other.get_data())
+
+
+def test_one_legend_serves_both_panels_of_figure_2(runs):
+    means, losses = drawn("2", runs)[0].axes
     assert labels(means) == [] and labels(losses) == ["ELU (n = 3)", "ReLU (n = 3)", "training", "validation"]
     named = {line.get_label(): line for line in losses.lines}
-    for line in means.lines[:2]:
-        twin = named[line.get_label()]
-        assert (line.get_color(), line.get_marker(), line.get_linestyle()) == (twin.get_color(), twin.get_marker(), twin.get_linestyle())
+    for one in means.lines[:2]:
+        twin = named[one.get_label()]
+        assert (one.get_color(), one.get_marker(), one.get_linestyle()) == (twin.get_color(), twin.get_marker(), twin.get_linestyle())
 
 
-def test_the_gap_is_that_of_layers_fed_by_an_activation(runs):
+def test_figure_3_has_medians_over_runs_for_every_rate():
+    settings = [{"activation": "elu", "seed": seed, "lr": lr} for seed in range(3) for lr in (1e-4, 1e-2)]
+    values = {0: 1.0, 1: 2.0, 2: 9.0}
+    errors = {
+        "train_error": lambda step, s: values[s["seed"]] * s["lr"],
+        "test_error": lambda step, s: 2 * values[s["seed"]] * s["lr"],
+    }
+    figure, small = drawn("3", scored("autoencoder", settings, errors))
+    for ax, expected in zip(figure.axes, (2e-2, 2e-4, 4e-2, 4e-4), strict=True):
+        np.testing.assert_allclose(line(ax, "elu").get_data(), [[0, 2, 4], [expected] * 3])
+        assert not ax.collections  # no ribbon around a median
+    assert [ax.get_title() for ax in figure.axes] == ["learning rate 0.01", "learning rate 0.0001", "", ""]
+    assert below(figure) == ["ELU (n = 3)"]
+    assert [number.here for number in numbers("3", small)] == ["0.080 ± 0.087 (n = 3)", "0.001 ± 0.001 (n = 3)"]
+
+
+def test_figure_4_has_the_whole_the_start_and_the_end():
+    figure, small = drawn("4", cifar())
+    expected = {"whole": [0, 60, 120], "start": [0, 60], "end": [120]}
+    for ax, (part, steps) in zip(figure.axes[3:], expected.items(), strict=True):
+        x, y = line(ax, "elu").get_data()
+        assert x.tolist() == steps and part in ax.get_title(loc="left")
+        np.testing.assert_allclose(y, [0.105 + 0.5 - 0.5 * step / 120 for step in steps])
+    np.testing.assert_allclose(line(figure.axes[0], "relu").get_data(), [[60, 120], [6.55, 4.05]])
+    assert below(figure) == ["ELU (n = 2)", "LReLU (n = 2)", "ReLU (n = 2)", "SReLU (n = 2)"]  # no published mark on short runs
+    found = {number.quantity: number for number in numbers("4", small)}
+    assert found["test error at the end, ELU"].here == "10.5 ± 0.7 % (n = 2)"
+    assert found["test error at the end, ELU"].paper == "28.75 ± 0.24 % (n = 10)"
+
+
+@pytest.mark.parametrize(("dataset", "marks"), [("cifar100", 4), ("cifar10", 0)])
+def test_figure_4_has_the_papers_numbers_on_runs_of_its_length(dataset, marks):
+    figure, _ = drawn("4", cifar((0, 90_000, 165_000), dataset=dataset))
+    hollow = [[one for one in ax.lines if one.get_markerfacecolor() == "white" and len(one.get_xdata())] for ax in figure.axes]
+    assert [len(found) for found in hollow] == [0, 0, marks, 0, 0, marks]
+    assert {float(one.get_ydata()[0]) for one in hollow[2]} == (set(TRAIN_LOSSES.values()) if marks else set())
+    assert sorted(100 * one.get_ydata()[0] for one in hollow[5]) == pytest.approx(sorted(e for e, _ in TEST_ERRORS.values())[:marks])
+    assert ("paper" in below(figure)) == bool(marks)
+    assert figure.axes[0].get_xlabel() == "thousand updates"
+
+
+def test_figure_4_leaves_out_networks_with_batch_norm():
+    small = condensed("4", cifar(normed=(False, True)))
+    assert not small["batch_norm"].any() and small["run"].nunique() == 8
+
+
+def test_figure_5_pairs_elu_with_each_other():
+    figure, small = drawn("5", cifar(normed=(False, True)))
+    assert [ax.get_title(loc="left") for ax in figure.axes[:3]] == [
+        f"({a}) ELU – {b}, whole" for a, b in zip("abc", ("ReLU", "SReLU", "LReLU"), strict=True)
+    ]
+    solid, dotted = (line(figure.axes[0], "relu", style).get_ydata() for style in ("-", ":"))
+    np.testing.assert_allclose(solid, [0.905, 0.655, 0.405])
+    np.testing.assert_allclose(dotted, [0.7025, 0.4525, 0.2025])
+    assert line(figure.axes[3], "elu", "-").get_xdata().tolist() == [120]
+    assert below(figure)[-2:] == ["SReLU (n = 2)", "LReLU (n = 2)"] and {"with batch norm", "without batch norm"} <= set(below(figure))
+    here = {number.quantity: number.here for number in numbers("5", small)}
+    assert here["test error with batch norm, ReLU"] == "20.2 ± 0.4 % (n = 2)"
+
+
+@pytest.mark.parametrize(("normed", "there"), [(False, "without"), (True, "with")])
+def test_figure_5_needs_both(normed, there):
+    with pytest.raises(ValueError, match=f"all of these are {there}: .*--batch-norm"):
+        condensed("5", cifar(normed=(normed,)))
+
+
+def test_figure_6_is_loss_top_5_and_top_1():
+    settings = [{"activation": name, "seed": 0} for name in ("elu", "relu")]
+    columns = {
+        "train_loss": lambda step, s: 7 - step / 100,
+        "valid_error5": lambda step, s: 0.9 - step / 1000,
+        "valid_error": lambda step, s: 0.99 - step / 1000,
+    }
+    figure, small = drawn("6", scored("imagenet", settings, columns, dataset="imagenet (1000 classes)", steps=100))
+    for ax, expected in zip(figure.axes, ([7, 6.5, 6], [0.9, 0.85, 0.8], [0.99, 0.94, 0.89]), strict=True):
+        np.testing.assert_allclose(line(ax, "relu").get_data(), [[0, 50, 100], expected])
+    assert numbers("6", small)[0].here == "80.0 % (n = 1)" and "20 %" in numbers("6", small)[0].paper
+
+
+def test_figure_6_has_the_papers_numbers_on_imagenet_alone():
+    columns = {name: lambda step, s: 0.5 for name in ("train_loss", "valid_error5", "valid_error")}
+    for dataset, marks in (("imagenet (1000 classes)", [(160_000, 0.2)]), ("flowers (5 classes)", [])):
+        runs = scored("imagenet", [{"activation": "elu", "seed": 0}], columns, (0, 250_000), dataset=dataset)
+        _, top5, _ = drawn("6", runs)[0].axes
+        hollow = [one for one in top5.lines if one.get_markerfacecolor() == "white" and len(one.get_xdata())]
+        assert [tuple(one.get_xydata()[0]) for one in hollow][:1] == marks
+
+
+def moving(name, seed, spread) -> pd.DataFrame:
+    """Two hidden layers of three units; over steps 1, 2, 3, unit u of layer l moves by l·spread·(u+1) up and down; step 0 is far away."""
+    rows = [{"layer": "", "unit": -1, "step": step, "epoch": float(step)} for step in range(4)]
+    rows += [
+        {"layer": str(layer), "unit": unit, "step": step, "mean": 100.0 if step == 0 else (step - 2) * layer * spread * (unit + 1)}
+        for layer in (1, 3)
+        for unit in range(3)
+        for step in range(4)
+    ]
+    return pd.DataFrame(rows).assign(run=f"{name}-{seed}", activation=name, seed=seed, experiment="mnist", epochs=3)
+
+
+def test_figure_7_is_the_variance_over_epochs_of_every_unit_and_layer():
+    figure, small = drawn("7", pd.concat([moving("elu", seed, 0.1) for seed in (0, 1)] + [moving("relu", 0, 0.2)]))
+    units = small[(small["unit"] >= 0) & (small["run"] == "relu-0")].set_index(["number", "unit"])["variance"]
+    for number, layer in ((1, 1), (2, 3)):
+        for unit in range(3):
+            assert units[(number, unit)] == pytest.approx((layer * 0.2 * (unit + 1)) ** 2)  # of −x, 0, x
+    bars = figure.axes[0].containers
+    assert [bar.get_label() for bar in bars] == ["ELU (n = 2)", "ReLU (n = 1)"]
+    np.testing.assert_allclose(bars[0][0].get_xydata()[:, 1], [0.2**2, 0.6**2])  # the middle unit
+    np.testing.assert_allclose(line(figure.axes[1], "relu").get_data(), [[1, 2], [0.4**2, 1.2**2]])
+    assert numbers("7", small)[1].here == f"{np.median([(layer * 0.2 * u) ** 2 for layer in (1, 3) for u in (1, 2, 3)]):.2g}"
+
+
+def test_a_variance_needs_three_measurements():
+    with pytest.raises(ValueError, match="3 measurements after step 0, and a run has 2"):
+        condensed("7", moving("elu", 0, 0.1).query("step < 3"))
+
+
+def test_table_1_is_the_papers_ten_networks_and_the_last_errors_of_these():
+    settings = [{"activation": "elu", "seed": seed, "dataset": "cifar100"} for seed in (0, 1)]
+    errors = {"train_loss": lambda step, s: 1.0, "test_error": lambda step, s: 0.9 if step < 100 else 0.25 + s["seed"] / 100}
+    figure, small = drawn("table1", scored("cifar18", settings, errors))
+    assert len(small) == 2 and len(TABLE1) == 8
+    ten, hundred = figure.axes
+    paper = {label.get_text(): x for label, x in zip(hundred.get_yticklabels(), hundred.lines[0].get_xdata(), strict=False)}
+    assert paper == {name: errors[1] for name, errors in TABLE1.items()}
+    assert hundred.lines[1].get_xdata() == pytest.approx([25.5]) and len(ten.lines) == 1
+    assert hundred.get_yticklabels()[-1].get_text() == "ELU, these runs" and below(figure) == ["paper", "these runs"]
+    assert numbers("table1", small)[-1] == ("these runs, cifar100, ELU", "25.5 ± 0.7 % (n = 2)", "24.28 %")
+
+
+# -- the theory's figures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gap", "theory1"])
+def test_the_gap_is_that_of_layers_fed_by_an_activation(runs, name):
     more = runs[runs["layer"] == "2"].assign(layer="0", cos_gradient=-1.0)  # the first layer's gap is not shown
-    figure = gap(pd.concat([runs, more]))
+    figure, small = drawn(name, pd.concat([runs, more]))
     (ax,) = figure.axes
     dots, median = (collection.get_offsets() for collection in ax.collections[:2])
     assert len(dots) == 3 * 2 * 3  # runs, layers, measurements
@@ -62,9 +254,119 @@ def test_the_gap_is_that_of_layers_fed_by_an_activation(runs):
     assert set(np.round(dots[:, 0], 6)) == {0.2, 0.4}
     np.testing.assert_allclose(median, [[0.3, 60]])
     assert figure.get_suptitle() == "planted: 4 epochs, 3 seeds" and labels(ax) == ["ELU (n = 3)", "ReLU (n = 3)"]
+    assert numbers(name, small)[0].here == "60 degrees, 0.3"
 
 
-# -- what it says about the runs ---------------------------------------------------------------------------------
+def test_theory2_leaves_out_units_with_too_few_samples():
+    planted = table(Planted("elu", seed, along=lambda step, layer: {}) for seed in range(2))
+    units = (planted["unit"] >= 0) & planted["coupling"].notna()
+    first = units & (planted["unit"] == 0)
+    planted.loc[units, "k"] = 0.5
+    planted.loc[first, ["k", "effective_samples"]] = 7.0, 29.0  # of 3 inputs: one too few
+    figure, small = drawn("theory2", planted)
+    k, means, enough = figure.axes
+    np.testing.assert_allclose(line(k, "elu").get_data(), [[0, 2, 4], [0.5] * 3])
+    np.testing.assert_allclose(line(means, "elu", "-").get_ydata(), [1] * 3)
+    np.testing.assert_allclose(line(means, "elu", ":").get_ydata(), [2] * 3)  # of unit 1, whose corrected mean is larger
+    np.testing.assert_allclose(line(enough, "elu").get_ydata(), [0.5] * 3)
+    assert numbers("theory2", small)[0].here == "0.500 ± 0.000 (n = 2)"
+
+
+def test_theory3_adds_up_absolute_parts_behind_the_first_layer(runs):
+    figure, small = drawn("theory3", runs)
+    whole, along, layers = figure.axes
+    heights = [[bar.get_height() for bar in bars] for bars in whole.containers]
+    np.testing.assert_allclose(heights, [[0.6, 0.6], [0.3, 0.3], [0.1, 0.1]])
+    np.testing.assert_allclose(line(along, "elu").get_data(), [[0, 2, 4], [0.3] * 3])
+    np.testing.assert_allclose(line(layers, "relu").get_data(), [[2, 3], [0.3] * 2])
+    assert [number.here for number in numbers("theory3", small)] == ["0.300 ± 0.000 (n = 3)"] * 2
+    np.testing.assert_allclose(small["own"], 1.2)  # two units of 0.6, of either sign
+
+
+def swept(rates=(0.01, 0.1)) -> pd.DataFrame:
+    """Exponential losses, whose rates are the learning rate's; the constant makes plain training half as fast, and not centered."""
+    cells = [("elu", "plain", 0.0), ("relu", "plain", 0.0), ("elu", "plain", 0.5), ("elu", "centered", 0.0), ("relu", "centered", 0.0)]
+    cells += [("elu", "centered", 0.5)]
+    return table(
+        Planted(
+            name, seed, rate=lr * (0.5 if constant and update == "plain" else 1),
+            settings={"update": update, "constant": constant, "lr": lr, "experiment": "sweep"},
+        )
+        for name, update, constant in cells
+        for lr in rates
+        for seed in range(2)
+    )  # fmt: skip
+
+
+def test_theory4_shows_each_cell_at_its_best_rate():
+    figure, small = drawn("theory4", swept())
+    plain, centered, steps = figure.axes
+    assert (plain.get_title(loc="left"), centered.get_title(loc="left")) == ("(a) plain", "(b) centered")
+    assert set(small.loc[small["best"], "lr"]) == {0.1}
+    x, y = line(plain, "elu").get_data()
+    np.testing.assert_allclose(y, 2.3 * np.exp(-0.1 * x))
+    (raised,) = [one for one in plain.lines if str(one.get_label()).startswith("ELU + 0.5")]
+    np.testing.assert_allclose(raised.get_ydata(), 2.3 * np.exp(-0.05 * x))
+    level = float(steps.get_title(loc="left").rpartition(" ")[2])
+    bars = {bar.get_label().partition(" (")[0]: bar[0].get_xydata()[:, 1] for bar in steps.containers}
+    np.testing.assert_allclose(bars["ELU"], [np.log(2.3 / level) / 0.1] * 2)
+    np.testing.assert_allclose(bars["ELU + 0.5"], [np.log(2.3 / level) / 0.05, np.log(2.3 / level) / 0.1])
+    assert below(figure) == ["ELU (n = 2)", "ReLU (n = 2)", "ELU + 0.5 (n = 2)"]
+
+
+def test_a_rate_whose_runs_stopped_is_not_the_best():
+    runs = swept()
+    fast = runs["lr"] == 0.1
+    small = condensed("theory4", runs[~fast | (runs["step"] < 90)])
+    assert set(small.loc[small["best"], "lr"]) == {0.01}
+
+
+def test_theory4_refuses_an_unequal_grid():
+    runs = swept()
+    with pytest.raises(ValueError, match="complete the grid"):
+        condensed(
+            "theory4", runs[~((runs["activation"] == "elu") & (runs["update"] == "plain") & (runs["constant"] == 0) & (runs["lr"] == 0.1))]
+        )
+
+
+def test_bench_reads_the_benchmarks(tmp_path):
+    rows = [
+        {"method": "biasshift", "seconds": 0.5, "bytes": 2**20},
+        {"method": "other", "seconds": 2, "bytes": 2**22},
+        {"method": "none", "skipped": "x"},
+    ]
+    result = {"question": "mlp", "title": "MLP, 3 layers", "device": "cpu", "commit": "abc", "rows": rows}
+    (tmp_path / "mlp_cpu.json").write_text(json.dumps(result))
+    (tmp_path / "kernel_cpu.json").write_text(json.dumps({**result, "question": "kernel"}))  # no comparison
+    small = figures.data("bench", tmp_path)
+    time, memory = picture("bench", small).axes
+    assert [list(ax.lines[0].get_xdata()) for ax in (time, memory)] == [[0.5, 2], [1, 4]]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["biasshift", "other"]
+    assert [number.here for number in numbers("bench", small)] == ["0.5 s, 1 MiB", "2 s, 4.0 × ours, 4 MiB"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": 3}', '{"question": "mlp", "title": "", "device": "", "commit": "", "rows": [1]}'])
+def test_other_files_are_no_benchmarks(tmp_path, text):
+    (tmp_path / "mlp_cpu.json").write_text(text)
+    with pytest.raises(ValueError, match=r"mlp_cpu\.json' is no file of"):
+        figures.data("bench", tmp_path)
+
+
+# -- which runs, and what it says about them ---------------------------------------------------------------------
+
+
+def test_a_figure_chooses_its_experiment_and_setting():
+    runs = pd.DataFrame({"experiment": ["digits", "mnist", "mnist", "sweep"], "depth": [8, 8, 5, 8]})
+    assert chosen(runs, ["mnist", "digits"], {"depth": 5}, "").index.tolist() == [2]
+    assert chosen(runs, ["digits"], {"depth": 5}, "").index.tolist() == [0]  # a preference, no condition
+    with pytest.raises(ValueError, match=r"runs are of digits, mnist, sweep.*train cifar11"):
+        chosen(runs, ["cifar11"], {}, "biasshift train cifar11")
+
+
+def test_somebodys_own_runs_are_taken_as_they_are():
+    runs = pd.DataFrame({"experiment": ["mine", "mnist"]})
+    assert chosen(runs, ["cifar11"], {}, "").index.tolist() == [0]
+    assert len(chosen(runs.drop(columns="experiment"), ["cifar11"], {}, "")) == 2
 
 
 @pytest.mark.parametrize(
@@ -77,6 +379,10 @@ def test_the_gap_is_that_of_layers_fed_by_an_activation(runs):
         ({"seed": [0, 1, 2]}, "3 seeds"),
         ({"experiment": "mine"}, "mine"),
         ({}, ""),
+        ({"experiment": "mnist", "depth": 8, "width": 128, "epochs": 3, "reached": 3.0, "device": "cpu"}, "mnist, 8 × 128: 3 epochs, cpu"),
+        ({"experiment": "mnist", "epochs": 300, "reached": [3.0, 300, 300]}, "mnist: 3–300 of 300 epochs (some ended early)"),
+        ({"experiment": "cifar11", "dataset": "cifar100", "epochs": 330.0, "steps": 165_000}, "cifar11, cifar100: 165,000 steps"),
+        ({"experiment": "mnist", "epochs": 2, "made": "quick"}, "Quick version, which decides nothing. mnist: 2 epochs"),
     ],
 )
 def test_described(columns, text):
@@ -88,10 +394,20 @@ def test_described_of_categories_counts_what_is_there(runs):
     assert described(categorical[categorical["seed"] == 1]) == "planted: 4 epochs, 1 seed"
 
 
+def test_a_run_that_ended_early_is_not_called_whole(runs):
+    shown = runs[(runs["run"] != "elu-0") | (runs["step"] < 100)]
+    assert described(condensed("2", shown)) == "planted: 2–4 of 4 epochs (some ended early), 3 seeds"
+
+
+def test_captions_name_the_runs_and_the_papers():
+    words = caption("4", condensed("4", cifar()))
+    assert "cifar11, cifar100: 120 steps, 2 seeds" in words and words.endswith("Paper: CIFAR-100, 165,000 updates, 10 runs.")
+
+
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", ["1", "2", "gap"])
 def test_png_and_pdf_are_written(runs, tmp_path, name):
     paths = draw(name, None if name == "1" else runs, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == [f"figure_{name}.png", f"figure_{name}.pdf"]
@@ -106,6 +422,13 @@ def test_png_and_pdf_are_written(runs, tmp_path, name):
         ("2", "activation", "'activation'"),
         ("gap", "cos_gradient", "'cos_gradient'"),
         ("gap", "inputs", "'inputs'.*biasshift train"),
+        ("theory2", "inputs", "'k'"),
+        ("theory3", "own", "'own'"),
+        ("3", "train_loss", "'train_error'"),
+        ("4", "train_loss", "'train_loss'"),
+        ("6", "train_loss", "'train_loss'"),
+        ("7", "mean", "'mean'"),
+        ("theory4", "lr", "'update'"),
     ],
 )
 def test_runs_that_lack_what_a_figure_shows_are_refused_and_leave_no_folder(runs, tmp_path, name, column, says):
@@ -115,12 +438,100 @@ def test_runs_that_lack_what_a_figure_shows_are_refused_and_leave_no_folder(runs
 
 
 def test_an_unknown_figure_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="no figure '3': choose one of 1, 2, gap"):
-        draw("3", runs, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no figure '8': choose one of 1, 2, 3"):
+        draw("8", runs, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["2", "gap"])
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "1"])
 def test_a_figure_of_no_runs_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="there are none"):
         draw(name, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- small tables ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    """The planted runs as run folders."""
+    for name, rows in runs.groupby("run"):
+        firsts = rows[["experiment", "activation", "seed", "epochs", "lr"]].iloc[0]
+        config = {key: value.item() if isinstance(value, np.generic) else value for key, value in firsts.items()}
+        with Run.create(tmp_path / "runs" / str(name), config) as run:
+            run.append(rows.drop(columns=["run", *config]))
+    return tmp_path / "runs"
+
+
+def test_a_small_table_comes_back_and_draws_the_same(folder, tmp_path):
+    small = figures.data("2", folder)
+    path = figures.save("2", small, [folder], tmp_path / "results")
+    back = load(path)
+    assert described(back) == described(small) and "cpu" in described(back)
+    for one, other in zip(picture("2", small).axes, picture("2", back).axes, strict=True):
+        for a, b in zip(one.lines, other.lines, strict=True):
+            np.testing.assert_array_equal(a.get_data(), b.get_data())
+            assert a.get_color() == b.get_color()
+    assert not [path for path in path.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_small_table_says_where_it_comes_from(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/biasshift", "figure", "2", str(folder)])
+    path = figures.save("2", figures.data("2", folder), [folder], tmp_path)
+    origin = json.loads(pq.read_schema(path).metadata[KEY])
+    assert (origin["figure"], origin["seeds"], origin["runs"]) == ("2", [0, 1, 2], 6)
+    assert origin["condensed_by"] == "biasshift figure 2 runs" and origin["devices"][0].startswith("cpu")
+    assert len(origin["commits"]) == 1 and str(tmp_path) not in json.dumps(origin)
+
+
+def test_a_table_that_is_too_large_is_refused_and_leaves_the_old_one(folder, tmp_path, monkeypatch):
+    small = figures.data("2", folder)
+    before = figures.save("2", small, [folder], tmp_path).read_bytes()
+    monkeypatch.setattr("biasshift.figures.tabled.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 100"):
+        figures.save("2", small, [folder], tmp_path)
+    assert [path.name for path in tmp_path.glob("*2.parquet*")] == ["2.parquet"] and (tmp_path / "2.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 nothing", None])
+def test_a_damaged_table_is_named(tmp_path, content):
+    path = tmp_path / "2.parquet"
+    path.write_bytes(content) if content is not None else pd.DataFrame({"step": [1]}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"2\.parquet' is no table of a figure"):
+        load(path)
+
+
+def test_without_runs_the_committed_table_is_drawn(folder, tmp_path, monkeypatch):
+    path = figures.save("2", figures.data("2", folder), [folder], tmp_path)
+    monkeypatch.setattr(figures, "committed", lambda name: path if name == "2" else None)
+    assert len(figures.data("2")) == len(figures.data("2", folder))
+    with pytest.raises(ValueError, match=r"Figure 3 shows runs, and none come .*biasshift train autoencoder.*biasshift figure 3 FOLDER"):
+        figures.data("3")
+    found, left = figures.drawable([])
+    assert set(found) == {"1", "2"} and "theory4" in left
+
+
+def test_all_figures_of_runs_and_why_not_the_others(folder):
+    found, left = figures.drawable([folder])
+    assert set(found) == {"1", "2", "theory1", "theory3"} and set(found) | set(left) == set(FIGURES)
+    assert "'update'" in left["theory4"] and "benchmarks" in left["bench"] and "3 measurements" in left["7"]
+
+
+def test_quick_runs_are_called_so(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["biasshift", "figure", "2", "--quick"])
+    with Run.create(tmp_path / "elu-0", {"experiment": "mnist", "activation": "elu", "seed": 0, "epochs": 4}) as run:
+        rows = runs[runs["run"] == "elu-0"]
+        run.append(rows.drop(columns=["run", "experiment", "activation", "seed", "epochs", "lr"]))
+    assert (
+        picture("2", figures.data("2", tmp_path))
+        .get_suptitle()
+        .startswith("Quick version, which decides nothing. mnist: 4 epochs, 1 seed, cpu")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, drawing in FIGURES.items() if drawing.quick])
+def test_quick_commands_are_commands(name):
+    from biasshift import cli
+
+    for command in FIGURES[name].quick:
+        assert cli._parsed([*command.split(), "--smoke", "--replace"]).smoke

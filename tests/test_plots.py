@@ -277,6 +277,91 @@ def test_a_coupling_of_one_draws_without_a_word(ax):
     ax.figure.canvas.draw()
 
 
+def test_curves_are_of_the_whole_network_and_medians_have_no_ribbon(ax):
+    plots.curves(ax, planted(), "train_loss", middle="median")
+    np.testing.assert_allclose(line(ax, "ELU (n = 3)").get_data(), [[0, 10, 20], [1.89, 1.39, 0.89]])
+    assert not ax.collections
+    plots.curves(ax, planted(seeds=[0, 1, 5]), "train_loss")
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), [1.88, 1.38, 0.88])  # the mean, where seed 5 pulls
+
+
+def test_medians_over_runs_count_them():
+    table = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2, 6, 5]})
+    found = plots.median_over_runs(table, "value", ["step"])
+    assert found["mean"].tolist() == [2, 5] and found["n"].tolist() == [3, 1] and found["sd"].isna().all()
+
+
+def test_a_single_point_is_seen(ax):
+    table = planted()
+    plots.curves(ax, table[table["step"] == 10], "train_loss")
+    assert line(ax, "ELU").get_marker() == plots.LOOKS["elu"].marker
+
+
+def test_lines_by_layer(ax):
+    table = pd.DataFrame({"number": [1, 2] * 2, "activation": "elu", "seed": [0, 0, 1, 1], "variance": [1.0, 0.1, 100.0, 0.1]})
+    plots.layer_lines(ax, table, "variance", log=True)
+    np.testing.assert_allclose(line(ax, "ELU (n = 2)").get_data(), [[1, 2], [10, 0.1]])
+    assert ax.get_yscale() == "log"
+
+
+def test_spans_stand_side_by_side(ax):
+    rows = {
+        "at": ["a", "a", "b"],
+        "activation": ["elu", "relu", "elu"],
+        "mean": [1.0, 2, 3],
+        "low": [0.5, 1, 3],
+        "high": [4.0, 2, 3],
+        "n": [3, 4, 5],
+    }
+    plots.spans(ax, pd.DataFrame(rows), "at")
+    elu, relu = ax.containers
+    assert (elu.get_label(), relu.get_label()) == ("ELU (n = 3–5)", "ReLU (n = 4)")
+    np.testing.assert_allclose(elu[0].get_xydata(), [[-0.15, 1], [0.85, 3]])
+    np.testing.assert_allclose(relu[0].get_xydata(), [[0.15, 2]])
+    bar = elu[2][0].get_segments()[0]
+    np.testing.assert_allclose(bar[:, 1], [0.5, 4])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b"]
+
+
+def test_published_numbers_are_hollow_and_say_so(ax):
+    plots.published(ax, [(1.0, 2.0, "relu")])
+    mark, legend = ax.lines
+    assert mark.get_markerfacecolor() == "white" and mark.get_markeredgecolor() == plots.LOOKS["relu"].color
+    assert (list(mark.get_xdata()), list(mark.get_ydata()), legend.get_label()) == ([1], [2], "paper")
+
+
+def test_shares_add_up(ax):
+    table = pd.DataFrame({"activation": ["relu", "elu"], "own": [0.2, 0.3], "rest": [0.8, 0.7]})
+    plots.stacked(ax, table, {"own": "own weights", "rest": "inherited"})
+    own, rest = ax.containers
+    assert [bar.get_height() for bar in own] == [0.3, 0.2] and [bar.get_y() for bar in rest] == [0.3, 0.2]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["ELU", "ReLU"]
+
+
+def test_one_legend_joins_the_counts_of_all_panels():
+    figure, (left, right) = plots.panels(2)
+    plots.curves(left, planted(), "train_loss")
+    plots.learning_curves(right, planted(["elu"], seeds=[0]))
+    plots.one_legend(figure, [left, right])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ELU (n = 1–3)", "ReLU (n = 3)", "training", "validation"]
+    assert left.get_legend() is None and right.get_legend() is None
+
+
+@pytest.mark.parametrize(("last", "label", "tick"), [(150_000, "thousand updates", "100"), (1000, "updates", None)])
+def test_steps_are_counted_in_thousands_if_there_are_many(ax, last, label, tick):
+    ax.plot([0, last], [0, 1])
+    plots.in_thousands(ax)
+    assert ax.get_xlabel() == label
+    assert tick is None or ax.xaxis.get_major_formatter()(100_000) == tick
+
+
+def test_log_scales_have_plain_numbers(ax):
+    ax.plot([0.1, 8], [1, 1])
+    ax.set_xscale("log")
+    plots.on_log_scale(ax.xaxis)
+    assert {0.1, 0.2, 0.5, 1, 2, 5} <= set(np.round(ax.get_xticks(), 6)) and ax.xaxis.get_major_formatter()(0.2) == "0.2"
+
+
 # -- tables that cannot be drawn ---------------------------------------------------------------------------------
 
 

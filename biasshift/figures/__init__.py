@@ -35,6 +35,7 @@ __all__ = [
     "drawable",
     "numbers",
     "picture",
+    "read",
     "said",
     "save",
     "write",

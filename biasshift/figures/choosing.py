@@ -18,7 +18,7 @@ RUN_COLUMNS = (
     "run", "experiment", "dataset", "activation", "seed", "epochs", "steps", "batch_size", "lr", "depth", "width", "batch_norm",
     "update", "constant", "device", "made", "reached", "last_step",
 )  # fmt: skip
-MADE = {"smoke": "Smoke run: a tiny network on synthetic data.", "quick": "Quick version, which decides nothing."}
+MADE = {"smoke": "Smoke run: a tiny version, which shows only that it works.", "quick": "Quick version, which decides nothing."}
 
 
 def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:

@@ -134,7 +134,7 @@ def figure6(table: pd.DataFrame) -> Figure:
         if column != "train_loss":
             plots.in_percent(ax.yaxis)
     if table["step"].max() >= TOP5["elu"] / 2 and _of(table, "imagenet (1000 classes)"):
-        plots.published(axes[1], [(steps, 0.2, name) for name, steps in TOP5.items()])
+        plots.published(axes[1], [(float(steps), 0.2, name) for name, steps in TOP5.items()])
     plots.lettered(axes, ["training loss", "top-5 error", "top-1 error"])
     plots.one_legend(figure, axes)
     figure.suptitle(described(table))

@@ -54,7 +54,8 @@ def ranking(ax: Axes, ours: Mapping[str, float], paper: Mapping[str, float] | No
     paper = paper or {}
     names = list(dict.fromkeys([*paper, *ours]))
     height = {name: len(names) - number for number, name in enumerate(names)}
-    ax.plot(list(paper.values()), [height[name] for name in paper], **PAPER, label="paper")
+    if paper:
+        ax.plot(list(paper.values()), [height[name] for name in paper], **PAPER, label="paper")
     if ours:
         ax.plot(list(ours.values()), [height[name] for name in ours], "D", color=color, markersize=5, label="these runs")
     ax.set_yticks(list(height.values()), names)
