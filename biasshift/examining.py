@@ -58,7 +58,7 @@ def layer_statistics(layer: Measured) -> dict[str, float]:
         "gap_degrees": _gap_degrees(layer, enough),
         "enough": enough.double().mean().item(),
         "effective_samples": _median(sums.effective_samples),
-        "mean_in_abs": sums.mean_p.abs().mean().item(),
+        "mean_in_abs": sums.mean_p.abs().mean().item() if enough.any() else float("nan"),
     }
 
 
