@@ -91,7 +91,7 @@ def files(folder: Path) -> set[str]:
         (["demo"], ["--quick", "--out", "--workers", "--resume", "--smoke", "Needs no download"]),
         (["train"], ["mnist"]),
         (["train", "mnist"], ["--activation", "--seeds", "--epochs", "(default: 300)", "--data", "$BIASSHIFT_DATA"]),
-        (["figure"], ["1 (activation functions)", "--out", "{1,2,gap,all}"]),
+        (["figure"], ["1 (activation functions)", "--out", "table1", "theory4", "--quick", "--save"]),
         (["claims"], ["Run folders"]),
         (["runs"], ["Run folders", "(default:"]),
     ],
@@ -115,8 +115,8 @@ def test_python_minus_m():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["figure", "2"], "biasshift figure 2 FOLDER"),
-        (["figure", "all"], "biasshift figure all FOLDER"),
+        (["figure", "2", "runs", "--quick"], "leave the folders out"),
+        (["figure", "all", "--quick"], "trains for one figure"),
         (["figure", "gap", "nowhere"], "'nowhere' is no folder"),
         (["figure", "2", "."], "no runs in ."),
         (["claims"], "biasshift claims FOLDER"),
@@ -159,7 +159,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, arguments, s
         (["demo", "--qick"], "--qick"),
         (["demo", "--workers", "two"], "two"),
         (["figure"], "required"),
-        (["figure", "9", "runs"], "'1', '2', 'gap'"),
+        (["figure", "9", "runs"], "'1', '2', '3'"),
         (["train", "mnist", "--activation", "tanh"], "tanh"),
         (["train", "mnist", "--epochs", "1.5"], "1.5"),
     ],
@@ -225,8 +225,20 @@ def test_figure_1_needs_no_runs(here, capsys):
 def test_all_figures(runs, here, capsys):
     status, shown, errors = call(capsys, "figure", "all", "runs", "--out", "f")
     assert (status, errors) == (0, "")
-    assert shown.splitlines() == [f"Figure: f/figure_{name}.png (and PDF)" for name in ("1", "2", "gap")]
-    assert files(here / "f") == {f"figure_{name}.{kind}" for name in ("1", "2", "gap") for kind in ("png", "pdf")}
+    drawn = ["1", "2", "theory1", "theory3"]  # what these runs have: no k, no autoencoders, …
+    said = [line for line in shown.splitlines() if line.startswith("Figure:")]
+    assert said == [f"Figure: f/figure_{name}.png (and PDF)" for name in drawn]
+    assert files(here / "f") == {f"figure_{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
+    left = [line.split()[3].rstrip(".") for line in shown.splitlines() if line.startswith("Left out: figure")]
+    assert left == ["3", "4", "5", "6", "7", "table1", "theory2", "theory4", "bench"]
+    assert "training loss at the end, ELU" in shown and "planted: 4 epochs, 6 seeds" in " ".join(shown.split())
+
+
+def test_a_figures_small_table_is_kept_and_a_quick_one_is_called_so(here, capsys):
+    status, shown, errors = call(capsys, "figure", "table1", "--quick", "--smoke", "--save", "tables")
+    assert (status, errors) == (0, "")
+    assert "Table: tables/table1.parquet" in shown and "Smoke run" in shown and (here / "tables" / "table1.parquet").exists()
+    assert (here / "figures" / "figure_table1.pdf").exists() and (here / "figures" / "quick-table1").is_dir()
 
 
 @pytest.mark.parametrize("columns", [80, 60, 40])

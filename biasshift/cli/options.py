@@ -6,17 +6,20 @@ from typing import Annotated, Literal
 
 import tyro
 
+Name = Literal["1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench", "gap", "all"]
+
 
 @dataclass(frozen=True)
 class Figure:
     """Draw a figure of the paper, or of the theory, and say the numbers that it shows beside the paper's."""
 
-    name: tyro.conf.Positional[
-        Literal["1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench", "gap", "all"]
-    ]
-    """1 (activation functions), 2 (MNIST: unit means and learning curves), 3 (autoencoders), 4 (CIFAR-100), 5 (with and without batch
-    norm), 6 (ImageNet), 7 (variance of activations), table1 (test errors); theory1 or gap (gradient gap against mean activation),
-    theory2 (k and corrected means), theory3 (parts of the bias shift), theory4 (updates that take it out), bench (speed); or all."""
+    name: Annotated[tyro.conf.Positional[Name], tyro.conf.arg(metavar="NAME")]
+    """1 (activation functions), 2 (MNIST: means and losses),
+    3 (autoencoders), 4 (CIFAR-100), 5 (with batch norm),
+    6 (ImageNet), 7 (variance of activations),
+    table1 (test errors), theory1 or gap (gradient gap),
+    theory2 (k), theory3 (parts of the bias shift),
+    theory4 (is it causal?), bench (speed), or all."""
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders, or folders that contain them. Figure 1 needs none; without any, the tables that come with the package are drawn."""
     out: Path = Path("figures")
