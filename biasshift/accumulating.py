@@ -9,7 +9,7 @@ from torch import Tensor
 from biasshift import labels as label_rules
 from biasshift import layers as kinds
 from biasshift.fisher import MAX_ITERATIONS, MEMORY_BUDGET, STORAGES, UnitFisher
-from biasshift.implicit import ImplicitSums
+from biasshift.implicit.sums import ImplicitSums
 from biasshift.labels import Labels, Likelihood
 from biasshift.layers import WeightLayer
 from biasshift.moments import WeightedSums

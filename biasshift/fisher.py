@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from biasshift.implicit import ImplicitSums, Samples, TooLarge, block_bytes
-from biasshift.iterating import Solver
+from biasshift.implicit.iterating import Solver
+from biasshift.implicit.sums import ImplicitSums, Samples, TooLarge, block_bytes
 from biasshift.moments import WeightedSums
 from biasshift.reducing import all_reduced
 from biasshift.solving import Factors, Singular

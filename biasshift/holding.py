@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.accumulating import LayerBatch, LayerState
-from biasshift.implicit import Again, ImplicitSums, Samples, Work
-from biasshift.implicit_conv import Geometry, Maps
+from biasshift.implicit.maps import Geometry, Maps
+from biasshift.implicit.sums import Again, ImplicitSums, Samples, Work
 from biasshift.layers import WeightLayer
 
 

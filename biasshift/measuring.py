@@ -11,7 +11,7 @@ from biasshift import layers as kinds
 from biasshift.accumulating import LayerBatch, LayerState, Measured, Options, Units, passes_at_once
 from biasshift.fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
 from biasshift.holding import Collector, ImplicitState, Room
-from biasshift.implicit import block_bytes
+from biasshift.implicit.sums import block_bytes
 from biasshift.labels import Labels, Likelihood
 from biasshift.layers import WeightLayer
 from biasshift.probing import Selection, batches, underlying, undisturbed, weight_layers

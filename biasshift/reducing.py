@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from biasshift.implicit import Again, ImplicitSums
+from biasshift.implicit.sums import Again, ImplicitSums
 from biasshift.moments import Sums, WeightedSums
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from biasshift.accumulating import Options
 from biasshift.holding import Collector, ImplicitState
-from biasshift.implicit import Again, Part
+from biasshift.implicit.sums import Again, Part
 from biasshift.layers import WeightLayer
 from biasshift.probing import Probe, batches, undisturbed
 

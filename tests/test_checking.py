@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import biasshift as bs
 from biasshift import layers as kinds
-from biasshift import opinions
+from biasshift.checking import opinions
 
 DOUBLE = torch.float64
 COLUMNS = ["module", "kind", "covered", "reason", "calls", "units", "inputs", "error"]

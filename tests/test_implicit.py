@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import biasshift as bs
-from biasshift.conjugate import ConjugateGradients
-from biasshift.factoring import Blocks, Rows, Woodbury
-from biasshift.iterating import Solver
+from biasshift.implicit.conjugate import ConjugateGradients
+from biasshift.implicit.factoring import Blocks, Rows, Woodbury
+from biasshift.implicit.iterating import Solver
 
 DAMPING = 1e-2
 
@@ -93,7 +93,7 @@ def test_every_method_for_samples_solves_the_same_equations(method, monkeypatch)
 
 
 def _iterating(sums):
-    from biasshift.preconditioning import Preconditioner
+    from biasshift.implicit.preconditioning import Preconditioner
 
     return ConjugateGradients(Preconditioner(sums, sums.weight > 0, DAMPING, torch.float64), torch.float64)
 

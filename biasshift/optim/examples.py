@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from biasshift.fisher import UnitFisher
-from biasshift.implicit import ImplicitSums
-from biasshift.iterating import Solver
+from biasshift.implicit.iterating import Solver
+from biasshift.implicit.sums import ImplicitSums
 from biasshift.optim.sums import Sums
 from biasshift.solving import Singular
 from biasshift.theory import dot

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from biasshift import layers as kinds
+from biasshift.checking.offsets import Layers, Terms, Units, Vectors, by_offsets
 from biasshift.layers import WeightLayer
-from biasshift.offsets import Layers, Terms, Units, Vectors, by_offsets
 
 
 def products(

@@ -9,12 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from biasshift.conjugate import ConjugateGradients
-from biasshift.factoring import Blocks, Rows, Woodbury
-from biasshift.implicit import ImplicitSums, Samples, Work
-from biasshift.implicit_conv import Maps
+from biasshift.implicit.conjugate import ConjugateGradients
+from biasshift.implicit.factoring import Blocks, Rows, Woodbury
+from biasshift.implicit.maps import Maps
+from biasshift.implicit.preconditioning import Preconditioner
+from biasshift.implicit.sums import ImplicitSums, Samples, Work
 from biasshift.precision import full_precision
-from biasshift.preconditioning import Preconditioner
 from biasshift.solving import Singular, rounding, variances, without_variance
 
 TYPICAL = 100  # iterations, to compare costs with

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.accumulating import Options
+from biasshift.checking.opinions import has_bias_row, products
 from biasshift.fisher import UnitFisher
 from biasshift.layers import WeightLayer
 from biasshift.measuring import measure
-from biasshift.opinions import has_bias_row, products
 from biasshift.probing import undisturbed
 from biasshift.tracing import followed_by
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from biasshift.implicit import ImplicitSums, Samples
-from biasshift.implicit_conv import Maps
+from biasshift.implicit.maps import Maps
+from biasshift.implicit.sums import ImplicitSums, Samples
 from biasshift.theory import dot
 
 FACTORS = 2**28  # bytes of the matrices of all units solved together

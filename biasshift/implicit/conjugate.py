@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from biasshift.implicit import ImplicitSums
-from biasshift.preconditioning import Preconditioner
+from biasshift.implicit.preconditioning import Preconditioner
+from biasshift.implicit.sums import ImplicitSums
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.accumulating import Options
-from biasshift.comparing import Comparison, compared
+from biasshift.checking.comparing import Comparison, compared
 from biasshift.labels import Likelihood
 from biasshift.probing import Probe, batches, underlying, undisturbed
 from biasshift.proving import check_outputs, refuse_unusable, tied, unsound

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from biasshift import triangle
-from biasshift.implicit import Moments, Pieces, Work, chunks
+from biasshift.implicit.sums import Moments, Pieces, Work, chunks
 
 Vectors = Float[Tensor, "units inputs"]
 OverPositions = Float[Tensor, "batch units positions"]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from biasshift.implicit import ImplicitSums
-from biasshift.implicit_conv import Maps
+from biasshift.implicit.maps import Maps
+from biasshift.implicit.sums import ImplicitSums
 
 RIDGE = 0.15  # times inputs / effective samples: so much less varies the q of one unit than the mean of all, and in fewer directions
 RIDGE_OF_MAPS = 3.0  # their positions depend on each other
