@@ -12,7 +12,8 @@ from planted import Planted, table
 from biasshift import figures, plots
 from biasshift.figures import FIGURES, caption, condensed, described, draw, numbers, picture
 from biasshift.figures.choosing import chosen
-from biasshift.figures.pictures import TABLE1, TEST_ERRORS, TRAIN_LOSSES
+from biasshift.figures.listing import TABLE1
+from biasshift.figures.pictures import TEST_ERRORS, TRAIN_LOSSES
 from biasshift.figures.tabled import KEY, load
 from biasshift.recording import Run
 
@@ -382,6 +383,9 @@ def test_somebodys_own_runs_are_taken_as_they_are():
         ({"experiment": "mnist", "depth": 8, "width": 128, "epochs": 3, "reached": 3.0, "device": "cpu"}, "mnist, 8 × 128: 3 epochs, cpu"),
         ({"experiment": "mnist", "epochs": 300, "reached": [3.0, 300, 300]}, "mnist: 3–300 of 300 epochs (some ended early)"),
         ({"experiment": "cifar11", "dataset": "cifar100", "epochs": 330.0, "steps": 165_000}, "cifar11, cifar100: 165,000 steps"),
+        ({"experiment": "cifar11", "batch_norm": True, "steps": 9}, "cifar11, with batch norm: 9 steps"),
+        ({"experiment": "mnist", "batch_norm": [True, False, True], "update": "centered"}, "mnist, centered update"),
+        ({"experiment": "sweep", "update": ["plain", "plain", "full"]}, "sweep"),
         ({"experiment": "mnist", "epochs": 2, "made": "quick"}, "Quick version, which decides nothing. mnist: 2 epochs"),
     ],
 )

@@ -3,7 +3,7 @@
 drawing     what a figure consists of
 choosing    which of the given runs it is about, and what it says about them
 tabled      small tables with their origin
-connected, pictures, theory, causal, speed     the figures
+connected, pictures, listing, theory, causal, speed     the figures
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures import causal, connected, pictures, speed, theory
+from biasshift.figures import causal, connected, listing, pictures, speed, theory
 from biasshift.figures.choosing import chosen, described, read, with_length
 from biasshift.figures.drawing import Drawing, Number
 from biasshift.figures.tabled import committed, load, save
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _ORDER = ("1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench")
-_FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
+_FOUND = connected.FIGURES | pictures.FIGURES | listing.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
 FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
 ALIASES = {"gap": "theory1"}
 

@@ -87,7 +87,7 @@ def with_settings(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 def described(table: pd.DataFrame) -> str:
     """Which runs a figure shows, as far as they say it: "digits: 60 epochs, 6 seeds, cpu (x86_64)"."""
-    kinds = [_listed(table, "experiment"), _listed(table, "dataset"), _shape(table)]
+    kinds = [_listed(table, "experiment"), _listed(table, "dataset"), _shape(table), _unusual(table)]
     seeds = table["seed"].nunique() if "seed" in table else 0
     facts = [_length(table), f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "", _listed(table, "device")]
     what, rest = ", ".join(filter(None, kinds)), ", ".join(filter(None, facts))
@@ -105,6 +105,14 @@ def _shape(table: pd.DataFrame) -> str:
         return ""
     shapes = table[["depth", "width"]].dropna().drop_duplicates()
     return ", ".join(f"{depth:g} × {width:g}" for depth, width in shapes.itertuples(index=False))
+
+
+def _unusual(table: pd.DataFrame) -> str:
+    """What the reader would not expect of all of these networks."""
+    normed = "batch_norm" in table and bool((table["batch_norm"] == True).all()) and len(table) > 0  # noqa: E712
+    updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
+    other = f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else ""
+    return ", ".join(filter(None, ["with batch norm" if normed else "", other]))
 
 
 def _length(table: pd.DataFrame) -> str:
