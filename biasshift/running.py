@@ -17,6 +17,7 @@ from biasshift.logs import ProbeLog
 from biasshift.recording import Run
 from biasshift.training import checkpoints
 from biasshift.training.ensembles import Ensemble, refuse_unlike
+from biasshift.training.graphs import Graphed
 from biasshift.training.loop import train
 from biasshift.training.processes import rank, summed, told, world
 from biasshift.training.updating import Gradient, shared
@@ -174,18 +175,27 @@ class Training:
         if (state := self.members[0].state) is not None:
             checkpoints.restore_random_state(self.members[0].folder, state["random"], self.device)
             with checkpoints.fitting(self.members[0].folder):
-                if isinstance(self.update, Gradient):
+                if not isinstance(self.update, Ensemble):
                     self.update.load_state_dict(state["update"])
         for member in self.members:
             member.watch(self.optimizer, self.stack)
 
-    def _make_update(self, first: Trial) -> "Gradient | Ensemble":
+    def _make_update(self, first: Trial) -> "Gradient | Graphed | Ensemble":
         if len(self.members) == 1:
             model = shared(first.model)
             optimizer = first.make_optimizer(model, first.model.parameters())
-            return Gradient(model, optimizer, first.loss, self.execution.precision, self.execution.compiled)
+            update = Gradient(model, optimizer, first.loss, self.execution.precision, self.execution.compiled)
+            return Graphed(update, self._due, self._passed) if self.execution.graphed else update
         models = [member.trial.model for member in self.members]
         return Ensemble(models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss)
+
+    def _due(self) -> bool:
+        return any(log.due for member in self.members for log in member.logs)
+
+    def _passed(self) -> None:
+        for member in self.members:
+            for log in member.logs:
+                log.step += 1
 
     def run(self, report: Report) -> None:
         """To the last step."""
@@ -223,8 +233,7 @@ class Training:
 
     def _timed(self, clock: "Clock") -> Callable[[Tensor, Tensor], Tensor]:
         def update(x: Tensor, y: Tensor) -> Tensor:
-            measured = any(log.due for member in self.members for log in member.logs)
-            with clock.running(measured):
+            with clock.running(measured=self._due()):
                 return self.update(x, y)
 
         return update
@@ -261,7 +270,7 @@ class Training:
                     member.folder,
                     {
                         "step": step, "model": member.trial.model.state_dict(), "optimizer": _slice(self.optimizer, part),
-                        "update": self.update.state_dict() if isinstance(self.update, Gradient) else {}, "random": random,
+                        "update": {} if isinstance(self.update, Ensemble) else self.update.state_dict(), "random": random,
                         "labels": member.labels(), "segments": member.record.segments, "examined": member.examined,
                         "seconds": member.seconds,
                     },

@@ -84,6 +84,7 @@ class Execution:
 
     precision: Precision = "float32"
     compiled: bool = False
+    graphed: bool = False
     channels_last: bool = False
     checkpoint_seconds: float = 30.0
     keep_weights: bool = False

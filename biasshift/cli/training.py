@@ -10,10 +10,10 @@ from rich.console import Console
 from biasshift.cli.progress import progress
 from biasshift.cli.saying import say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts
 from biasshift.experiments.experiment import Experiment
-from biasshift.figures import draw
+from biasshift.figures import draw, read
 from biasshift.layout import is_run, read_config
 from biasshift.pool import cores, run_jobs
-from biasshift.reading import read_runs, run_states
+from biasshift.reading import run_states
 from biasshift.running import run
 from biasshift.training.loop import Diverged
 from biasshift.training.processes import joined, launched, rank, together
@@ -115,7 +115,7 @@ def _refuse_taken(folders: list[Path], experiment: Experiment) -> None:
 
 
 def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
-    table, states = read_runs(*folders), run_states(*folders)
+    table, states = read(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
         console.print(f"{name}: training diverged; the run ends there.")
     lost = set(states["state"]) == {"failed"}  # of runs that all are there is nothing to compare

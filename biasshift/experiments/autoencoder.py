@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, Literal
 
 import torch
@@ -100,7 +101,7 @@ class Autoencoder(Experiment):
         distinct("activation", self.activation)
         distinct("lr", self.lr)
         for lr in self.lr:
-            positive(replace(self, lr=lr), "lr")  # pyright: ignore[reportArgumentType]
+            positive(SimpleNamespace(lr=lr), "lr")
         found = [
             Setting(
                 self.name, activation, seed, self.epochs, self.batch_size, lr, self.momentum, self.loss, self.code, self.init, 1.0,

@@ -34,6 +34,8 @@ class Experiment:
     """Of training alone: measurements are always in float32 without TF32, their sums in float64."""
     compile: bool = False
     """Train through torch.compile."""
+    graph: bool = False
+    """Record training steps as CUDA graphs and replay them: for small networks on a GPU, by plain gradient descent."""
     channels_last: bool = False
     """Keep the maps of convolutions with their channels innermost: faster on GPUs with Tensor Cores."""
     keep_weights: bool = False
@@ -93,7 +95,9 @@ class Experiment:
 
     def execution(self) -> Execution:
         """How trials are computed."""
-        return Execution(self.precision, self.compile, self.channels_last, self.checkpoint_seconds, self.keep_weights, self.tensorboard)
+        return Execution(
+            self.precision, self.compile, self.graph, self.channels_last, self.checkpoint_seconds, self.keep_weights, self.tensorboard
+        )
 
     def check(self) -> None:
         """Refuses options that are out of their range or exclude each other.
@@ -108,5 +112,7 @@ class Experiment:
             raise ValueError("--replace and --resume exclude each other: begin anew, or go on.")
         if self.ensemble and (self.precision != "float32" or self.compile):
             raise ValueError("--ensemble trains in float32 and uncompiled: leave --precision and --compile out.")
+        if self.graph and (self.where().type != "cuda" or self.ensemble or self.compile or launched()):
+            raise ValueError("--graph needs a GPU, and one process that trains one network, uncompiled: leave it out.")
         if launched() and (self.ensemble or (self.workers or 1) > 1):
             raise ValueError("Under torchrun all processes train one network: leave --ensemble and --workers out.")

@@ -10,6 +10,7 @@ of them. The images are MNIST's, averaged over 2×2 pixels: the input layer's bl
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ class Sweep(Experiment):
         positive(self, "equal_loss", "kl_clip")
         not_negative(self, "damping", "unit_damping")
         for lr in self.lr:
-            positive(replace(self, lr=lr), "lr")  # pyright: ignore[reportArgumentType]
+            positive(SimpleNamespace(lr=lr), "lr")
         for name in ("activation", "update", "lr"):
             distinct(name, getattr(self, name))
         if not 1 <= self.part[0] <= self.part[1]:
