@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from biasshift.boards import board
 from biasshift.instrument import instrument
 from biasshift.logs import ProbeLog
 from biasshift.recording import Run
@@ -55,6 +56,8 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
         members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
+            if execution.tensorboard and rank() == 0 and not member.finished:
+                member.board = stack.enter_context(board(folder=member.folder, start=member.start))
             if member.finished:  # counts, too
                 report(Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan))
         if not (members := [member for member in members if not member.finished]):
@@ -75,6 +78,7 @@ class Member:
         self.finished = self.examined = False
         self.start, self.seconds = 0, 0.0
         self.logs: list[ProbeLog] = []
+        self.board: Any = None  # TensorBoard's writer, where it is asked for
 
     def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
         """Makes the run folder, or finds what is there to go on from."""
@@ -131,6 +135,9 @@ class Member:
         losses = {"train_loss": batch_loss, "batch_loss": batch_loss}  # where the trial looks at all examples, its own word counts
         numbers = {"step": step, "epoch": epoch, "seconds": self.seconds, **losses, **self.trial.score(self.trial.model)}
         self.record.append(pd.DataFrame([numbers]))
+        for name, value in numbers.items():
+            if self.board is not None and name != "step":
+                self.board.add_scalar(name, value, step)
 
     def examine(self, step: int) -> None:
         """Records the examination, once, when the loss has come down to where it is due."""

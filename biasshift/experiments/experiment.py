@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -112,6 +113,8 @@ class Experiment:
             raise ValueError("--replace and --resume exclude each other: begin anew, or go on.")
         if self.ensemble and (self.precision != "float32" or self.compile):
             raise ValueError("--ensemble trains in float32 and uncompiled: leave --precision and --compile out.")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out.")
         if self.graph and (self.where().type != "cuda" or self.ensemble or self.compile or launched()):
             raise ValueError("--graph needs a GPU, and one process that trains one network, uncompiled: leave it out.")
         if launched() and (self.ensemble or (self.workers or 1) > 1):
