@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import tyro
@@ -29,6 +30,9 @@ EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program `biasshift`. Exit status 0; 2 for bad input, with one sentence; 130 when interrupted."""
+    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"biasshift {metadata.version('biasshift')}")
+        return
     try:
         _carry_out(_parsed(arguments))
     except BrokenPipeError:  # whoever read the output has seen enough
