@@ -73,8 +73,10 @@ $(VENV)/.installed-bench: pyproject.toml benchmarks/requirements.txt $(VENV)/.cr
 	@$(BIN)/python -m venv $(VENV)/bench
 	@$(PEERS) -e .
 	@$(VENV)/bench/bin/python -m pip freeze | grep -e '^torch==' -e '^torchvision==' > $(VENV)/bench/constraints.txt
-	@grep -v -e asdfghjkl -e delve benchmarks/requirements.txt | $(PEERS) -c $(VENV)/bench/constraints.txt -r /dev/stdin
-	@grep -e '^asdfghjkl' -e '^delve' benchmarks/requirements.txt | $(PEERS) --no-deps -r /dev/stdin
+	@grep -v -e asdfghjkl -e delve benchmarks/requirements.txt > $(VENV)/bench/some.txt
+	@grep -e '^asdfghjkl' -e '^delve' benchmarks/requirements.txt > $(VENV)/bench/others.txt
+	@$(PEERS) -c $(VENV)/bench/constraints.txt -r $(VENV)/bench/some.txt
+	@$(PEERS) --no-deps -r $(VENV)/bench/others.txt
 	@touch $@
 
 $(VENV)/.created:
