@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures notebooks lab docs test lint bench clean
+.PHONY: help demo figures report notebooks lab docs test lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed ## see the idea at work on a small data set
 
 figures: $(VENV)/.installed ## draw every figure that the committed tables allow
 	@$(BIN)/biasshift figure all
+
+report: $(VENV)/.installed ## one page about the runs below runs/, as report.html
+	@$(BIN)/biasshift report runs -o report.html
 
 notebooks: $(VENV)/.installed-notebooks ## run the notebooks and keep their outputs
 	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
