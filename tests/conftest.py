@@ -1,6 +1,7 @@
 """What every test gets: shape types checked at run time, fixed randomness, and skips that say why."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background makes them deaf to Ctrl-C, which programs that they start would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for it.
 install_import_hook("biasshift", "beartype.beartype")
