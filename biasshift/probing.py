@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.layers import WeightLayer
+from biasshift.precision import full_precision
 from biasshift.tracing import underlying
 
 Probe = Tensor | Iterable  # a tensor of examples, or batches x or (x, y)
@@ -30,7 +31,7 @@ def undisturbed(model: nn.Module, *, evaluate: bool = False, gradients: bool = F
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(_full_precision(model))
+        stack.enter_context(full_precision({p.device.type for p in model.parameters()}))
         stack.enter_context(_eager())
         stack.enter_context(_quiet())
         stack.enter_context(_same_buffers(model))
@@ -91,32 +92,6 @@ def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
 
 def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
-@contextmanager
-def _full_precision(model: nn.Module) -> Iterator[None]:
-    """No autocast, no TF32: bf16 products put the Fisher blocks 4e-3 off.
-
-    Flags are read and set operation by operation: the older, global ones raise where a user has set one of these.
-    """
-    devices = {p.device.type for p in model.parameters()} | {"cpu"}
-    backends = (
-        (torch.backends.cuda, ("matmul",)),
-        (torch.backends.cudnn, ("conv", "rnn")),
-        (torch.backends.mkldnn, ("matmul", "conv", "rnn")),
-    )
-    flags = [getattr(backend, operation) for backend, operations in backends for operation in operations]
-    found = [flag.fp32_precision for flag in flags]
-    with ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for flag in flags:
-                flag.fp32_precision = "ieee"
-            yield
-        finally:
-            for flag, precision in zip(flags, found, strict=True):
-                flag.fp32_precision = precision
 
 
 @contextmanager

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-
-def together() -> bool:
-    """Whether there are other processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from biasshift.merging import together
 
 
 def rank() -> int:
