@@ -55,6 +55,7 @@ class Setting:
     skip_input_layer: bool  # from the unit Fisher matrices: its incoming activations are the data, for every activation function
     update: Update = "plain"
     constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
+    batch_norm: bool = False  # of every hidden layer, before its activation
     update_damping: float = 0.1  # λ of the updates that have a scale
     update_unit_damping: float = 1.0  # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
     update_kl_clip: float = 1e-3
@@ -68,8 +69,9 @@ def trial(setting: Setting, data: DataSet) -> Trial:
     """The network of a setting, its minibatches and its measurements."""
     inputs, device = data.x_train[0].numel(), data.x_train.device
     model = mlp(
-        inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init, constant=setting.constant
-    )
+        inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init, setting.constant,
+        setting.batch_norm,
+    )  # fmt: skip
     stream = TensorStream(
         data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world()
     )  # fmt: skip

@@ -4,18 +4,20 @@ The paper argues that mean activations near zero help because they bring the gra
 the reason, then an update that centers incoming activations should help ReLU networks more than ELU networks, and close the gap
 between them; and a constant added to ELU's activations should slow gradient descent and not the centered update.
 
-Every cell (activation × update × constant) is trained at the same learning rates with the same seeds: nothing is tuned for one
-of them. The images are MNIST's, averaged over 2×2 pixels: the input layer's blocks of the full update are then sixteen times smaller.
+Every cell (activation × update × constant × batch normalization) is trained at the same learning rates with the same seeds:
+nothing is tuned for one of them. The images are MNIST's, averaged over 2×2 pixels: the input layer's blocks of the full update are
+then sixteen times smaller.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from biasshift.cells import Cell
 from biasshift.classifying import Setting, Update, trial
 from biasshift.data import DataSet, mnist, synthetic_mnist
 from biasshift.experiments.experiment import Activation, Experiment
@@ -24,9 +26,10 @@ from biasshift.trials import Trial
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
-LEARNING_RATES = (0.01, 0.03, 0.1)  # the paper's, and a decade beyond it
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)  # the paper's, and up to where most updates diverge
 CONSTANT = 0.5  # about what separates ReLU's mean activation from ELU's
 CONSTANT_UPDATES: tuple[Update, ...] = ("plain", "centered")
+NORMED: tuple[Activation, ...] = ("elu", "relu")  # with batch normalization, too, by plain gradient descent
 SEEDS = 6  # fewer cannot carry a paired test
 EPOCHS = 1
 DEPTH, WIDTH, BATCH_SIZE = 8, 128, 64  # those of Figure 2
@@ -43,6 +46,8 @@ class Sweep(Experiment):
     """Learning rates; every cell gets all of them."""
     constant: float = CONSTANT
     """Added to ELU's activations in further runs, plain and centered. 0: no such runs."""
+    batch_norm: bool = True
+    """Further plain runs of the ELU and ReLU networks, with batch normalization."""
     seeds: int = SEEDS
     epochs: int = EPOCHS
     depth: int = DEPTH
@@ -85,36 +90,32 @@ class Sweep(Experiment):
     def settings(self) -> list[Setting]:
         """One per run, seed by seed: a sweep that is stopped has whole seeds."""
         self._check()
-        cells: list[tuple[Activation, Update, float]] = [
-            (activation, update, 0.0) for activation in self.activation for update in self.update
-        ]
-        if self.constant and "elu" in self.activation:
-            raised: list[tuple[Activation, Update, float]] = [("elu", update, self.constant) for update in CONSTANT_UPDATES]
-            cells += [cell for cell in raised if cell[1] in self.update]
-        found = [
-            self._setting(activation, update, constant, lr, seed)
-            for seed in range(self.seeds)
-            for activation, update, constant in cells
-            for lr in self.lr
-        ]
+        found = [self._setting(cell, lr, seed) for seed in range(self.seeds) for cell in self._cells() for lr in self.lr]
         number, count = self.part
         found = found[number - 1 :: count]
         return [replace(s, epochs=1, depth=2, width=12, update_every=2) for s in found if s.seed < 1] if self.smoke else found
 
-    def _setting(self, activation: Activation, update: Update, constant: float, lr: float, seed: int) -> Setting:
-        plain = update == "plain" and not constant
+    def _cells(self) -> list[Cell]:
+        cells = [Cell(activation, update) for activation in self.activation for update in self.update]
+        if self.constant and "elu" in self.activation:
+            cells += [Cell("elu", update, self.constant) for update in CONSTANT_UPDATES if update in self.update]
+        if self.batch_norm and "plain" in self.update:
+            cells += [Cell(activation, batch_norm=True) for activation in NORMED if activation in self.activation]
+        return cells
+
+    def _setting(self, cell: Cell, lr: float, seed: int) -> Setting:
         return Setting(
-            self.name, activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
+            self.name, cell.activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
             means_every=1, fisher_every=0, equal_loss=self.equal_loss, units_measured=self.units, damping=1e-3, skip_input_layer=True,
-            update=update, constant=constant, update_damping=self.damping, update_unit_damping=self.unit_damping,
-            update_kl_clip=self.kl_clip, update_every=self.update_every,
-            scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=plain,
+            update=cast(Update, cell.update), constant=cell.constant, batch_norm=cell.batch_norm,
+            update_damping=self.damping, update_unit_damping=self.unit_damping, update_kl_clip=self.kl_clip, update_every=self.update_every,
+            scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=cell == Cell(cell.activation),
         )  # fmt: skip
 
     def folder(self, setting: Setting) -> Path:
         """The folder of a run."""
-        constant = f"-plus{setting.constant:g}" if setting.constant else ""
-        return self.out / f"{setting.activation}{constant}-{setting.update}-lr{setting.lr:g}-{setting.seed}"
+        added = f"-plus{setting.constant:g}" if setting.constant else "-bn" if setting.batch_norm else ""
+        return self.out / f"{setting.activation}{added}-{setting.update}-lr{setting.lr:g}-{setting.seed}"
 
     def trial(self, setting: Setting, data: DataSet) -> Trial:
         """The network of a setting, and what is measured of it."""
