@@ -1,5 +1,7 @@
 """The running sums of one layer, and what they make of its gradient."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,15 @@ from biasshift.solving import rounding
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
+
+
+class Moments(NamedTuple):
+    """First moments of every block of units: what divides its sums, (blocks, 1); the mean less the reference, the mean, the center."""
+
+    weight: Tensor
+    offset: Tensor
+    mean: Tensor
+    center: Tensor
 
 
 class Curvature:
@@ -34,20 +45,21 @@ class Curvature:
 
         ``c`` is ``E_p(δ̄²)`` plus ``unit_damping`` times its mean over the layer's units.
         """
-        r = _repeated(self._center(), len(g))
+        moments = self._moments()
+        r = _repeated(moments.center, len(g))
         dw = g if g0 is None else g - g0[:, None] * r
         moved = g0
         if self.member.scale != "none":
             c = self.sums.parts["weight"][0] / self.sums.examples
-            solved, usable = self._solve(dw, damping, bias=g0 is not None)
+            solved, usable = self._solve(dw, moments, damping, bias=g0 is not None)
             usable = usable & (c > 0)
             c = c + unit_damping * c.mean()
             dw = torch.where(usable[:, None], solved / c[:, None], dw)
             moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
         return dw, moved if moved is None else moved - dot(r, dw)
 
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every block: what divides its sums, (blocks, 1), the mean less the reference, and the mean, which is 0 for dead units."""
+    def _moments(self) -> Moments:
+        """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
         if self.member.center == "p":
             weight, first = reference.new_full((len(reference), 1), self.sums.positions), parts["total"][0]
@@ -56,23 +68,20 @@ class Curvature:
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
-        return weight, offset, torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
-
-    def _center(self) -> Tensor:
-        """``r``, (blocks, inputs)."""
-        mean = self._moments()[2]
-        return torch.zeros_like(mean) if self.member.center == "none" else mean
+        mean = torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
+        return Moments(weight, offset, mean, torch.zeros_like(mean) if self.member.center == "none" else mean)
 
     # -- the curvature: second moments about the center ------------------------------------------------------------------
 
-    def _solve(self, rhs: Tensor, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+    def _solve(self, rhs: Tensor, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
         if "samples" in self.sums.parts:
             if self._examples is None or self._examples[0] != (damping, bias):
                 self._examples = (damping, bias), Examples(self.name, self.sums, damping, bias)
             return self._examples[1].solve(rhs)
         if self._kept is None or self._kept[0] != (damping, bias):
-            factors, usable = self._diagonal(damping, bias) if self.member.scale == "diagonal" else self._factors(damping, bias)
+            form = self._diagonal if self.member.scale == "diagonal" else self._factors
+            factors, usable = form(moments, damping, bias)
             self._kept = (damping, bias), factors, usable
         _, factors, usable = self._kept
         by_block = rhs.unflatten(0, (len(usable), -1))
@@ -83,9 +92,9 @@ class Curvature:
             solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT
         return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
 
-    def _diagonal(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+    def _diagonal(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """The diagonal of every block's W, and which are usable."""
-        (weight, offset, mean), r = self._moments(), self._center()
+        weight, offset, mean, r = moments
         W = (self.sums.parts["second"][0] / weight - offset.square()).clamp(min=0) + (mean - r).square()
         usable, flat = self._usable(W, offset), W <= rounding(self.dtype) * (W + offset.square())
         W = W + damping * W.mean(1, keepdim=True) + (0.0 if bias else r.square())
@@ -93,9 +102,9 @@ class Curvature:
             self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
         return torch.where(usable[:, None], W, 1.0), usable
 
-    def _factors(self, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+    def _factors(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """Cholesky factors of every block's W, formed in pieces, and which are usable."""
-        (weight, offset, mean), r = self._moments(), self._center()
+        weight, offset, mean, r = moments
         blocks, inputs = offset.shape
         factors, usable = offset.new_empty(blocks, inputs, inputs), torch.empty(blocks, dtype=torch.bool, device=offset.device)
         one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
