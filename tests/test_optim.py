@@ -128,6 +128,24 @@ def test_a_step_is_the_definition(name, sharing, center, scale):
     assert_same(updates(model, before), expected)
 
 
+@pytest.mark.parametrize(("damping", "stored"), [(1e-3, torch.float64), (0.1, torch.float32)])
+def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(randn, damping, stored):
+    """Few examples of inputs far from the origin: without the damping W has no inverse."""
+    x, y = 3 + randn(20, 48), torch.arange(20) % 3
+    model = nn.Sequential(nn.Linear(48, 3)).double()
+    c = oracles.unit_fishers(model, x, "categorical", "per_example", y)["0"]
+    expected = defined(c.F, under_p(oracles.probe_layers(model, x, "categorical", y)["0"], 3),
+                       *oracles.gradients(model, x, y, "categorical")["0"], ("q", "full"), c.bias, damping)  # fmt: skip
+    model.float()
+    optimizer = UnitNaturalGradient(model, 1.0, damping=damping, labels="empirical", decay=0.0)
+    before = parameters(model)
+    take_step(model, optimizer, x.float(), y)
+    kept = optimizer._curvatures["0"]._kept
+    assert kept is not None and kept[1].dtype == stored
+    for found, other in zip(updates(model, before)["0"], expected, strict=True):
+        assert (found.double() - other).norm() < 1e-3 * other.norm()
+
+
 @pytest.mark.parametrize("name", ["mlp-gaussian", "mlp-bernoulli", "tokens-labeled"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_empirical_curvature_of_every_likelihood(name, reduction):

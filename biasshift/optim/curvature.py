@@ -13,6 +13,7 @@ from biasshift.solving import rounding
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
+HALVED_ERROR = 1e-3  # of a step of a float32 model, that factors may bring in which are kept in float32: they are read twice as fast
 
 
 class Moments(NamedTuple):
@@ -88,8 +89,8 @@ class Curvature:
         if factors.dim() == 2:
             solved = by_block / factors[:, None]
         else:  # cholesky_solve would copy the factors, which takes 20 times as long
-            half = torch.linalg.solve_triangular(factors, by_block.mT, upper=False)
-            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT
+            half = torch.linalg.solve_triangular(factors, by_block.mT.to(factors.dtype), upper=False)
+            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT.double()
         return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
 
     def _diagonal(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,8 @@ class Curvature:
         """Cholesky factors of every block's W, formed in pieces, and which are usable."""
         weight, offset, mean, r = moments
         blocks, inputs = offset.shape
-        factors, usable = offset.new_empty(blocks, inputs, inputs), torch.empty(blocks, dtype=torch.bool, device=offset.device)
+        factors = offset.new_empty(blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping))
+        usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
         one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
         step = max(1, FACTOR_BYTES // (8 * inputs**2))
         for some in (slice(i, i + step) for i in range(0, blocks, step)):
@@ -127,6 +129,12 @@ class Curvature:
             usable[some] = alive & ~failed
             factors[some] = torch.where(usable[some, None, None], factor, one)
         return factors, usable
+
+    def _kept_dtype(self, inputs: int, damping: float) -> torch.dtype:
+        """Damped by λ times their mean diagonal, matrices have condition numbers of at most ``inputs/λ + 1``."""
+        exact = self.dtype != torch.float32 or damping == 0
+        exact = exact or (inputs / damping + 1) * torch.finfo(torch.float32).eps > HALVED_ERROR
+        return torch.float64 if exact else torch.float32
 
     def _second(self, some: slice) -> Tensor:
         second = self.sums.parts["second"]
