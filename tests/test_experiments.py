@@ -15,6 +15,8 @@ from biasshift.claims import claims
 from biasshift.classifying import Setting, evenly_spaced, probes, trial
 from biasshift.cli.training import _run
 from biasshift.data import TensorStream
+from biasshift.experiments.cifar11 import Cifar11
+from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
 from biasshift.experiments.experiment import Experiment
 from biasshift.experiments.mnist import Mnist
@@ -234,6 +236,26 @@ def test_mnist_is_the_papers_protocol():
     for s in settings:
         assert (s.experiment, s.depth, s.width, s.lr, s.batch_size, s.epochs) == ("mnist", 8, 128, 0.01, 64, 300)
         assert (s.momentum, s.init, s.means_every, s.skip_input_layer) == (0.0, "normal", 1, True)
+
+
+def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
+    """Sections 4.2 and 4.3. What the 18 layers do between their 35,000 and fine-tuning is open."""
+    for experiment, steps, activations, runs in ((Cifar11, 165_000, 4, 40), (Cifar18, 160_000, 1, 1)):
+        settings = experiment().settings()
+        assert len(settings) == runs and len({s.activation for s in settings}) == activations
+        for s in settings:
+            assert (s.steps, s.lr, s.momentum, s.weight_decay, s.preprocessing, s.augmented) == (steps, 0.01, 0.9, 5e-4, "gcn-zca", True)
+            assert (s.experiment, s.dataset, s.batch_size, s.epochs) == (experiment.name, "cifar100", 100, steps / 500)
+    small, large = (experiment(steps=steps // 10) for experiment, steps in ((Cifar11, 165_000), (Cifar18, 160_000)))
+    phases = [(phase.start, phase.lr) for phase in small.phases(small.settings()[0])]
+    assert phases == [(1, 0.01), (3501, 0.005), (8501, 0.0005), (13501, pytest.approx(0.00005))]
+    found = [(phase.start, phase.lr, phase.where, phase.factor) for phase in large.phases(large.settings()[0])]
+    assert found == [(1, 0.01, "last", 1), (3501, 0.001, "last", 1), (7001, 0.001, "all", 1), (12001, 0.001, "all", 1.5)]
+
+
+def test_a_cifar_runs_folder_tells_what_it_is():
+    names = [[str(e.folder(s)) for s in e.settings()] for e in (Cifar11(seeds=1, batch_norm=True), Cifar18(dataset="cifar10"))]
+    assert names == [[f"runs/cifar11/{name}-bn-0" for name in ("elu", "srelu", "lrelu", "relu")], ["runs/cifar18/elu-cifar10-0"]]
 
 
 def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
