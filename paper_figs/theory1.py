@@ -6,13 +6,14 @@ RUNS are folders of `biasshift demo` or `biasshift train mnist`.
 import sys
 
 from biasshift import figures, plots
+from biasshift.figures.theory import gap_note
 
 table = figures.data("theory1", *sys.argv[1:])  # one row per run, layer and measurement
 
 with plots.style():
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
-    ax.set_title("a dot per layer, run and measurement; large: medians", loc="left")
+    ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
     figure.suptitle(figures.described(table))
 
 for path in figures.write("theory1", figure, words=figures.caption("theory1", table)):

@@ -248,6 +248,15 @@ def test_gap_against_mean(ax):
     assert "degrees" in ax.get_ylabel() and "angle" in ax.get_ylabel()
 
 
+def test_dots_of_few_samples_are_hollow_and_not_counted(ax):
+    table = planted().assign(enough=lambda rows: (rows["step"] == 0) * 0.7)
+    plots.gap_against_mean(ax, table.loc[table["activation"] == "elu"], skip_input=True)
+    sure, unsure, median = ax.collections
+    assert len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6  # 3 runs, of 3 steps the first
+    assert not len(unsure.get_facecolors()) and len(sure.get_facecolors())
+    np.testing.assert_allclose(median.get_offsets(), np.median(np.asarray(sure.get_offsets()), axis=0)[None])
+
+
 def test_gap_of_chosen_layers():
     table = planted()
     assert set(plots.gap_points(table)["layer"]) == {"0", "2"}

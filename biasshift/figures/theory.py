@@ -22,8 +22,24 @@ MEANS = ("k", "norm_mean_p", "norm_corrected_mean")
 
 
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
-    """Gradient gap and mean incoming activation of every layer that is fed by an activation."""
-    return kept(plots.gap_points(table, layers=fed_layers(table)), ["mean_in_abs", "cos_gradient"])
+    """Gradient gap and mean incoming activation of every layer that is fed by an activation.
+
+    `enough` is the share of its measured units with enough effective samples: of few samples the gap looks larger than it is.
+    """
+    points = plots.gap_points(table, layers=fed_layers(table)).astype({"run": object, "layer": object})
+    if "effective_samples" not in table or "inputs" not in table:
+        return kept(points, ["mean_in_abs", "cos_gradient"])
+    units = _with_enough(table)
+    shares = units.groupby(["run", "step", "layer"])["enough"].mean().reset_index()
+    return kept(points.merge(shares, on=["run", "step", "layer"], how="left"), ["mean_in_abs", "cos_gradient", "enough"])
+
+
+def _with_enough(table: pd.DataFrame) -> pd.DataFrame:
+    """The measured units of layers that are fed by an activation; `enough`: 1.0 where a unit has effective samples enough, else 0.0."""
+    inputs = table.loc[table["inputs"].notna()].drop_duplicates("layer").set_index("layer")["inputs"]
+    units = table.loc[table["layer"].isin(fed_layers(table)) & (table["unit"] >= 0) & table["effective_samples"].notna()]
+    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float)
+    return units.assign(enough=enough.astype(float)).astype({"run": object, "layer": object})
 
 
 def gap(table: pd.DataFrame) -> Figure:
@@ -31,13 +47,22 @@ def gap(table: pd.DataFrame) -> Figure:
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
     figure.suptitle(described(table))
-    ax.set_title("a dot per layer, run and measurement; large: medians", loc="left")
+    ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
     return figure
 
 
+def gap_note(table: pd.DataFrame) -> str:
+    """What hollow dots are, where there are some: of layers most of whose units have fewer than ten effective samples per input."""
+    few = "enough" in table and (table["enough"] < plots.ENOUGH_UNITS).any()
+    return "\nhollow: too few effective samples, not counted" if few else ""
+
+
 def gap_numbers(table: pd.DataFrame) -> list[Number]:
-    """Medians of what is drawn."""
-    points = plots.gap_points(table).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()
+    """Medians of what is drawn and counted."""
+    counted = table.loc[table["enough"] >= plots.ENOUGH_UNITS] if "enough" in table else table
+    if not len(counted):
+        return []
+    points = plots.gap_points(counted).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()
     return [
         Number(
             f"median gap and mean incoming activation, {NAMES.get(str(name), name)}", f"{row.degrees:.0f} degrees, {row.mean_in_abs:.2g}"
@@ -53,13 +78,11 @@ def effective_means(table: pd.DataFrame) -> pd.DataFrame:
     k is biased. `enough` is the share of units that are left.
     """
     plots.need(table, [*MEANS, "effective_samples", "inputs", "activation"], "theory2")
-    inputs = table.loc[table["inputs"].notna()].drop_duplicates("layer").set_index("layer")["inputs"]
-    units = table.loc[table["layer"].isin(fed_layers(table)) & (table["unit"] >= 0) & table["effective_samples"].notna()]
-    plots.need(units, [], "theory2")
-    enough = units["k"].notna() & (units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float))
-    rows = units.assign(enough=enough.astype(float)).astype({"run": object})
+    rows = _with_enough(table)
+    plots.need(rows, [], "theory2")
+    rows["enough"] = rows["enough"].where(rows["k"].notna(), 0.0)
     shares = rows.groupby(["run", "step"])["enough"].mean()
-    medians = rows.loc[enough].groupby(["run", "step"])[list(MEANS)].median()
+    medians = rows.loc[rows["enough"] > 0].groupby(["run", "step"])[list(MEANS)].median()
     return _with_epochs(medians.join(shares).reset_index().assign(layer="", unit=-1), table)
 
 
