@@ -19,12 +19,11 @@ import pytest
 import torch
 from torch import nn
 
-from biasshift import running
 from biasshift.data import TensorStream, digits
 from biasshift.optim import UnitNaturalGradient
 from biasshift.reading import read_run, run_states
 from biasshift.recording import Run
-from biasshift.running import run
+from biasshift.running import member, run
 from biasshift.training import Diverged, evaluate
 from biasshift.training.checkpoints import CHECKPOINT
 from biasshift.trials import Exam, Execution, Exist, Phase, Progress, Trial, Watch
@@ -283,7 +282,7 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
             patch.setattr(Path, name, tripwire.around(f"Path.{name}", getattr(Path, name)))
         patch.setattr(torch, "save", tripwire.around("torch.save", torch.save))
         patch.setattr(Run, "flush", tripwire.around("a flush", Run.flush))
-        patch.setattr(running, "instrument", tripwire.around("the instruments", running.instrument))
+        patch.setattr(member, "instrument", tripwire.around("the instruments", member.instrument))
         go(folder, exist, trial, report=lambda report: tripwire("a report"))
 
 
