@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import nn
 
 from biasshift.data import TensorStream, digits
 from biasshift.optim import UnitNaturalGradient
+from biasshift.pool import run_jobs
 from biasshift.reading import read_run, run_states
 from biasshift.recording import Run
 from biasshift.running import member, run
 from biasshift.training import Diverged, evaluate
 from biasshift.training.checkpoints import CHECKPOINT
+from biasshift.training.updating import Precision
 from biasshift.trials import Exam, Execution, Exist, Phase, Progress, Trial, Watch
 
 TESTS = Path(__file__).parent
@@ -533,3 +536,71 @@ def test_phases_change_the_learning_rate_and_enter_the_network_once(tmp_path):
     go(tmp_path / "run", trial=replace(trial, make_optimizer=make_optimizer, enter=noted))
     assert rates == [0.05] * 13 + [0.01] * (STEPS - 13)
     assert entered == [(0, 1.0), (13, 2.0)]
+
+
+# -- products of float32 -----------------------------------------------------------------------------------------
+
+
+FLAGS = ("backends", "backends.cuda.matmul", "backends.cudnn.conv", "backends.cudnn.rnn", "backends.mkldnn.matmul")
+
+
+def rounding() -> list[str]:
+    """The process's flags, of every kind of product."""
+    return [attrgetter(name)(torch).fp32_precision for name in FLAGS]
+
+
+def set_one(name: str, value: str) -> None:
+    if name == "older":
+        torch.set_float32_matmul_precision(value)
+    else:
+        attrgetter(name)(torch).fp32_precision = value
+
+
+def noting(precision: Precision, folder: Path, found: list[Any]) -> None:
+    """A run of which every step notes on which products TF32 is allowed, in both generations of flags."""
+
+    def loss(outputs, y):
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # raises where the generations differ
+        found.append([torch.get_float32_matmul_precision(), *allowed, *(value == "tf32" for value in rounding()[1:])])
+        return nn.functional.cross_entropy(outputs, y)
+
+    go(folder, trial=replace(make(), loss=loss, watches=[], exam=None), execution=Execution(precision))
+
+
+def noting_job(precision: Precision, folder: Path, report: Callable[[Any], None]) -> None:
+    found: list[Any] = []
+    noting(precision, folder, found)
+    report((precision, found[-1]))
+
+
+NOTED = {"tf32": ["high", True, True, True, True, True, False], "float32": ["highest", *6 * [False]]}  # no products on the CPU
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, ("older", "medium"), ("older", "high"), ("backends", "tf32"), ("backends.cudnn.conv", "ieee"), ("backends.cuda.matmul", "tf32")],
+)
+@pytest.mark.parametrize("precision", NOTED)
+def test_products_are_rounded_as_a_run_says_and_the_process_is_left_as_found(tmp_path, precision, state):
+    found, original = [], rounding()
+    try:
+        if state is not None:
+            set_one(*state)
+        before = rounding()
+        noting(precision, tmp_path / "run", found)
+        assert len(found) == STEPS and all(note == NOTED[precision] for note in found)
+        assert rounding() == before
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_run(tmp_path / "other", Tripwire("before a step", 2), "refuse")
+        assert rounding() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for name, value in zip(FLAGS, original, strict=True):
+            set_one(name, value)
+    assert rounding() == original
+
+
+def test_products_are_rounded_as_a_run_says_in_every_worker(tmp_path):
+    noted: list[Any] = []
+    run_jobs([(noting_job, (name, tmp_path / name)) for name in NOTED], 2, noted.append)
+    assert dict(noted) == NOTED

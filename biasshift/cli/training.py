@@ -49,7 +49,6 @@ def _prepare(experiment: Experiment, device: torch.device) -> None:
     """Wrong data is found here, once, before any process is started."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = experiment.precision == "tf32"
     _data(experiment)
 
 

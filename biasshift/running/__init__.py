@@ -9,6 +9,7 @@ import torch
 
 from biasshift.boards import board
 from biasshift.running.member import Member
+from biasshift.running.products import products
 from biasshift.running.stacking import Together
 from biasshift.running.steps import Training
 from biasshift.training import checkpoints
@@ -23,7 +24,7 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
     """Trains one network, or several as an ensemble, measures them along the way, and leaves a run folder of each.
 
     A run that is resumed goes on from its last checkpoint to the numbers that it would have had without the interruption. The
-    global random state is left as found.
+    global random state and the flags of float32 products are left as found.
 
     Args:
         trials: of one shape, steps and phases where there are several.
@@ -37,7 +38,7 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
     if len(trials) > 1:
         _refuse_different(trials)
     device = next(trials[0].model.parameters()).device
-    with _random_state(trials[0].config.seed, device), ExitStack() as stack:
+    with products(execution.precision), _random_state(trials[0].config.seed, device), ExitStack() as stack:
         members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
