@@ -20,6 +20,7 @@ from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
 from biasshift.experiments.experiment import Experiment
 from biasshift.experiments.mnist import Mnist
+from biasshift.experiments.sweep import Sweep
 from biasshift.nets import mlp
 from biasshift.pool import run_jobs
 from biasshift.reading import read_run, read_runs, run_states
@@ -308,10 +309,10 @@ def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], opti
 
 
 def test_going_on_and_beginning_anew_exclude_each_other():
-    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word."""
+    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word; of the sweep the other way round."""
     with pytest.raises(ValueError, match="--replace and --resume exclude each other"):
         Mnist(replace=True, resume=True).settings()
-    assert not Demo(resume=True).replace
+    assert not Demo(resume=True).replace and not Sweep(replace=True).resume
 
 
 @pytest.mark.parametrize("options", [{"ensemble": True}, {"workers": 2}])
@@ -324,6 +325,16 @@ def test_several_processes_of_torchrun_train_one_network(options, monkeypatch):
 def test_what_is_there_is_refused_replaced_or_gone_on_with():
     assert [Mnist().exist(), Mnist(replace=True).exist(), Mnist(resume=True).exist()] == ["refuse", "replace", "resume"]
     assert [Demo().exist(), Demo(resume=True).exist(), Demo(replace=False).exist()] == ["replace", "resume", "refuse"]
+    assert [Sweep().exist(), Sweep(replace=True).exist(), Sweep(resume=False).exist()] == ["resume", "replace", "refuse"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "says"), [(Sweep(graph=True), "plain gradient descent alone"), (Mnist(graph=True, precision="float16"), "no --graph")]
+)
+def test_what_graphs_cannot_record_is_refused_on_a_gpu(experiment: Experiment, says, monkeypatch):
+    monkeypatch.setattr(Experiment, "where", lambda self: torch.device("cuda"))
+    with pytest.raises(ValueError, match=says):
+        experiment.settings()
 
 
 def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():

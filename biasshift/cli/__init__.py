@@ -18,6 +18,7 @@ from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
+from biasshift.experiments.experiment import REPLACE_OR_RESUME
 from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:
+    words = sys.argv[1:] if arguments is None else arguments
+    if {"--replace", "--resume"} <= {*words}:  # here: where one of them is the default, the parsed options no longer tell
+        raise ValueError(REPLACE_OR_RESUME)
     experiments: Any = tyro.extras.SubcommandApp()  # Any: its overloads leave out the classes that it takes
     for name, experiment in EXPERIMENTS.items():
         experiments.command(name=name)(experiment)

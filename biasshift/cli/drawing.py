@@ -24,8 +24,13 @@ def draw_figures(console: Console, options: Figure, parsed: Callable[[Sequence[s
         parsed: from the words of a command line to what trains it, for --quick.
 
     Raises:
-        ValueError: runs that lack what the figure shows, or no runs where none come with the package.
+        ValueError: runs that lack what the figure shows, or no runs where none come with the package; options that contradict
+            each other.
     """
+    if options.smoke and not options.quick:
+        raise ValueError("--smoke is about what --quick trains: give both, or leave it out.")
+    if options.save is not None and options.name == "1":
+        raise ValueError("--save keeps the table of the runs that a figure shows, and figure 1 shows none: leave it out.")
     paths = (_trained(console, options, parsed),) if options.quick else options.runs
     found, left = drawable(paths) if options.name == "all" else ({options.name: data(options.name, *paths)}, {})
     for name, table in found.items():

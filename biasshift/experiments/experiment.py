@@ -12,6 +12,7 @@ from biasshift.training.processes import launched, local_device
 from biasshift.training.updating import Precision
 from biasshift.trials import Execution, Exist, Trial
 
+REPLACE_OR_RESUME = "--replace and --resume exclude each other: begin anew, or go on."
 Activation = Literal["elu", "relu", "lrelu", "srelu"]
 
 
@@ -110,9 +111,11 @@ class Experiment:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}.")
         if self.replace and self.resume:
-            raise ValueError("--replace and --resume exclude each other: begin anew, or go on.")
+            raise ValueError(REPLACE_OR_RESUME)
         if self.ensemble and (self.precision != "float32" or self.compile):
             raise ValueError("--ensemble trains in float32 and uncompiled: leave --precision and --compile out.")
+        if self.precision == "float16" and (self.where().type != "cuda" or self.graph):
+            raise ValueError("--precision float16 needs a GPU, and no --graph: choose bfloat16 or float32.")
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out.")
         if self.graph and (self.where().type != "cuda" or self.ensemble or self.compile or launched()):

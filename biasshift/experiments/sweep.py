@@ -83,6 +83,10 @@ class Sweep(Experiment):
     sweeps: ClassVar[bool] = True
     small: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.replace:
+            object.__setattr__(self, "resume", False)
+
     def load(self) -> DataSet:
         """MNIST, checked, at half its resolution."""
         return _halved(synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
@@ -132,8 +136,8 @@ class Sweep(Experiment):
             distinct(name, getattr(self, name))
         if not 1 <= self.part[0] <= self.part[1]:
             raise ValueError(f"--part must be a job's number and how many there are, such as 1 16, got {self.part[0]} {self.part[1]}.")
-        if self.ensemble and self.update != ("plain",):
-            raise ValueError("--ensemble trains by plain gradient descent alone: give --update plain, or leave it out.")
+        if (self.ensemble or self.graph) and self.update != ("plain",):
+            raise ValueError("--ensemble and --graph train by plain gradient descent alone: give --update plain, or leave them out.")
 
 
 def _halved(data: DataSet) -> DataSet:
