@@ -48,7 +48,7 @@ class Curvature:
         """
         moments = self._moments()
         r = _repeated(moments.center, len(g))
-        dw = g if g0 is None else g - g0[:, None] * r
+        dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
         moved = g0
         if self.member.scale != "none":
             c = self.sums.parts["weight"][0] / self.sums.examples
@@ -69,7 +69,7 @@ class Curvature:
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
-        mean = torch.where(alive, _repeated(reference, len(offset)) + offset, 0.0)
+        mean = (_repeated(reference, len(offset)) + offset).mul_(alive)
         return Moments(weight, offset, mean, torch.zeros_like(mean) if self.member.center == "none" else mean)
 
     # -- the curvature: second moments about the center ------------------------------------------------------------------
@@ -91,17 +91,22 @@ class Curvature:
         else:  # cholesky_solve would copy the factors, which takes 20 times as long
             half = torch.linalg.solve_triangular(factors, by_block.mT.to(factors.dtype), upper=False)
             solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT.double()
-        return solved.flatten(0, 1), usable.repeat_interleave(by_block.shape[1])
+        return solved.flatten(0, 1), usable[:, None].expand(by_block.shape[:2]).flatten()
 
     def _diagonal(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """The diagonal of every block's W, and which are usable."""
         weight, offset, mean, r = moments
-        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp(min=0) + (mean - r).square()
-        usable, flat = self._usable(W, offset), W <= rounding(self.dtype) * (W + offset.square())
-        W = W + damping * W.mean(1, keepdim=True) + (0.0 if bias else r.square())
+        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp_(min=0)
+        if self.member.center == "none":
+            W += mean.square()
+        usable, measured = self._usable(W, offset), W
+        W = W + damping * W.mean(1, keepdim=True)
+        if not bias:
+            W += r.square()
         if damping == 0:
+            flat = measured <= rounding(self.dtype) * (measured + offset.square())
             self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
-        return torch.where(usable[:, None], W, 1.0), usable
+        return W, usable
 
     def _factors(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
         """Cholesky factors of every block's W, formed in pieces, and which are usable."""
@@ -159,4 +164,4 @@ def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
 
 def _repeated(x: Tensor, rows: int) -> Tensor:
     """One row per group of units, repeated for its units."""
-    return x.repeat_interleave(rows // len(x), 0)
+    return x.expand(rows, -1) if len(x) == 1 else x.repeat_interleave(rows // len(x), 0)

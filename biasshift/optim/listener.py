@@ -22,7 +22,7 @@ from biasshift.optim.divisors import Divisor
 from biasshift.optim.member import Member
 from biasshift.optim.passes import Ear, Heard, Pass
 from biasshift.optim.sums import Sums, batch_sums
-from biasshift.tracing import Call, Tape, errors, watch
+from biasshift.tracing import Call, Tape, watch
 
 
 class Listener:
@@ -116,9 +116,10 @@ class Listener:
             # no label can be drawn from NaN; a pass that overflowed has NaN errors all the same, and a gradient scaler skips it
             drawn_from = output.detach().nan_to_num()
             rule = label_rules.seeds(drawn_from, cast(Likelihood, self.member.likelihood), "sampled", None, self.generator)
-            deltas = errors(output, [edge for edge, _ in flat], rule.make(0, 1), keep=True)
+            edges = [edge for edge, _ in flat]
+            deltas = torch.autograd.grad(output, edges, rule.make(0, 1)[0], retain_graph=True, allow_unused=True)
             for (_, heard), delta in zip(flat, deltas, strict=True):
-                heard.delta = None if delta is None else delta[0]
+                heard.delta = delta
         self._read(found, 1.0)
 
     # -- from what was heard to sums -------------------------------------------------------------------------------------
@@ -134,7 +135,8 @@ class Listener:
             delta = None
             if self.member.needs_errors:
                 came = [a.new_zeros(heard.shape) if heard.delta is None else heard.delta for heard in calls]
-                delta = factor * _side_by_side([kinds.errors(module, one[None])[0] for one in came]).to(a.dtype)
+                delta = _side_by_side([kinds.errors(module, one[None])[0] for one in came]).to(a.dtype)
+                delta = delta if factor == 1 else factor * delta
             if self.member.weight_sharing == "expand":
                 a, delta = a.flatten(0, 1)[:, None], None if delta is None else delta.flatten(0, 1)[:, None]
             found.sums[name] = batch_sums(a, delta, self._reference(name, a), self.member, found.examples)
@@ -194,8 +196,8 @@ class Listener:
 
 def _are_finite(sums: Mapping[str, Sums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
-    checked = [x.isfinite().all() for one in sums.values() for name in ("total", "weight") for x in one.parts.get(name, ())]
-    return not checked or bool(torch.stack(checked).all())
+    checked = [x.sum() for one in sums.values() for name in ("total", "weight", "first") for x in one.parts.get(name, ())]
+    return not checked or bool(torch.stack(checked).isfinite().all())
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -17,9 +17,9 @@ VECTORS = 2**22  # elements of the errors times activations of shared weights th
 class Sums:
     """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing else.
 
-    ``total`` Σ (a − reference) (groups, inputs); ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs);
-    ``second`` the same of the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the center p
-    there is no ``first``, and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
+    ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs); ``second`` the same of the squares (units, inputs)
+    or of the outer products, as the rows of `triangle`. Under the center p there is in place of ``first`` the ``total``
+    Σ (a − reference) (groups, inputs), and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
     Of layers too large for outer products there is no ``second`` but ``samples``: a − reference and δ² of every example, latest look.
     """
 
@@ -32,12 +32,12 @@ class Sums:
         """Decays these sums and adds others about the same reference, in place."""
         self.examples = decay * self.examples + other.examples
         self.positions = decay * self.positions + other.positions
-        for name, mine in self.parts.items():
+        for name, theirs in other.parts.items():
+            mine = self.parts[name]
             if name == "samples":
-                theirs = other.parts[name]
                 self.parts[name] = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)] if decay == 1 else theirs
                 continue
-            for i, (x, y) in enumerate(zip(mine, other.parts[name], strict=True)):
+            for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
                 mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
 
     def saved(self) -> dict[str, Any]:
@@ -63,18 +63,24 @@ def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Membe
     A sample is an example where its positions belong together, else a position: then there is one position a sample.
     """
     shifted = a - reference.to(a.dtype)
-    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]}
+    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if member.center == "p" else {}
     if delta is not None:
         delta = delta.unflatten(2, (a.shape[2], -1))  # (samples, positions, groups, units of a group)
         whole = delta.sum(1)
         parts["weight"] = [whole.double().square().sum(0).flatten()]
         if member.center != "p":
-            parts["first"] = [torch.einsum("ntgu,ntgi->gui", delta * whole[:, None], shifted).flatten(0, 1).double()]
+            parts["first"] = [_weighted(delta * whole[:, None], shifted)]
     if delta is not None and member.keeps_examples(a.shape[3]):
         parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
     elif member.scale != "none":
         parts["second"] = _shared_second(shifted, member) if member.center == "p" else _unit_second(shifted, delta, member)
     return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
+
+
+def _weighted(weights: Tensor, x: Tensor) -> Tensor:
+    """Σ weights ⊗ x over samples and positions, (units, inputs)."""
+    by_group = [one.flatten(0, 1).transpose(0, 1) for one in (weights, x)]
+    return (by_group[0].mT @ by_group[1]).flatten(0, 1).double()
 
 
 def _shared_second(shifted: Tensor, member: Member) -> list[Tensor]:
@@ -89,7 +95,7 @@ def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[
     samples, positions, groups, inputs = shifted.shape
     units, diagonal = groups * delta.shape[-1], member.scale == "diagonal"
     if positions == 1 and diagonal:
-        return [torch.einsum("ngu,ngi->gui", delta[:, 0].square(), shifted[:, 0].square()).flatten(0, 1).double()]
+        return [_weighted(delta.square(), shifted.square())]
     rows = [shifted.new_zeros(units, inputs, dtype=torch.float64)] if diagonal else triangle.zeros(units, inputs, shifted.device)
     if positions == groups == 1:
         triangle.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
