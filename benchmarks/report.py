@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .harness import RESULTS
 
-QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop")
+QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop", "updates")
 COMPARED = ("mlp", "cnn")  # those in the figure: time and memory of every method
 
 
@@ -53,6 +53,8 @@ def _columns(result: dict) -> list[str]:
         return ["share of a step"]
     if result["question"] == "loop":
         return ["more than by hand"]
+    if result["question"] == "updates":
+        return ["steps of SGD", "extra memory", "error"]
     return ["extra memory", "error"]
 
 
@@ -63,11 +65,15 @@ def _cell(row: dict, column: str) -> str:
         return f"{row['error']:.0e}"
     if column in ("share of a step", "more than by hand"):
         return f"{row['share']:+.1%}"
+    if column == "steps of SGD":
+        return f"{row['steps_of_sgd']:.1f} ×"
     return f"{row['gemm_ratio']:.2f} ×" if column == "over the matrix product" else f"≥ {row['target']} ×"
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def draw() -> Path | None:
