@@ -72,6 +72,15 @@ def test_without_a_gap_there_is_nothing_to_close():
     assert "no gap to close" in row(behind, "closes-centered-steps")["caveat"]
 
 
+def test_the_gap_is_looked_at_at_two_losses_and_at_the_end():
+    found = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}))
+    family = found[found["family"] == "closes-centered-steps"]
+    levels = [float(name.rpartition(" ")[2]) for name in family["statistic"] if "steps to" in name]
+    assert list(family["claim"]) == [f"closes-centered-steps-{levels[0]:g}", "closes-centered-steps", "closes-centered-steps-loss"]
+    assert levels[0] > levels[1] and (family["p_holm"] == 3 / 64).all() and (family["verdict"] == "supported").all()
+    assert family["effect"].iloc[:2].tolist() == pytest.approx([50, 50], abs=4)
+
+
 def test_at_equal_time_a_slow_step_costs_what_it_won():
     """Half of the gap in ln steps, 0.35, at steps that take three times as long: ln 3 − 0.35 is lost."""
     found = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}, seconds={CENTERED: 0.3}))

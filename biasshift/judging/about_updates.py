@@ -1,12 +1,16 @@
 """Is bias shift the cause (claim 5)? What updates without it do for ReLU, for ELU, and for ELU moved away from zero; batch norm (8)."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from biasshift.cells import Cell
-from biasshift.judging.about_speed import rates_said
+from biasshift.judging.about_speed import LEVELS, rates_said
 from biasshift.judging.claim import Claim
 from biasshift.judging.evidence import AT_EQUAL_TIME, AT_THE_END, Evidence
 from biasshift.judging.statistics import paired, share
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UPDATES = ("centered", "quasi-diagonal", "centered-p", "full")
 RELU, ELU = Cell("relu"), Cell("elu")
@@ -15,6 +19,26 @@ NO_RUNS = "No two runs with one seed, or no loss that all of them reached, or no
 NO_GAP = "ELU is not clearly faster than ReLU in these runs: there is no gap to close."
 TIME = "Seconds of training alone, measurements left out; they depend on the machine and on what else it did."
 EQUAL_RUN = "Runs with and without it are compared at learning rates that both were trained at."
+
+
+class Measure(NamedTuple):
+    """How fast every cell was by one measure, seed by seed; `suffix` tells its claims from those by the lowest loss."""
+
+    name: str
+    suffix: str
+    in_time: bool
+    table: "pd.DataFrame"
+
+
+def measures(evidence: Evidence, cells: list[Cell]) -> list[Measure]:
+    """Steps and seconds to two losses, from the higher one on, and the losses at the end and at equal time."""
+    found = []
+    for name, table in evidence.speeds(cells, LEVELS).items():
+        in_time, level = "seconds" in name or name == AT_EQUAL_TIME, name.rpartition(" ")[2]
+        suffix = "-loss" if name in (AT_THE_END, AT_EQUAL_TIME) else f"-{level}"
+        found.append(Measure(name, suffix, in_time, table))
+    lowest = {one.in_time: one.name for one in found if one.suffix != "-loss"}  # the last of each kind
+    return [one._replace(suffix="") if one.name == lowest.get(one.in_time) else one for one in found]
 
 
 def closes_the_gap(evidence: Evidence) -> Iterator[Claim]:
@@ -30,26 +54,21 @@ def closes_the_gap(evidence: Evidence) -> Iterator[Claim]:
 
 def _closed(evidence: Evidence, update: str, cells: list[Cell]) -> Iterator[Claim]:
     rates = rates_said(evidence, cells)
-    for measure, table in evidence.speeds(cells, 1).items():
-        in_time = "seconds" in measure or measure == AT_EQUAL_TIME
-        when = "at equal time" if in_time else "at equal steps"
-        name = f"closes-{update}-{'time' if in_time else 'steps'}{'-loss' if measure in (AT_THE_END, AT_EQUAL_TIME) else ''}"
+    for measure, suffix, in_time, table in measures(evidence, cells):
+        when, family = "at equal time" if in_time else "at equal steps", f"closes-{update}-{'time' if in_time else 'steps'}"
         found = share(table[RELU] - table[cells[-1]], table[RELU] - table[ELU])
         bounded = found.low == found.low
         missing = NO_GAP if found.n else NO_RUNS
         caveat = (rates if bounded else f"{NO_GAP} {rates}") + (f" {TIME}" if in_time else "")
         statement = f"the {update} update closes the gap from ReLU to ELU, {when}"
-        family = f"closes-{update}-{'time' if in_time else 'steps'}"
-        yield Claim(5, name, family, statement, CAUSAL, f"% of the gap in {measure}", found, caveat, missing, 1)
+        yield Claim(5, family + suffix, family, statement, CAUSAL, f"% of the gap in {measure}", found, caveat, missing, 1)
 
 
 def _helps_less(evidence: Evidence, update: str, cells: list[Cell]) -> Iterator[Claim]:
     rates, (relu, elu, relu_updated, elu_updated) = rates_said(evidence, cells), cells
-    for measure, table in evidence.speeds(cells, 1).items():
-        if "seconds" in measure or measure == AT_EQUAL_TIME:
-            continue
+    for measure, suffix, table in _in_steps(evidence, cells):
         found = paired((table[elu] - table[elu_updated]) - (table[relu] - table[relu_updated]))
-        name = f"helps-less-{update}{'-loss' if measure == AT_THE_END else ''}"
+        name = f"helps-less-{update}{suffix}"
         statement = f"the {update} update helps ELU less than ReLU"
         yield Claim(5, name, f"helps-less-{update}", statement, CAUSAL, f"gain of ELU − gain of ReLU in {measure}", found, rates, NO_RUNS)
 
@@ -68,27 +87,27 @@ def slowed_by_a_constant(evidence: Evidence) -> Iterator[Claim]:
 
 def _slowed(evidence: Evidence, cells: list[Cell], constant: str) -> Iterator[Claim]:
     rates = f"{rates_said(evidence, cells)} {EQUAL_RUN}"
-    for measure, table in _steps_only(evidence, cells):
+    for measure, suffix, table in _in_steps(evidence, cells):
         found = paired(table[cells[1]] - table[cells[0]], predicted=1)
-        name = f"constant-{constant}{'-loss' if measure == AT_THE_END else ''}"
+        name = f"constant-{constant}{suffix}"
         statement = f"adding {constant} to ELU's activations slows plain gradient descent"
         yield Claim(5, name, f"constant-{constant}", statement, CAUSAL, measure, found, rates, NO_RUNS, 1)
 
 
 def _slowed_less(evidence: Evidence, cells: list[Cell], constant: str) -> Iterator[Claim]:
     rates, (plain, plain_moved, centered, centered_moved) = f"{rates_said(evidence, cells)} {EQUAL_RUN}", cells
-    for measure, table in _steps_only(evidence, cells):
+    for measure, suffix, table in _in_steps(evidence, cells):
         slowed, slowed_centered = table[plain_moved] - table[plain], table[centered_moved] - table[centered]
         found, left = paired(slowed_centered - slowed), paired(slowed_centered)
-        name = f"constant-{constant}-centered{'-loss' if measure == AT_THE_END else ''}"
+        name = f"constant-{constant}-centered{suffix}"
         statement = f"adding {constant} to ELU's activations slows the centered update less than plain gradient descent"
         caveat = f"The centered update itself is slowed by {left.effect:+.2g} [{left.low:+.2g}, {left.high:+.2g}]. {rates}"
         statistic = f"slowing of centered − slowing of plain in {measure}"
         yield Claim(5, name, f"constant-{constant}-centered", statement, CAUSAL, statistic, found, caveat, NO_RUNS)
 
 
-def _steps_only(evidence: Evidence, cells: list[Cell]) -> Iterator[tuple]:
-    return ((name, table) for name, table in evidence.speeds(cells, 1).items() if "seconds" not in name and name != AT_EQUAL_TIME)
+def _in_steps(evidence: Evidence, cells: list[Cell]) -> "list[tuple[str, str, pd.DataFrame]]":
+    return [(one.name, one.suffix, one.table) for one in measures(evidence, cells) if not one.in_time]
 
 
 def against_batch_norm(evidence: Evidence) -> Iterator[Claim]:
@@ -104,9 +123,8 @@ def against_batch_norm(evidence: Evidence) -> Iterator[Claim]:
         if not set(cells) <= evidence.cells:
             continue
         rates = f"{rates_said(evidence, cells)} {EQUAL_RUN}"
-        for measure, table in _steps_only(evidence, cells):
+        for measure, suffix, table in _in_steps(evidence, cells):
             effects = table[cells[0]] - table[cells[1]]
             if statement == helped:
                 effects = effects + table[cells[2]] - table[cells[3]]  # (ELU − ELU normed) − (ReLU − ReLU normed)
-            full = f"{name}{'-loss' if measure == AT_THE_END else ''}"
-            yield Claim(8, full, name, statement, "section 4.2, Figure 5", measure, paired(effects), rates, NO_RUNS)
+            yield Claim(8, name + suffix, name, statement, "section 4.2, Figure 5", measure, paired(effects), rates, NO_RUNS)
