@@ -17,8 +17,11 @@ demo: $(VENV)/.installed ## see the idea at work on a small data set
 figures: $(VENV)/.installed ## draw every figure that the committed tables allow
 	@$(BIN)/biasshift figure all
 
-report: $(VENV)/.installed ## one page about the runs below runs/, as report.html
+report: runs $(VENV)/.installed ## one page about the runs below runs/, as report.html
 	@$(BIN)/biasshift report runs -o report.html
+
+runs:
+	@echo "make: there are no runs in runs/ yet. 'make demo' makes some, in minutes; 'biasshift report FOLDER' is for runs elsewhere." >&2; exit 1
 
 notebooks: $(VENV)/.installed-notebooks ## run the notebooks and keep their outputs
 	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
@@ -27,7 +30,7 @@ lab: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/; a warning is an error
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "Documentation: site/index.html"
 
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile

@@ -186,6 +186,62 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path):
     assert (light[0], dark[0]) == (LOOKS["elu"].color.lower(), ON_DARK[LOOKS["elu"].color].lower())
 
 
+def labels(found: Page) -> list[str]:
+    return [label for _, label in found.data["datasets"]["labels"]["rows"]]
+
+
+def test_of_many_learning_rates_the_best_is_drawn(tmp_path):
+    """Each network at its own; a run that failed is no candidate, however low its last loss."""
+    best = {("elu", "plain"): 0.2, ("elu", "centered"): 0.4, ("relu", "plain"): 0.1, ("relu", "centered"): 0.3}
+    for (activation, update), rate in best.items():
+        for lr in (0.1, 0.2, 0.3, 0.4, 0.5):
+            folder = tmp_path / "runs" / f"{activation}-{update}-{lr}"
+            frame = pd.DataFrame({"step": [0, 10], "train_loss": [1.0 if lr == rate else 9.0, 0.5 + abs(lr - rate)]})
+            # Examining is no part of training: it makes no setting.
+            config = {"activation": activation, "seed": 0, "update": update, "lr": lr, "examined": update == "plain"}
+            if lr == 0.5:
+                frame["train_loss"] = 1e-3
+                with pytest.raises(RuntimeError, match="diverged"), Run.create(folder, config) as run:
+                    run.append(frame)
+                    raise RuntimeError("diverged")
+            else:
+                write(folder, config, frame)
+    found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
+    names = {"elu": "ELU", "relu": "ReLU"}
+    assert set(labels(found)) == {f"{names[name]}, update = {update}, lr = {lr:g} (n = 1)" for (name, update), lr in best.items()}
+    assert "4 of 20 groups of runs" in " ".join(found.text) and "ELU, update = plain, lr = 0.1" in " ".join(found.text)
+    # The four that are drawn can be told apart: pale and full are as far from each other as they would be without the others.
+    colors = found.data["themes"]["light"]["range"]["category"]
+    assert LOOKS["elu"].color.lower() in colors and LOOKS["relu"].color.lower() in colors and len(set(colors)) == 4
+
+
+def test_without_losses_as_many_groups_are_drawn_as_can_be_told_apart(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(14):
+        config = {"activation": "elu", "seed": 0, "lr": number + 1.0}
+        write(tmp_path / "runs" / f"run-{number:02}", config, units(rng, [0], ["a"], 2))
+    found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
+    assert labels(found) == [f"ELU, lr = {number + 1} (n = 1)" for number in range(12)]
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.01, "log"), (0.5, "linear"), (0.0, "linear")])
+def test_steep_losses_begin_on_a_logarithmic_scale(tmp_path, last, scale):
+    frame = pd.DataFrame({"step": [0, 10], "train_loss": [2.0, last], "train_error": [0.9, 0.001]})
+    found = Page(report([write(tmp_path / "a", {"activation": "elu"}, frame)], tmp_path / "a.html"))
+    assert f'<option value="{scale}" selected>' in found.source
+
+
+def test_a_command_of_all_runs_stands_once(small, tmp_path):
+    found = Page(report([small], tmp_path / "same.html"))
+    origin = json.loads((small / "elu-0" / "provenance.json").read_text())
+    command = " ".join(map(str, origin["command"]))
+    assert command and sum(command in text for text in found.text) == 1
+    shutil.copytree(small, tmp_path / "runs")
+    (tmp_path / "runs" / "elu-0" / "provenance.json").write_text(json.dumps({**origin, "command": ["another"]}))
+    found = Page(report([tmp_path / "runs"], tmp_path / "others.html"))
+    assert sum(command in text for text in found.text) == 5 and found.text.count("another") == 1
+
+
 # -- odd runs ----------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +374,7 @@ def test_200_runs_stay_small_and_quick(tmp_path):
     # First and last stay, and the page says what went.
     assert set(cells.groupby(["q", "g"])["s"].min()) == {0} and set(cells.groupby(["q", "g"])["s"].max()) == {2950}
     said = " ".join(found.text)
-    assert "12 of 20 groups of runs" in said and "of 60 measured steps, evenly chosen" in said and "of 300 measured steps" in said
+    assert "4 of 20 groups of runs" in said and "of 60 measured steps, evenly chosen" in said and "of 300 measured steps" in said
 
 
 def test_the_worst_mixture_keeps_its_limits(tmp_path):

@@ -5,6 +5,7 @@ The page is one HTML file. It loads nothing, so it opens from a disk without a n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from biasshift.report.origins import origins_part
 from biasshift.report.page import page
 from biasshift.report.parts import claims_part, curves_part, faint, layers_part, left_out_part, reading_part
 from biasshift.report.reducing import reduced
-from biasshift.report.series import Series, all_series
+from biasshift.report.series import MOST_SERIES, Series, all_series
 from biasshift.report.text import escaped
 from biasshift.summary import READING, per_run, reading_table
 
@@ -53,7 +54,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"'{out}' is no name of a page: choose a file that ends in .html, such as report.html")
     folders, states, table = find_runs(list(runs)), run_states(*runs), read_runs(*runs)
-    series = all_series(states)
+    series = all_series(states, _last_losses(states, table))
     found = reduced(table, states, series)
     origins, not_listed = origins_part(folders, states)
     unjudged: list[str] = []
@@ -70,9 +71,23 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     return out
 
 
+def _last_losses(states: pd.DataFrame, table: pd.DataFrame) -> pd.Series | None:
+    """The training loss that each run ended with; of one that failed, NaN."""
+    import pandas as pd
+
+    if "train_loss" not in table:
+        return None
+    scored = table.loc[(table["layer"] == "").to_numpy(), ["run", "step", "train_loss"]].dropna().sort_values("step", kind="stable")
+    last = dict(scored.groupby("run", observed=True)["train_loss"].last())
+    ended = zip(states["run"], states["state"], strict=True)
+    return pd.Series([last.get(run, math.nan) if state != "failed" else math.nan for run, state in ended], index=states.index, dtype=float)
+
+
 def _intro(states: pd.DataFrame, series: Sequence[Series]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in states["state"].value_counts().items())
-    groups = "; ".join(one.label for one in series[:20]) + ("; …" if len(series) > 20 else "")
+    groups = "; ".join(one.label for one in series[:MOST_SERIES]) + (
+        f"; and {len(series) - MOST_SERIES} more" if len(series) > MOST_SERIES else ""
+    )
     return f'<p class="faint">{escaped(counts)}. Groups of runs that differ in the seed alone: {escaped(groups, 2000)}.</p>'
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 HEIGHT = 260
 # Plain numbers as far as they are short, powers of ten beyond.
 _TICK = "datum.value == 0 || (abs(datum.value) >= 1e-4 && abs(datum.value) < 1e6) ? format(datum.value, ',~r') : format(datum.value, '~e')"
+# On a log scale the ticks at 1, 2 and 5 alone bear a number: Vega would leave out one of those that meet, as often 0.1 as 0.09.
+_LOG_TICK = f"indexof([1, 2, 5], round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))) >= 0 ? ({_TICK}) : ''"
 CURVES = {"loss": "curves-loss", "error": "curves-error"}  # metric → its place on the page; the others share one
 
 
@@ -44,7 +46,7 @@ def theme(found: Reduced, dark: bool) -> dict[str, Any]:
         "view": {"stroke": None},
         "autosize": {"type": "fit-x", "contains": "padding", "resize": True},  # other numbers need other room at the axes
         "axis": {**text, "gridColor": faint, "domainColor": faint, "tickColor": faint},
-        "legend": {**text, "labelLimit": 260},
+        "legend": {**text, "labelLimit": 300},
         "range": {"category": [one.on_dark if dark else one.color for one in found.series]},
     }
 
@@ -184,7 +186,11 @@ def _lines_and_ribbons(
     else:
         rows = rows.transform_calculate(y="datum.mean", low="datum.mean - (datum.sd || 0)", high="datum.mean + (datum.sd || 0)")
     color, detail = _color(found), [] if dash is None else ["split:N"]
-    look = {"title": title, "scale": alt.Scale(type="log") if log else alt.Scale(zero=False), "axis": alt.Axis(labelExpr=_TICK)}
+    look = {
+        "title": title,
+        "scale": alt.Scale(type="log") if log else alt.Scale(zero=False),
+        "axis": alt.Axis(labelExpr=_LOG_TICK if log else _TICK),
+    }
     ribbons = rows.mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q", **look), y2="high:Q", color=color, detail=detail)
     lines = rows.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("y:Q", **look), color=color, detail=detail)
     lines = lines if dash is None else lines.encode(strokeDash=dash)

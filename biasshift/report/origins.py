@@ -30,8 +30,11 @@ def origins_part(folders: Sequence[Path], states: pd.DataFrame) -> tuple[str, li
             break
         rows.append(row)
     head = ["run", "state", "last step", "seed", "device", "commit or version", "started", "command and options"]
-    missing = len(folders) - len(rows)
-    return table(head, rows), [f"The options and origins of {missing} of {len(folders)} runs, the last by name."] if missing else []
+    missing, note = len(folders) - len(rows), ""
+    if len(rows) > 1 and len(commands := {row[-1][1].partition("<details>")[0] for row in rows}) == 1:
+        note, head[-1] = f'<p class="faint">The command of all runs: {commands.pop()}</p>', "options"
+        rows = [[*row[:-1], ("", "<details>" + row[-1][1].partition("<details>")[2])] for row in rows]
+    return note + table(head, rows), [f"The options and origins of {missing} of {len(folders)} runs, the last by name."] if missing else []
 
 
 def _row(folder: Path, state: pd.Series) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_CLAIMS = 200
+_STEEP = 20.0
 _BADGES = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}
 _CLAIM_COLUMNS = ("claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict", "caveat")
 _PLACES = (
@@ -33,7 +34,10 @@ def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
     more = f"{len(found) - MOST_CLAIMS} more claims are not shown." if len(found) > MOST_CLAIMS else ""
     note = "Effects with 95 % intervals over paired seeds; the verdict goes by p_holm, corrected within a family of claims. "
     counts = "; ".join(f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items())
-    return faint(f"{counts}. {note}{more}") + table(head, rows) + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
+    verdicts = table(head, rows)
+    if set(found["verdict"]) <= {"undecided"}:
+        verdicts = f"<details><summary>All of them</summary>{verdicts}</details>"
+    return faint(f"{counts}. {note}{more}") + verdicts + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
 
 
 def _claim(row: dict[Any, Any], others: Sequence[Any]) -> list[tuple[str, str]]:
@@ -55,8 +59,9 @@ def _claim(row: dict[Any, Any], others: Sequence[Any]) -> list[tuple[str, str]]:
 def reading_part(found: pd.DataFrame, how: str) -> str:
     """`biasshift.summary.reading_table`, and how to read it."""
     rows = [
-        [("text", escaped(name)), *(("number", escaped(text)) for text in row)]
+        [("text", escaped(name)), *(("number", escaped(text.replace("-", "−"))) for text in row)]
         for name, row in zip(found.index, found.to_numpy(), strict=True)
+        if set(row) != {"–"}
     ]
     return faint(how) + table(["", *map(str, found.columns)], rows)
 
@@ -76,8 +81,14 @@ def curves_part(found: Reduced) -> str:
     note = "Mean over runs (line) ± SD over runs (ribbon); training solid, validation dashed, test dotted. "
     note += "n is the number of runs. Point at a line for its numbers."
     controls = _select("against", "against", [*epochs, ("step", "step")])
-    controls += _select("scale", "scale", [("linear", "linear"), ("log", "logarithmic")])
+    controls += _select("scale", "scale", [("linear", "linear"), ("log", "logarithmic")], "log" if _is_steep(found) else "linear")
     return f'{faint(note)}<div class="controls">{controls}</div><div class="charts">{shown}</div>'
+
+
+def _is_steep(found: Reduced) -> bool:
+    """Whether a loss falls so far that its end could not be seen on a linear scale."""
+    losses = [point[5] for point in found.points if found.metrics[point[0]] == "loss"]
+    return bool(losses) and min(losses) > 0 and max(losses) > _STEEP * min(losses)
 
 
 def layers_part(found: Reduced) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from biasshift.report.series import MOST_SERIES, Series
+from biasshift.cells import RULE
+from biasshift.report.series import Series
 from biasshift.report.text import listed, plain, told_apart
 
 if TYPE_CHECKING:
@@ -44,11 +45,12 @@ class Reduced:
 
 def reduced(table: pd.DataFrame, states: pd.DataFrame, series: Sequence[Series]) -> Reduced:
     """Returns the cells (median over units per run, then mean and SD over runs; percentiles over units and runs) and the curves."""
-    shown, hidden = list(series[:MOST_SERIES]), [one.label for one in series[MOST_SERIES:]]
+    shown, hidden = [one for one in series if one.shown], [one.label for one in series if not one.shown]
     names = [str(name) for name in table["layer"].cat.categories if name != ""]
     found = Reduced(shown, told_apart([plain(name, 60) for name in names]))
     if hidden:
-        found.left_out.append(f"The charts show {len(shown)} of {len(series)} groups of runs, and leave out {listed(hidden)}.")
+        how = f"Learning rates: {RULE}. " if "lr" in states else ""
+        found.left_out.append(f"The charts show {len(shown)} of {len(series)} groups of runs. {how}They leave out {listed(hidden)}.")
     keys = _keys(table, shown, names)
     columns = [name for name in table if name not in _NO_QUANTITY and name not in states]
     _add_curves(found, {name: _values(found, table[name], keys, keys["layer"] == _NETWORK) for name in columns}, keys, table)

@@ -1,4 +1,4 @@
-"""Which runs are drawn as one line: those that differ in nothing but the seed."""
+"""Which runs are drawn as one line: those that differ in nothing but the seed. Where these are many, which lines are drawn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from biasshift.cells import best_rate
 from biasshift.looks import LOOKS, ON_DARK, OTHER_LOOKS
 from biasshift.report.text import number, plain, told_apart
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_SERIES = 12  # more lines cannot be told apart in one chart
-_ABOUT_THE_RUN = {"run", "state", "last_step", "started", "updated", "seed", "activation"}
+_ABOUT_THE_RUN = {"run", "state", "last_step", "started", "updated", "seed", "activation", "examined"}  # which says what was measured
 _PALEST = 0.65  # how far the last of several settings of one activation is mixed with the ground
 
 
@@ -25,13 +26,17 @@ class Series:
     runs: tuple[str, ...]
     color: str
     on_dark: str
+    shown: bool = True  # in the charts
 
 
-def all_series(states: pd.DataFrame) -> list[Series]:
+def all_series(states: pd.DataFrame, losses: pd.Series | None = None) -> list[Series]:
     """Groups the rows of `run_states` by activation and by every option in which runs of one activation differ, but for the seed.
 
-    The hue is that of the activation; a further setting of the same activation is paler. The order is that of the runs, but
-    where there are more than `MOST_SERIES`, the largest come first.
+    The hue is that of the activation; a further setting of the same activation is paler. The order is that of the runs. Where there
+    are more than `MOST_SERIES`, those at other than their best learning rate are not shown, and the shown and largest come first.
+
+    Args:
+        losses: the training loss that each row of `states` ended with, NaN for a run that failed; None shows every rate.
     """
     if "activation" not in states:
         states = states.assign(activation="")
@@ -39,19 +44,38 @@ def all_series(states: pd.DataFrame) -> list[Series]:
     options = _varying(states)
     by = states.groupby(["activation", *options], sort=False, observed=True, dropna=False)
     groups = [(names, tuple(group["run"].astype(str))) for names, group in by]
+    shown = [True] * len(groups)
     if len(groups) > MOST_SERIES:
-        groups.sort(key=lambda group: -len(group[1]))
+        best = _at_best_rates(states, options, losses)
+        groups.sort(key=lambda group: (group[0] not in best, -len(group[1])))
+        shown = [names in best and place < MOST_SERIES for place, (names, _) in enumerate(groups)]
     settings = [
         ", ".join(f"{plain(key, 40)} = {_option(value)}" for key, value in zip(options, names[1:], strict=True)) for names, _ in groups
     ]
     labels = told_apart([_label(names[0], setting, len(runs)) for (names, runs), setting in zip(groups, settings, strict=True)])
-    sizes, hues = Counter(names[0] for names, _ in groups), _hues(names[0] for names, _ in groups)
+    drawn = [names[0] for (names, _), one in zip(groups, shown, strict=True) if one]
+    sizes, hues = Counter(drawn), _hues(names[0] for names, _ in groups)
     found, seen = [], Counter()
-    for (names, runs), setting, label in zip(groups, settings, labels, strict=True):
-        share = _PALEST * seen[names[0]] / max(1, sizes[names[0]] - 1)
+    for (names, runs), setting, label, one in zip(groups, settings, labels, shown, strict=True):
+        share = _PALEST * min(1.0, seen[names[0]] / max(1, sizes[names[0]] - 1))
         seen[names[0]] += 1
         hue = hues[names[0]]
-        found.append(Series(label, setting, runs, _mixed(hue, 255, share), _mixed(ON_DARK[hue], 30, share)))
+        found.append(Series(label, setting, runs, _mixed(hue, 255, share), _mixed(ON_DARK[hue], 30, share), one))
+    return found
+
+
+def _at_best_rates(states: pd.DataFrame, options: list[str], losses: pd.Series | None) -> set[tuple[Any, ...]]:
+    """The groups at the learning rate that `biasshift.cells.RULE` chooses of those tried for the same network; all, where none was."""
+    import pandas as pd
+
+    keys = ["activation", *options]
+    rates = losses is not None and "lr" in options and pd.api.types.is_numeric_dtype(states["lr"])
+    others = [name for name in keys if name != "lr"] if rates else keys
+    found: set[tuple[Any, ...]] = set()
+    for _, group in states.assign(train_loss=losses).groupby(others, sort=False, observed=True, dropna=False):
+        if rates and group["lr"].notna().all():
+            group = group.loc[group["lr"] == best_rate(group)]
+        found |= {names for names, _ in group.groupby(keys, sort=False, observed=True, dropna=False)}
     return found
 
 
