@@ -15,7 +15,7 @@ with plots.style():
     plots.learning_curves(losses, table, log=True)
     plots.no_legend(means)
     plots.lettered([means, losses], ["mean ± SD over seeds", "mean ± SD of the logarithm"])
-    figure.suptitle(figures.described(table))
+    plots.headed(figure, figures.described(table))
 
 for path in figures.write("2", figure, words=figures.caption("2", table)):
     print(path)

@@ -17,7 +17,7 @@ with plots.style():
             plots.curves(ax, table[table["lr"] == rate], column, against="epoch", log=True, middle="median")
             ax.set(title=f"learning rate {rate:g}", ylabel=f"{column.split('_')[0]} error")
     plots.one_legend(figure, axes)
-    figure.suptitle(f"Squared error per pixel, medians over runs\n{figures.described(table)}")
+    plots.headed(figure, f"Squared error per pixel, medians over runs\n{figures.described(table)}")
 
 for path in figures.write("3", figure, words=figures.caption("3", table)):
     print(path)

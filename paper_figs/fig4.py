@@ -22,7 +22,7 @@ with plots.style():
                 plots.in_percent(ax.yaxis)
     plots.lettered(axes, [f"{name}, {part}" for name in ("training loss", "test error") for part in parts])
     plots.one_legend(figure, axes)
-    figure.suptitle(f"Mean ± SD over seeds\n{figures.described(table)}")
+    plots.headed(figure, f"Mean ± SD over seeds\n{figures.described(table)}")
 
 for path in figures.write("4", figure, words=figures.caption("4", table)):
     print(path)

@@ -20,7 +20,7 @@ with plots.style():
             plots.in_percent(ax.yaxis)
     plots.lettered(axes, ["training loss", "top-5 error", "top-1 error"])
     plots.one_legend(figure, axes)
-    figure.suptitle(figures.described(table))
+    plots.headed(figure, figures.described(table))
 
 for path in figures.write("6", figure, words=figures.caption("6", table)):
     print(path)

@@ -14,7 +14,7 @@ with plots.style():
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
     ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
-    figure.suptitle(figures.described(table))
+    plots.headed(figure, figures.described(table))
 
 for path in figures.write("theory1", figure, words=figures.caption("theory1", table)):
     print(path)

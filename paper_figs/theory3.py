@@ -20,7 +20,7 @@ with plots.style():
         ax.set(ylim=(0, 1), ylabel="inherited share")
     plots.lettered([bars, along, layers], ["whole run", "along training", "by layer"])
     plots.one_legend(figure, [bars, along])
-    figure.suptitle(f"Sums of absolute parts over units, mean ± SD over seeds\n{figures.described(table)}")
+    plots.headed(figure, f"Sums of absolute parts over units, mean ± SD over seeds\n{figures.described(table)}")
 
 for path in figures.write("theory3", figure, words=figures.caption("theory3", table)):
     print(path)

@@ -402,3 +402,13 @@ def test_a_table_without_units_is_refused(ax):
     table = planted()
     with pytest.raises(ValueError, match="over units"):
         plots.unit_means(ax, table[table["unit"] == -1])
+
+
+def test_a_title_is_no_wider_than_the_figure():
+    with plots.style():
+        figure, _ = plots.panels(1)
+        plots.headed(figure, "Squared error per pixel, of networks with eight hidden layers, medians over runs\nmnist: 2 epochs")
+        figure.draw_without_rendering()
+    title = figure._suptitle
+    assert title is not None and title.get_text().count("\n") == 2 and title.get_text().endswith("\nmnist: 2 epochs")
+    assert title.get_window_extent().width <= figure.bbox.width

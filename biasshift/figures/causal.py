@@ -80,7 +80,7 @@ def theory4(table: pd.DataFrame) -> Figure:
     plots.no_legend(axes[len(updates)])
     for ax in axes[len(updates) + 1 :]:
         ax.remove()
-    figure.suptitle(f"Each at its best learning rate of those tried for all; mean ± SD of logarithms over seeds\n{described(table)}")
+    plots.headed(figure, f"Each at its best learning rate of those tried for all; mean ± SD of logarithms over seeds\n{described(table)}")
     return figure
 
 

@@ -42,7 +42,7 @@ def figure2(table: pd.DataFrame) -> Figure:
     plots.learning_curves(losses, table, log=True)
     plots.no_legend(means)  # the same colors and markers as beside it
     plots.lettered([means, losses], ["mean ± SD over seeds", "mean ± SD of the logarithm"])
-    figure.suptitle(described(table))
+    plots.headed(figure, described(table))
     return figure
 
 
@@ -72,7 +72,7 @@ def figure3(table: pd.DataFrame) -> Figure:
             ax.set(ylabel="" if number else f"{name} error", xlabel=ax.get_xlabel() if row else "")
             ax.set_title(f"learning rate {rate:g}" if not row else "")
     plots.one_legend(figure, axes)
-    figure.suptitle(f"Reconstruction error ({ERROR}), medians over runs\n{described(table)}")
+    plots.headed(figure, f"Reconstruction error ({ERROR}), medians over runs\n{described(table)}")
     return figure
 
 
@@ -119,7 +119,7 @@ def figure7(table: pd.DataFrame) -> Figure:
     plots.lettered([left, right], ["units: median and quartiles", "layers: mean ± SD of the logarithm"])
     plots.one_legend(figure, [left])
     plots.no_legend(right)
-    figure.suptitle(described(table))
+    plots.headed(figure, described(table))
     return figure
 
 

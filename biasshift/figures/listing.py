@@ -39,7 +39,7 @@ def table1(table: pd.DataFrame) -> Figure:
         plots.ranking(ax, _ours(table, dataset), {name: errors[column] for name, errors in TABLE1.items()})
         ax.set(xlabel="test error (%)", title=("CIFAR-10", "CIFAR-100")[column])
     plots.one_legend(figure, axes[::-1])
-    figure.suptitle(described(table))
+    plots.headed(figure, described(table))
     return figure
 
 

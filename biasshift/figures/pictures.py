@@ -46,7 +46,7 @@ def figure4(table: pd.DataFrame) -> Figure:
     places = ("whole", "start", "end")
     plots.lettered(axes, [f"{name}, {place}" for name in ("training loss", "test error") for place in places])
     plots.one_legend(figure, axes)
-    figure.suptitle(f"Mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"Mean ± SD over seeds\n{described(table)}")
     return figure
 
 
@@ -92,7 +92,7 @@ def figure5(table: pd.DataFrame) -> Figure:
     names = [f"ELU – {plots.LOOKS[other].label}" for other in others]
     plots.lettered(axes, [f"{name}, {place}" for place in ("whole", "end") for name in names])
     plots.one_legend(figure, axes)
-    figure.suptitle(f"Mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"Mean ± SD over seeds\n{described(table)}")
     return figure
 
 
@@ -127,7 +127,7 @@ def figure6(table: pd.DataFrame) -> Figure:
         plots.published(axes[1], [(float(steps), 0.2, name) for name, steps in TOP5.items()])
     plots.lettered(axes, ["training loss", "top-5 error", "top-1 error"])
     plots.one_legend(figure, axes)
-    figure.suptitle(described(table))
+    plots.headed(figure, described(table))
     return figure
 
 

@@ -71,7 +71,7 @@ def bench(table: pd.DataFrame) -> Figure:
             ax.set(xscale="log", xlabel=name)
             plots.on_log_scale(ax.xaxis)
         axes[2 * row].set_title(f"{rows['title'].iloc[0].split(',')[0]}; {device}", loc="left")
-    figure.suptitle(f"Every unit's Fisher matrix, medians of interleaved repeats; commit {', '.join(table['commit'].unique())}")
+    plots.headed(figure, f"Every unit's Fisher matrix, medians of interleaved repeats; commit {', '.join(table['commit'].unique())}")
     return figure
 
 

@@ -46,7 +46,7 @@ def gap(table: pd.DataFrame) -> Figure:
     """The gradient gap of every layer that is fed by an activation, against its mean incoming activation."""
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
-    figure.suptitle(described(table))
+    plots.headed(figure, described(table))
     ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
     return figure
 
@@ -103,7 +103,7 @@ def theory2(table: pd.DataFrame) -> Figure:
     right.set(ylabel="units (%)", ylim=(0, 1.05))
     plots.lettered([left, middle, right], ["factor of the correction", "means, as they are and corrected", "units with enough samples"])
     plots.one_legend(figure, [left, middle])
-    figure.suptitle(f"Mean ± SD over seeds, units with {SAMPLES_PER_INPUT} effective samples per input or more\n{described(table)}")
+    plots.headed(figure, f"Mean ± SD over seeds, units with {SAMPLES_PER_INPUT} effective samples per input or more\n{described(table)}")
     return figure
 
 
@@ -141,7 +141,7 @@ def theory3(table: pd.DataFrame) -> Figure:
         ax.set(ylim=(0, 1), ylabel="inherited share")
     plots.lettered([left, middle, right], ["whole run", "along training", "by layer"])
     plots.one_legend(figure, [left, middle])
-    figure.suptitle(f"Sums of absolute parts over units, mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"Sums of absolute parts over units, mean ± SD over seeds\n{described(table)}")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,7 @@ STYLE = {
     "lines.markersize": 4,
 }
 FEW_STEPS, MANY_DECADES = 2000, 1e3
+LETTERS_PER_INCH = 13  # of a title
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
 PAPER: Any = {
     "linestyle": "none",
@@ -64,6 +66,12 @@ def panels(
     columns = -(-count // rows)
     figure = Figure(figsize=(1.5 + width * columns, height * rows), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
+
+
+def headed(figure: Figure, title: str) -> None:
+    """A title over all panels, in lines that are no longer than the figure is wide."""
+    letters = int(LETTERS_PER_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title.split("\n")))
 
 
 def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
