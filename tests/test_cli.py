@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.cli import training
+from biasshift.cli import saying, training
 from biasshift.cli.progress import progress
 from biasshift.experiments import digits
 from biasshift.experiments.digits import Demo
@@ -273,6 +275,28 @@ def test_whoever_stops_reading_is_not_shouted_at(runs, here):
         assert process.communicate(timeout=PATIENCE)[1] == "" and process.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("n", "effect", "low", "said"),
+    [(6, 1.5, 1.0, "+1.5 [+1, +2], n = 6."), (1, 1.5, np.nan, "+1.5, n = 1."), (1, np.nan, np.nan, "undefined, n = 1."),
+     (0, np.nan, np.nan, "not measured, n = 0.")],
+)  # fmt: skip
+def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, said):
+    row = {
+        "verdict": "undecided",
+        "statement": "It",
+        "source": "1",
+        "statistic": "share",
+        "effect": effect,
+        "low": low,
+        "high": 2.0,
+        "n": n,
+    }
+    monkeypatch.setattr(saying, "claims", lambda table: pd.DataFrame([row]))
+    shown = io.StringIO()
+    saying.say_verdicts(Console(file=shown, width=80), pd.DataFrame())
+    assert f"  It (1). share: {said}\n" in shown.getvalue()
+
+
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +373,37 @@ def test_when_all_runs_diverge_there_is_still_an_end(tmp_path):
     shown = io.StringIO()
     training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu")))
     assert shown.getvalue().count("training diverged") == 2 and set(run_states(tmp_path)["state"]) == {"failed"}
+    assert shown.getvalue().endswith("There is nothing to draw or to compare: no run came to its end.\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undrawn(Tiny):
+    """Draws a figure of other experiments' numbers, and one of its own."""
+
+    figures: ClassVar[tuple[str, ...]] = ("table1", "2")
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=80), Undrawn(out=tmp_path, activations=("elu",), epochs=1))
+    lines = shown.getvalue().splitlines()
+    (without,) = [number for number, line in enumerate(lines) if line.startswith("No figure table1: ")]
+    assert "test_error" in lines[without] and lines[without + 1] == f"Figure: {tmp_path / 'figure_2.png'} (and PDF)"
+    assert any("What these runs say" in line for line in lines[without:]) and not (tmp_path / "figure_table1.png").exists()
+
+
+SWEEP = ["--activation", "elu", "relu", "--update", "plain", "centered", "--lr", "0.1", "--constant", "0", "--no-batch-norm"]
+
+
+@pytest.mark.parametrize("part", [(1, 1), (2, 2)])
+def test_a_sweep_ends_with_its_figure_and_a_part_of_one_with_how_to_get_it(here, capsys, part):
+    status, shown, errors = call(capsys, "sweep", "--smoke", "--workers", "1", *SWEEP, "--part", *map(str, part))
+    assert (status, errors) == (0, "") and "Training loss at every" in shown and "What these runs say" in shown
+    figures = {path.name for path in (here / "runs" / "sweep").glob("figure*")}
+    if part == (1, 1):
+        assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown and figures == {"figure_theory4.png", "figure_theory4.pdf"}
+    else:
+        assert "when all parts are done, `biasshift figure theory4 runs/sweep` draws it." in shown and not figures
 
 
 def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):

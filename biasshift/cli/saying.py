@@ -74,9 +74,9 @@ def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
         if len(rows):
             console.print(f"{VERDICTS[verdict]} ({len(rows)})")
         for row in rows.itertuples():
-            effect = (
-                f"{row.effect:+.3g}" + (f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else "") if row.n else "not measured"
-            )
+            known = row.n and row.effect == row.effect  # what a gap is closed by, where there is no gap, is none
+            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
+            effect = f"{row.effect:+.3g}{interval}" if known else "undefined" if row.n else "not measured"
             line = f"{row.statement} ({row.source}). {row.statistic}: {effect}, n = {row.n}."
             console.print(textwrap.fill(line, console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
     console.print("Their caveats: biasshift claims FOLDER")

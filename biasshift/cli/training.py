@@ -117,9 +117,11 @@ def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
     table, states = read(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
         console.print(f"{name}: training diverged; the run ends there.")
-    lost = set(states["state"]) == {"failed"}  # of runs that all are there is nothing to compare
-    if lost or not (experiment.figures or experiment.sweeps):
+    lost = set(states["state"]) == {"failed"}
+    if lost or not experiment.figures:
         say_runs(console, states, table)
+        if lost:
+            console.print("There is nothing to draw or to compare: no run came to its end.")
         return
     if experiment.sweeps:
         say_sweep(console, table)
@@ -127,5 +129,15 @@ def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
         say_comparison(console, table)
     say_identities(console, table)
     for name in experiment.figures:
-        say_paths(console, draw(name, table, experiment.out))
+        _draw(console, experiment, name, table)
     say_verdicts(console, table)
+
+
+def _draw(console: Console, experiment: Experiment, name: str, table: Any) -> None:
+    if not experiment.whole:
+        console.print(f"No figure of a part: when all parts are done, `biasshift figure {name} {experiment.out}` draws it.", soft_wrap=True)
+        return
+    try:
+        say_paths(console, draw(name, table, experiment.out))
+    except ValueError as error:  # of runs some of which are lost; the rest is said nevertheless
+        console.print(f"No figure {name}: {error}", soft_wrap=True)

@@ -54,6 +54,11 @@ class Experiment:
     sweeps: ClassVar[bool] = False  # runs differ in more than activation and seed
     small: ClassVar[bool] = False  # one core is enough for a run, so that runs are computed side by side
 
+    @property
+    def whole(self) -> bool:
+        """Whether the runs of this command are all that its figures are to show."""
+        return True
+
     def settings(self) -> list[Any]:
         """One dataclass per run: what its folder records. Has ``experiment``, ``activation`` and ``seed``."""
         raise NotImplementedError

@@ -79,13 +79,18 @@ class Sweep(Experiment):
     """Steps between two looks of the full update at its curvature; the others look at every step."""
 
     name: ClassVar[str] = "sweep"
-    figures: ClassVar[tuple[str, ...]] = ()
+    figures: ClassVar[tuple[str, ...]] = ("theory4",)
     sweeps: ClassVar[bool] = True
     small: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.replace:
             object.__setattr__(self, "resume", False)
+
+    @property
+    def whole(self) -> bool:
+        """Not so for a job out of several, which may run beside this one."""
+        return self.part[1] == 1
 
     def load(self) -> DataSet:
         """MNIST, checked, at half its resolution."""
