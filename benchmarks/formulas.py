@@ -48,10 +48,10 @@ def unit_step(layer: Seen, center: str, scale: str, damping: float) -> tuple[Ten
     rhs = layer.g - layer.g0[:, None] * r
     if scale == "none":
         return rhs, layer.g0 - (r * rhs).sum(1)
-    if center == "q":
+    if center == "q":  # every unit has its own
         W = by_unit.mT @ by_unit / len(error) / c[:, None, None] - mean_q[:, :, None] * mean_q[:, None, :]
     else:
-        W = samples.T.cov(correction=0)[None]
+        W = ((samples - mean_p).T @ (samples - mean_p) / len(samples))[None]
     diagonal = W.diagonal(dim1=1, dim2=2)
     W = torch.diag_embed(diagonal) if scale == "diagonal" else W
     W = W + damping * diagonal.mean(1)[:, None, None] * torch.eye(W.shape[1], dtype=W.dtype)

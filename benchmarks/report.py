@@ -54,7 +54,7 @@ def _columns(result: dict) -> list[str]:
     if result["question"] == "loop":
         return ["more than by hand"]
     if result["question"] == "updates":
-        return ["steps of SGD", "extra memory", "error"]
+        return ["steps of SGD", "error"]
     return ["extra memory", "error"]
 
 

@@ -7,8 +7,10 @@ to the mean diagonal here, shared out between the factors in the peers.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 
 from .formulas import Seen, kfac_step, seen, unit_step
-from .harness import Task, compare, devices, write
+from .harness import devices, seconds, write
 
 TITLE = "A training step: MLP 196-128×8-10, batch 64; CNN 3-32-32-32, 3×3, 16×16 images, batch 32"
-STEPS, BATCHES = 20, 10  # of one timed run: two rounds of `every 10`
+STEPS = 10  # of one timed run: one look of `every 10`
 DAMPING, DECAY = 1e-3, 0.95
 
 Step = Callable[[Tensor, Tensor], None]
@@ -154,24 +156,9 @@ UPDATES = {  # name → update, steps between two looks
     "K-FAC of curvlinops, every 10": (curvlinops(), 10),
 }
 NETWORKS = ("MLP", "CNN")
-METHODS = [f"{network}: {name}" for network in NETWORKS for name in UPDATES]
 
 
 # -- the question ------------------------------------------------------------------------------------------------------------
-
-
-def prepare(method: str, device: str, small: bool) -> Task:
-    network, name = method.split(": ")
-    update, every = UPDATES[name]
-    model, batches = problem(network, small)
-    fresh, (x, y) = copy.deepcopy(model).double(), batches[0]
-    step, there = update.make(model.to(device), every, 0.0), [(x.to(device), y.to(device)) for x, y in batches]
-
-    def run() -> None:
-        for n in range(STEPS):
-            step(*there[n % BATCHES])
-
-    return Task(run, lambda _: error(update, every, fresh, x.double(), y))
 
 
 def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -183,7 +170,7 @@ def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Te
         shape, channels = ((2, 3, 4, 4), 4) if small else ((32, 3, 16, 16), 32)
         convolutions = [part for before in (3, channels, channels) for part in (nn.Conv2d(before, channels, 3, padding=1), nn.ELU())]
         model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-    return model, [(torch.rand(shape), torch.randint(10, shape[:1])) for _ in range(BATCHES)]
+    return model, [(torch.rand(shape), torch.randint(10, shape[:1])) for _ in range(STEPS)]
 
 
 def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -196,12 +183,34 @@ def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) ->
     return ((moved - expected).norm() / expected.norm()).item()
 
 
-def main(repeats: int = 15) -> None:
+def costs(network: str, device: str, repeats: int, small: bool = False) -> list[dict]:
+    """Every method on a few steps in turn, in multiples of the SGD beside it. The first round warms up."""
+    model, batches = problem(network, small)
+    there, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
+    errors: dict[str, float] = {}
+    steps: dict[str, Step] = {}
+    rows = []
+    for name, (update, every) in UPDATES.items():
+        try:
+            errors[name] = error(update, every, copy.deepcopy(model).double(), x.double(), y)
+            steps[name] = update.make(copy.deepcopy(model).to(device), every, 0.0)
+        except ImportError as reason:
+            rows.append({"method": f"{network}: {name}", "skipped": str(reason)})
+
+    def run(name: str) -> None:
+        for x, y in there:
+            steps[name](x, y)
+
+    rounds = [{name: seconds(lambda name=name: run(name), device) / STEPS for name in steps} for _ in range(repeats + 1)][1:]
+    for name in steps:
+        times, ratio = [times[name] for times in rounds], median(times[name] / times["SGD"] for times in rounds)
+        print(f"  {network}: {name}: {median(times) * 1e3:.2f} ms, {ratio:.2f} × SGD, error {errors[name]:.0e}", flush=True)
+        row = {"method": f"{network}: {name}", "seconds": median(times), "fastest": min(times), "repeats": repeats}
+        rows.append({**row, "steps_of_sgd": ratio, "error": errors[name]})
+    return rows
+
+
+def main(repeats: int = 11) -> None:
+    warnings.filterwarnings("ignore", module="torch")  # what the peers use of it is deprecated
     for device in devices():
-        rows = compare("updates", METHODS, device, repeats)
-        plain = {row["method"]: row["seconds"] / STEPS for row in rows if "SGD" in row["method"]}
-        for row in rows:
-            if "seconds" in row:
-                row |= {"seconds": row["seconds"] / STEPS, "fastest": row["fastest"] / STEPS}
-                row["steps_of_sgd"] = row["seconds"] / plain[row["method"].split(": ")[0] + ": SGD"]
-        write("updates", device, TITLE, rows)
+        write("updates", device, TITLE, [row for network in NETWORKS for row in costs(network, device, repeats)])
