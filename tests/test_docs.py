@@ -88,6 +88,11 @@ def test_docstrings_become_markdown(site):
         assert "<blockquote>" not in page.read_text(encoding="utf-8")  # no doctest is taken for a quotation
 
 
+def test_formulas_in_tables_show_no_escapes(site):
+    for page in site.rglob("*.html"):
+        assert not re.findall(r"<code>[^<]*\\\|[^<]*</code>", page.read_text(encoding="utf-8"))
+
+
 def test_nothing_is_loaded_from_elsewhere(site):
     for page in site.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
