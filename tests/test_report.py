@@ -242,6 +242,14 @@ def test_a_command_of_all_runs_stands_once(small, tmp_path):
     assert sum(command in text for text in found.text) == 5 and found.text.count("another") == 1
 
 
+def test_what_is_not_added_to_a_network_is_not_in_its_label(tmp_path):
+    for number, (constant, norm) in enumerate([(0.0, False), (0.5, False), (0.0, True)]):
+        config = {"activation": "elu", "seed": 0, "constant": constant, "batch_norm": norm}
+        write(tmp_path / "runs" / f"run-{number}", config, pd.DataFrame({"step": [0], "train_loss": [1.0]}))
+    found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
+    assert labels(found) == ["ELU (n = 1)", "ELU, constant = 0.5 (n = 1)", "ELU, batch_norm = True (n = 1)"]
+
+
 # -- odd runs ----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_SERIES = 12  # more lines cannot be told apart in one chart
 _ABOUT_THE_RUN = {"run", "state", "last_step", "started", "updated", "seed", "activation", "examined"}  # which says what was measured
+_NOTHING: dict[str, Any] = {"constant": 0, "batch_norm": False}  # what is not added to a network is not said
 _PALEST = 0.65  # how far the last of several settings of one activation is mixed with the ground
 
 
@@ -49,9 +50,7 @@ def all_series(states: pd.DataFrame, losses: pd.Series | None = None) -> list[Se
         best = _at_best_rates(states, options, losses)
         groups.sort(key=lambda group: (group[0] not in best, -len(group[1])))
         shown = [names in best and place < MOST_SERIES for place, (names, _) in enumerate(groups)]
-    settings = [
-        ", ".join(f"{plain(key, 40)} = {_option(value)}" for key, value in zip(options, names[1:], strict=True)) for names, _ in groups
-    ]
+    settings = [_setting(dict(zip(options, names[1:], strict=True))) for names, _ in groups]
     labels = told_apart([_label(names[0], setting, len(runs)) for (names, runs), setting in zip(groups, settings, strict=True)])
     drawn = [names[0] for (names, _), one in zip(groups, shown, strict=True) if one]
     sizes, hues = Counter(drawn), _hues(names[0] for names, _ in groups)
@@ -83,6 +82,10 @@ def _varying(states: pd.DataFrame) -> list[str]:
     names = [name for name in states if name not in _ABOUT_THE_RUN]
     groups = states.groupby("activation", observed=True)
     return [name for name in names if groups[name].nunique(dropna=False).max() > 1]
+
+
+def _setting(options: dict[str, Any]) -> str:
+    return ", ".join(f"{plain(key, 40)} = {_option(value)}" for key, value in options.items() if _NOTHING.get(key) != value)
 
 
 def _option(value: Any) -> str:
