@@ -1,5 +1,8 @@
 """Measure, test and exploit the theory of bias shift and the unit natural gradient."""
 
+from biasshift import starting  # noqa: F401  before all that takes long
+
+# isort: split
 from biasshift import optim
 from biasshift.averages import activation_moments
 from biasshift.checking import check

@@ -478,6 +478,31 @@ def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
     assert status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
 
 
+SCRIPT = "import sys\nfrom biasshift.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"  # what installers write
+
+
+@pytest.mark.parametrize(("how", "moment"), [("module", "torch._C"), ("module", "tyro"), ("script", "numpy"), ("script", "rich.console")])
+def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment):
+    """The moment is when a module has just been imported; by the clock it would be another one on every machine."""
+    script = tmp_path / "biasshift"
+    script.write_text(SCRIPT)
+    process = spawn("-X", "importtime", *(["-m", "biasshift"] if how == "module" else [str(script)]), "runs", cwd=tmp_path)
+    assert process.stderr is not None
+    said, sent = [], False
+    with process.stderr:
+        for line in process.stderr:
+            if not line.startswith("import time:"):
+                said.append(line)
+            elif line.rpartition("|")[2].strip() == moment:
+                process.send_signal(signal.SIGINT)
+                sent = True
+    assert (process.wait(PATIENCE), said, sent) == (130, [], True)
+
+
+def test_who_imports_the_package_keeps_the_keyboard():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 SMALL = {
     "DEPTH": 2,
     "WIDTH": 8,

@@ -24,6 +24,7 @@ from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
 from biasshift.reading import read_runs, run_states
 from biasshift.report import report
+from biasshift.starting import INTERRUPTED, started
 from biasshift.training.processes import launched
 
 EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"biasshift {metadata.version('biasshift')}")
         return
     try:
+        started()
         _carry_out(_parsed(arguments))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it ends
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the same command with --resume goes on.",
             file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _parsed(arguments: Sequence[str] | None) -> Any:
