@@ -1,5 +1,6 @@
 """The paper's claims, held against runs: a number, its interval over paired seeds, and a verdict that may be *undecided*."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
     """
     import pandas as pd
 
+    if not isinstance(runs, pd.DataFrame | str | os.PathLike):
+        raise ValueError(f"runs must be a run folder, a folder of runs, or a table of runs, got {type(runs).__name__}.")
     return judged(runs if isinstance(runs, pd.DataFrame) else read_runs(runs))
 
 

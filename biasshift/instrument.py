@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from biasshift.accumulating import Options, Units
 from biasshift.labels import Labels, Likelihood
 from biasshift.logs import ProbeLog, TrainingLog
-from biasshift.probing import Probe, Selection
+from biasshift.probing import Probe, Selection, rereadable
+from biasshift.tracing import underlying
 
 QUANTITIES = ("activations", "bias_shift", "fisher", "gap")
 
@@ -66,13 +67,14 @@ def instrument(
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of steps ≥ 1, got {every!r}.")
+    _check_optimizer(model, optimizer)
     wanted = _quantities(quantities, probe is not None)
     if probe is None:
         return TrainingLog(model, optimizer, layers)
     if optimizer is None:
         raise ValueError("A probe is measured around optimizer steps: give optimizer= too, or leave probe out.")
     x, y = probe if isinstance(probe, tuple) and len(probe) == 2 else (probe, None)
-    x = x if isinstance(x, Tensor) else list(x)  # read again at every measurement
+    x = rereadable(x)
     if y is None and isinstance(x, Tensor) and ("gap" in wanted or ("fisher" in wanted and labels == "empirical")):
         raise ValueError('"gap" and empirical labels need the data\'s labels: give probe=(x, y), or other quantities.')
     options = Options(labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator)
@@ -89,3 +91,14 @@ def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:
     if not probe and wanted != QUANTITIES[:1]:
         raise ValueError(f"Without a probe only 'activations' can be measured, got {wanted!r}: give probe=(x, y) and optimizer=.")
     return wanted
+
+
+def _check_optimizer(model: nn.Module, optimizer: object) -> None:
+    """Steps of an optimizer that moves something else would be counted, and the shifts that they make would be 0."""
+    if optimizer is None:
+        return
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, whose steps are counted, got {type(optimizer).__name__}.")
+    own = {id(p) for p in underlying(model).parameters()}
+    if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("The optimizer updates none of the model's parameters: give the one that trains this model.")

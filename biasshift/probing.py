@@ -157,6 +157,26 @@ def _selected(model: nn.Module, select: Selection) -> dict[str, nn.Module]:
 # -- reading the probe ---------------------------------------------------------------------------------------------------
 
 
+def iterable(x: Any) -> Iterable:
+    """Batches that can be iterated over.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not isinstance(x, Iterable):
+        raise ValueError(f"The probe must be a tensor of examples, or an iterable of batches x or (x, y), got {type(x).__name__}.")
+    return x
+
+
+def rereadable(x: Probe) -> Tensor | list:
+    """A probe for several looks: of a one-shot iterator nothing would be left for the second.
+
+    Raises:
+        ValueError: it is no probe.
+    """
+    return x if isinstance(x, Tensor) else list(iterable(x))
+
+
 def batches(model: nn.Module, x: Probe, y: Tensor | None = None, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches ``(x, y or None)`` on the model's device, in order.
 
@@ -201,7 +221,7 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
         raise ValueError("A tuple may be (x, y) or two batches: give x and y as two arguments, or a list of batches.")
     if y is not None:
         raise ValueError("y goes with a tensor x; give an iterable as batches (x, y).")
-    for batch in x:
+    for batch in iterable(x):
         a, b = _pair(batch)
         if batch_size is None:
             yield a, b
@@ -209,4 +229,4 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
             yield from _split(a, b, batch_size)
 
 
-__all__ = ["Probe", "Selection", "batches", "underlying", "undisturbed", "weight_layers"]
+__all__ = ["Probe", "Selection", "batches", "iterable", "rereadable", "underlying", "undisturbed", "weight_layers"]

@@ -10,7 +10,7 @@ from biasshift.accumulating import Options
 from biasshift.holding import Collector, ImplicitState
 from biasshift.implicit.sums import Again, Part
 from biasshift.layers import WeightLayer
-from biasshift.probing import Probe, batches, undisturbed
+from biasshift.probing import Probe, batches, iterable, undisturbed
 
 Source = Probe | Callable[[], Iterable]
 AddBatch = Callable[[nn.Module, Mapping[str, WeightLayer], Tensor, Tensor | None, Options, Mapping[str, Collector]], None]
@@ -20,7 +20,7 @@ SAME = 1e-4  # relative difference of Σ δ² between two readings: far above ro
 
 def fresh(x: Source) -> Probe:
     """The probe itself, or what the function that was given for it returns."""
-    return x if isinstance(x, Iterable) else x()
+    return x() if callable(x) and not isinstance(x, Iterable) else iterable(x)
 
 
 class Reader:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biasshift import layers as kinds
 from biasshift.layers import WeightLayer
-from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.probing import Probe, Selection, batches, rereadable, undisturbed, weight_layers
 from biasshift.proving import refuse
 from biasshift.separating import own_function
 from biasshift.theory import shift_parts
@@ -77,7 +77,7 @@ def bias_shift(model: nn.Module, x: Probe, *, layers: Selection = None, batch_si
 
     Source: the exact counterpart of the bias shift of section 3 of the ELU paper.
     """
-    probe = x if isinstance(x, Tensor) else list(x)  # a one-shot iterator would be empty for the second look
+    probe = rereadable(x)
     shifts = Shifts()
     before = net_means(model, probe, layers, batch_size)
     yield shifts

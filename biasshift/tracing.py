@@ -153,7 +153,13 @@ def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool
 
 
 def underlying(model: nn.Module) -> nn.Module:
-    """The module underneath `torch.compile`, `DistributedDataParallel` and `DataParallel`."""
+    """The module underneath `torch.compile`, `DistributedDataParallel` and `DataParallel`.
+
+    Raises:
+        ValueError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
     while True:
         compiled = getattr(model, "_orig_mod", None)
         if isinstance(compiled, nn.Module):

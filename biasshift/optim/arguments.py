@@ -43,7 +43,7 @@ def check(
         raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
     rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping, "unit_damping": unit_damping}
     for name, value in rates.items():
-        if not math.isfinite(float(value)) or float(value) < 0:
+        if not isinstance(value, float | int | Tensor) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
     if kl_clip is not None and not 0 < kl_clip < math.inf:
         raise ValueError(f"kl_clip must be a number above 0, or None, got {kl_clip!r}.")
