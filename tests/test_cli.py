@@ -1,6 +1,7 @@
 """The program as a stranger uses it: what it prints, what it leaves behind, and how it fails."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -258,6 +259,19 @@ def test_claims_fit_the_terminal(runs, capsys, monkeypatch, columns):
     words = " ".join(shown.split())
     assert "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3)." in words
     assert "degrees between gradient and unit natural gradient: -10 [" in words and "n = 6, p = 0.0" in words
+
+
+def test_the_table_of_claims_says_where_it_comes_from(runs, here, capsys):
+    provenance = {"command": ["/somewhere/biasshift/__main__.py", "train", "mnist"], "commit": "abc", "dirty": False, "device": "cpu"}
+    for folder in runs.iterdir():
+        (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    status, shown, errors = call(capsys, "claims", "runs", "--out", "judged")
+    assert (status, errors) == (0, "") and "judged/claims.md" in shown
+    told = (here / "judged" / "claims.md").read_text(encoding="utf-8")
+    assert told.startswith("| claim |")
+    assert told.endswith("\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist` at commit abc on cpu.\n")
+    found = pd.read_parquet(here / "judged" / "claims.parquet")
+    assert found.attrs["commands"] == ["biasshift train mnist"] and found.attrs["runs"] == 12 and len(found) == told.count("\n| ") - 1
 
 
 def test_a_single_run_folder_is_enough(runs, capsys):

@@ -22,6 +22,7 @@ from biasshift.experiments.experiment import REPLACE_OR_RESUME
 from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
+from biasshift.figures.tabled import origin, origin_said
 from biasshift.reading import read_runs, run_states
 from biasshift.report import report
 from biasshift.starting import INTERRUPTED, started
@@ -96,11 +97,13 @@ def _carry_out(options: Any) -> None:
 def _judge(console: Console, options: Claims) -> None:
     if not options.runs:
         raise ValueError("claims are about runs: biasshift claims FOLDER.")
-    found = say_claims(console, read_runs(*options.runs))
+    table = read_runs(*options.runs)
+    found = say_claims(console, table)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
+        found.attrs.update(made_by := origin(table, options.runs))
         found.to_parquet(options.out / "claims.parquet")
-        (options.out / "claims.md").write_text(claims_markdown(found), encoding="utf-8")
+        (options.out / "claims.md").write_text(f"{claims_markdown(found)}\n{origin_said(made_by)}\n", encoding="utf-8")
         console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 

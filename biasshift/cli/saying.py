@@ -103,11 +103,11 @@ def say_runs(console: Console, states: Any, table: Any) -> None:
     when = ["written (UTC)"] if console.width >= 100 else []
     for column in ("run", "state", "step", *(SCORES[name] for name in names), *when):
         left = column in ("run", "state")
-        shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=left)
+        shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column != "run")  # numbers stay whole
     for row in states.itertuples():
         own = table[table["run"] == row.run].sort_values("step")
         last = {name: own[name].dropna().tail(1) for name in names}
-        numbers = [f"{value.iloc[0]:.4g}" if len(value) else "–" for value in last.values()]
+        numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last.values()]
         step = "–" if str(row.last_step) == "<NA>" else f"{row.last_step:,}"
         written = "–" if str(row.updated) == "NaT" else f"{row.updated:%m-%d %H:%M}"
         shown.add_row(str(row.run), str(row.state), step, *numbers, *[written][: len(when)])

@@ -38,7 +38,7 @@ class Demo(Experiment):
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
     out: Path = Path("runs/demo")
-    """Run folders and figures are written here, those of --quick into the folder quick below; runs of an earlier demo are replaced."""
+    """Run folders and figures are written here, by default those of --quick and --smoke below it; runs of an earlier demo are replaced."""
     replace: bool = True
     """Replace runs that are already there."""
 
@@ -47,8 +47,8 @@ class Demo(Experiment):
     small: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.quick and self.out == Path("runs/demo"):  # the two could not be compared, nor may one spoil the other
-            object.__setattr__(self, "out", self.out / "quick")
+        if self.out == Path("runs/demo") and (self.quick or self.smoke):  # they could not be compared, nor may one spoil the other
+            object.__setattr__(self, "out", self.out / ("smoke" if self.smoke else "quick"))
         if self.resume:
             object.__setattr__(self, "replace", False)
 

@@ -63,6 +63,14 @@ def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict
     }
 
 
+def origin_said(found: dict[str, Any]) -> str:
+    """What made the runs, in a sentence for people."""
+    commands = "; ".join(f"`{command}`" for command in found["commands"])
+    seeds = ", ".join(map(str, found["seeds"]))
+    commits, devices = (", ".join(found[name]) for name in ("commits", "devices"))
+    return f"Of {found['runs']} runs with the seeds {seeds}, made by {commands} at commit {commits} on {devices}."
+
+
 def _code() -> dict[str, str]:
     """The code that condenses, and when."""
     ours = provenance({}, "cpu")
@@ -75,7 +83,8 @@ def _is_among(folder: Path, runs: set[str]) -> bool:
 
 def _short(word: str) -> str:
     """A word of a command line; of a path somewhere on a machine, its name."""
-    return Path(word).name if word.startswith(("/", ".")) and "/" in word else word
+    name = Path(word).name if word.startswith(("/", ".")) and "/" in word else word
+    return "biasshift" if name == "__main__.py" else name
 
 
 def _distinct(texts) -> list[str]:
