@@ -65,10 +65,11 @@ def theory4(table: pd.DataFrame) -> Figure:
     updates = [name for name in UPDATES if (table["update"] == name).any()]
     figure, axes = plots.panels(len(updates) + 1, rows=1 if len(updates) < 3 else 2, width=3.0, height=2.7)
     shown = named(table.loc[table["best"]])
-    low, high = shown["train_loss"].min(), shown["train_loss"].max()
+    # Where training starts is high enough: a run that blows up and comes back would squeeze all others.
+    low, high = shown["train_loss"].min(), 1.5 * shown.loc[shown["step"] == shown["step"].min(), "train_loss"].max()
     for ax, update in zip(axes, updates, strict=False):
         plots.curves(ax, shown.loc[shown["update"] == update], "train_loss", group="activation", log=True, line="-")
-        ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high * 1.1))
+        ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high))
     level, steps = steps_to(table)
     if len(steps):
         plots.spans(axes[len(updates)], spread(steps), at="update")
