@@ -140,6 +140,7 @@ def test_python_minus_m():
         (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
         (["train", "mnist", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["train", "cifar11", "--workers", "2"], "--workers: a run of cifar11 takes all cores"),
         (["train", "mnist", "--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["train", "mnist", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["train", "mnist", "--lr", "-1"], "--lr must be a number above 0, got -1.0"),

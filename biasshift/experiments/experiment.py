@@ -115,6 +115,8 @@ class Experiment:
         self.where()
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}.")
+        if (self.workers or 1) > 1 and not self.small:
+            raise ValueError(f"--workers: a run of {self.name} takes all cores, and runs follow each other; leave it out.")
         if self.replace and self.resume:
             raise ValueError(REPLACE_OR_RESUME)
         if self.ensemble and (self.precision != "float32" or self.compile):
