@@ -58,10 +58,13 @@ def _number(row: Any) -> str:
         return ""
     p, of = (row.p_contrary, " of the contrary") if row.verdict == "not supported" else (row.p_holm, "")
     p = f", p = {p:.2g}{of}" if p == p else ""
-    return f"{row.statistic}: {_effect(row)}, n = {row.n}{p}. "
+    return f"{row.statistic}: {effect(row)}, n = {row.n}{p}. "
 
 
-def _effect(row: Any) -> str:
+def effect(row: Any) -> str:
+    """The effect of a claim with its interval, for people."""
+    if row.effect != row.effect:
+        return "undefined"  # a share of a gap, where there is none
     interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
     return f"{row.effect:+.3g}{interval}"
 
@@ -83,9 +86,9 @@ def claims_markdown(found: "pd.DataFrame") -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in found.itertuples():
         row: Any = row
-        effect = f"{_effect(row)}, {row.predicted}" if row.n else f"–, {row.predicted}"
+        shown = f"{effect(row)}, {row.predicted}" if row.n else f"–, {row.predicted}"
         cells = [
-            f"{row.number} {row.claim}", row.verdict, f"{row.statement} ({row.source})", row.statistic, effect, str(row.n),
+            f"{row.number} {row.claim}", row.verdict, f"{row.statement} ({row.source})", row.statistic, shown, str(row.n),
             _p(row.p), _p(row.p_holm), _p(row.p_contrary), row.caveat,
         ]  # fmt: skip
         lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")

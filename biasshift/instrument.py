@@ -9,7 +9,6 @@ from biasshift.accumulating import Options, Units
 from biasshift.labels import Labels, Likelihood
 from biasshift.logs import ProbeLog, TrainingLog
 from biasshift.probing import Probe, Selection, rereadable
-from biasshift.tracing import underlying
 
 QUANTITIES = ("activations", "bias_shift", "fisher", "gap")
 
@@ -67,7 +66,7 @@ def instrument(
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of steps ≥ 1, got {every!r}.")
-    _check_optimizer(model, optimizer)
+    _check_optimizer(optimizer)
     wanted = _quantities(quantities, probe is not None)
     if probe is None:
         return TrainingLog(model, optimizer, layers)
@@ -93,12 +92,6 @@ def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:
     return wanted
 
 
-def _check_optimizer(model: nn.Module, optimizer: object) -> None:
-    """Steps of an optimizer that moves something else would be counted, and the shifts that they make would be 0."""
-    if optimizer is None:
-        return
-    if not hasattr(optimizer, "register_step_post_hook"):
+def _check_optimizer(optimizer: object) -> None:
+    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, whose steps are counted, got {type(optimizer).__name__}.")
-    own = {id(p) for p in underlying(model).parameters()}
-    if own and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError("The optimizer updates none of the model's parameters: give the one that trains this model.")

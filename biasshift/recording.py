@@ -205,6 +205,10 @@ def _refuse_other(folder: Path, config: Mapping[str, Any]) -> None:
     """Compares what would be stored with what is."""
     stored, wanted = read_config(folder), json.loads(_to_json(config))
     for name in {**stored, **wanted}:
+        if name not in stored:
+            raise ValueError(
+                f"'{folder}' holds a run of another version, which does not record {name}: choose another folder (--out), or give --replace"
+            )
         if stored.get(name) != wanted.get(name):
             raise ValueError(
                 f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has {wanted.get(name)!r}: "

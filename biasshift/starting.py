@@ -21,6 +21,8 @@ def started() -> None:
 
 
 # What this process runs: a script, or the module behind -m. Whoever imports biasshift keeps his handler; so do worker processes.
-_program = "".join(sys.orig_argv[-len(sys.argv) :][:1])
+_program = "".join(sys.argv[:1])
+if _program == "-m" and "-m" in sys.orig_argv:
+    _program = "".join(sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1])
 if Path(_program).stem == "biasshift" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, quit_quietly)

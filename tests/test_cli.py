@@ -270,7 +270,7 @@ def test_the_table_of_claims_says_where_it_comes_from(runs, here, capsys):
     assert (status, errors) == (0, "") and "judged/claims.md" in shown
     told = (here / "judged" / "claims.md").read_text(encoding="utf-8")
     assert told.startswith("| claim |")
-    assert told.endswith("\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist` at commit abc on cpu.\n")
+    assert told.endswith("\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist`, at commit abc, on cpu.\n")
     found = pd.read_parquet(here / "judged" / "claims.parquet")
     assert found.attrs["commands"] == ["biasshift train mnist"] and found.attrs["runs"] == 12 and len(found) == told.count("\n| ") - 1
 
@@ -514,8 +514,11 @@ def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment
     assert (process.wait(PATIENCE), said, sent) == (130, [], True)
 
 
-def test_who_imports_the_package_keeps_the_keyboard():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("before", ["", "sys.argv = sys.argv[:1]", "sys.argv = []"])
+def test_who_imports_the_package_keeps_the_keyboard(here, before):
+    (here / "tool.py").write_text(f"import signal, sys\n{before}\nimport biasshift\nprint(signal.getsignal(signal.SIGINT).__name__)\n")
+    process = spawn("tool.py", "src/biasshift", stdout=subprocess.PIPE, cwd=here)
+    assert process.communicate(timeout=PATIENCE) == ("default_int_handler\n", "") and process.returncode == 0
 
 
 SMALL = {

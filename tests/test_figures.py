@@ -315,6 +315,25 @@ def test_theory4_shows_each_cell_at_its_best_rate():
     assert below(figure) == ["ELU (n = 2)", "ReLU (n = 2)", "ELU + 0.5 (n = 2)"]
 
 
+def test_networks_with_batch_norm_are_networks_of_their_own_and_look_the_same_in_every_panel():
+    normed = [
+        Planted(name, seed, rate=0.2, settings={"update": update, "constant": 0.0, "batch_norm": True, "lr": lr, "experiment": "sweep"})
+        for name, update in (("elu", "plain"), ("relu", "centered"))
+        for lr in (0.01, 0.1)
+        for seed in range(2)
+    ]
+    figure, small = drawn("theory4", pd.concat([swept().assign(batch_norm=False), table(normed)], ignore_index=True))
+    assert {"elu with batch norm", "relu with batch norm", "relu"} <= set(small["network"])
+    plain, centered, steps = figure.axes
+    bars = {bar.get_label().partition(" (")[0]: bar[0] for bar in steps.containers}
+    for ax, name in ((plain, "ELU with batch norm"), (centered, "ReLU with batch norm"), (centered, "ELU + 0.5")):
+        (shown,) = [one for one in ax.lines if str(one.get_label()).startswith(name)]
+        assert (shown.get_color(), shown.get_marker()) == (bars[name].get_color(), bars[name].get_marker())
+    np.testing.assert_allclose(
+        bars["ELU with batch norm"].get_xydata()[:, 1], np.log(2.3 / float(steps.get_title(loc="left").split()[-1])) / 0.2
+    )
+
+
 def test_a_rate_whose_runs_stopped_is_not_the_best():
     runs = swept()
     fast = runs["lr"] == 0.1

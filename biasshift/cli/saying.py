@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from biasshift.claims import claims, sentences
+from biasshift.claims import claims, effect, sentences
 from biasshift.summary import READING, per_run, reading_table, sweep_table
 
 if TYPE_CHECKING:
@@ -74,10 +74,7 @@ def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
         if len(rows):
             console.print(f"{VERDICTS[verdict]} ({len(rows)})")
         for row in rows.itertuples():
-            known = row.n and row.effect == row.effect  # what a gap is closed by, where there is no gap, is none
-            interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
-            effect = f"{row.effect:+.3g}{interval}" if known else "undefined" if row.n else "not measured"
-            line = f"{row.statement} ({row.source}). {row.statistic}: {effect}, n = {row.n}."
+            line = f"{row.statement} ({row.source}). {row.statistic}: {effect(row) if row.n else 'not measured'}, n = {row.n}."
             console.print(textwrap.fill(line, console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
     console.print("Their caveats: biasshift claims FOLDER")
 

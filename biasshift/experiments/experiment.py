@@ -27,7 +27,7 @@ class Experiment:
     resume: bool = False
     """Go on where an interrupted command stopped: finished runs stay, the others continue from their last checkpoint."""
     workers: int | None = None
-    """Processes; by default one per core for the small networks, otherwise one. Results do not depend on it."""
+    """Processes, of small networks alone: by default one per core. Results do not depend on it."""
     ensemble: bool = False
     """Train all seeds of a setting at once, as one vmapped program: nearly free on a GPU, for small networks."""
     device: str = "auto"
@@ -119,6 +119,10 @@ class Experiment:
             raise ValueError(f"--workers: a run of {self.name} takes all cores, and runs follow each other; leave it out.")
         if self.replace and self.resume:
             raise ValueError(REPLACE_OR_RESUME)
+        if self.channels_last and self.small:
+            raise ValueError("--channels-last is about convolutions, and these networks have none: leave it out.")
+        if self.precision == "tf32" and self.where().type != "cuda":
+            raise ValueError("--precision tf32 needs a GPU: leave it out.")
         if self.ensemble and (self.precision != "float32" or self.compile):
             raise ValueError("--ensemble trains in float32 and uncompiled: leave --precision and --compile out.")
         if self.precision == "float16" and (self.where().type != "cuda" or self.graph):

@@ -65,10 +65,12 @@ def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict
 
 def origin_said(found: dict[str, Any]) -> str:
     """What made the runs, in a sentence for people."""
-    commands = "; ".join(f"`{command}`" for command in found["commands"])
-    seeds = ", ".join(map(str, found["seeds"]))
-    commits, devices = (", ".join(found[name]) for name in ("commits", "devices"))
-    return f"Of {found['runs']} runs with the seeds {seeds}, made by {commands} at commit {commits} on {devices}."
+    known = {name: [text for text in found[name] if text not in ("", "None")] for name in ("commands", "commits", "devices")}
+    parts = [f"Of {found['runs']} runs with the seeds {', '.join(map(str, found['seeds']))}"]
+    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(known["commands"])
+    parts += ["at commit " + ", ".join(known["commits"])] * bool(known["commits"])
+    parts += ["on " + ", ".join(known["devices"])] * bool(known["devices"])
+    return ", ".join(parts) + "."
 
 
 def _code() -> dict[str, str]:
@@ -83,8 +85,9 @@ def _is_among(folder: Path, runs: set[str]) -> bool:
 
 def _short(word: str) -> str:
     """A word of a command line; of a path somewhere on a machine, its name."""
-    name = Path(word).name if word.startswith(("/", ".")) and "/" in word else word
-    return "biasshift" if name == "__main__.py" else name
+    option, equals, value = word.rpartition("=")
+    name = Path(value).name if value.startswith(("/", ".")) and "/" in value else value
+    return "biasshift" if name == "__main__.py" else option + equals + name
 
 
 def _distinct(texts) -> list[str]:

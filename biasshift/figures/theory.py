@@ -59,7 +59,7 @@ def gap_note(table: pd.DataFrame) -> str:
 
 def gap_numbers(table: pd.DataFrame) -> list[Number]:
     """Medians of what is drawn and counted."""
-    counted = table.loc[table["enough"] >= plots.ENOUGH_UNITS] if "enough" in table else table
+    counted = table.loc[~(table["enough"] < plots.ENOUGH_UNITS)] if "enough" in table else table
     if not len(counted):
         return []
     points = plots.gap_points(counted).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()

@@ -1,6 +1,7 @@
 """What the optimizer is given: arguments that do not fit, and the layers that it covers."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -43,13 +44,21 @@ def check(
         raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
     rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping, "unit_damping": unit_damping}
     for name, value in rates.items():
-        if not isinstance(value, float | int | Tensor) or not math.isfinite(value) or value < 0:
+        if not 0 <= _number(value) < math.inf:
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
-    if kl_clip is not None and not 0 < kl_clip < math.inf:
+    if kl_clip is not None and not 0 < _number(kl_clip) < math.inf:
         raise ValueError(f"kl_clip must be a number above 0, or None, got {kl_clip!r}.")
     for name, value in {"momentum": momentum, "decay": decay}.items():
-        if not 0 <= value < 1:
+        if not 0 <= _number(value) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
     for name, value in {"update_every": update_every, "max_dense_inputs": most}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}.")
+
+
+def _number(value: Any) -> float:
+    """Of Python, NumPy or PyTorch; NaN, which lies in no range, for what is none."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan

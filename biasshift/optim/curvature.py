@@ -112,7 +112,7 @@ class Curvature:
         """Cholesky factors of every block's W, formed in pieces, and which are usable."""
         weight, offset, mean, r = moments
         blocks, inputs = offset.shape
-        factors = offset.new_empty(blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping))
+        factors = offset.new_empty(blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping, bias))
         usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
         one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
         step = max(1, FACTOR_BYTES // (8 * inputs**2))
@@ -135,9 +135,9 @@ class Curvature:
             factors[some] = torch.where(usable[some, None, None], factor, one)
         return factors, usable
 
-    def _kept_dtype(self, inputs: int, damping: float) -> torch.dtype:
-        """Damped by λ times their mean diagonal, matrices have condition numbers of at most ``inputs/λ + 1``."""
-        exact = self.dtype != torch.float32 or damping == 0
+    def _kept_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
+        """Damped by λ times their mean diagonal, matrices have condition numbers up to ``inputs/λ + 1``; without a bias r rᵀ is added."""
+        exact = self.dtype != torch.float32 or damping == 0 or not bias
         exact = exact or (inputs / damping + 1) * torch.finfo(torch.float32).eps > HALVED_ERROR
         return torch.float64 if exact else torch.float32
 

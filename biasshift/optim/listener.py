@@ -196,7 +196,8 @@ class Listener:
 
 def _are_finite(sums: Mapping[str, Sums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
-    checked = [x.sum() for one in sums.values() for name in ("total", "weight", "first") for x in one.parts.get(name, ())]
+    parts = [part for one in sums.values() for name in ("total", "weight", "first", "second") for part in one.parts.get(name, ())]
+    checked = [part.sum(dtype=torch.float64) for part in parts]
     return not checked or bool(torch.stack(checked).isfinite().all())
 
 

@@ -27,13 +27,13 @@ def gap_against_mean(
     points = gap_points(table, layers, skip_input)
     for name, look in looks(points[group].unique(), group).items():
         dots = points.loc[points[group] == name]
-        enough = dots["enough"] >= ENOUGH_UNITS if "enough" in dots else dots["degrees"].notna()
+        enough = ~(dots["enough"] < ENOUGH_UNITS) if "enough" in dots else dots["degrees"].notna()
         sure, unsure = dots.loc[enough], dots.loc[~enough]
         small, hollow = {"s": 9, "marker": look.marker, "rasterized": True}, {"facecolors": "none", "linewidths": 0.5}
         ax.scatter(sure["mean_in_abs"], sure["degrees"], alpha=0.3, color=look.color, linewidths=0, **small)
         if len(unsure):
             ax.scatter(unsure["mean_in_abs"], unsure["degrees"], alpha=0.2, edgecolors=look.color, **hollow, **small)
-        runs = dots["run"].nunique() if "run" in dots else 1
+        runs = sure["run"].nunique() if "run" in dots else 1
         big = {"s": 80, "color": look.color, "marker": look.marker, "edgecolors": "white", "linewidths": 1.2, "zorder": 3}
         ax.scatter([sure["mean_in_abs"].median()], [sure["degrees"].median()], label=f"{look.label} (n = {runs})", **big)
     ax.set(xlabel="incoming activations: mean over inputs of $|E_p(a)|$")

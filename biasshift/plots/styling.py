@@ -136,11 +136,15 @@ def in_percent(axis: Axis) -> None:
 
 
 def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
-    """A look for each name: the activations' own, in a fixed order, or the others in order of appearance."""
-    names = list(names)
+    """A look for each name: the activations' own, in a fixed order, or the others in order of appearance.
+
+    Names of a categorical column look the same in every part of its table.
+    """
+    there = list(names)
+    names = list(getattr(names, "categories", there))
     found = {name: look for name, look in LOOKS.items() if name in names} if group == "activation" else {}
     for name in names:
         if name not in found:
             color, marker, line = OTHER_LOOKS[(len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)]
             found[name] = Look(str(name) if group == "activation" else f"{group} = {name}", color, marker, line)
-    return found
+    return {name: look for name, look in found.items() if name in there}
