@@ -412,3 +412,15 @@ def test_a_title_is_no_wider_than_the_figure():
     title = figure._suptitle
     assert title is not None and title.get_text().count("\n") == 2 and title.get_text().endswith("\nmnist: 2 epochs")
     assert title.get_window_extent().width <= figure.bbox.width
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_legend_is_no_wider_than_the_figure(count):
+    with plots.style():
+        figure, axes = plots.panels(count)
+        for number in range(6):
+            axes[0].plot([0, 1], [0, number], label=f"a network of kind {number}")
+        plots.one_legend(figure, axes)
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width and len(legend.get_texts()) == 6

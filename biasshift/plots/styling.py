@@ -35,6 +35,7 @@ STYLE = {
 }
 FEW_STEPS, MANY_DECADES = 2000, 1e3
 LETTERS_PER_INCH = 13  # of a title
+LINE_LETTERS = 7  # that the line in front of a legend's label takes the place of
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
 PAPER: Any = {
     "linestyle": "none",
@@ -81,7 +82,7 @@ def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
 
 
 def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
-    """One legend below all panels, in place of theirs; a name that several panels have stands once."""
+    """One legend below all panels, in place of theirs, no wider than the figure; a name that several panels have stands once."""
     handles, counts = {}, {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -90,7 +91,9 @@ def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
             counts.setdefault(name, []).extend(int(number) for number in count.rstrip(")").split("–") if number)
         no_legend(ax)
     labels = [f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in handles]
-    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)))
+    longest = max(map(len, labels), default=0) + LINE_LETTERS
+    columns = min(columns, int(LETTERS_PER_INCH * figure.get_figwidth() / longest), len(labels))
+    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=max(columns, 1))
 
 
 def between(counts: Iterable[int]) -> str:
