@@ -11,6 +11,7 @@ from biasshift.accumulating import Measured, Options
 from biasshift.fisher import UnitFisher
 from biasshift.measuring import measure
 from biasshift.shifts import bias_shift
+from biasshift.summary import SAMPLES_PER_INPUT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,6 @@ Units = dict[str, list[int]]
 
 DAMPINGS = (1e-4, 1e-2, 1.0)  # claims must keep their sign at all of them
 RESIDUAL_EXAMPLES = 500  # identities hold on any probe
-SAMPLES_PER_INPUT = 10  # units with fewer effective samples per input carry no claim
 
 
 def examine(model: nn.Module, probes: tuple[Probe, Probe], layers: list[str], units: Units, step: int) -> "pd.DataFrame":

@@ -12,6 +12,8 @@ EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
 REMEDY = "give runs of `biasshift demo` or `biasshift train`"
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
+SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
+ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 # What runs that are compared must share, where they record it; so they must the options of the updates, named update_….
 SHARED = (
     "experiment", "epochs", "batch_size", "momentum", "scores_per_epoch", "depth", "width", "init",
@@ -141,6 +143,17 @@ def fed_layers(run: "pd.DataFrame") -> list[str]:
     if "inputs" not in run:
         raise ValueError(f"These runs have no column 'inputs': {REMEDY}.")
     return list(run[run["inputs"].notna()]["layer"].astype(str).drop_duplicates())[1:]
+
+
+def layer_inputs(runs: "pd.DataFrame") -> "pd.Series":
+    """Incoming activations of a unit, by the name of its layer."""
+    known = runs[runs["inputs"].notna()]
+    return known.assign(layer=known["layer"].astype(str)).groupby("layer")["inputs"].first()
+
+
+def enough_samples(units: "pd.DataFrame", inputs: "pd.Series") -> "pd.Series":
+    """Whether the rows of units have effective samples enough to carry a claim; ``inputs`` as `layer_inputs` has them."""
+    return units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].astype(str).map(inputs).astype(float)
 
 
 def inherited_share(rows: "pd.DataFrame") -> float:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from biasshift.claims import claims, effect, sentences
+from biasshift.claims import SAID, claims, effect, sentences
 from biasshift.summary import READING, per_run, reading_table, sweep_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ IDENTITIES = {
     "residual_theorem2": "Theorem 2 against the shift of the update itself",
     "residual_bookkeeping": "own + incoming + second order = measured bias shift",
 }
-VERDICTS = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
 SCORES = {
     "train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error",
     "test_loss": "test loss", "test_error": "test error", "valid_error5": "valid. top-5",
@@ -69,10 +68,10 @@ def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
     found: Any = claims(table)
     console.print("\nWhat these runs say about the paper's claims", style="bold")
     console.print("Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement.")
-    for verdict in ("supported", "not supported", "undecided"):
+    for verdict, words in SAID.items():
         rows = found[found["verdict"] == verdict]
         if len(rows):
-            console.print(f"{VERDICTS[verdict]} ({len(rows)})")
+            console.print(f"{words} ({len(rows)})")
         for row in rows.itertuples():
             line = f"{row.statement} ({row.source}). {row.statistic}: {effect(row) if row.n else 'not measured'}, n = {row.n}."
             console.print(textwrap.fill(line, console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)

@@ -8,13 +8,13 @@ from biasshift import plots
 from biasshift.cells import NAMES
 from biasshift.figures.choosing import described, kept, with_settings
 from biasshift.figures.drawing import Drawing, Number, finals
+from biasshift.summary import FEWEST_MEASUREMENTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from biasshift.plots import Figure
 
-FEWEST = 3  # measurements that a variance is taken of
 ERROR = "squared error per pixel"
 
 
@@ -95,8 +95,10 @@ def variances(table: pd.DataFrame) -> pd.DataFrame:
     plots.need(table, ["mean", "activation"], "figure 7")
     rows = table.loc[(table["unit"] >= 0) & table["mean"].notna() & (table["step"] > 0)]
     plots.need(rows, [], "figure 7")
-    if (fewest := rows.groupby("run", observed=True)["step"].nunique().min()) < FEWEST:
-        raise ValueError(f"A variance over epochs needs {FEWEST} measurements after step 0, and a run has {fewest}: train it longer.")
+    if (fewest := rows.groupby("run", observed=True)["step"].nunique().min()) < FEWEST_MEASUREMENTS:
+        raise ValueError(
+            f"A variance over epochs needs {FEWEST_MEASUREMENTS} measurements after step 0, and a run has {fewest}: train it longer."
+        )
     rows = rows[["run", "step", "layer", "unit", "mean"]].astype({"run": object, "layer": object, "mean": float})
     units = rows.groupby(["run", "layer", "unit"], sort=False)["mean"].var().reset_index(name="variance")
     medians = rows.groupby(["run", "layer", "step"], sort=False)["mean"].median()

@@ -9,8 +9,7 @@ from biasshift.cells import NAMES
 from biasshift.figures.choosing import described, kept, with_settings
 from biasshift.figures.connected import PLAIN
 from biasshift.figures.drawing import Drawing, Number, finals
-from biasshift.judging.points import SAMPLES_PER_INPUT
-from biasshift.summary import fed_layers, mean_and_sd
+from biasshift.summary import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, mean_and_sd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,10 +35,8 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
 
 def _with_enough(table: pd.DataFrame) -> pd.DataFrame:
     """The measured units of layers that are fed by an activation; `enough`: 1.0 where a unit has effective samples enough, else 0.0."""
-    inputs = table.loc[table["inputs"].notna()].drop_duplicates("layer").set_index("layer")["inputs"]
     units = table.loc[table["layer"].isin(fed_layers(table)) & (table["unit"] >= 0) & table["effective_samples"].notna()]
-    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float)
-    return units.assign(enough=enough.astype(float)).astype({"run": object, "layer": object})
+    return units.assign(enough=enough_samples(units, layer_inputs(table)).astype(float)).astype({"run": object, "layer": object})
 
 
 def gap(table: pd.DataFrame) -> Figure:
@@ -53,13 +50,13 @@ def gap(table: pd.DataFrame) -> Figure:
 
 def gap_note(table: pd.DataFrame) -> str:
     """What hollow dots are, where there are some: of layers most of whose units have fewer than ten effective samples per input."""
-    few = "enough" in table and (table["enough"] < plots.ENOUGH_UNITS).any()
+    few = "enough" in table and (table["enough"] < ENOUGH_UNITS).any()
     return "\nhollow: too few effective samples, not counted" if few else ""
 
 
 def gap_numbers(table: pd.DataFrame) -> list[Number]:
     """Medians of what is drawn and counted."""
-    counted = table.loc[~(table["enough"] < plots.ENOUGH_UNITS)] if "enough" in table else table
+    counted = table.loc[~(table["enough"] < ENOUGH_UNITS)] if "enough" in table else table
     if not len(counted):
         return []
     points = plots.gap_points(counted).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()
@@ -109,7 +106,7 @@ def theory2(table: pd.DataFrame) -> Figure:
 
 def numbers2(table: pd.DataFrame) -> list[Number]:
     """At the last step that most units have enough samples at."""
-    enough = table.loc[table["enough"] >= 0.5]
+    enough = table.loc[table["enough"] >= ENOUGH_UNITS]
     return [
         *finals(enough, "k", {}, "k, as long as most units have enough samples"),
         *finals(enough, "norm_mean_p", {}, "norm of the mean, likewise"),

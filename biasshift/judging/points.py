@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from biasshift.summary import fed_layers
+from biasshift.summary import ENOUGH_UNITS, enough_samples, fed_layers, layer_inputs
 from biasshift.theory import hotelling
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
-ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 FEWEST = 3  # points, to rank them
 COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
 NEEDED = ("coupling", "effective_samples", "norm_mean_p", "norm_corrected_mean", "mean_in_abs", "cos_gradient")
@@ -30,10 +28,10 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
 
     if any(name not in run for name in NEEDED):
         return pd.DataFrame(columns=list(COLUMNS))
-    inputs = run[run["inputs"].notna()].assign(layer=lambda rows: rows["layer"].astype(str)).groupby("layer")["inputs"].first()
+    inputs = layer_inputs(run)
     behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
     units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
-    enough = units["effective_samples"] >= SAMPLES_PER_INPUT * units["layer"].map(inputs).astype(float)  # text, of no units
+    enough = enough_samples(units, inputs)
     units = units.assign(enough=enough, corrected=_corrected(units, inputs), smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
     layers = units.groupby(["step", "layer"])["enough"].mean()
     kept = units[units["enough"]].groupby(["step", "layer"])

@@ -14,7 +14,7 @@ from biasshift.looks import LOOKS, OTHER_LOOKS, Look
 from biasshift.plots.comparing import published, ranking, spans, stacked
 from biasshift.plots.curves import coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
 from biasshift.plots.functions import activation_functions
-from biasshift.plots.gaps import ENOUGH_UNITS, gap_against_mean
+from biasshift.plots.gaps import gap_against_mean
 from biasshift.plots.reducing import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
 from biasshift.plots.styling import (
     STYLE,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure
 
 __all__ = [
-    "ENOUGH_UNITS", "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "coupling", "curves", "gap_against_mean",
+    "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "coupling", "curves", "gap_against_mean",
     "gap_points", "headed", "in_percent", "in_thousands", "layer_lines", "learning_curves", "legend", "lettered",
     "lines_and_ribbons", "looks", "mean_and_sd_over_seeds", "median_over_runs", "median_over_units", "need",
     "no_legend", "on_log_scale", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from biasshift.plots.reducing import gap_points, need
 from biasshift.plots.styling import legend, looks
+from biasshift.summary import ENOUGH_UNITS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-ENOUGH_UNITS = 0.5  # share of a layer's units with enough effective samples, below which its gap is not counted
 
 
 def gap_against_mean(

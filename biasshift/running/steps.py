@@ -15,7 +15,7 @@ from biasshift.training import checkpoints
 from biasshift.training.ensembles import Ensemble
 from biasshift.training.graphs import Graphed
 from biasshift.training.loop import train
-from biasshift.training.processes import rank, summed, world
+from biasshift.training.processes import rank, summed, told, world
 from biasshift.training.updating import Gradient, shared
 from biasshift.trials import Execution, Phase, Progress, Report, Trial
 
@@ -128,7 +128,7 @@ class Training:
 
     def _keep(self, step: int) -> None:
         """A checkpoint, if the last one is old enough; all processes agree on that."""
-        if step < self.steps and checkpoints.told(time.monotonic() - self.saved >= self.execution.checkpoint_seconds):
+        if step < self.steps and told(time.monotonic() - self.saved >= self.execution.checkpoint_seconds):
             self._save(step)
             self.saved = time.monotonic()
 
