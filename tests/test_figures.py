@@ -558,3 +558,15 @@ def test_quick_commands_are_commands(name):
 
     for command in FIGURES[name].quick:
         assert cli._parsed([*command.split(), "--smoke", "--replace"]).smoke
+
+
+@pytest.mark.parametrize("name", ["2", "gap", "theory4", "table1", "bench"])
+def test_without_a_table_there_is_no_picture(name):
+    for call in (condensed, picture):
+        with pytest.raises(ValueError, match=f"Figure '{name}' shows runs, and there are none"):
+            call(name, None)
+
+
+def test_a_table_that_is_none_of_runs_is_refused():
+    with pytest.raises(ValueError, match="figure theory4 needs a column 'step', which the table lacks"):
+        condensed("theory4", pd.DataFrame({"run": ["a"], "experiment": ["own"]}))

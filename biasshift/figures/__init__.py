@@ -67,23 +67,30 @@ def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
     return load(table)
 
 
-def condensed(name: str, table: pd.DataFrame) -> pd.DataFrame:
+def condensed(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
     """Returns the small table of a figure from the table of `biasshift.reading.read_runs`.
 
     Raises:
         ValueError: the runs lack what the figure shows.
     """
     drawing = _drawing(name)
+    table = _there(name, table)
     if name in ("1", "bench"):
         return drawing.condense(table)
+    plots.need(table, ["run", "step"], f"figure {name}")
     rows = chosen(table, drawing.experiments, drawing.prefer, f"make them with `{drawing.runs}`.")
     return drawing.condense(with_length(rows))
 
 
 def picture(name: str, table: pd.DataFrame | None) -> Figure:
-    """Returns a figure of its small table, in the project's style."""
+    """Returns a figure of its small table, in the project's style; figure 1 has none.
+
+    Raises:
+        ValueError: no such figure, or no table.
+    """
+    drawing = _drawing(name)
     with plots.style():
-        return _drawing(name).panels(table)
+        return drawing.panels(table if name == "1" else _there(name, table))
 
 
 def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
@@ -123,10 +130,7 @@ def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
     Raises:
         ValueError: for a figure that does not exist, or runs that lack what it shows.
     """
-    _drawing(name)
-    if table is None and name != "1":
-        raise ValueError(f"Figure '{name}' shows runs, and there are none.")
-    small = None if table is None or name == "1" else condensed(name, table)
+    small = None if name == "1" else condensed(name, table)
     return write(name, picture(name, small), folder, caption(name, small))
 
 
@@ -146,6 +150,12 @@ def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.Data
         except ValueError as error:
             left[name] = str(error)
     return found, left
+
+
+def _there(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
+    if table is None:
+        raise ValueError(f"Figure '{name}' shows runs, and there are none.")
+    return table
 
 
 def _drawing(name: str) -> Drawing:
