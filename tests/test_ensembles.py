@@ -334,6 +334,9 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
     for number in (0, 2):
         mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (folders(tmp_path)[number], single[number]))
         assert_close(mine["model"], theirs["model"])
+    with pytest.raises(Diverged):
+        run(trials(), folders(tmp_path), "resume", ignore, KEEP)
+    assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
 
 
 @pytest.mark.filterwarnings("ignore:Step .* No Fisher and gap rows:UserWarning")

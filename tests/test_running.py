@@ -192,7 +192,10 @@ def wait_for_writes(process: Any, folder: Path, count: int) -> None:
     """Until so many changes of a folder have been seen, or the process is at its end."""
 
     def seen() -> list[tuple[str, int]]:
-        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder)) if folder.exists() else []
+        if not folder.exists():
+            return []
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
 
     end = time.monotonic() + PATIENCE
     for _ in range(count):
@@ -307,6 +310,11 @@ CHAINS = {
     "at the examination and the end": [
         *((f"{when} {what}", 1) for what in ("the examination", "the end") for when in ("before", "after")),
         *((f"{when} {what}", 1) for what in ("a flush", "os.fsync", "os.replace") for when in ("before", "after")),
+    ],
+    "behind the last checkpoint": [
+        ("after the end", 1),
+        *((f"{when} {what}", 1) for what in ("torch.save", "Path.replace", "a flush") for when in ("before", "after")),
+        ("before a flush", 2), ("after a flush", 2),
     ],
 }  # fmt: skip
 

@@ -97,7 +97,8 @@ class Training:
             for member, lost in zip(self.members, (~last.isfinite()).reshape(-1).tolist(), strict=True):
                 member.record.failed = lost
         for member in self.members:
-            if member.trial.closing is not None and not member.record.failed:
+            # A run that was killed behind its last checkpoint has its end on disk already.
+            if member.trial.closing is not None and member.start < self.steps and not member.record.failed:
                 member.record.append(member.trial.closing(member.trial.model, self.steps))
         if self.execution.keep_weights:
             self._save(self.steps)
@@ -137,7 +138,7 @@ class Training:
         random = checkpoints.random_state(self.device)
         for number, member in enumerate(self.members):
             member.flush()
-            if rank() == 0:
+            if rank() == 0 and not member.record.failed:  # gone on with, a lost network would pass for a finished one
                 part = number if len(self.members) > 1 else None
                 checkpoints.save(
                     member.folder,
