@@ -41,7 +41,7 @@ def read_runs(*paths: str | os.PathLike[str], columns: Sequence[str] | None = No
     import numpy as np
     import pyarrow as pa
 
-    folders = _find_runs(paths)
+    folders = find_runs(paths)
     tables = [_read_segments(folder, columns, units) for folder in folders]
     which = np.repeat(np.arange(len(folders)), [len(table) for table in tables])
     rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
@@ -67,7 +67,7 @@ def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    folders = _find_runs(paths)
+    folders = find_runs(paths)
     states = [read_json(folder, "state.json", {"state": "running"}) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         last = state.get("last_step")
@@ -87,7 +87,12 @@ def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     )
 
 
-def _find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Returns the run folders among the given ones and below them, each once.
+
+    Raises:
+        ValueError: there is none, a path is no folder, or a folder is a link out of them.
+    """
     found = {folder.resolve(): folder for path in paths for folder in _runs_below(Path(path), Path(path), _DEPTH)}
     if not found:
         raise ValueError(f"no runs in {', '.join(map(str, paths)) or 'no folder'}: a run is a folder whose config.json biasshift wrote")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from biasshift.layout import LAYOUT, OURS, SEGMENT, TEMPORARY, check_config, conform, first_line, is_run, read_config, read_json
 from biasshift.provenance import now, provenance
+from biasshift.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +167,8 @@ class Run:
         rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries() if self._waiting else None
         if rows is not None:
             path = self.folder / f"segment-{self.segments:05d}.parquet"
-            _write(path, lambda temporary: pq.write_table(rows, temporary, compression="zstd"))
+            with replacing(path) as temporary:
+                pq.write_table(rows, temporary, compression="zstd")
             self.segments += 1
             last = int(rows["step"].to_numpy().max())
             self.last_step = last if self.last_step is None else max(self.last_step, last)
@@ -232,24 +234,17 @@ def _make_room(folder: Path, exist: str) -> None:
             raise FileExistsError(f"'{folder}' is not empty and holds no run: choose another folder (--out)")
         if exist == "refuse":
             raise FileExistsError(
-                f"'{folder}' already holds a run: choose another folder (--out), or delete that run with exist=\"replace\""
+                f"'{folder}' already holds a run: choose another folder (--out), or have that run replaced (--replace, exist=\"replace\")"
             )
     for name in names:
         if OURS.fullmatch(name) or TEMPORARY.fullmatch(name):
             (folder / name).unlink()
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())  # before the rename, or a power cut may leave the name on an empty file
-    os.replace(temporary, path)
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = _to_json(value)
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

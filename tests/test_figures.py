@@ -465,6 +465,14 @@ def test_an_unknown_figure_is_refused(runs, tmp_path):
         draw("8", runs, tmp_path / "out")
 
 
+def test_what_is_no_figure_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="no figure '8'"):
+        figures.write("8", figures.picture("1", None), tmp_path)
+    with pytest.raises(ValueError, match=r"figures\.picture.* not str"):
+        figures.write("1", "a picture", tmp_path)  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "1"])
 def test_a_figure_of_no_runs_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="there are none"):

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "biasshift"
 LADDER = [  # bottom to top; a name stands for a module or for a folder of modules
-    {"theory", "activations", "triangle", "precision", "looks", "ranges", "boards", "starting"},
+    {"theory", "activations", "triangle", "precision", "looks", "ranges", "boards", "starting", "writing"},
     {"moments", "solving"},
     {"implicit"},
     {"reducing"},

@@ -27,6 +27,7 @@ from biasshift.reading import read_runs, run_states
 from biasshift.report import report
 from biasshift.starting import INTERRUPTED, started
 from biasshift.training.processes import launched
+from biasshift.writing import replacing
 
 EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
 
@@ -102,8 +103,10 @@ def _judge(console: Console, options: Claims) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         found.attrs.update(made_by := origin(table, options.runs))
-        found.to_parquet(options.out / "claims.parquet")
-        (options.out / "claims.md").write_text(f"{claims_markdown(found)}\n{origin_said(made_by)}\n", encoding="utf-8")
+        with replacing(options.out / "claims.parquet") as temporary:
+            found.to_parquet(temporary)
+        with replacing(options.out / "claims.md") as temporary:
+            temporary.write_text(f"{claims_markdown(found)}\n{origin_said(made_by)}\n", encoding="utf-8")
         console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from biasshift.figures import causal, connected, listing, pictures, speed, theor
 from biasshift.figures.choosing import chosen, described, read, with_length
 from biasshift.figures.drawing import Drawing, Number
 from biasshift.figures.tabled import committed, load, save
+from biasshift.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,12 +116,20 @@ def said(name: str, table: pd.DataFrame | None) -> str:
 
 
 def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = "") -> list[Path]:
-    """Writes a figure as PNG and PDF, with its caption in the files; returns the paths."""
+    """Writes a figure as PNG and PDF, with its caption in the files; returns the paths.
+
+    Raises:
+        ValueError: no such figure, or it is none of Matplotlib's.
+    """
+    _drawing(name)
+    if not hasattr(figure, "savefig"):
+        raise ValueError(f"A figure is what `biasshift.figures.picture` returns, not {type(figure).__name__}.")
     paths = [Path(folder) / f"figure_{name}.{kind}" for kind in ("png", "pdf")]
     Path(folder).mkdir(parents=True, exist_ok=True)
     with plots.style():
         for path, key in zip(paths, ("Description", "Subject"), strict=True):
-            figure.savefig(path, metadata={"Title": f"Figure {name}", key: words})
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:], metadata={"Title": f"Figure {name}", key: words})
     return paths
 
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from biasshift.layout import read_json
-from biasshift.reading import _find_runs as find_runs
-from biasshift.reading import read_runs
+from biasshift.reading import find_runs, read_runs
 
 if TYPE_CHECKING:
     import pandas as pd

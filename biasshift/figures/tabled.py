@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from biasshift.figures.choosing import words
 from biasshift.layout import first_line, read_json
 from biasshift.provenance import provenance
-from biasshift.reading import _find_runs as find_runs
+from biasshift.reading import find_runs
+from biasshift.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,14 +36,10 @@ def save(name: str, table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]
     found = found.replace_schema_metadata({KEY: json.dumps({"figure": name, **origin(table, paths)}, ensure_ascii=False).encode()})
     path = Path(folder) / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         pq.write_table(found, temporary, compression="zstd")
         if (size := temporary.stat().st_size) > MOST_BYTES:
             raise ValueError(f"The table of figure {name} has {size:,} bytes, more than {MOST_BYTES:,}: give fewer runs.")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

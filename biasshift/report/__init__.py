@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biasshift.claims import claims, sentences
-from biasshift.reading import _find_runs as find_runs
-from biasshift.reading import read_runs, run_states
+from biasshift.reading import find_runs, read_runs, run_states
 from biasshift.report.origins import origins_part
 from biasshift.report.page import page
 from biasshift.report.parts import claims_part, curves_part, faint, layers_part, left_out_part, reading_part
@@ -21,6 +20,7 @@ from biasshift.report.reducing import reduced
 from biasshift.report.series import MOST_SERIES, Series, all_series
 from biasshift.report.text import escaped
 from biasshift.summary import READING, per_run, reading_table
+from biasshift.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,9 +125,5 @@ def _said(table: pd.DataFrame) -> str:
 
 def _write(out: Path, text: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
+    with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
