@@ -14,7 +14,7 @@ from biasshift import training
 from biasshift.claims import claims
 from biasshift.classifying import Setting, evenly_spaced, probes, trial
 from biasshift.cli.training import _run
-from biasshift.data import TensorStream
+from biasshift.data import TensorStream, synthetic_cifar
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.digits import Demo
@@ -252,6 +252,16 @@ def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
     assert phases == [(1, 0.01), (3501, 0.005), (8501, 0.0005), (13501, pytest.approx(0.00005))]
     found = [(phase.start, phase.lr, phase.where, phase.factor) for phase in large.phases(large.settings()[0])]
     assert found == [(1, 0.01, "last", 1), (3501, 0.001, "last", 1), (7001, 0.001, "all", 1), (12001, 0.001, "all", 1.5)]
+
+
+@pytest.mark.parametrize("experiment", [Cifar11, Cifar18])
+def test_width_multiplies_the_hidden_units_of_a_convolutional_network(experiment):
+    full, quarter = (experiment(width=width, seeds=1, activation=("elu",), preprocessing="mean") for width in (1.0, 0.25))
+    data = synthetic_cifar()
+    shapes = [[p.shape[0] for p in e.trial(e.settings()[0], data).model.parameters() if p.ndim > 1] for e in (full, quarter)]
+    assert shapes[1][:-1] == [max(1, round(units / 4)) for units in shapes[0][:-1]] and shapes[1][-1] == shapes[0][-1]
+    with pytest.raises(ValueError, match="--width must be a number above 0, got 0"):
+        experiment(width=0.0).settings()
 
 
 def test_a_cifar_runs_folder_tells_what_it_is():

@@ -140,9 +140,17 @@ def test_figure_4_has_the_whole_the_start_and_the_end():
     assert found["test error at the end, ELU"].paper == "28.75 ± 0.24 % (n = 10)"
 
 
-@pytest.mark.parametrize(("dataset", "marks"), [("cifar100", 4), ("cifar10", 0)])
-def test_figure_4_has_the_papers_numbers_on_runs_of_its_length(dataset, marks):
-    figure, _ = drawn("4", cifar((0, 90_000, 165_000), dataset=dataset))
+@pytest.mark.parametrize(
+    ("columns", "marks"),
+    [
+        ({"dataset": "cifar100"}, 4),
+        ({"dataset": "cifar100", "width": 1.0}, 4),
+        ({"dataset": "cifar10"}, 0),
+        ({"dataset": "cifar100", "width": 0.25}, 0),
+    ],
+)
+def test_figure_4_has_the_papers_numbers_on_runs_of_its_length_and_size(columns, marks):
+    figure, _ = drawn("4", cifar((0, 90_000, 165_000), **columns))
     hollow = [[one for one in ax.lines if one.get_markerfacecolor() == "white" and len(one.get_xdata())] for ax in figure.axes]
     assert [len(found) for found in hollow] == [0, 0, marks, 0, 0, marks]
     assert {float(one.get_ydata()[0]) for one in hollow[2]} == (set(TRAIN_LOSSES.values()) if marks else set())
@@ -402,6 +410,9 @@ def test_somebodys_own_runs_are_taken_as_they_are():
         ({"experiment": "mnist", "depth": 8, "width": 128, "epochs": 3, "reached": 3.0, "device": "cpu"}, "mnist, 8 × 128: 3 epochs, cpu"),
         ({"experiment": "mnist", "epochs": 300, "reached": [3.0, 300, 300]}, "mnist: 3–300 of 300 epochs (some ended early)"),
         ({"experiment": "cifar11", "dataset": "cifar100", "epochs": 330.0, "steps": 165_000}, "cifar11, cifar100: 165,000 steps"),
+        ({"experiment": "cifar11", "width": 1.0, "steps": 9}, "cifar11: 9 steps"),
+        ({"experiment": "cifar11", "width": 0.25, "steps": 9}, "cifar11, units × 0.25: 9 steps"),
+        ({"experiment": "cifar11", "width": [1.0, 0.5, 0.5], "batch_norm": True}, "cifar11, units × 0.5 and 1, with batch norm"),
         ({"experiment": "cifar11", "batch_norm": True, "steps": 9}, "cifar11, with batch norm: 9 steps"),
         ({"experiment": "mnist", "batch_norm": [True, False, True], "update": "centered"}, "mnist, centered update"),
         ({"experiment": "sweep", "update": ["plain", "plain", "full"]}, "sweep"),

@@ -103,6 +103,8 @@ class Imagenet(Experiment):
     mean: Literal["pixel", "channel"] = "pixel"
     """What is subtracted from the images: the training images' mean at every pixel, or of every channel."""
     init: Literal["normal", "uniform"] = "normal"
+    width: float = 1.0
+    """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 1_000
     """Updates between two looks at the errors on validation images."""
     valid_images: int = VALID_IMAGES
@@ -140,7 +142,7 @@ class Imagenet(Experiment):
             Setting(
                 self.name, f"{images.name} ({images.classes} classes)", activation, seed, self.steps,
                 self.steps / epoch_steps(len(images.train), self.batch_size), self.batch_size, self.lr, self.momentum, self.weight_decay,
-                self.dropout, self.stride, CROP, self.batch_norm, self.mean, self.init, 1.0, self.score_every, self.valid_images,
+                self.dropout, self.stride, CROP, self.batch_norm, self.mean, self.init, self.width, self.score_every, self.valid_images,
                 self.probe, self.every, self.instrument, self.units, self.damping,
             )
             for seed in range(self.seeds)
@@ -156,7 +158,7 @@ class Imagenet(Experiment):
     def _check(self) -> None:
         self.check()
         at_least_one(self, "seeds", "steps", "batch_size", "stride", "score_every", "valid_images", "every", "probe", "units")
-        positive(self, "lr")
+        positive(self, "lr", "width")
         shares(self, "momentum", "dropout")
         not_negative(self, "weight_decay", "damping", "loaders")
         distinct("activation", self.activation)

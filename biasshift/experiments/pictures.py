@@ -83,6 +83,8 @@ class Pictures(Experiment):
     augment: bool = True
     """Random crops of the images with a frame of four zeros, and horizontal flips."""
     init: Literal["normal", "uniform"] = "normal"
+    width: float = 1.0
+    """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 500
     """Updates between two looks at the test error; the training loss is the mean over the minibatches in between."""
     test_images: int = 10_000
@@ -118,7 +120,7 @@ class Pictures(Experiment):
             Setting(
                 self.name, self.dataset, activation, seed, self.steps, self.steps / epoch_steps(IMAGES, self.batch_size), self.batch_size,
                 self.lr, self.momentum, self.weight_decay, self.geometry, self.batch_norm, self.preprocessing, self.augment, self.init,
-                1.0, self.score_every, self.test_images, self.probe, self.every, self.instrument, self.units, self.damping,
+                self.width, self.score_every, self.test_images, self.probe, self.every, self.instrument, self.units, self.damping,
             )
             for seed in range(self.seeds)
             for activation in self.activation
@@ -155,7 +157,7 @@ class Pictures(Experiment):
     def _check(self) -> None:
         self.check()
         at_least_one(self, "seeds", "steps", "batch_size", "score_every", "test_images", "every", "probe", "units")
-        positive(self, "lr")
+        positive(self, "lr", "width")
         shares(self, "momentum")
         not_negative(self, "weight_decay", "damping")
         distinct("activation", self.activation)

@@ -108,10 +108,12 @@ def _shape(table: pd.DataFrame) -> str:
 
 def _unusual(table: pd.DataFrame) -> str:
     """What the reader would not expect of all of these networks."""
+    scales = sorted(table["width"].dropna().unique()) if "width" in table and "depth" not in table else []
+    scaled = f"units × {' and '.join(f'{scale:g}' for scale in scales)}" if scales and scales != [1] else ""
     normed = "batch_norm" in table and bool((table["batch_norm"] == True).all()) and len(table) > 0  # noqa: E712
     updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
     other = f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else ""
-    return ", ".join(filter(None, ["with batch norm" if normed else "", other]))
+    return ", ".join(filter(None, [scaled, "with batch norm" if normed else "", other]))
 
 
 def _length(table: pd.DataFrame) -> str:

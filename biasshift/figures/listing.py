@@ -62,6 +62,7 @@ def numbers_of_table1(table: pd.DataFrame) -> list[Number]:
 FIGURES = {
     "table1": Drawing(
         "Test errors on CIFAR-10 and CIFAR-100", "biasshift train cifar18", "ten networks", last_scores, table1, numbers_of_table1,
-        ("cifar18",), {"batch_norm": False}, ("train cifar18 --steps 10 --score-every 5 --instrument activations --test-images 500",),
+        ("cifar18",), {"batch_norm": False, "width": 1.0},
+        ("train cifar18 --steps 10 --score-every 5 --instrument activations --test-images 500",),
     ),
 }  # fmt: skip

@@ -141,7 +141,8 @@ def numbers6(table: pd.DataFrame) -> list[Number]:
 
 
 def _of(table: pd.DataFrame, dataset: str) -> bool:
-    return "dataset" in table and bool((table["dataset"] == dataset).all())
+    """Whether the runs are the paper's: of its data, and of its networks' size."""
+    return "dataset" in table and bool((table["dataset"] == dataset).all()) and not ("width" in table and (table["width"] != 1).any())
 
 
 CIFAR = "CIFAR-100, 165,000 updates, 10 runs"
@@ -149,15 +150,15 @@ SHORT = "train cifar11 --steps 20 --seeds 1 --score-every 5 --instrument activat
 FIGURES = {
     "4": Drawing(
         "CIFAR-100, 11 layers: training loss and test error", "biasshift train cifar11", CIFAR,
-        scores, figure4, numbers4, ("cifar11",), {"dataset": "cifar100", "batch_norm": False}, (SHORT,),
+        scores, figure4, numbers4, ("cifar11",), {"dataset": "cifar100", "batch_norm": False, "width": 1.0}, (SHORT,),
     ),
     "5": Drawing(
         "CIFAR-100, 11 layers: with and without batch normalization", "biasshift train cifar11, with and without --batch-norm", CIFAR,
-        normed_scores, figure5, numbers5, ("cifar11",), {"dataset": "cifar100"}, (SHORT, f"{SHORT} --batch-norm"),
+        normed_scores, figure5, numbers5, ("cifar11",), {"dataset": "cifar100", "width": 1.0}, (SHORT, f"{SHORT} --batch-norm"),
     ),
     "6": Drawing(
         "ImageNet, 15 layers: training loss and validation errors", "biasshift train imagenet",
-        "ImageNet, 1000 classes, about 250,000 updates", imagenet_scores, figure6, numbers6, ("imagenet",), {},
+        "ImageNet, 1000 classes, about 250,000 updates", imagenet_scores, figure6, numbers6, ("imagenet",), {"width": 1.0},
         ("train imagenet --steps 20 --score-every 5",),
     ),
 }  # fmt: skip
