@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+_PATH = re.compile(r"(?P<drive>[A-Za-z]:[\\/])|/|\.\.?/|~[^/]*/")
 
 
 def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
@@ -24,6 +27,19 @@ def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
         "seed": config.get("seed"),
         "started": now(),
     }
+
+
+def shortened(word: str) -> str:
+    """A word of a command line, for people; of a path somewhere on a machine, its name.
+
+    >>> [shortened(word) for word in ("/opt/biasshift/__main__.py", "--data=/data/sets", "runs/elu", "lr=1/2")]
+    ['biasshift', '--data=sets', 'runs/elu', 'lr=1/2']
+    """
+    option, equals, value = ("", "", word) if _PATH.match(word) else word.rpartition("=")
+    if not (found := _PATH.match(value)):
+        return word
+    name = (PureWindowsPath if found["drive"] else PurePosixPath)(value).name
+    return "biasshift" if name == "__main__.py" else option + equals + (name or value)
 
 
 def _code_version() -> dict[str, Any]:
