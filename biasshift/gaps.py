@@ -1,6 +1,6 @@
-"""The gradient gap: how far the plain gradient of a layer points away from its unit natural gradient."""
+"""The gradient gap: how far the plain gradient of a layer points away from its unit natural gradient, and what each would shift."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,9 +79,9 @@ class Directions:
         return cls((g, g0), fisher.natural_gradient(g, g0), centered, quasi_diagonal_gradient(fisher, g, g0))
 
 
-def gap(layer: Measured, directions: Directions | None = None) -> dict[str, float | str]:
+def gap(layer: Measured) -> dict[str, float | str]:
     """The row of one layer."""
-    fisher, to = layer.fisher, directions or Directions.of(layer)
+    fisher, to = layer.fisher, Directions.of(layer)
     used = ~(fisher.dead | fisher.singular)
     plain, natural, diagonal = (_stacked(*update)[used] for update in (to.plain, to.natural, to.diagonal))
     centered = None if to.centered is None else _stacked(*to.centered)[used]
@@ -103,21 +103,48 @@ def gap(layer: Measured, directions: Directions | None = None) -> dict[str, floa
     }
 
 
-def unit_shifts(layer: Measured, directions: Directions | None = None) -> dict[str, Tensor]:
-    """By how much a step of size 1 would move the mean net input of every unit by itself: ``−(μᵀΔw + Δw₀)``.
+@dataclass(frozen=True, eq=False)
+class Foreseen:
+    """By how much three updates of one gradient would move the mean net input of a layer's units; the gradient itself is not kept.
 
-    Along the gradient, along the centered gradient, and along Theorem 1's update of the same gradient, which is Theorem 2's shift.
-    The gradient is that on the probe, without the noise of a minibatch. What is foreseen is the unit's ``own`` part of the bias shift,
-    divided by the learning rate: the layers below stand still. Without a bias ``−μᵀΔw``, and nothing to center with.
+    Along the gradient that the optimizer is about to use, along its centered form, and along Theorem 1's update of it, with the
+    Fisher matrices and incoming means of the probe before the step. NaN where a unit's gradient is not finite, for Theorem 1 where
+    the unit is dead or singular, and without a bias that is trained there is nothing to center with.
     """
-    to, mu = directions or Directions.of(layer), layer.fisher.sums.mean_p
-    updates = {"shift_gradient": to.plain, "shift_centered": to.centered, "shift_natural": to.natural}
-    nothing = torch.zeros_like(layer.fisher.sums.weight)
-    found = {}
-    for name, update in updates.items():
-        dw, dw0 = update or (layer.fisher.sums.mean_q * torch.nan, None)
-        found[name] = -theory.bias_shift(mu, dw.double(), nothing if dw0 is None else dw0.double())
-    return found
+
+    shifts: dict[str, Tensor]  # −(μᵀΔw + Δw₀), (units,), by the name of the update
+    lengths: dict[str, Tensor]  # ‖(Δw, Δw₀)‖
+    weights: Update  # from before the step
+
+    @classmethod
+    def of(cls, fisher: UnitFisher, gradient: Update, weights: Update) -> "Foreseen":
+        """Of a layer before a step; the gradient of a bias that stays as it is, is None."""
+        g, g0 = gradient
+        to = Directions.of(Measured(fisher if g0 is not None else replace(fisher, bias=False), g, g0))
+        mu, finite = fisher.sums.mean_p, _stacked(g, g0).isfinite().all(1)
+        shifts, lengths = {}, {}
+        for name, update in {"gradient": to.plain, "centered": to.centered, "natural": to.natural}.items():
+            dw, dw0 = update or (torch.full_like(g, torch.nan), None)
+            none = torch.zeros_like(fisher.sums.weight)
+            shift = -theory.bias_shift(mu, dw.double(), none if dw0 is None else dw0.double())
+            shifts[name] = shift.where(finite, torch.nan)
+            lengths[name] = _stacked(dw, dw0).norm(dim=1)
+        return cls(shifts, lengths, weights)
+
+    def columns(self, weights: Update) -> dict[str, Tensor]:
+        """``shift_…`` of a step of size 1, and ``own_…`` of one as long as the step that led to ``weights``.
+
+        ``shift_natural`` is Theorem 2's shift. ``own_…`` compares with ``own``, what the optimizer's update did. Lengths are taken
+        unit by unit: the theorem's factor 1/c, a learning rate of every unit, drops out, as does the optimizer's, and what is
+        left is the direction. Plain gradient descent has ``own = lr · shift_gradient = own_gradient``; with momentum, weight decay
+        or a scaling of the gradient the actual update goes elsewhere, and the difference is theirs.
+        """
+        (w, w0), (old, old0) = weights, self.weights
+        moved = _stacked(w - old, None if w0 is None or old0 is None else w0 - old0).norm(dim=1)
+        found = {f"shift_{name}": shift for name, shift in self.shifts.items()}
+        for name, length in self.lengths.items():
+            found[f"own_{name}"] = torch.where(moved == 0, 0 * self.shifts[name], moved * self.shifts[name] / length)
+        return found
 
 
 def centered_gradient(fisher: UnitFisher, g: Tensor, g0: Tensor) -> tuple[Tensor, Tensor]:

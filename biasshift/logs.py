@@ -13,13 +13,13 @@ from biasshift import merging
 from biasshift.accumulating import Measured, Options, kept_units
 from biasshift.averages import ActivationWatcher, activation_modules, activation_moments
 from biasshift.feeding import Feeding
-from biasshift.gaps import Directions, gap, unit_shifts
+from biasshift.gaps import Foreseen, gap
 from biasshift.layers import WeightLayer
 from biasshift.measuring import measure
 from biasshift.moments import ActivationMoments
 from biasshift.probing import Probe, Selection, batches, undisturbed, weight_layers
 from biasshift.proving import NonFiniteOutputs
-from biasshift.shifts import NetMeans, compare, net_means
+from biasshift.shifts import NetMeans, compare, net_means, unit_weights, used_gradients
 from biasshift.tables import activation_columns, fisher_columns, layer_row, shift_columns, tidy, unit_rows
 from biasshift.tracing import underlying, watch, watching
 
@@ -94,6 +94,7 @@ class ProbeLog(Log):
         self._merging = distributed and merging.together()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
+        self._foreseen: dict[str, Foreseen] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
         self._see_layers(options.batch_size)
         self.weights = {name: module for name, module in self.weights.items() if name in self._feeding.kinds_of}
@@ -122,10 +123,14 @@ class ProbeLog(Log):
         """Whether the next step is measured."""
         return (self.step + 1) % self.every == 0
 
-    def _on_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._before = None
-        if "bias_shift" in self.quantities and self.weights and self.due:
+    def _on_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._before, self._foreseen = None, {}
+        if not self.weights or not self.due or _skipped(optimizer):
+            return
+        if "bias_shift" in self.quantities:
             self._before = self._net_means()
+        if "gap" in self.quantities:
+            self._foreseen = self._foresee(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if _skipped(optimizer):
@@ -133,11 +138,32 @@ class ProbeLog(Log):
         due = self.due
         self.step += 1
         if due:
-            shifts = {}
+            columns: dict[str, dict[str, Tensor]] = {}
             if self._before is not None:
                 shifts = compare(self._before, self._net_means())
-            self._measure({name: shift_columns(shift, self._units_of(name)) for name, shift in shifts.items()})
-            self._before = None
+                columns = {name: dict(shift_columns(shift, self._units_of(name))) for name, shift in shifts.items()}
+            for name, foreseen in self._foreseen.items():
+                columns[name] = {**columns.get(name, {}), **foreseen.columns(self._kept(name, unit_weights(self.weights[name])))}
+            self._before, self._foreseen = None, {}
+            self._measure(columns)
+
+    def _foresee(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> dict[str, Foreseen]:
+        """What the gradient that the optimizer is about to use would shift, and Theorem 1's update of it: with F before the step."""
+        gradients = used_gradients(optimizer, self.weights, args, kwargs)
+        if not gradients and not self._merging:  # other processes may have some, and wait for this one
+            return {}
+        try:
+            with undisturbed(self.model, evaluate=True):
+                measured = self._fishers(replace(self.options, generator=_copied(self.options.generator)))
+                return {
+                    name: Foreseen.of(measured[name].fisher, self._kept(name, g), self._kept(name, unit_weights(self.weights[name])))
+                    for name, g in gradients.items()
+                }
+        except NonFiniteOutputs:  # which the measurement after the step says
+            return {}
+        except ValueError as error:
+            warnings.warn(f"Step {self.step + 1}: {error} What its gradient would shift is left out.", stacklevel=2)
+            return {}
 
     def _measure(self, columns: dict) -> None:
         """Everything at the present step, as rows: ``columns`` holds the bias shifts, layer by layer."""
@@ -154,9 +180,7 @@ class ProbeLog(Log):
                         columns[name] = {**columns.get(name, {}), **fisher_columns(layer.fisher)}
                 if "gap" in self.quantities:
                     for name, layer in measured.items():
-                        directions = Directions.of(layer)
-                        frames.append(layer_row(self.step, name, gap(layer, directions)))
-                        columns[name] = {**columns.get(name, {}), **unit_shifts(layer, directions)}
+                        frames.append(layer_row(self.step, name, gap(layer)))
         frames += [unit_rows(self.step, name, columns[name], self._units_of(name)) for name in self.weights if columns.get(name)]
         self._frames += frames
 
@@ -167,11 +191,22 @@ class ProbeLog(Log):
     def _measure_fishers(self) -> dict[str, Measured]:
         """A diverged network has no Fisher matrices; that is no reason to end somebody's training."""
         try:
-            measured = measure(self.model, self.x, self.y, self.options, gradient="gap" in self.quantities)
-            return merging.merged_measurements(measured) if self._merging else measured
+            return self._fishers(self.options, gradient="gap" in self.quantities)
         except NonFiniteOutputs as error:
             warnings.warn(f"Step {self.step}: {error} No Fisher and gap rows are written.", stacklevel=2)
             return {}
+
+    def _fishers(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
+        measured = measure(self.model, self.x, self.y, options, gradient)
+        return merging.merged_measurements(measured) if self._merging else measured
+
+    def _kept(self, name: str, of_units: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """The rows of the units that are measured."""
+        (w, w0), units = of_units, self._units_of(name)
+        if units is None:
+            return of_units
+        units = units.to(w.device)
+        return w[units], None if w0 is None else w0[units]
 
     def _units_of(self, name: str) -> Tensor | None:
         return None if self.options.units is None else kept_units(name, self.weights[name], self.options.units, torch.device("cpu"))
@@ -260,6 +295,11 @@ def _split(model: nn.Module, select: Selection, measure_weights: bool) -> tuple[
     activations = {name: everything[name] for name in names if name in everything}
     rest = [name for name in names if name not in everything]
     return (weight_layers(model, rest) if rest else {}), activations
+
+
+def _copied(generator: torch.Generator | None) -> torch.Generator | None:
+    """One that draws the same: measuring before a step leaves the labels that are drawn after it as they would have been."""
+    return None if generator is None else torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:

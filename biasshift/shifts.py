@@ -1,8 +1,9 @@
 """The bias shift of an update that really happened: what moved every unit's mean net input, and by how much."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -132,3 +133,60 @@ def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> di
         parts = shift_parts(old.w, new.w - old.w, new.w0 - old.w0, old.mean, new.mean - old.mean)
         shifts[name] = BiasShift(*(part.to(old.dtype) for part in (new.net - old.net, *parts)))
     return shifts
+
+
+# -- the gradient that a step uses ---------------------------------------------------------------------------------------
+
+
+def used_gradients(
+    optimizer: torch.optim.Optimizer, modules: Mapping[str, WeightLayer], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What ``.grad`` holds as a step begins: by layer (units, inputs) and (units,), None for a bias that is not trained. float64.
+
+    Whatever filled it: several backward passes, an average over processes, clipping. The scale of a gradient scaler that leaves
+    the division to the optimizer is divided out, and with ``maximize`` the sign turned. A layer is left out where its weight has no
+    gradient or is not the optimizer's (frozen, parametrized, a copy in another precision). So are all layers when the step makes its
+    gradients itself, by a closure, or takes the scaler as an argument.
+
+    Args:
+        args, kwargs: of ``step``, the optimizer first, as a hook before it gets them.
+    """
+    given = dict(kwargs or {})
+    if any(x is not None for x in args[1:]) or given.get("closure") is not None or "grad_scaler" in given:
+        return {}
+    factors = {p: -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
+    scale = getattr(optimizer, "grad_scale", None)
+    found = {}
+    for name, module in modules.items():
+        own = module._parameters  # a look at a parametrized weight would compute it
+        g = _used(own.get("weight"), factors, scale)
+        if g is not None and "bias" in own:
+            found[name] = kinds.weights(module, g), _used(own["bias"], factors, scale)
+    return found
+
+
+def unit_weights(module: WeightLayer) -> tuple[Tensor, Tensor | None]:
+    """The weights (units, inputs) and biases of every unit, copied to float64."""
+    w0 = None if module.bias is None else module.bias.detach().double().clone()
+    return kinds.weights(module).detach().double().clone(), w0
+
+
+def _used(p: Tensor | None, factors: Mapping[Tensor, float], scale: Tensor | None) -> Tensor | None:
+    whole, place = (p, None) if p is None or p in factors else _stack_of(p, factors)
+    if whole is None or whole.grad is None:
+        return None
+    grad = whole.grad.detach()
+    grad = (grad if grad.layout == torch.strided else grad.to_dense()).double() * factors[whole]
+    grad = grad if place is None else grad[place]
+    return grad if scale is None else grad / scale.to(grad.device).double()
+
+
+def _stack_of(p: Tensor, stacks: Iterable[Tensor]) -> tuple[Tensor | None, int]:
+    """The parameter that ``p`` is a slice of, and which: the networks of an ensemble are views into what its optimizer trains."""
+    for stack in stacks:
+        if type(stack) is nn.Parameter and stack.shape[1:] == p.shape and stack.stride()[1:] == p.stride() and stack.numel():
+            place, rest = divmod(int(p.storage_offset() - stack.storage_offset()), max(int(stack.stride(0)), 1))
+            one_storage = stack.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+            if one_storage and rest == 0 and 0 <= place < len(stack):
+                return stack, place
+    return None, 0

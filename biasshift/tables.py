@@ -22,11 +22,12 @@ FISHER_COLUMNS = (
     "mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean",
 )  # fmt: skip
 GAP_COLUMNS = ("cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs")
-# Behind the columns that code outside relies on: unit rows of "fisher", unit rows of "gap", layer rows of "gap".
+# Behind the columns that code outside relies on: unit rows of "fisher", unit rows of "gap" (both lines), layer rows of "gap".
 MORE_FISHER_COLUMNS = ("coupling_corrected", "norm_cov_p", "cov_distance")
-UPDATE_COLUMNS = ("shift_gradient", "shift_centered", "shift_natural")
+UPDATE_COLUMNS = ("shift_gradient", "shift_centered", "shift_natural")  # of the gradient that the measured step used, at size 1
+OWN_COLUMNS = ("own_gradient", "own_centered", "own_natural")  # the same at the length of the step
 MORE_GAP_COLUMNS = ("norm_ratio_centered", "norm_ratio_diagonal", "gap_explained")
-MORE_COLUMNS = (*MORE_FISHER_COLUMNS, *UPDATE_COLUMNS, *MORE_GAP_COLUMNS)
+MORE_COLUMNS = (*MORE_FISHER_COLUMNS, *UPDATE_COLUMNS, *MORE_GAP_COLUMNS, *OWN_COLUMNS)
 COLUMNS = (*KEYS, *ACTIVATION_COLUMNS, *SHIFT_COLUMNS, *FISHER_COLUMNS, *GAP_COLUMNS, *MORE_COLUMNS)
 
 Columns = Mapping[str, Tensor]

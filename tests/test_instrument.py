@@ -21,6 +21,7 @@ ACTIVATION = ["mean", "var"]
 SHIFT = ["total", "own", "incoming", "second_order"]
 MORE = ["coupling_corrected", "norm_cov_p", "cov_distance"]
 UPDATES = ["shift_gradient", "shift_centered", "shift_natural"]
+OWN_OF = ["own_gradient", "own_centered", "own_natural"]
 MORE_GAP = ["norm_ratio_centered", "norm_ratio_diagonal", "gap_explained"]
 FISHER = ["mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean"]
 GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
@@ -73,7 +74,7 @@ def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
 
 def test_columns_and_their_types() -> None:
     table = logged()[0].table()
-    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP, *MORE, *UPDATES, *MORE_GAP]
+    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP, *MORE, *UPDATES, *MORE_GAP, *OWN_OF]
     assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(table["unit"])
     assert all(isinstance(name, str) for name in table["layer"])
     assert all(pd.api.types.is_float_dtype(table[name]) for name in table.columns[3:])
@@ -94,8 +95,8 @@ def test_one_row_for_every_step_layer_and_unit() -> None:
 def test_values_stand_in_the_rows_they_belong_to() -> None:
     table = logged()[0].table()
     later, weights = table["step"] > 0, table["layer"].isin(["0", "2", "4"])
-    units = table["unit"] >= 0
-    for columns, rows in ((ACTIVATION, ~weights), (FISHER, weights & units), (GAP, weights & ~units), (SHIFT, weights & units & later)):
+    units, step = table["unit"] >= 0, SHIFT + UPDATES + OWN_OF
+    for columns, rows in ((ACTIVATION, ~weights), (FISHER, weights & units), (GAP, weights & ~units), (step, weights & units & later)):
         for column in columns:
             assert table.loc[rows, column].notna().all(), column
             assert table.loc[~rows, column].isna().all(), column
@@ -208,8 +209,8 @@ def test_the_shifts_of_single_steps_add_up_to_the_whole() -> None:
         (("activations",), ACTIVATION),
         (("bias_shift",), SHIFT),
         (("fisher",), FISHER + MORE),
-        (("gap",), GAP + UPDATES + MORE_GAP),
-        (("fisher", "gap"), FISHER + MORE + GAP + UPDATES + MORE_GAP),
+        (("gap",), GAP + UPDATES + MORE_GAP + OWN_OF),
+        (("fisher", "gap"), FISHER + MORE + GAP + UPDATES + MORE_GAP + OWN_OF),
     ],
 )
 def test_only_the_quantities_asked_for(quantities: tuple[str, ...], columns: list[str]) -> None:
