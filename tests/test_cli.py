@@ -398,6 +398,15 @@ class Undrawn(Tiny):
     figures: ClassVar[tuple[str, ...]] = ("table1", "2")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part(Tiny):
+    """The runs of one job out of several."""
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+
 def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
     shown = io.StringIO()
     training.train(Console(file=shown, width=80), Undrawn(out=tmp_path, activations=("elu",), epochs=1))
@@ -407,18 +416,82 @@ def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
     assert any("What these runs say" in line for line in lines[without:]) and not (tmp_path / "figure_table1.png").exists()
 
 
-SWEEP = ["--activation", "elu", "relu", "--update", "plain", "centered", "--lr", "0.1", "--constant", "0", "--no-batch-norm"]
+SWEEP = ["sweep", "--smoke", "--workers", "1", "--activation", "elu", "relu", "--update", "plain", "centered", "--no-batch-norm"]
+ONE_RATE = [*SWEEP, "--constant", "0", "--lr", "0.1"]
+TWO_RATES = [*SWEEP, "--lr", "0.01", "0.1"]
 
 
-@pytest.mark.parametrize("part", [(1, 1), (2, 2)])
-def test_a_sweep_ends_with_its_figure_and_a_part_of_one_with_how_to_get_it(here, capsys, part):
-    status, shown, errors = call(capsys, "sweep", "--smoke", "--workers", "1", *SWEEP, "--part", *map(str, part))
+def test_a_sweep_ends_with_its_figure_and_its_verdicts(here, capsys):
+    status, shown, errors = call(capsys, *ONE_RATE)
     assert (status, errors) == (0, "") and "Training loss at every" in shown and "What these runs say" in shown
-    figures = {path.name for path in (here / "runs" / "sweep").glob("figure*")}
-    if part == (1, 1):
-        assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown and figures == {"figure_theory4.png", "figure_theory4.pdf"}
-    else:
-        assert "when all parts are done, `biasshift figure theory4 runs/sweep` draws it." in shown and not figures
+    assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown
+    assert {path.name for path in (here / "runs" / "sweep").glob("figure*")} == {"figure_theory4.png", "figure_theory4.pdf"}
+
+
+def test_a_part_of_a_sweep_says_what_it_made_and_judges_nothing(here, capsys, monkeypatch):
+    """Its grid is never complete: to judge it would be refused, and the job of an array would count as failed."""
+    monkeypatch.setenv("COLUMNS", "120")
+    made = set()
+    for number in "123":
+        status, shown, errors = call(capsys, *TWO_RATES, "--part", number, "3")
+        assert (status, errors) == (0, "")
+        words = " ".join(shown.split())
+        assert (
+            "when all parts are done, `biasshift claims runs/sweep` judges them, and `biasshift figure theory4 runs/sweep` draws" in words
+        )
+        assert "What these runs say" not in shown and "Training loss at every" not in shown
+        now = {path.parent.name for path in here.glob("runs/sweep/*/config.json")}
+        said = {line.split()[0] for line in shown.splitlines() if line.split()[1:2] == ["finished"]}
+        assert said == now - made and len(said) >= 3
+        made = now
+    assert len(made) == 12 and not list((here / "runs" / "sweep").glob("figure*"))  # 2 × 2 × 2, and ELU plus a constant, 2 × 2
+    assert call(capsys, "claims", "runs/sweep")[0] == 0  # now they are all there
+
+
+def test_a_part_without_runs_is_no_failure(here, capsys):
+    status, shown, errors = call(capsys, *ONE_RATE, "--part", "9", "9")
+    assert (
+        (status, errors) == (0, "") and shown == "No runs fall to this part: there are more parts than runs.\n" and not list(here.iterdir())
+    )
+
+
+def test_a_lost_part_says_which_runs_diverged(tmp_path):
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=80), Part(out=tmp_path, diverging=("elu", "relu")))
+    assert shown.getvalue().count("training diverged") == 2 and "when all parts are done" in shown.getvalue()
+
+
+def test_runs_of_another_grid_are_refused_before_anything_is_trained(here, capsys):
+    assert call(capsys, *ONE_RATE, "--activation", "relu")[0] == 0
+    before = files(here)
+    status, shown, errors = call(capsys, *ONE_RATE, "--damping", "0.5")  # ELU's runs, which are not there yet, come first
+    assert (status, shown) == (2, "") and "holds a run with update_damping = 0.1, and this one has 0.5" in errors
+    assert files(here) == before
+
+
+@pytest.mark.parametrize("error", [ValueError("they cannot be compared."), OSError(28, "No space left on device", "tiny/figure_2.png")])
+@pytest.mark.parametrize("what", ["say_comparison", "say_identities", "draw", "say_verdicts"])
+def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeypatch, what, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(training, what, refuse)
+    shown = io.StringIO()
+    training.train(Console(file=shown, width=200), Tiny(out=tmp_path, epochs=1))
+    why = "they cannot be compared." if isinstance(error, ValueError) else "'tiny/figure_2.png': No space left on device."
+    lines = [line for line in shown.getvalue().splitlines() if line.startswith("No ")]
+    assert lines and all(line.endswith(why) for line in lines) and len(lines) == (2 if what == "draw" else 1)
+    assert ("What these runs say" in shown.getvalue()) == (what != "say_verdicts")  # the rest follows
+
+
+@pytest.mark.parametrize("error", [KeyError("a defect of ours"), BrokenPipeError()])
+def test_a_defect_is_not_hidden(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(training, "say_verdicts", refuse)
+    with pytest.raises(type(error)):
+        training.train(Console(file=io.StringIO(), width=200), Tiny(out=tmp_path, epochs=1))
 
 
 def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):

@@ -12,7 +12,7 @@ from rich.console import Console
 from biasshift.claims import claims_markdown
 from biasshift.cli.drawing import draw_figures
 from biasshift.cli.options import Claims, Figure, Report, Runs
-from biasshift.cli.saying import say_claims, say_runs
+from biasshift.cli.saying import say_claims, say_runs, sentence
 from biasshift.cli.training import train
 from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it ends
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"biasshift: {_sentence(error)}", file=sys.stderr)
+        print(f"biasshift: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
@@ -69,12 +69,6 @@ def _parsed(arguments: Sequence[str] | None) -> Any:
     for name, command in {"figure": Figure, "claims": Claims, "runs": Runs, "report": Report}.items():
         app.command(name=name)(command)
     return app.cli(prog="biasshift", description="Measure, test and exploit bias shift and the unit natural gradient.", args=arguments)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"'{error.filename}': {error.strerror}."
-    return str(error)
 
 
 def _carry_out(options: Any) -> None:

@@ -26,6 +26,13 @@ SCORES = {
 }  # fmt: skip
 
 
+def sentence(error: Exception) -> str:
+    """What went wrong, for people; of the system's errors, with the file that it is about."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"'{error.filename}': {error.strerror}."
+    return str(error)
+
+
 def say_comparison(console: Console, table: "pd.DataFrame") -> None:
     """Means and spreads over seeds, activation by activation."""
     found = reading_table(per_run(table))

@@ -1,5 +1,8 @@
 """From an experiment's options to run folders, and what is said of them at the end."""
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,13 @@ import torch
 from rich.console import Console
 
 from biasshift.cli.progress import progress
-from biasshift.cli.saying import say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts
+from biasshift.cli.saying import say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts, sentence
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
 from biasshift.layout import is_run, read_config
 from biasshift.pool import cores, run_jobs
 from biasshift.reading import run_states
+from biasshift.recording import Run
 from biasshift.running import run
 from biasshift.training.loop import Diverged
 from biasshift.training.processes import joined, launched, rank, together
@@ -25,15 +29,20 @@ Group = list[Any]  # of settings that one job trains
 def train(console: Console, experiment: Experiment) -> None:
     """Trains all runs of an experiment, then shows what they say: table, identities, figures, claims.
 
+    Runs that are finished stay so, whatever cannot be said or drawn of them: a sentence tells why not.
+
     Raises:
         ValueError: for options that do not fit, or folders that hold something else.
     """
     settings = experiment.settings()
+    if not settings:  # an array of jobs may be wider than the grid
+        console.print("No runs fall to this part: there are more parts than runs.")
+        return
     folders = [experiment.folder(setting) for setting in settings]
     device = experiment.where()
     with joined(device):
         if rank() == 0:
-            _refuse_taken(folders, experiment)
+            _refuse_taken(folders, settings, experiment)
         _prepare(experiment, device)
         groups = _grouped(experiment, settings)
         workers = _workers(experiment, groups, device)
@@ -105,39 +114,57 @@ def _run(experiment: Experiment, group: Group, report: Report) -> None:
         raise RuntimeError(f"'{folders[0]}': {error}") from error
 
 
-def _refuse_taken(folders: list[Path], experiment: Experiment) -> None:
-    for folder in filter(is_run, folders):
+def _refuse_taken(folders: list[Path], settings: list[Any], experiment: Experiment) -> None:
+    for folder, setting in zip(folders, settings, strict=True):
+        if not is_run(folder):
+            continue
         if experiment.exist() == "refuse":
             raise ValueError(f"'{folder}' already holds a run: choose another --out, or give --resume or --replace.")
         if (other := read_config(folder).get("experiment")) != experiment.name:
             raise ValueError(f"'{folder}' holds a run of another experiment ('{other}'): choose another --out.")
+        if experiment.exist() == "resume":
+            Run.is_finished(folder, setting)  # refuses runs of other options: now, and not when the runs before it are trained
 
 
 def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
     table, states = read(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
-        console.print(f"{name}: training diverged; the run ends there.")
+        console.print(f"{name}: training diverged; the run ends there.", soft_wrap=True)
     lost = set(states["state"]) == {"failed"}
-    if lost or not experiment.figures:
+    if lost or not experiment.figures or not experiment.whole:
         say_runs(console, states, table)
-        if lost:
+        if not experiment.whole:
+            console.print(_when_all_are_done(experiment), soft_wrap=True)
+        elif lost:
             console.print("There is nothing to draw or to compare: no run came to its end.")
         return
-    if experiment.sweeps:
-        say_sweep(console, table)
-    else:
-        say_comparison(console, table)
-    say_identities(console, table)
+    with _finished(console, "table"):
+        (say_sweep if experiment.sweeps else say_comparison)(console, table)
+    with _finished(console, "identities"):
+        say_identities(console, table)
     for name in experiment.figures:
-        _draw(console, experiment, name, table)
-    say_verdicts(console, table)
+        with _finished(console, f"figure {name}"):
+            say_paths(console, draw(name, table, experiment.out))
+    with _finished(console, "verdicts"):
+        say_verdicts(console, table)
 
 
-def _draw(console: Console, experiment: Experiment, name: str, table: Any) -> None:
-    if not experiment.whole:
-        console.print(f"No figure of a part: when all parts are done, `biasshift figure {name} {experiment.out}` draws it.", soft_wrap=True)
-        return
+def _when_all_are_done(experiment: Experiment) -> str:
+    """A part is not judged: what it is compared with may be another job's."""
+    out = shlex.quote(str(experiment.out))
+    drawn = "".join(f", and `biasshift figure {name} {out}` draws them" for name in experiment.figures)
+    return f"These are a part of the runs: when all parts are done, `biasshift claims {out}` judges them{drawn}."
+
+
+@contextmanager
+def _finished(console: Console, what: str) -> Iterator[None]:
+    """Of finished runs: what cannot be said or drawn is told in a sentence, for the training itself has not failed.
+
+    Defects of the program are not among it, nor a reader who has seen enough.
+    """
     try:
-        say_paths(console, draw(name, table, experiment.out))
-    except ValueError as error:  # of runs some of which are lost; the rest is said nevertheless
-        console.print(f"No figure {name}: {error}", soft_wrap=True)
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        console.print(f"No {what}: {sentence(error)}", soft_wrap=True)
