@@ -11,21 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biasshift.claims import claims, sentences
 from biasshift.reading import find_runs, read_runs, run_states
+from biasshift.report.equal_loss import equal_loss_part
 from biasshift.report.origins import origins_part
 from biasshift.report.page import page
-from biasshift.report.parts import claims_part, curves_part, faint, layers_part, left_out_part, reading_part
+from biasshift.report.parts import curves_part, layers_part, left_out_part
 from biasshift.report.reducing import reduced
 from biasshift.report.series import MOST_SERIES, Series, all_series
 from biasshift.report.text import escaped
-from biasshift.summary import READING, per_run, reading_table
+from biasshift.report.verdicts import verdicts_part
 from biasshift.writing import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
-
-MOST_SETTINGS = 6  # of which each gets its own table of claims
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -57,12 +55,14 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     series = all_series(states, _last_losses(states, table))
     found = reduced(table, states, series)
     origins, not_listed = origins_part(folders, states)
+    examined = equal_loss_part(table, states, found)
     unjudged: list[str] = []
-    verdicts = _verdicts(table, series, unjudged)
+    verdicts = verdicts_part(table, series, unjudged)
     sections = [
         ("What these runs say about the paper's claims", verdicts),
         ("Learning curves", curves_part(found)),
         ("Layers and units", layers_part(found)),
+        *([("At equal training loss", examined)] if examined else []),
         ("Runs", origins),
         ("What this page leaves out", left_out_part([*found.left_out, *unjudged, *not_listed])),
     ]
@@ -89,38 +89,6 @@ def _intro(states: pd.DataFrame, series: Sequence[Series]) -> str:
         f"; and {len(series) - MOST_SERIES} more" if len(series) > MOST_SERIES else ""
     )
     return f'<p class="faint">{escaped(counts)}. Groups of runs that differ in the seed alone: {escaped(groups, 2000)}.</p>'
-
-
-def _verdicts(table: pd.DataFrame, series: Sequence[Series], left_out: list[str]) -> str:
-    """Claims and the table for reading, for all runs; where they are of several settings, for each setting by itself."""
-    try:
-        return _said(table)
-    except ValueError as error:
-        whole = str(error)
-    settings = list(dict.fromkeys(one.setting for one in series))
-    parts, reasons = [], {whole}
-    for setting in settings[:MOST_SETTINGS] if len(settings) > 1 else []:
-        runs = [run for one in series if one.setting == setting for run in one.runs]
-        try:
-            said = _said(table.loc[table["run"].isin(runs)])
-        except ValueError as error:
-            reasons.add(str(error))
-            said = faint(f"No verdicts. {error}")
-        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{said}")
-    if not parts or (reasons == {whole} and all("No verdicts" in part for part in parts)):
-        return faint(f"No verdicts. {whole}")
-    if len(settings) > MOST_SETTINGS:
-        left_out.append(f"Claims of {len(settings) - MOST_SETTINGS} of {len(settings)} settings: give fewer runs at a time.")
-    return faint(f"{whole} So here each setting stands by itself.") + "".join(parts)
-
-
-def _said(table: pd.DataFrame) -> str:
-    try:
-        found = claims(table)
-        summary = "<h3>Mean ± SD over seeds</h3>" + reading_part(reading_table(per_run(table)), READING)
-    except (TypeError, LookupError) as error:  # options of other kinds than any run of ours has must not take the charts away
-        raise ValueError(f"These runs' options are not of the kinds that claims are made of ({error}).") from error
-    return claims_part(found, sentences(found)) + summary
 
 
 def _write(out: Path, text: str) -> None:

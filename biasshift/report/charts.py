@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from biasshift.report.reducing import LEVELS, Reduced
+from biasshift.report.reducing import DRAWN, LEVELS, Reduced
 
 if TYPE_CHECKING:
     import altair as alt
@@ -46,6 +46,7 @@ def theme(found: Reduced, dark: bool) -> dict[str, Any]:
         "view": {"stroke": None},
         "autosize": {"type": "fit-x", "contains": "padding", "resize": True},  # other numbers need other room at the axes
         "axis": {**text, "gridColor": faint, "domainColor": faint, "tickColor": faint},
+        "text": {"color": ink},
         "legend": {**text, "labelLimit": 300},
         "range": {"category": [one.on_dark if dark else one.color for one in found.series]},
     }
@@ -127,24 +128,22 @@ def within_cell(found: Reduced) -> alt.TopLevelMixin:
     import altair as alt
 
     rows = alt.Chart(alt.NamedData("cells")).transform_filter("datum.q == quantity && datum.l == layer && datum.s == step")
+    said = "format(datum.beyond, ',') + ' of ' + format(datum.n, ',') + ' values beyond the axis'"
+    said = rows.transform_aggregate(beyond="sum(beyond)", n="sum(n)").transform_calculate(said=said)
+    said = said.mark_text(align="left", baseline="bottom", x=0, y=-8).encode(text="said:N")
     rows = _with_labels(rows).transform_calculate(percent=str(list(LEVELS))).transform_flatten(["d", "percent"], ["value", "percent"])
-    # Without the least and the largest of thousands of units: a single one would squeeze all others.
-    rows = rows.transform_calculate(least="datum.d[0]", most=f"datum.d[{len(LEVELS) - 1}]")
-    rows = rows.transform_filter("datum.percent > 0 && datum.percent < 100")
+    rows = rows.transform_filter(f"indexof({list(DRAWN)}, datum.percent) >= 0 && datum.value >= datum.low && datum.value <= datum.high")
     lines = rows.mark_line(point=alt.OverlayMarkDef(size=45)).encode(
-        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False), axis=alt.Axis(labelExpr=_TICK)),
+        x=alt.X("value:Q", title="value", scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(labelExpr=_TICK)),
         y=alt.Y("percent:Q", title="% of units at or below", scale=alt.Scale(domain=[0, 100])),
         order="percent:Q",
         color=_color(found),
         tooltip=[
-            "label:N",
-            alt.Tooltip("percent:Q", title="%"),
-            alt.Tooltip("value:Q", format=".3~g"),
-            alt.Tooltip("n:Q", title="values"),
-            "runs:Q",
+            "label:N", alt.Tooltip("percent:Q", title="%"), alt.Tooltip("value:Q", format=".3~g"), alt.Tooltip("n:Q", title="values"),
+            alt.Tooltip("beyond:Q", title="of them beyond the axis"), "runs:Q",
         ],
-    )
-    return lines.properties(width="container", height=HEIGHT).add_params(*_bound("quantity", "layer", "step"))
+    )  # fmt: skip
+    return alt.layer(lines, said).properties(width="container", height=HEIGHT).add_params(*_bound("quantity", "layer", "step"))
 
 
 # -- parts -------------------------------------------------------------------------------------------------------

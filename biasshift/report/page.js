@@ -11,9 +11,13 @@ const choose = (id, value) => {
 const rows = ({ names, rows }) => rows.map((row) => Object.fromEntries(names.map((name, i) => [name, row[i]])));
 const datasets = () => Object.fromEntries(Object.entries(page.datasets).map(([name, table]) => [name, rows(table)]));
 
+const every = Object.fromEntries([...document.querySelectorAll("select")].map((one) => [one.id, [...one.options]]));
+
 function offer(id, values, otherwise) {
-  for (const option of select(id).options) option.hidden = option.disabled = !values.includes(Number(option.value));
-  if (select(id).selectedOptions[0]?.disabled) choose(id, otherwise);
+  const before = select(id).value;
+  select(id).replaceChildren(...every[id].filter((option) => values.includes(Number(option.value))));
+  if (values.includes(Number(before))) select(id).value = before;
+  else choose(id, otherwise);
 }
 
 function offerMeasured() {

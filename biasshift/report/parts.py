@@ -3,67 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from biasshift.report.charts import CURVES
+from biasshift.report.markup import faint
 from biasshift.report.reducing import ALL_LAYERS, Reduced
-from biasshift.report.text import escaped, number, plain
+from biasshift.report.text import escaped, plain
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MOST_CLAIMS = 200
 _STEEP = 20.0
-_BADGES = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}
-_CLAIM_COLUMNS = ("claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict", "caveat")
 _PLACES = (
     ("heat", "Layer × step", "Median over units, then mean over runs. Colors end at the 2nd and 98th percentile of the cells. "
      "Point at a cell for its numbers, click it to choose its layer and step."),
     ("across", "Comparison over steps", "At the chosen layer: median over units in each run, then mean ± SD over runs."),
     ("within", "Units at the chosen layer and step",
-     "The 5th to 95th percentile over all units of all runs; over runs alone for a quantity of whole layers."),
+     "The 5th to 95th percentile over all units of all runs; over runs alone for a quantity of whole layers. "
+     "Long tails are cut: the axis ends 3 quartile distances beyond the quartiles."),
 )  # fmt: skip
-
-
-def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
-    """The verdicts: one row per claim, then the same as sentences."""
-    others = [name for name in found if name not in _CLAIM_COLUMNS]
-    head = ["verdict", "claim", "effect [interval]", "n", "p", "statistic", "caveat"]
-    rows = [_claim(row, others) for row in found.head(MOST_CLAIMS).to_dict("records")]
-    words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said[:MOST_CLAIMS])
-    more = f"{len(found) - MOST_CLAIMS} more claims are not shown." if len(found) > MOST_CLAIMS else ""
-    note = "Effects with 95 % intervals over paired seeds; the verdict goes by p_holm, corrected within a family of claims. "
-    counts = "; ".join(f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items())
-    verdicts = table(head, rows)
-    if set(found["verdict"]) <= {"undecided"}:
-        verdicts = f"<details><summary>All of them</summary>{verdicts}</details>"
-    return faint(f"{counts}. {note}{more}") + verdicts + f"<details><summary>In sentences</summary><ul>{words}</ul></details>"
-
-
-def _claim(row: dict[Any, Any], others: Sequence[Any]) -> list[tuple[str, str]]:
-    verdict = str(row["verdict"])
-    interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
-    more = "; ".join(f"{name} = {number(row[name]) if isinstance(row[name], float) else row[name]}" for name in others)
-    more = f"<details><summary>more</summary>{escaped(more, 1000)}</details>" if more else ""
-    return [
-        ("", f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(verdict)}</span>'),
-        ("text", f'{escaped(row["statement"])} <span class="faint">({escaped(row["source"])})</span>'),
-        ("number", number(row["effect"]) + interval),
-        ("number", escaped(row["n"])),
-        ("number", number(row["p"], 2)),
-        ("text", escaped(row["statistic"])),
-        ("text", escaped(row["caveat"]) + more),
-    ]
-
-
-def reading_part(found: pd.DataFrame, how: str) -> str:
-    """`biasshift.summary.reading_table`, and how to read it."""
-    rows = [
-        [("text", escaped(name)), *(("number", escaped(text.replace("-", "−"))) for text in row)]
-        for name, row in zip(found.index, found.to_numpy(), strict=True)
-        if set(row) != {"–"}
-    ]
-    return faint(how) + table(["", *map(str, found.columns)], rows)
 
 
 def curves_part(found: Reduced) -> str:
@@ -110,19 +65,10 @@ def layers_part(found: Reduced) -> str:
 
 def left_out_part(sentences: Sequence[str]) -> str:
     """What the page does not show."""
-    sentences = sentences or ["Nothing: every measured step, layer, quantity and run of these folders is on this page."]
+    sentences = sentences or [
+        "Nothing: every measured step, layer, quantity and run of these folders is in a chart or a table; of units, their percentiles."
+    ]
     return "<ul>" + "".join(f"<li>{escaped(sentence, 3000)}</li>" for sentence in sentences) + "</ul>"
-
-
-def faint(text: str) -> str:
-    return f'<p class="faint">{escaped(text, 2000)}</p>' if text else ""
-
-
-def table(head: Iterable[str], rows: Iterable[Sequence[tuple[str, str]]]) -> str:
-    """A table of (class, HTML) cells; the head is text."""
-    top = "".join(f"<th>{escaped(name, 60)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _chart(place: str) -> str:

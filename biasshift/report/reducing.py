@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from biasshift.cells import RULE
 from biasshift.report.series import Series
 from biasshift.report.text import listed, plain, told_apart
+from biasshift.report.thinning import by_depth, ends, even, rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,13 +19,14 @@ MOST_CELLS = 18_000  # (quantity, series, layer, step): about 140 bytes each
 MOST_POINTS = 12_000  # of all learning curves
 MOST_STEPS, MOST_LAYERS, MOST_QUANTITIES = 40, 32, 40
 POINTS_A_CURVE = 150
-LEVELS = (0, 5, 10, 25, 50, 75, 90, 95, 100)  # percentiles of the values in a cell
+DRAWN = (5, 10, 25, 50, 75, 90, 95)  # percentiles: without the least and the largest of thousands, one could squeeze all others
+LEVELS = (0, *DRAWN, 100)  # percentiles of the values in a cell
 ALL_LAYERS = -1
 _NETWORK, _NOWHERE = -2, -3  # layers of rows about the whole network, and of rows that are in no chart
-_LARGEST = 1e150  # squares of larger numbers may overflow
+LARGEST = 1e150  # squares of larger numbers may overflow
 _SPLIT = re.compile(r"(train|valid|test)_(.+)")
 _NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs"}
-CELL_COLUMNS = ["q", "g", "l", "s", "n", "runs", "mean", "sd", "d"]
+CELL_COLUMNS = ["q", "g", "l", "s", "n", "runs", "mean", "sd", "d", "low", "high", "beyond"]  # beyond: values outside of [low, high]
 CURVE_COLUMNS = ["metric", "split", "g", "step", "epoch", "mean", "sd", "n", "log", "log_sd"]  # log: of base 10, over positive values
 
 
@@ -46,7 +48,7 @@ class Reduced:
 def reduced(table: pd.DataFrame, states: pd.DataFrame, series: Sequence[Series]) -> Reduced:
     """Returns the cells (median over units per run, then mean and SD over runs; percentiles over units and runs) and the curves."""
     shown, hidden = [one for one in series if one.shown], [one.label for one in series if not one.shown]
-    names = [str(name) for name in table["layer"].cat.categories if name != ""]
+    names = by_depth([str(name) for name in table["layer"].cat.categories if name != ""])
     found = Reduced(shown, told_apart([plain(name, 60) for name in names]))
     if hidden:
         how = f"Learning rates: {RULE}. " if "lr" in states else ""
@@ -82,10 +84,10 @@ def _values(found: Reduced, column: pd.Series, keys: pd.DataFrame, where: pd.Ser
 
     rows = np.flatnonzero(where.to_numpy() & column.notna().to_numpy())
     values = column.to_numpy()[rows].astype(np.float64)
-    finite = np.abs(values) < _LARGEST
+    finite = np.abs(values) < LARGEST
     if not finite.all():
         found.left_out.append(
-            f"'{plain(column.name, 60)}': {(~finite).sum():,} of {len(values):,} values are infinite or beyond {_LARGEST:g}."
+            f"'{plain(column.name, 60)}': {(~finite).sum():,} of {len(values):,} values are infinite or beyond {LARGEST:g}."
         )
     return keys.iloc[rows[finite]].assign(value=values[finite])
 
@@ -110,11 +112,11 @@ def _add_curves(found: Reduced, values: dict[str, pd.DataFrame], keys: pd.DataFr
             by_run = _thinned(found, values[column], most, plain(column, 60)).groupby(["group", "step", "run"])["value"].mean()
             logs = by_run.where(by_run > 0).map(np.log10)
             lines = pd.concat([some.groupby(level=["group", "step"]).agg(["mean", "std"]) for some in (by_run, logs)], axis=1)
-            rounded = [[_rounded(value, 4) for value in row] for row in lines.to_numpy()]
+            spreads = [[rounded(value, 4) for value in row] for row in lines.to_numpy()]
             counts = by_run.groupby(level=["group", "step"]).size()
             found.points += [
                 [names.index(metric), split, int(g), int(step), epochs.get((g, step)), *spread[:2], int(n), *spread[2:]]
-                for (g, step), n, spread in zip(lines.index, counts, rounded, strict=True)
+                for (g, step), n, spread in zip(lines.index, counts, spreads, strict=True)
             ]
 
 
@@ -123,7 +125,7 @@ def _epochs(table: pd.DataFrame, keys: pd.DataFrame) -> dict[Any, Any]:
         return {}
     rows = keys[(keys["layer"] == _NETWORK) & table["epoch"].notna().to_numpy()]
     medians = rows.assign(epoch=table["epoch"].to_numpy()[rows.index]).groupby(["group", "step"])["epoch"].median()
-    return {key: _rounded(epoch, 6) for key, epoch in medians.items()}
+    return {key: rounded(epoch, 6) for key, epoch in medians.items()}
 
 
 # -- layers and units --------------------------------------------------------------------------------------------
@@ -133,13 +135,16 @@ def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
     import numpy as np
 
     columns = _first(found, [name for name, some in values.items() if len(some)], "quantities of layers")
-    layers = {column: _even(np.unique(values[column]["layer"]).tolist(), MOST_LAYERS) for column in columns}
+    layers = {column: even(np.unique(values[column]["layer"]).tolist(), MOST_LAYERS) for column in columns}
     cells_a_step = sum(len(some) + 1 for some in layers.values()) * len(found.series)
     most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, cells_a_step)))
     found.quantities = told_apart([plain(name, 60) for name in columns])
     for position, (column, label) in enumerate(zip(columns, found.quantities, strict=True)):
         rows = values[column]
-        rows = rows[rows["unit"] >= 0] if (rows["unit"] >= 0).any() else rows
+        of_units = rows["unit"] >= 0
+        if of_units.any() and not of_units.all():
+            found.thinned.setdefault("Values of whole layers, of what was measured of units, too", []).append(label)
+            rows = rows[of_units]
         if (measured := rows["layer"].nunique()) > MOST_LAYERS:
             found.thinned.setdefault(f"{MOST_LAYERS} of {measured:,} layers, evenly chosen", []).append(label)
         rows = _thinned(found, rows[rows["layer"].isin(layers[column])], most, label)
@@ -151,19 +156,24 @@ def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
 
 
 def _cells(rows: pd.DataFrame, quantity: int) -> list[list[Any]]:
+    import numpy as np
+
     keys = ["group", "layer", "step"]
     over_runs = rows.groupby([*keys, "run"])["value"].median().groupby(level=keys).agg(["mean", "std", "count"])
     pooled = rows.groupby(keys)["value"]
     percentiles, sizes = pooled.quantile([level / 100 for level in LEVELS]).unstack(), pooled.size()
+    limits = ends(percentiles.set_axis(list(LEVELS), axis=1), DRAWN, keys[1:]).to_numpy()
+    place, value = pooled.ngroup().to_numpy(), rows["value"].to_numpy()
+    beyond = np.bincount(place, (value < limits[place, 0]) | (value > limits[place, 1]), len(limits))
     return [
-        [quantity, int(g), int(layer), int(step), int(n), int(runs), _rounded(mean, 4), _rounded(sd, 3), [_rounded(x, 3) for x in some]]
-        for (g, layer, step), n, (mean, sd, runs), some in zip(
-            over_runs.index, sizes, over_runs.to_numpy(), percentiles.to_numpy(), strict=True
+        [
+            quantity, int(g), int(layer), int(step), int(n), int(runs), rounded(mean, 4), rounded(sd, 3),
+            [rounded(x, 3) for x in some], rounded(low, 3), rounded(high, 3), int(out),
+        ]
+        for (g, layer, step), n, (mean, sd, runs), some, (low, high), out in zip(
+            over_runs.index, sizes, over_runs.to_numpy(), percentiles.to_numpy(), limits, beyond, strict=True
         )
     ]  # fmt: skip
-
-
-# -- thinning ----------------------------------------------------------------------------------------------------
 
 
 def _first(found: Reduced, names: list[str], what: str) -> list[str]:
@@ -181,20 +191,5 @@ def _thinned(found: Reduced, values: pd.DataFrame, most: int, what: str) -> pd.D
         return values
     how = f"{most} of {max(map(len, steps.values())):,} measured steps, evenly chosen"
     found.thinned.setdefault(how, []).append(what)
-    kept = [values.loc[(values["group"] == group) & values["step"].isin(_even(sorted(some), most))] for group, some in steps.items()]
+    kept = [values.loc[(values["group"] == group) & values["step"].isin(even(sorted(some), most))] for group, some in steps.items()]
     return pd.concat(kept)
-
-
-def _even(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly, with the last and (from two on) the first."""
-    if len(values) <= most:
-        return list(values)
-    gaps = max(1, most - 1)
-    return [values[-1]] if most == 1 else [values[round(i * (len(values) - 1) / gaps)] for i in range(most)]
-
-
-def _rounded(value: Any, digits: int) -> float | int | None:
-    if value is None or value != value:
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
