@@ -14,7 +14,7 @@ NAMES = {"elu": "ELU", "relu": "ReLU", "lrelu": "LReLU", "srelu": "SReLU"}
 CELL = ("activation", "update", "constant", "batch_norm")
 UNKNOWN = 0.0  # learning rate of runs that do not record one: the same for all
 TINY = 1e-300  # a loss of exactly 0 has no logarithm
-RULE = "of those tried for all alike: fewest runs that stopped early, then the lowest geometric mean of the last training losses"
+RULE = "of those tried for all alike: fewest runs that stopped early, then the lowest geometric mean of the training losses at the end"
 
 
 class Cell(NamedTuple):
@@ -103,10 +103,13 @@ def paper_runs(numbers: "pd.DataFrame") -> "pd.DataFrame":
 def best_rate(numbers: "pd.DataFrame") -> float:
     """The learning rate to judge runs at: `RULE`. Activations count alike: logarithms of losses are averaged.
 
-    A run that diverged stopped early, so that no rate is chosen for the runs that survived it.
+    A run that diverged stopped early, and so did one that is not there although its seed is at another rate: no rate is chosen for
+    the runs that survived it.
     """
     import numpy as np
 
-    losses = numbers.assign(stopped=numbers["train_loss"].isna(), ln_loss=np.log(numbers["train_loss"].astype(float).clip(lower=TINY)))
-    rates = losses.groupby("lr").agg(stopped=("stopped", "sum"), ln_loss=("ln_loss", "mean"))
+    wanted = len(numbers.drop_duplicates([name for name in (*CELL, "seed") if name in numbers]))
+    losses = numbers.assign(ln_loss=np.log(numbers["train_loss"].astype(float).clip(lower=TINY)))
+    rates = losses.groupby("lr").agg(ended=("train_loss", "count"), ln_loss=("ln_loss", "mean"))
+    rates = rates.assign(stopped=wanted - rates["ended"])
     return float(rates.sort_values(["stopped", "ln_loss"], kind="stable").index[0])

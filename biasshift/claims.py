@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biasshift.judging.judge import judged
+from biasshift.judging.statistics import LEVEL, seeds_needed
 from biasshift.reading import read_runs
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
     Effects are paired by seed (equal initial weights, equal batches). Every claim predicts the sign of its effect. The verdict is
     *supported* when the 95 % t interval over seeds lies on that side of 0 and the exact one-sided test agrees after Holm's correction
     over the variants of the statement, *not supported* when all this holds of the contrary, else *undecided*; so it is, too, with
-    fewer than 6 paired seeds, and when the sign of the effect changes with the damping or the probe.
+    fewer than 6 paired seeds, and where what is read off Fisher matrices was not repeated on two probes at three dampings with one
+    sign. Pairs without a number count as the strongest evidence against: a verdict holds whatever they would have been.
+    Correlations across the few activation functions are described, and never decided.
 
     Runs may differ in activation function, update, constant, batch normalization and learning rate. The rates must be the same for
     all. Claims 1 to 4 and 7 are about plain gradient descent at one rate; the others compare every kind of network and update at its
@@ -39,7 +42,7 @@ def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
         `biasshift.judging.statistics` says why.
 
     Raises:
-        ValueError: when there are no runs, they lack what the claims are made of, or they are no runs of one setting.
+        ValueError: when there are no runs, they lack what the claims are made of, are no runs of one setting, or have losses below 0.
     """
     import pandas as pd
 
@@ -92,7 +95,20 @@ def claims_markdown(found: "pd.DataFrame") -> str:
             _p(row.p), _p(row.p_holm), _p(row.p_contrary), row.caveat,
         ]  # fmt: skip
         lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{footnote(found)}\n"
+
+
+def footnote(found: "pd.DataFrame") -> str:
+    """How many questions these are, and what is left when they are taken as one."""
+    tested = found[found["p"].notna()]
+    families, fewest = tested["family"].nunique(), int(tested["n"].max()) if len(tested) else 0
+    strict = int(((tested["verdict"] == "supported") & (tested["p_holm_all"] < LEVEL)).sum())
+    possible = "" if len(tested) / 2**fewest < LEVEL else f"; with {fewest} seeds none could: {seeds_needed(len(tested))} are needed"
+    return (
+        f"{len(tested)} tests in {families} families of variants; Holm's correction is within families. If nothing held, about "
+        f"{families / 40:.1f} families would be called supported, and as many not supported, by chance. Corrected over all tests at once "
+        f"{strict} supported claims remain{possible}."
+    )
 
 
 def _p(value: float) -> str:

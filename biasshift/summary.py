@@ -13,11 +13,14 @@ REMEDY = "give runs of `biasshift demo` or `biasshift train`"
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
+LAST_TENTH = 0.9
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 # What runs that are compared must share, where they record it; so they must the options of the updates, named update_….
 SHARED = (
-    "experiment", "epochs", "batch_size", "momentum", "scores_per_epoch", "depth", "width", "init",
-    "probe_size", "exam_size", "means_every", "equal_loss", "units_measured",
+    "experiment", "dataset", "epochs", "steps", "batch_size", "optimizer", "momentum", "weight_decay", "dropout", "loss",
+    "depth", "width", "init", "code", "stride", "crop", "geometry", "preprocessing", "augmented", "subtracted",
+    "scores_per_epoch", "score_every", "scored", "probe_size", "exam_size", "means_every", "fisher_every", "every", "equal_loss",
+    "units_measured", "damping",
 )  # fmt: skip
 
 # column of `per_run` → its name in the table for reading
@@ -49,7 +52,8 @@ def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
     ``inherited_equal`` over those before the equal loss. ``drift_units`` and ``drift_median`` are variances over epochs, see
     `drifts`. ``exam_*`` are those of `biasshift.examining.layer_statistics`, at damping 0.01, averaged over two disjoint probes
     and over the layers that are fed by an activation; NaN for a run that never came down to the equal loss.
-    A run that was stopped before its last epoch has no numbers at its end: NaN.
+    ``train_loss`` is `end_loss`. A run that was stopped before its last epoch, or whose last loss is not finite, has no numbers at its end: NaN. ``last_step`` is
+    how far it got.
 
     Raises:
         ValueError: when the table lacks the columns of a run, or holds runs that cannot be compared: of two settings, of unequal
@@ -71,7 +75,7 @@ def _refuse_mixture(table: "pd.DataFrame") -> None:
         raise ValueError(f"These runs have no column '{missing[0]}': {REMEDY}.")
     runs = table.drop_duplicates("run")
     for name in [*SHARED, *(name for name in table if str(name).startswith("update_"))]:
-        values = sorted(runs[name].dropna().unique()) if name in table else []
+        values = sorted(runs[name].dropna().astype(object).unique(), key=str) if name in table else []
         if len(values) > 1:
             raise ValueError(f"These runs differ in '{name}' ({', '.join(map(str, values))}): give runs of one setting.")
 
@@ -81,21 +85,36 @@ def _along(run: "pd.DataFrame", equal_step: float) -> dict[str, float]:
     means = run[(run["unit"] >= 0) & run["mean"].notna()]
     behind = run[run["layer"].isin(fed_layers(run)) & run["own"].notna()]
     numbers = {
+        "last_step": float(run["step"].max()),
         "unit_mean_equal": _median_at(means, equal_step),
         "inherited_early": inherited_share(behind[behind["step"] <= run["step"].max() / 4]),
         "inherited_equal": inherited_share(behind[behind["step"] <= equal_step]),
     }
     at_the_end = dict.fromkeys(("unit_mean", "unit_mean_abs", "inherited", "train_loss", "drift_units", "drift_median"), float("nan"))
-    if run["epoch"].max() >= run["epochs"].iloc[0]:
+    if _has_ended(run):
         last = _last(means)["mean"].astype(float)
         at_the_end = {
             "unit_mean": last.median(),
             "unit_mean_abs": last.abs().mean(),
             "inherited": inherited_share(behind),
-            "train_loss": _last(run[run["train_loss"].notna()])["train_loss"].mean(),
+            "train_loss": end_loss(run),
             **drifts(means),
         }
     return at_the_end | numbers
+
+
+def end_loss(run: "pd.DataFrame") -> float:
+    """The training loss at the end: the median of the scores in the last tenth of the run, so that no single minibatch decides."""
+    scores = run[run["train_loss"].notna()]
+    return float(scores.loc[scores["step"] > LAST_TENTH * scores["step"].max(), "train_loss"].median())
+
+
+def _has_ended(run: "pd.DataFrame") -> bool:
+    """Whether a run got to its last epoch, with a loss that is a number: one that diverged may go on beside others of an ensemble."""
+    import numpy as np
+
+    scores = run[(run["layer"].astype(str) == "") & run["epoch"].notna()]
+    return bool(run["epoch"].max() >= run["epochs"].iloc[0] and np.isfinite(_last(scores)["train_loss"].astype(float)).any())
 
 
 def _median_at(means: "pd.DataFrame", step: float) -> float:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 DAMPINGS = (1e-4, 1e-2, 1.0)
-EXAM = {"inflation": 2.0, "k": 0.5, "smaller_share": 0.5, "gap_degrees": 60.0, "enough": 0.75, "effective_samples": 3000.0}
+EXAM = {
+    "inflation": 2.0, "k": 0.5, "smaller_share": 0.5, "gap_degrees": 60.0, "enough": 0.75, "effective_samples": 3000.0, "mean_in_abs": 0.3,
+}  # fmt: skip
 ALONG = {"incoming": 0.3, "coupling": 0.5, "gap": 60.0, "smaller": 0.5, "samples": 300.0}
 LAST, EPOCHS = 100, 4  # steps and epochs of a run
 
 
 @dataclass
 class Planted:
-    """One run: three layers "0", "2", "4", activations "1" and "3" of three units each, two epochs of 50 steps to look at."""
+    """One run: layers "0", and those `fed` by an activation, "2", "4"; activations "1" and "3" of three units each, 100 steps."""
 
     activation: str
     seed: int
@@ -24,6 +26,8 @@ class Planted:
     train_loss: float = 0.5
     equal_step: int | None = 50  # None: never examined
     exam: Callable[[int, float], dict[str, float]] = field(default=lambda probe, damping: {})  # overrides of EXAM
+    exam_at: Callable[[str], dict[str, float]] = field(default=lambda layer: {})  # the same, for a layer
+    fed: tuple[str, ...] = ("2", "4")
     finished: bool = True
     every: int = 50  # steps between measurements
     means: Callable[[int], float] = lambda step: 9.0  # the median before the last step
@@ -34,7 +38,7 @@ class Planted:
 
     def rows(self) -> pd.DataFrame:
         last = LAST if self.finished else LAST // 2
-        rows = [{"step": 0, "layer": layer, "unit": -1, "inputs": 3.0} for layer in ("0", "2", "4")]
+        rows = [{"step": 0, "layer": layer, "unit": -1, "inputs": 3.0} for layer in ("0", *self.fed)]
         for step in range(0, last + 1, self.every):
             loss = self.train_loss if step == last else 2.3
             if self.rate is None:
@@ -43,7 +47,7 @@ class Planted:
                 means = [self.unit_mean + self.spread * offset for offset in (-1, 0, 1)]
                 means = means if step == last else [self.means(step)] * 3
                 rows += [{"step": step, "layer": layer, "unit": unit, "mean": mean} for unit, mean in enumerate(means)]
-            for layer in ("0", "2", "4"):
+            for layer in ("0", *self.fed):
                 own, incoming, second = self.shares if layer != "0" else (5.0, 0.0, 0.0)
                 for unit, sign in enumerate((1, -1)):
                     parts = {"own": sign * own, "incoming": -sign * incoming, "second_order": sign * second}
@@ -54,10 +58,10 @@ class Planted:
         if self.rate is not None:
             rows += [self._score(step, 2.3 * math.exp(-self.rate * step)) for step in range(0, last + 1, 10)]
         if self.equal_step is not None:
-            for layer, off in (("2", -1), ("4", 1)):  # the two layers lie on either side of the planted number
+            for layer, off in zip(self.fed, (-1, 1, 0), strict=False):  # the layers lie on either side of the planted number
                 for probe in (0, 1):
                     for damping in DAMPINGS:
-                        exam = EXAM | self.exam(probe, damping)
+                        exam = EXAM | self.exam_at(layer) | self.exam(probe, damping)
                         exam["k"] += off
                         columns = {f"exam_{name}": value for name, value in exam.items()}
                         keys = {"step": self.equal_step, "layer": layer, "unit": -1, "exam_probe": probe, "exam_damping": damping}
@@ -74,7 +78,7 @@ class Planted:
     def _measured(self, step: int) -> list[dict[str, object]]:
         """Two units a layer; of the share for which the corrected mean is smaller, one or both."""
         rows = []
-        for layer in ("2", "4"):
+        for layer in self.fed:
             if (planted := self.along(step, layer)) is None:
                 continue
             at = ALONG | planted

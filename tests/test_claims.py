@@ -9,7 +9,7 @@ import pytest
 from planted import Planted, table
 from scipy import stats
 
-from biasshift.claims import claims, claims_markdown, sentences
+from biasshift.claims import claims, claims_markdown, footnote, sentences
 from biasshift.judging.statistics import holm, paired, seeds_needed, share, verdict
 from biasshift.recording import Run
 
@@ -43,7 +43,7 @@ def row(found: pd.DataFrame, claim: str) -> pd.Series:
 
 
 OF_ONE = {"correction", "correction-steps"} | {  # claims that need no pair of activation functions
-    f"{link}-{where}" for link in ("mean-coupling", "coupling-gap") for where in ("layers", "steps", "activations", "all")
+    f"{link}-{where}" for link in ("mean-coupling", "coupling-gap") for where in ("seeds", "layers", "steps", "activations", "all")
 }
 BETWEEN = {
     "coupling", "coupling-steps", "gap", "gap-steps", "inherited", "inherited-loss", "speed", "speed-1", "speed-0.5", "loss",
@@ -115,6 +115,24 @@ def test_theorem_2s_correction(share, expected):
     assert found["effect"] == pytest.approx(0.5 - share - 0.0025)  # all activations of a seed together
 
 
+def test_theorem_2s_correction_may_help_one_and_not_the_other():
+    runs = [
+        Planted(name, s, exam=lambda *_, x=x, s=s: {"smaller_share": x + s / 1000})
+        for name, x in (("elu", 0.8), ("relu", 0.1))
+        for s in SEEDS
+    ]
+    found = claims(table(runs))
+    verdicts = [row(found, f"correction{suffix}")["verdict"] for suffix in ("-elu", "-relu", "")]
+    assert verdicts == ["supported", "not supported", "not supported"]
+
+
+def test_units_without_a_corrected_mean_say_nothing_about_the_correction():
+    """As those without a bias."""
+    nothing = {"smaller_share": np.nan}
+    found = claims(table(Planted(name, s, exam=lambda *_: nothing) for name in ("elu", "relu") for s in SEEDS))
+    assert row(found, "correction")[["n", "verdict"]].tolist() == [0, "undecided"]
+
+
 def test_theorem_2s_correction_too_is_repeated_over_dampings():
     def exam(probe, damping):
         return {"smaller_share": 0.4 if damping == 1.0 else 0.7}
@@ -130,8 +148,99 @@ def test_runs_that_never_came_down_to_the_equal_loss_leave_their_pairs_out():
     runs = [Planted(name, seed, equal_step=None if (name, seed) == ("relu", 2) else 50) for name in ("elu", "relu") for seed in SEEDS]
     found = claims(table(runs))
     assert {name: row(found, name)["n"] for name in ("gap", "coupling", "speed", "loss", "means")} == {
-        "gap": 5, "coupling": 5, "speed": 5, "loss": 6, "means": 6,
+        "gap": 5, "coupling": 5, "speed": 6, "loss": 6, "means": 6,
     }  # fmt: skip
+    assert row(found, "gap")["caveat"].startswith(
+        "Fewer than 6 paired seeds decide nothing. 1 of 6 pairs have no number, and count against the verdict. "
+    )
+
+
+def spoilt(count: int) -> pd.DataFrame:
+    """Twelve seeds in which ELU's gap is clearly smaller; of so many ReLU networks nothing is known at equal loss."""
+    pairs = zip(range(12), 2 * LESS, strict=True)
+    runs = [(Planted("elu", s, **PLANT["gap"](d)), Planted("relu", s, equal_step=None if s < count else 50)) for s, d in pairs]
+    return table(itertools.chain(*runs))
+
+
+def test_pairs_without_a_number_count_as_the_strongest_evidence_against():
+    verdicts = [row(claims(spoilt(count)), "gap")["verdict"] for count in (0, 1, 2, 6)]
+    assert verdicts == ["supported", "supported", "undecided", "undecided"]
+    worst = np.array([*(2 * LESS)[:10], 0.5, 0.7])
+    assert paired(pd.Series([*(2 * LESS)[:10], np.nan, np.inf])).p == pytest.approx(exact_p(worst))
+    assert paired(pd.Series([*(-np.array(2 * LESS))[:10], np.nan, np.nan])).p_contrary == pytest.approx(exact_p(worst))
+
+
+def test_a_network_that_never_gets_there_is_slower_than_one_that_does():
+    """Half of the ReLU networks are quick and half are stuck: to leave the stuck ones out would make ELU the slower one."""
+    runs = [Planted("elu", s, equal_step=50 + s) for s in range(12)]
+    runs += [Planted("relu", s, equal_step=None if s % 2 else 40 + s) for s in range(12)]
+    found = row(claims(table(runs)), "speed")
+    assert found["n"] == 12 and found["verdict"] == "undecided" and "In 6 pairs one run never came down there" in found["caveat"]
+    stuck = [run for run in runs if run.activation == "elu"] + [Planted("relu", s, equal_step=None) for s in range(12)]
+    found = row(claims(table(stuck)), "speed")
+    assert found["verdict"] == "supported" and found["effect"] == pytest.approx(np.mean([np.log((50 + s) / 100) for s in range(12)]))
+
+
+def test_a_run_that_ended_before_its_partner_was_there_says_nothing_about_who_is_faster():
+    runs = [Planted(name, s, equal_step=None if name == "elu" else 80, finished=name == "relu") for name in ("elu", "relu") for s in SEEDS]
+    assert row(claims(table(runs)), "speed")[["n", "verdict"]].tolist() == [0, "undecided"]
+
+
+def test_a_network_whose_loss_is_no_number_at_its_end_has_not_reached_it():
+    """It went on beside the others of an ensemble; its last finite loss must not speak for it."""
+    rows = planted("loss", LESS)
+    lost = (rows["activation"] == "elu") & (rows["seed"] < 3) & (rows["step"] == 100)
+    rows.loc[lost & rows["train_loss"].notna(), "train_loss"] = np.nan
+    found = row(claims(rows), "loss")
+    assert found[["n", "verdict"]].tolist() == [3, "undecided"] and found["caveat"].startswith(
+        "Fewer than 6 paired seeds decide nothing. 3 of 6 pairs have no number"
+    )
+
+
+def test_layers_are_compared_with_their_like():
+    """Layer by layer nothing differs; that ELU's last layer has too few samples must not make a difference of what is left."""
+    levels = {"2": {"inflation": 2.0, "gap_degrees": 50.0}, "4": {"inflation": 8.0, "gap_degrees": 70.0}}
+
+    def run(name, seed):
+        few = {"enough": 0.4} if name == "elu" else {}
+        return Planted(name, seed, exam_at=lambda layer: levels[layer] | (few if layer == "4" else {}))
+
+    found = claims(table(run(name, seed) for name in ("elu", "relu") for seed in SEEDS))
+    for claim in ("coupling", "gap"):
+        assert row(found, claim)[["effect", "n", "verdict"]].tolist() == [0.0, 6, "undecided"]
+        assert "6 of 24 layers have too few effective samples and are left out" in row(found, claim)["caveat"]
+
+
+@pytest.mark.parametrize("kept", ["exam_probe == 0", "exam_damping == 0.01", "exam_damping > 0.001"])
+def test_what_was_not_repeated_decides_nothing(kept):
+    rows = planted("gap", LESS)
+    found = row(claims(rows[rows["exam_damping"].isna() | rows.eval(kept)]), "gap")
+    assert found["p"] < 0.05 and found["verdict"] == "undecided" and "Not repeated on two probes at three dampings" in found["caveat"]
+
+
+def test_losses_that_are_not_equal_decide_nothing_at_equal_loss():
+    rows = planted("gap", LESS)
+    examined = rows["exam_damping"].notna()
+    rows.loc[examined, "exam_loss"] = np.where(rows.loc[examined, "activation"] == "elu", 0.5, 0.52)
+    assert row(claims(rows), "gap")["verdict"] == "supported"
+    rows.loc[examined & (rows["activation"] == "elu"), "exam_loss"] = 0.4
+    found = row(claims(rows), "gap")
+    assert found["verdict"] == "undecided" and "ELU was examined at a loss of 0.4, ReLU at 0.52" in found["caveat"]
+
+
+def test_losses_below_0_are_refused_by_name():
+    rows = planted("gap", LESS)
+    rows.loc[rows["train_loss"].notna() & (rows["run"] == "relu-3"), "train_loss"] = -0.1
+    with pytest.raises(ValueError, match=r"training loss of run 'relu-3' falls below 0.*cannot be negative"):
+        claims(rows)
+
+
+@pytest.mark.parametrize(("option", "values"), [("damping", (1e-4, 1.0)), ("weight_decay", (0.0, 0.1)), ("optimizer", ("adam", "sgd"))])
+def test_runs_that_differ_in_what_moves_the_numbers_are_refused(option, values):
+    rows = planted("gap", LESS)
+    rows[option] = np.where(rows["activation"] == "elu", *values).astype(object)
+    with pytest.raises(ValueError, match=f"These runs differ in '{option}' \\({values[0]}, {values[1]}\\): give runs of one setting"):
+        claims(rows)
 
 
 def test_without_any_examination_the_sentences_say_why_there_is_no_number():
@@ -167,7 +276,9 @@ def test_runs_that_were_stopped_decide_nothing_about_the_end():
     ],
 )
 def test_claims_about_activations_that_were_not_trained_are_left_out(activations, expected):
-    assert set(claims(table(Planted(name, seed) for name in activations for seed in SEEDS))["claim"]) == expected | OF_ONE
+    corrections = {f"correction-{name}" for name in activations} & {"correction-elu", "correction-relu"}
+    found = claims(table(Planted(name, seed) for name in activations for seed in SEEDS))
+    assert set(found["claim"]) == expected | corrections | OF_ONE
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------
@@ -310,8 +421,8 @@ def test_one_sentence_per_claim_with_its_number():
     low, high = (f"{row(found, 'gap')[name]:+.3g}" for name in ("low", "high"))
     assert (
         f"Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). degrees between gradient and unit "
-        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.016. At equal training loss; the sign is the same on two disjoint "
-        "probes and at dampings 1e-4, 1e-2 and 1."
+        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.016. At equal training loss. The sign is the same on two disjoint "
+        "probes and at dampings 0.0001, 0.01 and 1."
     ) in said
     for sentence, statement in zip(said, found["statement"], strict=True):
         assert statement in sentence
@@ -338,12 +449,23 @@ def test_columns_and_folders(tmp_path):
 def test_the_markdown_table_has_a_row_per_claim_and_no_markup_from_outside():
     found = claims(planted("gap", LESS))
     found.loc[0, "caveat"] = "<script>|`x`\n| [y](z)"
-    lines = claims_markdown(found).splitlines()
-    assert len(lines) == 2 + len(found)
+    *lines, empty, below = claims_markdown(found).splitlines()
+    assert len(lines) == 2 + len(found) and not empty and "tests in" in below
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "\\<script\\>\\|\\`x\\` \\| \\[y\\](z)" in lines[2]
     (gap,) = [line for line in lines if line.startswith("| 2 gap |")]
     assert "supported" in gap and "-0.0967" in gap and "0.016" in gap
+
+
+def test_the_footnote_counts_the_questions():
+    found = claims(planted("gap", LESS))
+    tested = found[found["p"].notna()]
+    said = footnote(found)
+    assert said.startswith(f"{len(tested)} tests in {tested['family'].nunique()} families")
+    assert f"with 6 seeds none could: {seeds_needed(len(tested))} are needed" in said and "0 supported claims remain" in said
+    many = [(Planted("elu", s, **PLANT["gap"](-0.1)), Planted("relu", s, **PLANT["gap"](0.0))) for s in range(16)]
+    found = claims(table(itertools.chain(*many)))
+    assert "could" not in footnote(found) and f"{(found['p_holm_all'] < 0.05).sum()} supported claims remain" in footnote(found)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

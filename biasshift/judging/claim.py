@@ -1,19 +1,16 @@
-"""One claim with what was found about it, before its verdict; the wording that claims share."""
+"""One claim with what was found about it, before its verdict; the wording and the effect that claims share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from biasshift.judging.evidence import Evidence
-from biasshift.judging.statistics import Found, paired
+from biasshift.judging.statistics import Found
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EQUAL_STEPS = "At equal steps, not at equal loss."
 EQUAL_LOSS = "At equal training loss."
-REPEATED = "At equal training loss; the sign is the same on two disjoint probes and at dampings 1e-4, 1e-2 and 1."
-SIGN_CHANGES = "At equal training loss; the sign changes with the damping or the probe."
 NO_PAIR = "No two runs with one seed reached their last epoch."
 NO_EXAM = "No two runs with one seed came down to the equal loss."
 NO_UNITS = "No two runs with one seed came down to the equal loss with enough effective samples."
@@ -37,19 +34,12 @@ class Claim:
     caveat: str
     missing: str  # why there is no pair, said in place of the caveat
     predicted: int = -1
-    unsure: bool = False  # its sign changes with the damping or the probe
+    unsure: bool = False  # undecided whatever the tests say, for a reason that the caveat gives
 
 
 def differences(numbers: "pd.DataFrame", column: str, first: str, second: str, transform: Callable = lambda x: x) -> "pd.Series":
-    """First minus second activation function, seed by seed."""
+    """First minus second activation function, for every seed that both were trained with; NaN where one of them has no number."""
     by_seed = numbers.set_index("seed")
-    one, other = (by_seed.loc[(by_seed["activation"] == name).to_numpy(), column] for name in (first, second))
-    return (transform(one.astype(float)) - transform(other.astype(float))).dropna()
-
-
-def from_exams(evidence: Evidence, effect: Callable[["pd.DataFrame"], "pd.Series"]) -> tuple[Found, str, bool]:
-    """An effect at equal loss, its caveat, and whether its sign changes: repeated on two probes and at three dampings."""
-    found = paired(effect(evidence.paper))
-    repeated = [float(effect(group).mean()) for _, group in evidence.exams.groupby(["exam_probe", "exam_damping"])]
-    unsure = not all(mean * found.effect > 0 for mean in repeated)
-    return found, SIGN_CHANGES if unsure else REPEATED, unsure
+    one, other = (by_seed.loc[(by_seed["activation"] == name).to_numpy(), column].astype(float) for name in (first, second))
+    seeds = one.index.intersection(other.index)
+    return transform(one.loc[seeds]) - transform(other.loc[seeds])

@@ -10,7 +10,7 @@ import numpy as np
 from biasshift.cells import Cell, best_rate, cell_of, paper_runs
 from biasshift.judging.curves import common_levels, curve_of, loss_after, reached
 from biasshift.judging.points import exam_points, points_of
-from biasshift.summary import examinations, per_run
+from biasshift.summary import REFERENCE_DAMPING, per_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,6 @@ class Evidence:
     """Runs, reduced. ``paper`` are those of plain gradient descent at one learning rate."""
 
     numbers: "pd.DataFrame"  # one row per run, `biasshift.summary.per_run`
-    exams: "pd.DataFrame"  # one row per run of the paper's kind, probe and damping
     curves: dict[str, "pd.DataFrame"]
     points: "pd.DataFrame"  # one row per run of the paper's kind, step and layer
     exam_points: "pd.DataFrame"  # one row per run of the paper's kind, layer, probe and damping
@@ -34,7 +33,8 @@ class Evidence:
         """Reduces a table of runs."""
         import pandas as pd
 
-        numbers, exams = per_run(table), examinations(table)
+        _refuse_negative_losses(table)
+        numbers = per_run(table)
         paper = list(paper_runs(numbers)["run"])
         curves, points = {}, []
         for name, run in table.groupby("run", observed=True, sort=False):
@@ -44,11 +44,22 @@ class Evidence:
         measured = [some for some in points if len(some)]
         layers = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
         examined = exam_points(table)
-        return cls(numbers, exams[exams["run"].isin(paper)], curves, layers, examined[examined["run"].isin(paper)])
+        return cls(numbers, curves, layers, examined[examined["run"].isin(paper)])
 
     @cached_property
     def paper(self) -> "pd.DataFrame":
         return paper_runs(self.numbers)
+
+    @property
+    def reference(self) -> "pd.DataFrame":
+        """The points of the examinations at the damping whose numbers are shown."""
+        return self.exam_points[self.exam_points["exam_damping"] == REFERENCE_DAMPING]
+
+    def seeds(self, *activations: str) -> list[int]:
+        """Those that all of these activation functions were trained with; without any, those of all runs of the paper's kind."""
+        runs = self.paper
+        both = [set(runs.loc[(runs["activation"] == name).to_numpy(), "seed"]) for name in activations]
+        return sorted(set.intersection(*both) if both else set(runs["seed"]))
 
     @cached_property
     def cells(self) -> set[Cell]:
@@ -56,13 +67,16 @@ class Evidence:
 
     def best(self, cells: Sequence[Cell]) -> dict[Cell, "pd.DataFrame"]:
         """The runs of every cell at its best learning rate of those that all of these cells were trained at, by seed."""
-        runs = {cell: self._runs(cell) for cell in cells}
-        rates = set.intersection(*(set(some["lr"]) for some in runs.values()))
+        runs, rates = {cell: self._runs(cell) for cell in cells}, self._rates(cells)
         found = {}
         for cell, some in runs.items():
             some = some[some["lr"].isin(rates)]
             found[cell] = (some[some["lr"] == best_rate(some)] if rates else some).set_index("seed")
         return found
+
+    def _rates(self, cells: Sequence[Cell]) -> list[float]:
+        """The learning rates that all of these cells were trained at."""
+        return sorted(set.intersection(*(set(self._runs(cell)["lr"]) for cell in cells)))
 
     def _runs(self, cell: Cell) -> "pd.DataFrame":
         same = np.ones(len(self.numbers), bool)
@@ -72,9 +86,8 @@ class Evidence:
 
     def edges(self, cells: Sequence[Cell]) -> list[str]:
         """Names of the cells whose best learning rate is the first or the last of several: a better one may lie outside."""
-        found = []
+        found, rates = [], self._rates(cells)
         for cell, runs in self.best(cells).items():
-            rates = sorted(set(self._runs(cell)["lr"]))
             if len(rates) > 1 and len(runs) and runs["lr"].iloc[0] in (rates[0], rates[-1]):
                 found.append(f"{cell.name} ({runs['lr'].iloc[0]:g})")
         return found
@@ -99,3 +112,11 @@ class Evidence:
         quickest = {seed: min(float(some[seed]["seconds"].max()) for some in curves.values()) for seed in seeds}
         found[AT_EQUAL_TIME] = {cell: [loss_after(some[seed], quickest[seed]) for seed in seeds] for cell, some in curves.items()}
         return {name: np.log(pd.DataFrame(by_cell, index=pd.Index(seeds)).clip(lower=1e-300)) for name, by_cell in found.items()}
+
+
+def _refuse_negative_losses(table: "pd.DataFrame") -> None:
+    if "train_loss" in table and (below := table.loc[table["train_loss"] < 0, "run"]).size:
+        raise ValueError(
+            f"The training loss of run '{below.iloc[0]}' falls below 0: claims compare logarithms of losses, and steps to losses. "
+            "Give runs whose loss cannot be negative, such as a cross-entropy or a squared error."
+        )

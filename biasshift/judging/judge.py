@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from biasshift.cells import RULE
-from biasshift.judging.about_coupling import corrected, coupled_less, follow_means
+from biasshift.judging.about_coupling import corrected, coupled_less
+from biasshift.judging.about_following import follow_means
 from biasshift.judging.about_inheriting import inherited_less
 from biasshift.judging.about_means import nearer_zero, steadier
 from biasshift.judging.about_speed import faster
@@ -68,6 +69,8 @@ def _caveat(claim: Claim, variants: int) -> str:
     n = claim.found.n
     if n == 0:
         return claim.missing
+    if left_out := claim.found.left_out:
+        claim = replace(claim, caveat=f"{left_out} of {n + left_out} pairs have no number, and count against the verdict. {claim.caveat}")
     if n < FEWEST_SEEDS:
         return f"Fewer than {FEWEST_SEEDS} paired seeds decide nothing. {claim.caveat}"
     if variants / 2**n >= LEVEL:

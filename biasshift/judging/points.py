@@ -1,5 +1,6 @@
 """What was measured of the layers along a run: one point per layer and step, of units that carry a number."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 FEWEST = 3  # points, to rank them
 COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
+EXAM_KEYS = ("run", "activation", "seed", "layer", "exam_probe", "exam_damping")
+EXAMINED = {  # what an examination found → the name of what was measured along the run
+    "exam_inflation": "coupling", "exam_gap_degrees": "gap", "exam_mean_in_abs": "incoming", "exam_smaller_share": "smaller",
+    "exam_loss": "loss",
+}  # fmt: skip
 NEEDED = ("coupling", "effective_samples", "norm_mean_p", "norm_corrected_mean", "mean_in_abs", "cos_gradient")
 
 
@@ -21,8 +27,8 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
 
     ``incoming``: the mean of |E_p(a)| over inputs; ``coupling``: the median of h over units; ``corrected``: that of
     h corrected for few samples; ``gap``: degrees between gradient and
-    unit natural gradient; ``smaller``: the share of units with |μ − k m| < |μ|. Layers most of whose units have too few effective
-    samples have no row.
+    unit natural gradient of the whole layer, NaN unless all of its units have enough effective samples; ``smaller``: the share of units
+    with |μ − k m| < |μ|. Layers most of whose units have too few have no row.
     """
     import pandas as pd
 
@@ -32,15 +38,17 @@ def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
     behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
     units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
     enough = enough_samples(units, inputs)
-    units = units.assign(enough=enough, corrected=_corrected(units, inputs), smaller=units["norm_corrected_mean"] < units["norm_mean_p"])
+    smaller = (units["norm_corrected_mean"] < units["norm_mean_p"]).where(units["norm_corrected_mean"].notna())
+    units = units.assign(enough=enough, corrected=_corrected(units, inputs), smaller=smaller.astype(float))
     layers = units.groupby(["step", "layer"])["enough"].mean()
     kept = units[units["enough"]].groupby(["step", "layer"])
     found = pd.DataFrame(
         {"coupling": kept["coupling"].median(), "corrected": kept["corrected"].median(), "smaller": kept["smaller"].mean()}
     )
     whole = behind[(behind["unit"] < 0) & behind["cos_gradient"].notna()].set_index(["step", "layer"])
-    found = found.join(whole[["mean_in_abs", "cos_gradient"]])[layers.reindex(found.index) >= ENOUGH_UNITS]
-    gap = np.degrees(np.arccos(found["cos_gradient"].astype(float).clip(-1, 1)))
+    found = found.join(whole[["mean_in_abs", "cos_gradient"]]).assign(enough=layers)
+    found = found[found["enough"] >= ENOUGH_UNITS]
+    gap = np.degrees(np.arccos(found["cos_gradient"].astype(float).clip(-1, 1))).where(found["enough"] == 1)
     return found.assign(incoming=found["mean_in_abs"], gap=gap).reset_index()[list(COLUMNS)]
 
 
@@ -57,14 +65,38 @@ def _corrected(units: "pd.DataFrame", inputs: "pd.Series") -> "pd.Series":
 
 
 def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per run, layer, probe and damping of the examinations: ``coupling`` and ``gap``, at equal loss."""
+    """One row per run, layer, probe and damping of the examinations, at equal loss: ``coupling``, ``gap``, ``incoming``, ``smaller``,
+    ``loss``.
+
+    NaN where most units of a layer have too few effective samples; what was not examined is NaN, too.
+    """
     import pandas as pd
 
-    keys = ["run", "activation", "seed", "layer", "exam_probe", "exam_damping"]
-    if any(name not in table for name in (*keys, "exam_inflation", "exam_gap_degrees")):
-        return pd.DataFrame(columns=[*keys, "coupling", "gap"])
-    rows = table[table["exam_damping"].notna()].rename(columns={"exam_inflation": "coupling", "exam_gap_degrees": "gap"})
-    return rows[[*keys, "coupling", "gap"]].astype({"run": str, "activation": str, "layer": str})
+    if any(name not in table for name in (*EXAM_KEYS, "exam_enough")):
+        return pd.DataFrame(columns=[*EXAM_KEYS, *EXAMINED.values()]).astype(dict.fromkeys(EXAMINED.values(), float))
+    rows = table[table["exam_damping"].notna()]
+    rows = rows.reindex(columns=[*EXAM_KEYS, "exam_enough", *EXAMINED]).rename(columns=EXAMINED)
+    found = list(EXAMINED.values())
+    rows[found] = rows[found].where(rows["exam_enough"] >= ENOUGH_UNITS)
+    return rows.drop(columns="exam_enough").astype({"run": str, "activation": str, "layer": str})
+
+
+def between(points: "pd.DataFrame", column: str, at: list[str], transform: Callable = lambda x: x) -> "pd.Series":
+    """ELU minus ReLU at the points that agree in ``at`` and that both have a number for; the mean over them, seed by seed."""
+    import pandas as pd
+
+    pairs = points[points["activation"].isin(["elu", "relu"])] if len(points) else points
+    if not len(pairs):
+        return pd.Series(dtype=float)
+    table = transform(pairs.astype({column: float}).pivot_table(index=["seed", *at], columns="activation", values=column, observed=True))
+    return (table["elu"] - table["relu"]).dropna().groupby("seed").mean() if {"elu", "relu"} <= set(table) else pd.Series(dtype=float)
+
+
+def residuals(points: "pd.DataFrame", columns: tuple[str, ...], among: list[str]) -> "pd.DataFrame":
+    """The points with what is left of the columns when the mean over all seeds of the same group is taken off."""
+    pairs = points.loc[np.isfinite(points[list(columns)].to_numpy(float)).all(1)]
+    groups = pairs.groupby(among, observed=True)
+    return pairs.assign(**{name: pairs[name].astype(float) - groups[name].transform("mean").astype(float) for name in columns})
 
 
 def rank_correlations(points: "pd.DataFrame", cause: str, effect: str, within: list[str]) -> "pd.Series":

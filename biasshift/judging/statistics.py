@@ -1,11 +1,15 @@
 """Paired effects → interval, exact test, correction, verdict.
 
 Every claim predicts the sign of its effect before it sees a run, so that tests are one-sided in that direction. The interval is a
-two-sided 95 % t interval: a verdict needs both, and so errs in either direction in at most 2.5 % of normal worlds without effect.
+two-sided 95 % t interval (a bootstrap over so few seeds covers less): a verdict needs both, and so errs in either direction in at
+most 2.5 % of normal worlds without effect.
 *Not supported* says that the contrary holds, by the same two tests turned around; what shows neither is *undecided*.
 
-**Correction.** A family is one statement with its variants: against several activations, at several losses, at equal steps and at equal
-loss. Holm's correction is within families, and decides. Different statements are different questions, each reported by itself
+**Pairs without a number.** A run that never came down to a loss, or diverged, is missing for a reason that may be the effect. The exact
+tests count each such pair as the strongest evidence against what they test, so that a verdict holds whatever it would have been.
+
+**Correction.** A family is one statement with its variants: against several activations, at several losses, or within several groups.
+Holm's correction is within families, and decides. Different statements are different questions, each reported by itself
 with its number, and are not corrected for each other: of N families without any effect about N/40 would be called supported.
 ``p_holm_all`` is corrected over all rows, for readers who take the table as one question. With n seeds no exact test of paired
 signs gets below 2⁻ⁿ: six seeds (1/64) can decide families of up to three, over which m/2ⁿ < .05; `seeds_needed` says more.
@@ -28,7 +32,10 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Found:
-    """An effect, its 95 % interval, the number of paired seeds, and exact p values of the predicted sign and of the contrary."""
+    """An effect, its 95 % interval, the number of paired seeds, and exact p values of the predicted sign and of the contrary.
+
+    ``left_out`` pairs have no number; the p values count them as evidence against.
+    """
 
     effect: float = NAN
     low: float = NAN
@@ -36,35 +43,47 @@ class Found:
     n: int = 0
     p: float = NAN
     p_contrary: float = NAN
+    left_out: int = 0
 
 
 def paired(effects: "pd.Series", predicted: int = -1) -> Found:
-    """Mean, t interval and exact one-sided Wilcoxon signed-rank tests of paired differences; ``predicted`` is their sign, ±1."""
+    """Mean, t interval and exact one-sided Wilcoxon signed-rank tests of paired differences; ``predicted`` is their sign, ±1.
+
+    Pairs that are not finite are left out of mean and interval, and count against both tests.
+    """
+    import numpy as np
     from scipy import stats
 
-    values = effects.dropna().astype(float)
-    n = len(values)
-    mean = float(values.mean()) if n else NAN
+    every = effects.to_numpy(float)
+    x = every[np.isfinite(every)]
+    n, left_out = len(x), len(every) - len(x)
+    mean = float(x.mean()) if n else NAN
     if n < 2:
-        return Found(mean, n=n)
-    x = values.to_numpy()
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std() / n**0.5)
-    return Found(mean, mean - half, mean + half, n, *signed_rank(x, predicted))
+        return Found(mean, n=n, left_out=left_out)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * x.std(ddof=1) / n**0.5)
+    return Found(mean, mean - half, mean + half, n, *signed_rank(x, predicted, left_out), left_out)
 
 
-def signed_rank(values: "np.ndarray", predicted: int) -> tuple[float, float]:
-    """Exact p of the predicted sign, and of the contrary, also with ties and zeros: then every assignment of signs is gone through."""
+def signed_rank(values: "np.ndarray", predicted: int, left_out: int = 0) -> tuple[float, float]:
+    """Exact p of the predicted sign, and of the contrary, also with ties and zeros: then every assignment of signs is gone through.
+
+    Each test counts what was ``left_out`` as larger than all values, and of the other sign.
+    """
     import numpy as np
     from scipy import stats
 
     x = predicted * values
     if not x.any():
         return 1.0, 1.0
-    tied = len(set(np.abs(x))) < len(x) or not x.all()
-    method: Any = stats.PermutationMethod(n_resamples=ALL_SIGNS, rng=np.random.default_rng(0)) if tied else "exact"
-    sides = ("greater", "less")
-    found: list[Any] = [stats.wilcoxon(x, zero_method="zsplit", alternative=side, method=method) for side in sides]
-    return float(found[0].pvalue), float(found[1].pvalue)
+    against = np.abs(x).max() * (2.0 + np.arange(left_out))
+
+    def p(side: str, x: "np.ndarray") -> float:
+        tied = len(set(np.abs(x))) < len(x) or not x.all()
+        method: Any = stats.PermutationMethod(n_resamples=ALL_SIGNS, rng=np.random.default_rng(0)) if tied else "exact"
+        found: Any = stats.wilcoxon(x, zero_method="zsplit", alternative=side, method=method)
+        return float(found.pvalue)
+
+    return p("greater", np.concatenate([x, -against])), p("less", np.concatenate([x, against]))
 
 
 def share(part: "pd.Series", whole: "pd.Series") -> Found:
@@ -77,10 +96,11 @@ def share(part: "pd.Series", whole: "pd.Series") -> Found:
     from scipy import stats
 
     both = np.stack([part.to_numpy(float), whole.to_numpy(float)])
-    both = both[:, np.isfinite(both).all(0)]
+    seeds, both = both.shape[1], both[:, np.isfinite(both).all(0)]
     n = both.shape[1]
+    left_out = seeds - n
     if n < 2 or both[1].mean() <= 0:
-        return Found(n=n)
+        return Found(n=n, left_out=left_out)
     (x, y), t2 = both.mean(1), float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) ** 2)
     (xx, xy), (_, yy) = np.cov(both) / n
     a, b, c = y**2 - t2 * yy, x * y - t2 * xy, x**2 - t2 * xx
@@ -88,7 +108,7 @@ def share(part: "pd.Series", whole: "pd.Series") -> Found:
     if a > 0:  # (x − ρ y)² ≤ t² var(x − ρ y) for ρ between two roots
         half = max(b**2 - a * c, 0.0) ** 0.5
         low, high = (b - half) / a, (b + half) / a
-    return Found(100 * x / y, 100 * low, 100 * high, n, *signed_rank(both[0], 1))
+    return Found(100 * x / y, 100 * low, 100 * high, n, *signed_rank(both[0], 1, left_out), left_out)
 
 
 def holm(p: Sequence[float]) -> list[float]:
