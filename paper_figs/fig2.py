@@ -6,17 +6,16 @@ RUNS are folders of `biasshift train mnist` or `biasshift demo`; without any, th
 import sys
 
 from biasshift import figures, plots
+from biasshift.figures.describing import over_seeds
 
-table = figures.data("2", *sys.argv[1:])  # median unit activations and losses: one row per run and step
-
-with plots.style():
+with figures.in_a_sentence(), plots.style():
+    table = figures.data("2", *sys.argv[1:])  # median unit activations and losses: one row per run and step
     figure, (means, losses) = plots.panels(2)
     plots.unit_means(means, table, line="-")
     plots.learning_curves(losses, table, log=True)
-    plots.no_legend(means)
-    plots.lettered([means, losses], ["mean ± SD over seeds", "mean ± SD of the logarithm"])
+    plots.no_legend(means)  # the same colors and markers as beside it
+    plots.lettered([means, losses], [over_seeds(table, "mean ± SD over seeds"), over_seeds(table, "mean ± SD of the logarithm")])
     plots.headed(figure, figures.described(table))
-
-for path in figures.write("2", figure, words=figures.caption("2", table)):
-    print(path)
-print(figures.said("2", table))
+    for path in figures.write("2", figure, words=figures.caption("2", table)):
+        print(path)
+    print(figures.said("2", table))

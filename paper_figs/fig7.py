@@ -7,9 +7,9 @@ import sys
 
 from biasshift import figures
 
-table = figures.data("7", *sys.argv[1:])  # variances: one row per run, layer and unit
-figure = figures.picture("7", table)  # panel by panel in biasshift/figures/connected.py
-
-for path in figures.write("7", figure, words=figures.caption("7", table)):
-    print(path)
-print(figures.said("7", table))
+with figures.in_a_sentence():
+    table = figures.data("7", *sys.argv[1:])  # variances: one row per run, layer and unit
+    figure = figures.picture("7", table)  # panel by panel in biasshift/figures/connected.py
+    for path in figures.write("7", figure, words=figures.caption("7", table)):
+        print(path)
+    print(figures.said("7", table))

@@ -6,16 +6,14 @@ RUNS are folders of `biasshift demo` or `biasshift train mnist`.
 import sys
 
 from biasshift import figures, plots
-from biasshift.figures.theory import gap_note
+from biasshift.figures.theory import gap_title
 
-table = figures.data("theory1", *sys.argv[1:])  # one row per run, layer and measurement
-
-with plots.style():
+with figures.in_a_sentence(), plots.style():
+    table = figures.data("theory1", *sys.argv[1:])  # one row per run, layer and measurement
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
-    ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
+    ax.set_title(gap_title(table), loc="left")
     plots.headed(figure, figures.described(table))
-
-for path in figures.write("theory1", figure, words=figures.caption("theory1", table)):
-    print(path)
-print(figures.said("theory1", table))
+    for path in figures.write("theory1", figure, words=figures.caption("theory1", table)):
+        print(path)
+    print(figures.said("theory1", table))

@@ -7,9 +7,9 @@ import sys
 
 from biasshift import figures
 
-table = figures.data("theory2", *sys.argv[1:])  # medians over units: one row per run and measurement
-figure = figures.picture("theory2", table)  # panel by panel in biasshift/figures/theory.py
-
-for path in figures.write("theory2", figure, words=figures.caption("theory2", table)):
-    print(path)
-print(figures.said("theory2", table))
+with figures.in_a_sentence():
+    table = figures.data("theory2", *sys.argv[1:])  # medians over units: one row per run and measurement
+    figure = figures.picture("theory2", table)  # panel by panel in biasshift/figures/theory.py
+    for path in figures.write("theory2", figure, words=figures.caption("theory2", table)):
+        print(path)
+    print(figures.said("theory2", table))

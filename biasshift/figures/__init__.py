@@ -1,7 +1,9 @@
 """Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots` → PNG and PDF.
 
 drawing     what a figure consists of
-choosing    which of the given runs it is about, and what it says about them
+choosing    which of the given runs it is about
+describing  what it says about them
+writing     both files or none
 tabled      small tables with their origin
 connected, pictures, listing, theory, causal, speed     the figures
 """
@@ -15,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from biasshift import plots
 from biasshift.figures import causal, connected, listing, pictures, speed, theory
-from biasshift.figures.choosing import chosen, described, read, with_length
-from biasshift.figures.drawing import Drawing, Number
+from biasshift.figures.choosing import chosen, read, refuse_mixture, with_length
+from biasshift.figures.describing import described
+from biasshift.figures.drawing import NOTHING, Drawing, Number
 from biasshift.figures.tabled import committed, load, save
-from biasshift.writing import replacing
+from biasshift.figures.writing import in_a_sentence, write_both
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +37,7 @@ __all__ = [
     "described",
     "draw",
     "drawable",
+    "in_a_sentence",
     "numbers",
     "picture",
     "read",
@@ -55,7 +59,11 @@ def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
         ValueError: no such figure or table; runs that lack what it shows.
     """
     drawing = _drawing(name)
+    if options := [str(path) for path in paths if str(path).startswith("-") and not os.path.exists(path)]:
+        raise ValueError(f"'{options[0]}' is no folder of runs: `biasshift figure` takes options, this takes folders.")
     if name == "1":
+        if paths:
+            raise ValueError("Figure 1 shows functions, and no runs: leave the folders out.")
         return None
     if paths:
         return condensed(name, speed.read_benchmarks(*paths) if name == "bench" else read(*paths))
@@ -80,7 +88,10 @@ def condensed(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
         return drawing.condense(table)
     plots.need(table, ["run", "step"], f"figure {name}")
     rows = chosen(table, drawing.experiments, drawing.prefer, f"make them with `{drawing.runs}`.")
-    return drawing.condense(with_length(rows))
+    refuse_mixture(rows, name, drawing.apart, drawing.unshown)
+    small = drawing.condense(with_length(rows))
+    small.attrs = {key: rows.attrs[key] for key in ("left_out",) if key in rows.attrs}
+    return small
 
 
 def picture(name: str, table: pd.DataFrame | None) -> Figure:
@@ -100,16 +111,22 @@ def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
 
 
 def caption(name: str, table: pd.DataFrame | None) -> str:
-    """Returns what the figure is, what runs it shows, and what the paper's shows."""
+    """Returns what the figure is, what runs it shows, which of the given ones it leaves out, and what the paper's shows."""
     drawing = _drawing(name)
-    runs = f" Shown: {described(table)}." if table is not None and described(table) else ""
-    return f"{drawing.title}.{runs}" + (f" Paper: {drawing.paper}." if drawing.paper else "")
+    parts = [drawing.title]
+    if table is not None:
+        parts += [f"Shown: {shown}"] if (shown := described(drawing.shown(table))) else []
+        parts += [f"Left out: {', '.join(left)}"] if (left := table.attrs.get("left_out")) else []
+    parts += [f"Paper: {drawing.paper}"] if drawing.paper else []
+    if table is not None and not drawing.fits(table):
+        parts.append("These runs are of another kind or length than the paper's, so that its numbers do not stand beside theirs")
+    return " ".join(f"{part}." for part in parts)
 
 
 def said(name: str, table: pd.DataFrame | None) -> str:
     """Returns the caption, and a line for every number that the figure shows, beside the paper's."""
     lines = [
-        f"  {number.quantity}: {number.here}" + (f"  (paper: {number.paper})" if number.paper != "–" else "")
+        f"  {number.quantity}: {number.here}" + (f"  (paper: {number.paper})" if number.paper != NOTHING else "")
         for number in numbers(name, table)
     ]
     return "\n".join([caption(name, table), *lines])
@@ -120,17 +137,12 @@ def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures",
 
     Raises:
         ValueError: no such figure, or it is none of Matplotlib's.
+        OSError: they cannot be written; then none of them is.
     """
     _drawing(name)
     if not hasattr(figure, "savefig"):
         raise ValueError(f"A figure is what `biasshift.figures.picture` returns, not {type(figure).__name__}.")
-    paths = [Path(folder) / f"figure_{name}.{kind}" for kind in ("png", "pdf")]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with plots.style():
-        for path, key in zip(paths, ("Description", "Subject"), strict=True):
-            with replacing(path) as temporary:
-                figure.savefig(temporary, format=path.suffix[1:], metadata={"Title": f"Figure {name}", key: words})
-    return paths
+    return write_both(name, figure, Path(folder), words)
 
 
 def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from biasshift import plots
 from biasshift.cells import CELL, NAMES, Cell, best_rate, cells_of
-from biasshift.figures.choosing import described, kept
+from biasshift.figures.choosing import kept
+from biasshift.figures.describing import described, over_seeds
 from biasshift.figures.drawing import Drawing, Number
 from biasshift.judging.curves import common_levels, curve_of, reached
 
@@ -70,8 +71,9 @@ def theory4(table: pd.DataFrame) -> Figure:
     shown = named(table.loc[table["best"]])
     # Where training starts is high enough: a run that blows up and comes back would squeeze all others.
     low, high = shown["train_loss"].min(), 1.5 * shown.loc[shown["step"] == shown["step"].min(), "train_loss"].max()
+    changed = {name: "--" for name in shown["activation"].unique() if name not in NAMES}  # told from the others in grey print, too
     for ax, update in zip(axes, updates, strict=False):
-        plots.curves(ax, shown.loc[shown["update"] == update], "train_loss", group="activation", log=True, line="-")
+        plots.curves(ax, shown.loc[shown["update"] == update], "train_loss", group="activation", log=True, line=changed)
         ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high))
     level, steps = steps_to(table)
     if len(steps):
@@ -84,17 +86,60 @@ def theory4(table: pd.DataFrame) -> Figure:
     plots.no_legend(axes[len(updates)])
     for ax in axes[len(updates) + 1 :]:
         ax.remove()
-    plots.headed(figure, f"Each at its best learning rate of those tried for all; mean ± SD of logarithms over seeds\n{described(table)}")
+    plots.headed(figure, heading(table))
     return figure
+
+
+def at_best(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs that are drawn."""
+    return table.loc[table["best"].astype(bool)]
+
+
+def heading(table: pd.DataFrame) -> str:
+    """What is drawn, how the full update was computed, and which best rates might be better still outside the grid."""
+    shown = at_best(table)
+    looked = shown.loc[shown["update"] == "full", "update_every"].dropna().unique() if "update_every" in shown else []
+    lines = [
+        f"Each at its best learning rate of those tried for all; {over_seeds(shown, 'mean ± SD of logarithms over seeds')}",
+        described(shown),
+        *(f"The full update looks at its curvature every {every:g} steps" for every in looked),
+    ]
+    edges = at_an_edge(table)
+    cells = shown.drop_duplicates(["update", "network"])
+    named_edges = [_named_cell(row) for row in cells.to_dict("records") if (row["update"], row["network"]) in edges]
+    if named_edges:
+        lines.append(f"Best rate at an edge of those tried, {_grid(table)}: {'; '.join(named_edges)}")
+    return "\n".join(lines)
+
+
+def at_an_edge(table: pd.DataFrame) -> set[tuple[str, str]]:
+    """The updates and networks whose best rate is the lowest or the highest of several that were tried for them."""
+    rates = table.groupby(["update", "network"], observed=True)["lr"].agg(["min", "max"])
+    best = at_best(table).groupby(["update", "network"], observed=True)["lr"].first()
+    edge = (rates["min"] < rates["max"]) & ((best == rates["min"]) | (best == rates["max"]))
+    return {(str(update), str(network)) for update, network in edge[edge].index}
+
+
+def _grid(table: pd.DataFrame) -> str:
+    return " to ".join(f"{rate:g}" for rate in sorted({table["lr"].min(), table["lr"].max()}))
+
+
+def _named_cell(row: dict[str, Any]) -> str:
+    return f"{label(row['network'])}, {row['update']} ({row['lr']:g})"
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
     """Networks to which something is added, as activations of their own; in every part of the table they look the same."""
     import pandas as pd
 
-    labels = {name: NAMES.get(name.partition(" ")[0], name) + name[len(name.partition(" ")[0]) :] for name in table["network"].unique()}
-    shown = [name if name in NAMES else labels[name] for name in table["network"]]
+    shown = [name if name in NAMES else label(name) for name in table["network"]]
     return table.assign(activation=pd.Categorical(shown, categories=sorted(set(shown))))
+
+
+def label(network: str) -> str:
+    """ "ELU + 0.5" """
+    activation, space, added = network.partition(" ")
+    return NAMES.get(activation, activation) + space + added
 
 
 def spread(steps: pd.DataFrame) -> pd.DataFrame:
@@ -112,19 +157,24 @@ def spread(steps: pd.DataFrame) -> pd.DataFrame:
 def numbers(table: pd.DataFrame) -> list[Number]:
     """Steps to the common loss, and the learning rate that each cell is shown at."""
     level, steps = steps_to(table)
-    rates = table.loc[table["best"]].groupby(["update", "network"], sort=False)["lr"].first()
     found = spread(steps).set_index(["update", "activation"]) if len(steps) else None
-    listed = []
-    for (update, network), rate in rates.items():
-        name = network if network in NAMES else named(table.loc[table["network"] == network])["activation"].iloc[0]
-        reach = "–" if found is None else f"{found.loc[(update, name), 'mean']:.0f} steps to {level:g}"
-        listed.append(Number(f"{Cell(NAMES.get(name, name), update).name}, learning rate {rate:g}", reach))
+    cells = at_best(table).drop_duplicates(["update", "network"]).to_dict("records")
+    edges, listed = at_an_edge(table), []
+    updates = {update: place for place, update in enumerate(UPDATES)}
+    order = [*plots.looks(NAMES), *sorted({row["network"] for row in cells} - {*NAMES})]
+    for row in sorted(cells, key=lambda row: (updates.get(row["update"], len(updates)), order.index(row["network"]))):
+        update, network = row["update"], row["network"]
+        reached_at = None if found is None else found.loc[(update, network if network in NAMES else label(network))]
+        here = "–" if reached_at is None else f"{reached_at['mean']:.0f} steps to {level:g} (n = {reached_at['n']})"
+        edge = ", an edge of the grid" * ((update, network) in edges)
+        listed.append(Number(f"{Cell(label(network), update).name}, learning rate {row['lr']:g}{edge}", here))
     return listed
 
 
 FIGURES = {
     "theory4": Drawing(
         "Is it causal? Updates that take the bias shift out", "biasshift sweep", "no such figure", best, theory4, numbers, ("sweep",),
-        {}, ("sweep --seeds 1 --lr 0.03 --update plain centered --scored 1000",),
+        {}, ("sweep --seeds 1 --lr 0.03 --update plain centered --scored 1000",), apart=("update", "constant", "batch_norm", "lr"),
+        shown=at_best,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which of the given runs a figure is about, what is kept of their settings, and what the figure says about them."""
+"""Which of the given runs a figure is about, and what is kept of their settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from biasshift.layout import read_json
+from biasshift.layout import read_config, read_json
 from biasshift.reading import find_runs, read_runs
+from biasshift.summary import SHARED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
 OURS = ("digits", "mnist", "autoencoder", "cifar11", "cifar18", "imagenet", "sweep")
 RUN_COLUMNS = (
     "run", "experiment", "dataset", "activation", "seed", "epochs", "steps", "batch_size", "lr", "depth", "width", "batch_norm",
-    "update", "constant", "device", "made", "reached", "last_step",
+    "update", "constant", "update_every", "test_images", "valid_images", "device", "made", "reached", "last_step",
 )  # fmt: skip
-MADE = {"smoke": "Smoke run: a tiny version, which shows only that it works.", "quick": "Quick version, which decides nothing."}
+MADE = ("smoke", "quick")
+# Options that no figure shows the effect of: what examinations at equal loss look at, and which runs have one.
+UNSHOWN = ("run", "activation", "seed", "device", "made", "reached", "last_step", "examined", "exam_size", "equal_loss")
+# Those of measurements along the run, which curves of losses and errors do not depend on.
+MEASURED = ("probe_size", "means_every", "fisher_every", "every", "units_measured", "damping", "skip_input_layer")
 
 
 def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
-    """Returns the table of `read_runs` with each run's `device`, and whether it was `made` by --quick or --smoke."""
+    """Returns the table of `read_runs` with each run's `device`, and whether it was `made` by --quick or --smoke.
+
+    Its `attrs` say which columns are options of the runs.
+    """
     import numpy as np
     import pandas as pd
 
@@ -33,6 +41,7 @@ def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     for name, values in (("device", devices), ("made", made)):
         if name not in table:
             table[name] = pd.Categorical(np.array(values, dtype=object)[which])
+    table.attrs["options"] = list(dict.fromkeys(name for folder in folders for name in read_config(folder) if name in table))
     return table
 
 
@@ -45,22 +54,57 @@ def words(origin: Mapping[str, Any]) -> list[str]:
 def chosen(table: pd.DataFrame, experiments: Sequence[str], prefer: Mapping[str, object], remedy: str) -> pd.DataFrame:
     """The rows of the first of `experiments` that is there, of its preferred setting where it has such runs.
 
-    Somebody's own runs, of an experiment that is none of ours, are taken as they are.
+    Somebody's own runs, of an experiment that is none of ours, are taken as they are. The `attrs` say what was left out.
 
     Raises:
         ValueError: all runs are of our other experiments.
     """
+    left = []
     if "experiment" in table:
         there = [str(name) for name in table["experiment"].dropna().unique()]
         wanted = [name for name in experiments if name in there][:1] or [name for name in there if name not in OURS]
         if there and not wanted:
             raise ValueError(f"These runs are of {', '.join(sorted(there))}; this figure shows others: {remedy}")
         if there:
+            left = [f"{_runs(table.loc[table['experiment'] == name])} of {name}" for name in there if name not in wanted]
             table = table.loc[table["experiment"].isin(wanted)]
     for name, value in prefer.items():
         like = table[name] == value if name in table else None
-        table = table if like is None or not like.any() else table.loc[like]
+        if like is not None and like.any() and not like.all():
+            left.append(f"{_runs(table.loc[~like])} with another {name} than {value}")
+            table = table.loc[like]
+    if left:
+        table.attrs["left_out"] = left
     return table
+
+
+def _runs(table: pd.DataFrame) -> str:
+    count = table["run"].nunique() if "run" in table else len(table)
+    return f"{count} run{'s' if count != 1 else ''}"
+
+
+def refuse_mixture(table: pd.DataFrame, name: str, apart: Sequence[str], unshown: Sequence[str] = ()) -> None:
+    """Refuses runs that differ in what a figure does not tell apart, and would be taken for seeds of one setting.
+
+    Args:
+        apart: the options that the figure tells apart, besides activation and seed.
+        unshown: those that what it shows does not depend on.
+
+    Raises:
+        ValueError: the sentence names the option, or two runs of one setting and seed.
+    """
+    runs = table.drop_duplicates("run")
+    updates = [option for option in runs if str(option).startswith("update_")]
+    for option in dict.fromkeys([*RUN_COLUMNS, *SHARED, *updates, *table.attrs.get("options", ())]):
+        if option in runs and option not in {*UNSHOWN, *apart, *unshown}:
+            values = sorted(runs[option].dropna().astype(object).unique(), key=lambda value: (isinstance(value, str), value))
+            if len(values) > 1:
+                said = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+                raise ValueError(f"Figure {name} would take runs that differ in '{option}' ({said}) for one: give runs of one setting.")
+    keys = [option for option in ("activation", "seed", *apart) if option in runs]
+    twice = runs.loc[runs.duplicated(keys, keep=False) & runs["seed"].notna(), "run"] if {"activation", "seed"} <= set(runs) else []
+    if len(twice):
+        raise ValueError(f"Figure {name} would take the runs {', '.join(map(str, twice[:2]))} of one seed for two: give one of them.")
 
 
 def with_length(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,52 +126,3 @@ def with_settings(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Rows that know their run, and nothing else of it, with the run's columns."""
     settings = table.drop_duplicates("run")[[name for name in RUN_COLUMNS if name in table]]
     return rows.astype({"run": object}).merge(settings.astype({"run": object}), on="run", how="left")
-
-
-def described(table: pd.DataFrame) -> str:
-    """Which runs a figure shows, as far as they say it: "digits: 60 epochs, 6 seeds, cpu (x86_64)"."""
-    kinds = [_listed(table, "experiment"), _listed(table, "dataset"), _shape(table), _unusual(table)]
-    seeds = table["seed"].nunique() if "seed" in table else 0
-    facts = [_length(table), f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "", _listed(table, "device")]
-    what, rest = ", ".join(filter(None, kinds)), ", ".join(filter(None, facts))
-    made = [MADE[name] for name in MADE if "made" in table and (table["made"] == name).any()]
-    return " ".join([*made, ": ".join(filter(None, [what, rest]))])
-
-
-def _listed(table: pd.DataFrame, name: str) -> str:
-    return ", ".join(sorted(map(str, table[name].dropna().unique()))) if name in table else ""
-
-
-def _shape(table: pd.DataFrame) -> str:
-    """ "8 × 128": layers and units of fully connected networks."""
-    if not {"depth", "width"} <= set(table):
-        return ""
-    shapes = table[["depth", "width"]].dropna().drop_duplicates()
-    return ", ".join(f"{depth:g} × {width:g}" for depth, width in shapes.itertuples(index=False))
-
-
-def _unusual(table: pd.DataFrame) -> str:
-    """What the reader would not expect of all of these networks."""
-    scales = sorted(table["width"].dropna().unique()) if "width" in table and "depth" not in table else []
-    scaled = f"units × {' and '.join(f'{scale:g}' for scale in scales)}" if scales and scales != [1] else ""
-    normed = "batch_norm" in table and bool((table["batch_norm"] == True).all()) and len(table) > 0  # noqa: E712
-    updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
-    other = f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else ""
-    return ", ".join(filter(None, [scaled, "with batch norm" if normed else "", other]))
-
-
-def _length(table: pd.DataFrame) -> str:
-    """What the runs were meant to be, and how far they got if that is less."""
-    by_steps = "steps" in table and table["steps"].notna().any()
-    planned, got, unit = ("steps", "last_step", "steps") if by_steps else ("epochs", "reached", "epochs")
-    if planned not in table or not table[planned].notna().any():
-        return ""
-    whole = _range(table[planned])
-    if got in table and (table[got] < table[planned] - 1e-6).any():
-        return f"{_range(table[got])} of {whole} {unit} (some ended early)"
-    return f"{whole} {unit}"
-
-
-def _range(values: pd.Series) -> str:
-    known = values.dropna()
-    return "–".join(f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in sorted({known.min(), known.max()}))

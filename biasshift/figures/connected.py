@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.cells import NAMES
-from biasshift.figures.choosing import described, kept, with_settings
-from biasshift.figures.drawing import Drawing, Number, finals
+from biasshift.figures.choosing import MEASURED, kept, with_settings
+from biasshift.figures.describing import described, over_seeds
+from biasshift.figures.drawing import NONE_PRINTED, Drawing, Number, finals
 from biasshift.summary import FEWEST_MEASUREMENTS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def figure2(table: pd.DataFrame) -> Figure:
     plots.unit_means(means, table, line="-")
     plots.learning_curves(losses, table, log=True)
     plots.no_legend(means)  # the same colors and markers as beside it
-    plots.lettered([means, losses], ["mean ± SD over seeds", "mean ± SD of the logarithm"])
+    plots.lettered([means, losses], [over_seeds(table, "mean ± SD over seeds"), over_seeds(table, "mean ± SD of the logarithm")])
     plots.headed(figure, described(table))
     return figure
 
@@ -49,9 +49,9 @@ def figure2(table: pd.DataFrame) -> Figure:
 def numbers2(table: pd.DataFrame) -> list[Number]:
     """Medians of the units' means and losses at the end. The paper prints no number for its Figure 2."""
     return [
-        *finals(table, "mean", {}, "median unit activation at the end"),
-        *finals(table, "train_loss", {}, "training loss at the end"),
-        *finals(table, "valid_loss", {}, "validation loss at the end"),
+        *finals(table, "mean", NONE_PRINTED, "median unit activation at the end"),
+        *finals(table, "train_loss", NONE_PRINTED, "training loss at the end"),
+        *finals(table, "valid_loss", NONE_PRINTED, "validation loss at the end"),
     ]
 
 
@@ -72,7 +72,7 @@ def figure3(table: pd.DataFrame) -> Figure:
             ax.set(ylabel="" if number else f"{name} error", xlabel=ax.get_xlabel() if row else "")
             ax.set_title(f"learning rate {rate:g}" if not row else "")
     plots.one_legend(figure, axes)
-    plots.headed(figure, f"Reconstruction error ({ERROR}), medians over runs\n{described(table)}")
+    plots.headed(figure, f"Reconstruction error ({ERROR}), {over_seeds(table, 'medians over runs')}\n{described(table)}")
     return figure
 
 
@@ -81,7 +81,7 @@ def numbers3(table: pd.DataFrame) -> list[Number]:
     return [
         number._replace(quantity=f"{number.quantity}, learning rate {rate:g}")
         for rate in sorted(table["lr"].dropna().unique(), reverse=True)
-        for number in finals(table.loc[table["lr"] == rate], "test_error", {}, "test error at the end")
+        for number in finals(table.loc[table["lr"] == rate], "test_error", NONE_PRINTED, "test error at the end")
     ]
 
 
@@ -118,7 +118,7 @@ def figure7(table: pd.DataFrame) -> Figure:
     left.set(yscale="log", xlabel="hidden layer", ylabel="variance over epochs of\na unit's mean activation")
     plots.layer_lines(right, table.loc[table["unit"] == -1], "variance", log=True)
     right.set(xlabel="hidden layer", ylabel="variance over epochs of the\nmedian over units")
-    plots.lettered([left, right], ["units: median and quartiles", "layers: mean ± SD of the logarithm"])
+    plots.lettered([left, right], ["units: median and quartiles", f"layers: {over_seeds(table, 'mean ± SD of the logarithm')}"])
     plots.one_legend(figure, [left])
     plots.no_legend(right)
     plots.headed(figure, described(table))
@@ -127,11 +127,15 @@ def figure7(table: pd.DataFrame) -> Figure:
 
 def numbers7(table: pd.DataFrame) -> list[Number]:
     """The median of the variances over all hidden units."""
-    medians = table.loc[table["unit"] >= 0].groupby("activation", observed=True)["variance"].median()
+    units = table.loc[table["unit"] >= 0]
+    found = {look.label: units.loc[units["activation"] == name] for name, look in plots.looks(units["activation"].unique()).items()}
     return [
-        Number(f"variance of a unit's mean activation, median over units, {NAMES.get(str(name), name)}", f"{value:.2g}")
-        for name, value in medians.items()
-    ]
+        Number(
+            f"variance of a unit's mean activation, median over units, {name}",
+            f"{rows['variance'].median():.2g} (n = {rows['run'].nunique()})", NONE_PRINTED,
+        )
+        for name, rows in found.items()
+    ]  # fmt: skip
 
 
 def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -141,23 +145,27 @@ def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([table.astype({"layer": object, "run": object}) for table in tables], ignore_index=True)
 
 
+UNSHOWN = tuple(name for name in MEASURED if name not in ("probe_size", "means_every"))
 PLAIN = {"update": "plain", "constant": 0.0}
 FIGURES = {
     "1": Drawing("The activation functions", "", "", lambda table: table, figure1, lambda table: []),
     "2": Drawing(
         "Mean unit activations and learning curves of fully connected networks",
-        "biasshift train mnist", "MNIST, 8 × 128, 300 epochs, 5 runs",
+        "biasshift train mnist", "MNIST, 8 × 128, 300 epochs, 5 runs; it prints no numbers, and the means are flat after epoch 25",
         means_and_losses, figure2, numbers2, ("mnist", "digits"), {"depth": 8, "width": 128, **PLAIN},
-        ("train mnist --epochs 2 --seeds 2 --exam-probe 2000",),
+        ("train mnist --epochs 2 --seeds 2 --exam-probe 2000",), unshown=UNSHOWN,
     ),
     "3": Drawing(
-        "Autoencoders: reconstruction error", "biasshift train autoencoder", "MNIST, 500 epochs, several runs",
+        "Autoencoders: reconstruction error", "biasshift train autoencoder", "MNIST, 500 epochs, several runs; it prints no numbers",
         errors, figure3, numbers3, ("autoencoder",), {}, ("train autoencoder --epochs 1 --seeds 1 --instrument activations",),
+        apart=("lr",),
     ),
     "7": Drawing(
         "Variance over epochs of the activations of hidden units",
-        "biasshift train mnist --depth 5 --width 256 --epochs 200 --activation elu relu", "MNIST, 5 × 256, 200 epochs",
+        "biasshift train mnist --depth 5 --width 256 --epochs 200 --activation elu relu",
+        "MNIST, 5 × 256, 200 epochs; it prints no numbers",
         variances, figure7, numbers7, ("mnist", "digits"), {"depth": 5, "width": 256, **PLAIN},
         ("train mnist --depth 5 --width 256 --epochs 3 --seeds 1 --activation elu relu --fisher-every 0 --exam-probe 2000",),
+        unshown=UNSHOWN,
     ),
 }  # fmt: skip

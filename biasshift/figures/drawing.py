@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from biasshift.figures.choosing import MEASURED
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from biasshift.plots import Figure
+
+
+NOTHING = "–"  # that could stand beside a number
+NONE_PRINTED = "prints none"
 
 
 class Number(NamedTuple):
@@ -17,7 +23,7 @@ class Number(NamedTuple):
 
     quantity: str
     here: str
-    paper: str = "–"
+    paper: str = NOTHING
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,18 @@ class Drawing:
     experiments: tuple[str, ...] = ()  # of whose runs it is: the first that is there
     prefer: Mapping[str, object] = field(default_factory=dict)  # settings of the runs, where there are such
     quick: tuple[str, ...] = ()  # commands that train a shortened version
+    apart: tuple[str, ...] = ()  # options of runs that it tells apart, besides activation and seed
+    unshown: tuple[str, ...] = MEASURED  # those that what it shows does not depend on
+    shown: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table  # the part of the small table that is drawn
+    fits: Callable[[pd.DataFrame], bool] = lambda table: True  # whether the paper's numbers are of such runs
 
 
-def finals(table: pd.DataFrame, column: str, paper: Mapping[str, str], name: str, percent: bool = False) -> list[Number]:
-    """The last value of a column in every run: mean ± SD over the seeds of every activation function."""
+def finals(table: pd.DataFrame, column: str, paper: Mapping[str, str] | str, name: str, percent: bool = False) -> list[Number]:
+    """The last value of a column in every run: mean ± SD over the seeds of every activation function.
+
+    Args:
+        paper: what the paper says, of all of them or of each.
+    """
     from biasshift.plots import looks
     from biasshift.summary import mean_and_sd
 
@@ -45,5 +59,5 @@ def finals(table: pd.DataFrame, column: str, paper: Mapping[str, str], name: str
     for key, look in looks(rows["activation"].unique()).items():
         values = rows.loc[rows["activation"] == key, column].astype(float)
         text = f"{mean_and_sd(100 * values if percent else values)}{' %' if percent else ''} (n = {len(values)})"
-        found.append(Number(f"{name}, {look.label}", text, paper.get(str(key), "–")))
+        found.append(Number(f"{name}, {look.label}", text, paper if isinstance(paper, str) else paper.get(str(key), NOTHING)))
     return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures.choosing import described, kept
-from biasshift.figures.drawing import Drawing, Number, finals
+from biasshift.figures.choosing import kept
+from biasshift.figures.describing import described, like_the_papers, over_seeds
+from biasshift.figures.drawing import NONE_PRINTED, Drawing, Number, finals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 STEPS, SPLIT = 165_000, 90_000  # of Figure 4, and where its panels divide it
 TEST_ERRORS = {"elu": (28.75, 0.24), "srelu": (29.35, 0.29), "lrelu": (30.59, 0.29), "relu": (31.56, 0.37)}  # 10 runs
 TRAIN_LOSSES = {"elu": 0.345, "srelu": 0.39, "lrelu": 0.48, "relu": 0.53}  # read off Figure 4
+NORMED = {"elu": "did not help", "srelu": "did not help", "lrelu": "helped", "relu": "helped"}  # what is said of batch norm
 TOP5 = {"elu": 160_000, "relu": 200_000}  # iterations to 20 % top-5 error
+TOP5_SAID = {"elu": "20 % after 160k, < 10 % at the end", "relu": "20 % after 200k"}
 
 
 def scores(table: pd.DataFrame) -> pd.DataFrame:
@@ -40,20 +43,20 @@ def figure4(table: pd.DataFrame) -> Figure:
             ax.set_ylabel("" if number else name)
             if row:
                 plots.in_percent(ax.yaxis)
-    if last >= STEPS / 2 and _of(table, "cifar100"):
+    if _as_long(table):
         plots.published(axes[2], [(last, loss, name) for name, loss in TRAIN_LOSSES.items()])
         plots.published(axes[5], [(last, error / 100, name) for name, (error, _) in TEST_ERRORS.items()])
     places = ("whole", "start", "end")
     plots.lettered(axes, [f"{name}, {place}" for name in ("training loss", "test error") for place in places])
     plots.one_legend(figure, axes)
-    plots.headed(figure, f"Mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"{over_seeds(table)}\n{described(table)}")
     return figure
 
 
 def numbers4(table: pd.DataFrame) -> list[Number]:
     """Test errors and training losses at the end."""
-    paper = {name: f"{error} ± {sd} % (n = 10)" for name, (error, sd) in TEST_ERRORS.items()}
-    losses = {name: f"about {loss}" for name, loss in TRAIN_LOSSES.items()}
+    paper = _errors_said(table)
+    losses = {name: f"about {loss}" for name, loss in TRAIN_LOSSES.items()} if _as_long(table) else {}
     return [
         *finals(table, "test_error", paper, "test error at the end", percent=True),
         *finals(table, "train_loss", losses, "training loss at the end"),
@@ -89,21 +92,31 @@ def figure5(table: pd.DataFrame) -> Figure:
             ax.set_ylabel("" if number else "test error (%)")
     for line, name in (("-", "without batch norm"), (":", "with batch norm")):
         axes[0].plot([], [], line, color="0.4", label=name)
-    names = [f"ELU – {plots.LOOKS[other].label}" for other in others]
+    names = [f"ELU and {plots.LOOKS[other].label}" for other in others]
     plots.lettered(axes, [f"{name}, {place}" for place in ("whole", "end") for name in names])
     plots.one_legend(figure, axes)
-    plots.headed(figure, f"Mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"{over_seeds(table)}\n{described(table)}")
     return figure
 
 
 def numbers5(table: pd.DataFrame) -> list[Number]:
     """Test errors at the end. The paper prints none with batch normalization, but that it helped ReLU and LReLU only."""
-    plain = {name: f"{error} ± {sd} % (n = 10)" for name, (error, sd) in TEST_ERRORS.items()}
     normed = table["batch_norm"].astype(bool)
+    plain = _errors_said(table.loc[~normed])
+    helped = {name: f"{NONE_PRINTED}; it {said}" for name, said in NORMED.items()} if plain else {}
     return [
         *finals(table.loc[~normed], "test_error", plain, "test error without batch norm", percent=True),
-        *finals(table.loc[normed], "test_error", {}, "test error with batch norm", percent=True),
+        *finals(table.loc[normed], "test_error", helped, "test error with batch norm", percent=True),
     ]
+
+
+def _as_long(table: pd.DataFrame) -> bool:
+    """Whether the paper's 11-layer networks were trained like these."""
+    return like_the_papers(table, "cifar100", STEPS)
+
+
+def _errors_said(table: pd.DataFrame) -> dict[str, str]:
+    return {name: f"{error} ± {sd} % (n = 10)" for name, (error, sd) in TEST_ERRORS.items()} if _as_long(table) else {}
 
 
 def imagenet_scores(table: pd.DataFrame) -> pd.DataFrame:
@@ -123,26 +136,26 @@ def figure6(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(name)
         if column != "train_loss":
             plots.in_percent(ax.yaxis)
-    if table["step"].max() >= TOP5["elu"] / 2 and _of(table, "imagenet (1000 classes)"):
-        plots.published(axes[1], [(float(steps), 0.2, name) for name, steps in TOP5.items()])
+    plots.published(axes[1], [(float(TOP5[name]), 0.2, name) for name in _got_to(table)])
     plots.lettered(axes, ["training loss", "top-5 error", "top-1 error"])
     plots.one_legend(figure, axes)
-    plots.headed(figure, described(table))
+    plots.headed(figure, f"{over_seeds(table)}\n{described(table)}")
     return figure
 
 
 def numbers6(table: pd.DataFrame) -> list[Number]:
     """Errors at the end."""
-    paper = {"elu": "20 % after 160k, < 10 % at the end", "relu": "20 % after 200k"}
+    paper = {name: TOP5_SAID[name] for name in _got_to(table)}
     return [
         *finals(table, "valid_error5", paper, "top-5 error at the end", percent=True),
-        *finals(table, "valid_error", {}, "top-1 error at the end", percent=True),
+        *finals(table, "valid_error", NONE_PRINTED if paper else {}, "top-1 error at the end", percent=True),
     ]
 
 
-def _of(table: pd.DataFrame, dataset: str) -> bool:
-    """Whether the runs are the paper's: of its data, and of its networks' size."""
-    return "dataset" in table and bool((table["dataset"] == dataset).all()) and not ("width" in table and (table["width"] != 1).any())
+def _got_to(table: pd.DataFrame) -> list[str]:
+    """The activations whose published number lies within what these runs trained."""
+    last = table["step"].max()
+    return [name for name, steps in TOP5.items() if last >= steps] if like_the_papers(table, "imagenet (1000 classes)") else []
 
 
 CIFAR = "CIFAR-100, 165,000 updates, 10 runs"
@@ -151,14 +164,16 @@ FIGURES = {
     "4": Drawing(
         "CIFAR-100, 11 layers: training loss and test error", "biasshift train cifar11", CIFAR,
         scores, figure4, numbers4, ("cifar11",), {"dataset": "cifar100", "batch_norm": False, "width": 1.0}, (SHORT,),
+        fits=_as_long,
     ),
     "5": Drawing(
         "CIFAR-100, 11 layers: with and without batch normalization", "biasshift train cifar11, with and without --batch-norm", CIFAR,
         normed_scores, figure5, numbers5, ("cifar11",), {"dataset": "cifar100", "width": 1.0}, (SHORT, f"{SHORT} --batch-norm"),
+        apart=("batch_norm",), fits=lambda table: _as_long(table.loc[~table["batch_norm"].astype(bool)]),
     ),
     "6": Drawing(
         "ImageNet, 15 layers: training loss and validation errors", "biasshift train imagenet",
         "ImageNet, 1000 classes, about 250,000 updates", imagenet_scores, figure6, numbers6, ("imagenet",), {"width": 1.0},
-        ("train imagenet --steps 20 --score-every 5",),
+        ("train imagenet --steps 20 --score-every 5",), fits=lambda table: bool(_got_to(table)),
     ),
 }  # fmt: skip

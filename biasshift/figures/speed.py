@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("mlp", "cnn")
 MOST_BYTES = 1_000_000
-COLORS = ("#004488", "#BB5566")
 
 
 def read_benchmarks(*paths: str | os.PathLike[str]) -> pd.DataFrame:
@@ -41,7 +40,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         found = json.loads(file.read_text(encoding="utf-8"))
         whole = {name: str(found[name])[:200] for name in ("question", "title", "device", "commit")}
         return [
-            whole | {"method": str(row["method"])[:60]} | {name: _number(row.get(name)) for name in ("seconds", "bytes")}
+            whole | {"method": str(row["method"])[:60]} | {name: _number(row.get(name)) for name in ("seconds", "bytes", "repeats")}
             for row in found["rows"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -60,7 +59,7 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bench(table: pd.DataFrame) -> Figure:
-    """Time and extra memory of every method, on log scales; a method is further to the left the better it is."""
+    """Time and extra memory of every method, from 0; a method is further to the left the better it is."""
     cases = list(table.groupby(["question", "device"], sort=False))
     figure, axes = plots.panels(2 * len(cases), rows=len(cases), width=3.2, height=2.3)
     for row, ((_, device), rows) in enumerate(cases):
@@ -68,9 +67,10 @@ def bench(table: pd.DataFrame) -> Figure:
             axes[2 * row :], ((rows["seconds"], "time (s)"), (rows["bytes"] / 2**20, "extra memory (MiB)")), strict=False
         ):
             plots.ranking(ax, dict(zip(rows["method"], values, strict=True)))
-            ax.set(xscale="log", xlabel=name)
-            plots.on_log_scale(ax.xaxis)
-        axes[2 * row].set_title(f"{rows['title'].iloc[0].split(',')[0]}; {device}", loc="left")
+            ax.set_xlabel(name)
+            ax.set_xlim(0, 1.08 * values.max())
+        title = f"{rows['title'].iloc[0].split(',')[0]}; {device}{_repeats(rows)}"
+        axes[2 * row].set_title(title, loc="left", parse_math=False)
     plots.headed(figure, f"Every unit's Fisher matrix, medians of interleaved repeats; commit {', '.join(table['commit'].unique())}")
     return figure
 
@@ -82,8 +82,15 @@ def numbers(table: pd.DataFrame) -> list[Number]:
         ours = rows.loc[rows["method"] == "biasshift", "seconds"]
         for row in rows.itertuples():
             times = f", {row.seconds / ours.iloc[0]:.1f} × ours" if len(ours) and row.method != "biasshift" else ""
-            listed.append(Number(f"{question}, {row.method}, {device}", f"{row.seconds:.3g} s{times}, {row.bytes / 2**20:.0f} MiB"))
+            here = f"{row.seconds:.3g} s{times}, {row.bytes / 2**20:.0f} MiB{_repeats(rows.loc[[row.Index]])}"
+            listed.append(Number(f"{question}, {row.method}, {device}", here))
     return listed
+
+
+def _repeats(rows: pd.DataFrame) -> str:
+    """ ", n = 7", as far as it is recorded."""
+    found = rows["repeats"].dropna() if "repeats" in rows else []
+    return f", n = {plots.between(found.astype(int))}" if len(found) else ""
 
 
 FIGURES = {"bench": Drawing("Time and memory of unit Fisher matrices", "python -m benchmarks", "no such figure", compared, bench, numbers)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.cells import NAMES
-from biasshift.figures.choosing import described, kept, with_settings
+from biasshift.figures.choosing import kept, with_settings
 from biasshift.figures.connected import PLAIN
+from biasshift.figures.describing import described, over_seeds
 from biasshift.figures.drawing import Drawing, Number, finals
 from biasshift.summary import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, mean_and_sd
 
@@ -44,14 +44,15 @@ def gap(table: pd.DataFrame) -> Figure:
     figure, (ax,) = plots.panels(1)
     plots.gap_against_mean(ax, table)
     plots.headed(figure, described(table))
-    ax.set_title(f"a dot per layer, run and measurement; large: medians{gap_note(table)}", loc="left")
+    ax.set_title(gap_title(table), loc="left")
     return figure
 
 
-def gap_note(table: pd.DataFrame) -> str:
-    """What hollow dots are, where there are some: of layers most of whose units have fewer than ten effective samples per input."""
+def gap_title(table: pd.DataFrame) -> str:
+    """What the dots are; hollow ones, where there are some, of layers most of whose units have too few effective samples."""
     few = "enough" in table and (table["enough"] < ENOUGH_UNITS).any()
-    return "\nhollow: too few effective samples, not counted" if few else ""
+    note = "\nsmall and hollow: too few effective samples, not counted" if few else ""
+    return f"a dot per layer, run and measurement; large: medians{note}"
 
 
 def gap_numbers(table: pd.DataFrame) -> list[Number]:
@@ -59,27 +60,28 @@ def gap_numbers(table: pd.DataFrame) -> list[Number]:
     counted = table.loc[~(table["enough"] < ENOUGH_UNITS)] if "enough" in table else table
     if not len(counted):
         return []
-    points = plots.gap_points(counted).groupby("activation", observed=True)[["degrees", "mean_in_abs"]].median()
-    return [
-        Number(
-            f"median gap and mean incoming activation, {NAMES.get(str(name), name)}", f"{row.degrees:.0f} degrees, {row.mean_in_abs:.2g}"
-        )
-        for name, row in points.iterrows()
-    ]
+    points = plots.gap_points(counted)
+    found = []
+    for name, look in plots.looks(points["activation"].unique()).items():
+        row = points.loc[points["activation"] == name, ["degrees", "mean_in_abs"]].median()
+        found.append(Number(f"median gap and mean incoming activation, {look.label}", f"{row.degrees:.1f} degrees, {row.mean_in_abs:.2g}"))
+    return found
 
 
 def effective_means(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over units of k, |E_p(a)| and |E_p(a) − k E_q(a)|: one row per run and step, of units with enough samples.
 
     Units of layers fed by the data are left out, as are those with fewer than ten effective samples per incoming activation: their
-    k is biased. `enough` is the share of units that are left.
+    k is biased. `enough` is the share of units that are left, and `smaller` the share of those whose corrected mean is the smaller one.
     """
     plots.need(table, [*MEANS, "effective_samples", "inputs", "activation"], "theory2")
     rows = _with_enough(table)
     plots.need(rows, [], "theory2")
     rows["enough"] = rows["enough"].where(rows["k"].notna(), 0.0)
     shares = rows.groupby(["run", "step"])["enough"].mean()
-    medians = rows.loc[rows["enough"] > 0].groupby(["run", "step"])[list(MEANS)].median()
+    sure = rows.loc[rows["enough"] > 0]
+    sure = sure.assign(smaller=(sure["norm_corrected_mean"] < sure["norm_mean_p"]).astype(float))
+    medians = sure.groupby(["run", "step"])[list(MEANS)].median().join(sure.groupby(["run", "step"])["smaller"].mean())
     return _with_epochs(medians.join(shares).reset_index().assign(layer="", unit=-1), table)
 
 
@@ -100,17 +102,31 @@ def theory2(table: pd.DataFrame) -> Figure:
     right.set(ylabel="units (%)", ylim=(0, 1.05))
     plots.lettered([left, middle, right], ["factor of the correction", "means, as they are and corrected", "units with enough samples"])
     plots.one_legend(figure, [left, middle])
-    plots.headed(figure, f"Mean ± SD over seeds, units with {SAMPLES_PER_INPUT} effective samples per input or more\n{described(table)}")
+    plots.headed(figure, f"{over_seeds(table)}, units with {SAMPLES_PER_INPUT} effective samples per input or more\n{described(table)}")
     return figure
 
 
 def numbers2(table: pd.DataFrame) -> list[Number]:
-    """At the last step that most units have enough samples at."""
+    """At the last step that most units have enough samples at; and the share of units whose mean the correction makes smaller."""
     enough = table.loc[table["enough"] >= ENOUGH_UNITS]
     return [
         *finals(enough, "k", {}, "k, as long as most units have enough samples"),
         *finals(enough, "norm_mean_p", {}, "norm of the mean, likewise"),
         *finals(enough, "norm_corrected_mean", {}, "norm of the corrected mean, likewise"),
+        *_smaller(table),
+    ]
+
+
+def _smaller(table: pd.DataFrame) -> list[Number]:
+    """Shares of units with |μ − k m| < |μ|, of those with enough samples: before training, after the first epoch, at the end."""
+    if "smaller" not in table:
+        return []
+    last, first = table.groupby("run")["step"].transform("max"), table["epoch"].round(6) == 1
+    moments = {"at initialization": table["step"] == 0, "after the first epoch": first, "at the end": table["step"] == last}
+    return [
+        number
+        for name, rows in moments.items()
+        for number in finals(table.loc[rows], "smaller", {}, f"units with |μ − k m| < |μ| {name}", percent=True)
     ]
 
 
@@ -138,7 +154,7 @@ def theory3(table: pd.DataFrame) -> Figure:
         ax.set(ylim=(0, 1), ylabel="inherited share")
     plots.lettered([left, middle, right], ["whole run", "along training", "by layer"])
     plots.one_legend(figure, [left, middle])
-    plots.headed(figure, f"Sums of absolute parts over units, mean ± SD over seeds\n{described(table)}")
+    plots.headed(figure, f"Sums of absolute parts over units, {over_seeds(table, 'mean ± SD over seeds')}\n{described(table)}")
     return figure
 
 
@@ -153,8 +169,9 @@ def numbers3(table: pd.DataFrame) -> list[Number]:
     """Inherited shares over the whole run."""
     whole = shares(table, [])
     return [
-        Number(f"inherited share of the bias shift, {NAMES.get(str(name), name)}", f"{mean_and_sd(rows['incoming'])} (n = {len(rows)})")
-        for name, rows in whole.groupby("activation", observed=True)
+        Number(f"inherited share of the bias shift, {look.label}", f"{mean_and_sd(rows['incoming'])} (n = {len(rows)})")
+        for name, look in plots.looks(whole["activation"].unique()).items()
+        if len(rows := whole.loc[whole["activation"] == name])
     ]
 
 
@@ -170,13 +187,15 @@ NARROW = {"depth": 8, "width": 128, "batch_norm": False, **PLAIN}
 DEMO, QUICK = "biasshift demo, or biasshift train mnist", ("demo --quick",)
 FIGURES = {
     "theory1": Drawing(
-        "The gradient gap against the mean incoming activation", DEMO, OWN, gaps, gap, gap_numbers, EVERY, NARROW, QUICK
+        "The gradient gap against the mean incoming activation", DEMO, OWN, gaps, gap, gap_numbers, EVERY, NARROW, QUICK,
+        unshown=(),
     ),
     "theory2": Drawing(
         "Theorem 2 along training: k and the corrected means", DEMO, OWN,
-        effective_means, theory2, numbers2, EVERY, NARROW, QUICK,
+        effective_means, theory2, numbers2, EVERY, NARROW, QUICK, unshown=(),
     ),
     "theory3": Drawing(
-        "The parts of the bias shift", DEMO, OWN, parts, theory3, numbers3, EVERY, NARROW, QUICK
+        "The parts of the bias shift", DEMO, OWN, parts, theory3, numbers3, EVERY, NARROW, QUICK,
+        unshown=(),
     ),
 }  # fmt: skip

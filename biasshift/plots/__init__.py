@@ -18,6 +18,8 @@ from biasshift.plots.gaps import gap_against_mean
 from biasshift.plots.reducing import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
 from biasshift.plots.styling import (
     STYLE,
+    between,
+    escaped,
     headed,
     in_percent,
     in_thousands,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure
 
 __all__ = [
-    "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "coupling", "curves", "gap_against_mean",
+    "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "between", "coupling", "curves", "escaped", "gap_against_mean",
     "gap_points", "headed", "in_percent", "in_thousands", "layer_lines", "learning_curves", "legend", "lettered",
     "lines_and_ribbons", "looks", "mean_and_sd_over_seeds", "median_over_runs", "median_over_units", "need",
     "no_legend", "on_log_scale", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",

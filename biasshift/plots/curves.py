@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from biasshift.plots.reducing import mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
-from biasshift.plots.styling import between, legend, looks, on_log_scale
+from biasshift.plots.styling import between, escaped, legend, looks, on_log_scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ def curves(
     column: str,
     group: str = "activation",
     against: str = "step",
-    line: str | None = None,
+    line: str | Mapping[str, str] | None = None,
     log: bool = False,
     named: bool = True,
     middle: Literal["mean", "median"] = "mean",
@@ -96,7 +96,7 @@ def curves(
     """Returns `ax` with a column of the whole network (a loss, an error): mean and SD over seeds, or the median over runs.
 
     Args:
-        line: one line style for all groups, with markers; default: each group's own.
+        line: one line style for all groups, or one for each, with markers; default: each group's own.
         log: draw on a log scale, with mean and SD of the logarithm.
         named: whether the groups appear in legends; a second set of lines on the same axes has no need to.
     """
@@ -141,7 +141,7 @@ def lines_and_ribbons(
     lines: pd.DataFrame,
     group: str,
     against: str,
-    line: str | None = None,
+    line: str | Mapping[str, str] | None = None,
     named: bool = True,
     scale: Callable[[pd.Series], pd.Series] = lambda values: values,
 ) -> None:
@@ -149,10 +149,11 @@ def lines_and_ribbons(
     for name, look in looks(lines[group].unique(), group).items():
         rows = lines.loc[lines[group] == name]
         x, mean, sd = rows[against], rows["mean"], rows["sd"]
-        label = f"{look.label} (n = {between(rows['n'].astype(int))})" if named else None
+        label = f"{escaped(look.label)} (n = {between(rows['n'].astype(int))})" if named else None
         # Where the line style is taken, markers tell the groups apart in grey print.
         marks = {} if line is None and len(rows) > 1 else {"marker": look.marker, "markevery": max(1, len(rows) // 8)}
-        ax.plot(x, scale(mean), line or look.line, color=look.color, label=label, **marks)
+        own = line.get(name, "-") if isinstance(line, Mapping) else line or look.line
+        ax.plot(x, scale(mean), own, color=look.color, label=label, **marks)
         if sd.notna().any():
             ax.fill_between(x, scale(mean - sd), scale(mean + sd), color=look.color, alpha=0.2, linewidth=0)
     ax.set(xlabel={"step": "optimizer steps"}.get(against, against))

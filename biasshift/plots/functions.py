@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from biasshift.plots.styling import looks
+from biasshift.plots.styling import escaped, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def activation_functions(
     functions = names if isinstance(names, Mapping) else {name: ACTIVATIONS[name]() for name in names}
     x = torch.linspace(-10, 2, 601, dtype=torch.float64)
     for name, look in looks(functions).items():
-        ax.plot(x.numpy(), functions[name](x).detach().numpy(), look.line, color=look.color, label=look.label)
+        ax.plot(x.numpy(), functions[name](x).detach().numpy(), look.line, color=look.color, label=escaped(look.label))
     ax.set(xlabel="net input $x$", ylabel="activation $f(x)$", xlim=(-10, 2), ylim=(-1.1, 2))
     ax.legend()
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -34,8 +35,10 @@ STYLE = {
     "lines.markersize": 4,
 }
 FEW_STEPS, MANY_DECADES = 2000, 1e3
+ORDER = ("elu", "srelu", "lrelu", "relu")  # of the paper, in every legend
 LETTERS_PER_INCH = 13  # of a title
 LINE_LETTERS = 7  # that the line in front of a legend's label takes the place of
+MATH = re.compile(r"\\[,;]|[$_{}^]")  # what is no letter of a formula
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
 PAPER: Any = {
     "linestyle": "none",
@@ -72,7 +75,7 @@ def panels(
 def headed(figure: Figure, title: str) -> None:
     """A title over all panels, in lines that are no longer than the figure is wide."""
     letters = int(LETTERS_PER_INCH * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title.split("\n")))
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title.split("\n")), parse_math=False)
 
 
 def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
@@ -82,7 +85,10 @@ def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
 
 
 def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
-    """One legend below all panels, in place of theirs, no wider than the figure; a name that several panels have stands once."""
+    """One legend below all panels, in place of theirs, no wider than the figure; a name that several panels have stands once.
+
+    Activation functions come first, in the order of the paper.
+    """
     handles, counts = {}, {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -90,10 +96,26 @@ def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
             handles.setdefault(name, handle)
             counts.setdefault(name, []).extend(int(number) for number in count.rstrip(")").split("–") if number)
         no_legend(ax)
-    labels = [f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in handles]
-    longest = max(map(len, labels), default=0) + LINE_LETTERS
-    columns = min(columns, int(LETTERS_PER_INCH * figure.get_figwidth() / longest), len(labels))
-    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=max(columns, 1))
+    order = {LOOKS[name].label: place for place, name in enumerate(ORDER)}
+    names = sorted(handles, key=lambda name: order.get(name, len(order)))
+    labels = [f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in names]
+    while columns > 1 and _letters(labels, columns) > LETTERS_PER_INCH * figure.get_figwidth():
+        columns -= 1
+    figure.legend([handles[name] for name in names], labels, loc="outside lower center", ncols=columns)
+
+
+def _letters(labels: list[str], columns: int) -> int:
+    """How wide a legend is, whose columns are filled from above, the first ones with one entry more."""
+    rows, more = divmod(len(labels), columns)
+    sizes = [rows + (column < more) for column in range(columns)]
+    starts = [sum(sizes[:column]) for column in range(columns)]
+    found = [labels[start : start + size] for start, size in zip(starts, sizes, strict=True) if size]
+    return sum(max(len(MATH.sub("", label)) for label in column) + LINE_LETTERS for column in found)
+
+
+def escaped(name: object) -> str:
+    """A name that comes from a run, as a label that shows it: none of its letters begins a formula."""
+    return str(name).replace("$", r"\$")
 
 
 def between(counts: Iterable[int]) -> str:
@@ -139,13 +161,13 @@ def in_percent(axis: Axis) -> None:
 
 
 def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
-    """A look for each name: the activations' own, in a fixed order, or the others in order of appearance.
+    """A look for each name: the activations' own, in the order of the paper, or the others in order of appearance.
 
     Names of a categorical column look the same in every part of its table.
     """
     there = list(names)
     names = list(getattr(names, "categories", there))
-    found = {name: look for name, look in LOOKS.items() if name in names} if group == "activation" else {}
+    found = {name: LOOKS[name] for name in ORDER if name in names} if group == "activation" else {}
     for name in names:
         if name not in found:
             color, marker, line = OTHER_LOOKS[(len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)]
