@@ -26,7 +26,7 @@ from biasshift.trials import Trial
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)  # the paper's, and up to where most updates diverge
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # around the paper's, from where all are slow to where most diverge
 CONSTANT = 0.5  # about what separates ReLU's mean activation from ELU's
 CONSTANT_UPDATES: tuple[Update, ...] = ("plain", "centered")
 NORMED: tuple[Activation, ...] = ("elu", "relu")  # with batch normalization, too, by plain gradient descent

@@ -1,7 +1,7 @@
 """Smaller coupling, smaller gap (claim 2, between ELU and ReLU), and what Theorem 2's correction does to the mean (claim 3)."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,7 @@ from biasshift.judging.statistics import paired
 if TYPE_CHECKING:
     import pandas as pd
 
-EXAMINED = (  # name, statement, source, statistic at equal loss, along the run
-    ("coupling", "bias and weights are coupled less in ELU networks than in ReLU networks", "Theorem 1", "ln 1/(1−h)", "h"),
-    ("gap", "ELU's gradient is nearer the unit natural gradient than ReLU's", "section 3",
-     "degrees between gradient and unit natural gradient", "degrees between gradient and unit natural gradient"),
-)  # fmt: skip
-AT_LOSS = ["layer", "exam_probe", "exam_damping"]
+
 CORRECTION = "Theorem 2's correction makes the effective incoming mean smaller more often than not"
 SHARE = "½ − share of units with |μ − k m| < |μ|"
 POINTS = "Layers and steps with too few effective samples are left out."
@@ -29,33 +24,57 @@ FEW_SAMPLES = "The sign changes when h is corrected for few samples."
 NO_POINTS = "Too few layers and steps were measured with enough effective samples."
 
 
+class Question(NamedTuple):
+    """What is compared between ELU and ReLU."""
+
+    name: str
+    statement: str
+    source: str
+    statistic: str  # at equal loss
+    along: str  # at equal steps
+    transform: Callable
+
+    def at_loss(self, points: "pd.DataFrame") -> "pd.Series":
+        """ELU minus ReLU in the examinations, seed by seed."""
+        return between(points, self.name, ["layer", "exam_probe", "exam_damping"], self.transform)
+
+
+ANGLE = "degrees between gradient and unit natural gradient"
+EXAMINED = (
+    Question("coupling", "bias and weights are coupled less in ELU networks than in ReLU networks", "Theorem 1", "ln 1/(1−h)", "h", np.log),
+    Question("gap", "ELU's gradient is nearer the unit natural gradient than ReLU's", "section 3", ANGLE, ANGLE, lambda x: x),
+)
+
+
 def coupled_less(evidence: Evidence) -> Iterator[Claim]:
     """Claim 2, between ELU and ReLU at equal loss and at equal steps."""
-    seeds = evidence.seeds("elu", "relu")
     if not {"elu", "relu"} <= set(evidence.paper["activation"]):
         return
-    for name, statement, source, statistic, measured in EXAMINED:
-
-        def at_loss(points: "pd.DataFrame", name: str = name) -> "pd.Series":
-            return between(points, name, AT_LOSS, np.log if name == "coupling" else _same)
-
-        found, losses = paired(at_loss(evidence.reference).reindex(seeds)), at_equal_losses(evidence.reference, "elu", "relu")
-        again = repeated(evidence.exam_points, at_loss, found.effect)
-        caveat = f"{losses.said} {_left_out(evidence.reference, name)}{again.said}"
-        unsure = not (losses.sure and again.sure)
-        yield Claim(2, name, name, statement, source, statistic, found, caveat, NO_UNITS, unsure=unsure)
-        yield _at_equal_steps(evidence, name, statement, source, measured, at_loss, seeds)
+    for question in EXAMINED:
+        yield _at_equal_loss(evidence, question)
+        yield _at_equal_steps(evidence, question)
 
 
-def _at_equal_steps(evidence, name, statement, source, measured, at_loss, seeds) -> Claim:
-    points = evidence.points
-    found = paired(between(points, name, ["step", "layer"]).reindex(seeds))
-    again = repeated(evidence.exam_points, at_loss, found.effect)
-    turned = name == "coupling" and bool(between(points, "corrected", ["step", "layer"]).mean() * found.effect < 0)
-    caveat = f"{EQUAL_STEPS} {POINTS} {FEW_SAMPLES if turned else ONE_PROBE.format(again.said)}"
-    statistic = f"{measured}, mean over measured steps and layers"
+def _at_equal_loss(evidence: Evidence, question: Question) -> Claim:
+    found = paired(question.at_loss(evidence.reference).reindex(evidence.seeds("elu", "relu")))
+    losses = at_equal_losses(evidence.reference, "elu", "relu")
+    again = repeated(evidence.exam_points, question.at_loss, found.effect)
+    caveat = f"{losses.said} {_left_out(evidence.reference, question.name)}{again.said}"
     return Claim(
-        2, f"{name}-steps", name, f"{statement}, at equal steps", source, statistic, found, caveat, NO_POINTS,
+        2, question.name, question.name, question.statement, question.source, question.statistic, found, caveat, NO_UNITS,
+        unsure=not (losses.sure and again.sure),
+    )  # fmt: skip
+
+
+def _at_equal_steps(evidence: Evidence, question: Question) -> Claim:
+    name, points, at = question.name, evidence.points, ["step", "layer"]
+    found = paired(between(points, name, at).reindex(evidence.seeds("elu", "relu")))
+    again = repeated(evidence.exam_points, question.at_loss, found.effect)
+    turned = name == "coupling" and bool(between(points, "corrected", at).mean() * found.effect < 0)
+    caveat = f"{EQUAL_STEPS} {POINTS} {FEW_SAMPLES if turned else ONE_PROBE.format(again.said)}"
+    statistic = f"{question.along}, mean over measured steps and layers"
+    return Claim(
+        2, f"{name}-steps", name, f"{question.statement}, at equal steps", question.source, statistic, found, caveat, NO_POINTS,
         unsure=turned or not again.sure,
     )  # fmt: skip
 
@@ -65,10 +84,6 @@ def _left_out(points: "pd.DataFrame", column: str) -> str:
     layers = points[points["activation"].isin(["elu", "relu"])].groupby(["seed", "activation", "layer"], observed=True)[column].count()
     without = int((layers == 0).sum())
     return f"{without} of {len(layers)} layers have too few effective samples and are left out. " if without else ""
-
-
-def _same(x: "pd.DataFrame") -> "pd.DataFrame":
-    return x
 
 
 def corrected(evidence: Evidence) -> Iterator[Claim]:
