@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.cli import saying, training
+from biasshift.claims import claims, effect
+from biasshift.cli import judging, saying, training
 from biasshift.cli.progress import progress
 from biasshift.experiments import digits
 from biasshift.experiments.digits import Demo
@@ -58,9 +59,9 @@ def write_run(folder: Path, rows: pd.DataFrame) -> None:
 @pytest.fixture
 def runs(here) -> Path:
     """Six seeds of ELU and ReLU below `runs/planted`."""
-    for name, angle in (("elu", 60.0), ("relu", 70.0)):
+    for name, angle, mean, shares in (("elu", 60.0, 0.1, (0.5, 0.4, 0.1)), ("relu", 70.0, 0.4, (0.6, 0.3, 0.1))):
         for seed in range(6):
-            run = Planted(name, seed, unit_mean=0.1 if name == "elu" else 0.4, exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7})
+            run = Planted(name, seed, unit_mean=mean, shares=shares, exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7})
             write_run(here / "runs" / "planted" / f"{name}-{seed}", run.rows())
     return here / "runs" / "planted"
 
@@ -251,15 +252,85 @@ def test_a_figures_small_table_is_kept_and_a_quick_one_is_called_so(here, capsys
     assert (here / "figures" / "figure_table1.pdf").exists() and (here / "figures" / "quick-table1").is_dir()
 
 
-@pytest.mark.parametrize("columns", [80, 60, 40])
-def test_claims_fit_the_terminal(runs, capsys, monkeypatch, columns):
+def claimed(runs: Path) -> list[Any]:
+    return list(claims(runs).itertuples())
+
+
+def rows_of(shown: str) -> list[list[str]]:
+    """The cells of a table that is wide enough for all of them: two spaces or more between two."""
+    return [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines() if re.match(r" [1-8] \w", line)]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 119, 120, 200])
+def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(runs, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     status, shown, errors = call(capsys, "claims", "runs")
     assert (status, errors) == (0, "")
-    assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown
-    words = " ".join(shown.split())
-    assert "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3)." in words
-    assert "degrees between gradient and unit natural gradient: -10 [" in words and "n = 6, p = 0.0" in words
+    assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown and "…" not in shown
+    words, rows = set(shown.split()), claimed(runs)
+    for row in rows if columns >= 80 else ():  # below, numbers break
+        assert set(effect(row).split() if row.n else ["measured"]) <= words
+    notes = "".join(f"{number} {caveat} " for number, caveat in enumerate(dict.fromkeys(row.caveat for row in rows), 1))
+    assert " ".join(shown.split()).endswith(f"{notes}Claims: claims/claims.md (and Parquet)")  # equal ones are said once
+
+
+def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = call(capsys, "claims", "runs")[1]
+    found, rows = claimed(runs), rows_of(shown)
+    notes = {int(number): caveat for number, caveat in re.findall(r"^ +(\d+)  (\S.*)$", shown, re.MULTILINE)}
+    assert len(rows) == len(found) > 10 and {row.verdict for row in found} == {"supported", "not supported", "undecided"}
+    for cells, row in zip(rows, found, strict=True):
+        assert cells[:3] == [f"{row.number} {row.claim}", row.verdict, f"{row.statement} ({row.source})"]
+        assert notes[int(cells[-1])] == row.caveat
+        contrary = row.verdict == "not supported"
+        p = [] if np.isnan(row.p_holm) else [f"{row.p_contrary:.2g}*" if contrary else f"{row.p_holm:.2g}"]
+        assert cells[3:-1] == ([effect(row), str(row.n), *p] if row.n else ["not measured", "0"])
+    assert "* p of the contrary" in shown
+
+
+def test_verdicts_are_colored_on_a_terminal_and_said_everywhere(runs, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    shown = io.StringIO()
+    judging.say_claims(Console(file=shown, width=300, force_terminal=True, color_system="standard"), claims(runs))
+    for verdict, color in (("supported", 32), ("not supported", 31), ("undecided", 33)):
+        assert re.search(rf"\x1b\[{color}m{verdict}\b", shown.getvalue())
+
+
+def test_nothing_in_a_claim_acts_on_the_terminal(runs):
+    """Names of activation functions come with the runs."""
+    text = "[red]a[/red] \x1b[31mb\x07 :boom:\nc\u202e"
+    found = claims(runs).assign(statement=text, statistic=text, claim=text, caveat=text)
+    shown = io.StringIO()
+    judging.say_claims(Console(file=shown, width=300), found)
+    assert shown.getvalue().count("[red]a[/red] �[31mb� :boom: c�") == 3 * len(found) + 1
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown.getvalue())
+
+
+def test_no_claim_is_a_sentence(runs):
+    shown = io.StringIO()
+    judging.say_claims(Console(file=shown, width=80), claims(runs).iloc[:0])
+    assert "no claim is about runs of these kinds" in shown.getvalue()
+
+
+def test_the_table_of_claims_is_written_by_default(runs, here, capsys):
+    status, shown, errors = call(capsys, "claims", "runs")
+    assert (status, errors) == (0, "") and shown.endswith("Claims: claims/claims.md (and Parquet)\n")
+    assert files(here / "claims") == {"claims.md", "claims.parquet"}
+
+
+def test_a_table_of_claims_that_cannot_be_written_is_shown_first(runs, here, capsys, monkeypatch):
+    (here / "claims").write_text("a file")
+    status, shown, errors = call(capsys, "claims", "runs")
+    assert status == 2 and "1 means" in shown and "Claims:" not in shown
+    assert errors == "biasshift: the table of claims cannot be written into 'claims' (File exists): choose another --out.\n"
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", ".claims.parquet.tmp")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    status, shown, errors = call(capsys, "claims", "runs", "--out", "judged")
+    assert status == 2 and "1 means" in shown and "into 'judged' (No space left on device)" in errors and not files(here / "judged")
 
 
 def test_the_table_of_claims_says_where_it_comes_from(runs, here, capsys):

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from contextlib import chdir
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import biasshift as bs
 from biasshift import data, nets, optim, training
 from biasshift.cli import _parsed
+from biasshift.reading import read_runs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,11 +34,36 @@ def with_pages(having):
     return pytest.mark.parametrize("page", [page for page in PAGES if having(page)], ids=lambda page: page.stem)
 
 
+@pytest.fixture(scope="module")
+def run_python(tmp_path_factory):
+    """Runs the Python of a page, once and in a folder of its own; returns that folder and the names that it leaves."""
+
+    @cache
+    def run(page):
+        names, folder = {}, tmp_path_factory.mktemp(page.stem)
+        with chdir(folder):
+            for block in blocks(page, "python"):
+                exec(compile(block, page.name, "exec"), names)
+        return folder, names
+
+    return run
+
+
 @with_pages(lambda page: blocks(page, "python"))
-def test_the_python_of_a_page_runs(page):
-    names = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), names)
+def test_the_python_of_a_page_runs(page, run_python):
+    run_python(page)
+
+
+def test_runs_of_a_loop_of_ones_own_are_judged_as_the_page_says(run_python):
+    folder, names = run_python(DOCS / "howto" / "claims.md")
+    table = read_runs(folder / "runs" / "mine")
+    pairs = names["found"].set_index("claim")["n"]
+    at_equal_loss = ["means-loss", "coupling", "gap", "correction", "speed"]
+    assert (pairs[["means", "inherited", "loss", "gap-steps", *at_equal_loss]] == 6).all()
+    unexamined = bs.claims(table[table["exam_damping"].isna()].drop(columns=[name for name in table if name.startswith("exam_")]))
+    unexamined = unexamined.set_index("claim")
+    assert (unexamined.loc[at_equal_loss, "n"] == 0).all() and (unexamined.loc[at_equal_loss, "verdict"] == "undecided").all()
+    assert (unexamined.loc[["means", "inherited", "loss", "gap-steps"], "n"] == 6).all()
 
 
 @with_pages(commands)

@@ -9,10 +9,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from biasshift.claims import claims_markdown
 from biasshift.cli.drawing import draw_figures
+from biasshift.cli.judging import judge
 from biasshift.cli.options import Claims, Figure, Report, Runs
-from biasshift.cli.saying import say_claims, say_runs, sentence
+from biasshift.cli.saying import say_runs, sentence
 from biasshift.cli.training import train
 from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
@@ -22,12 +22,10 @@ from biasshift.experiments.experiment import REPLACE_OR_RESUME
 from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
-from biasshift.figures.tabled import origin, origin_said
 from biasshift.reading import read_runs, run_states
 from biasshift.report import report
 from biasshift.starting import INTERRUPTED, started
 from biasshift.training.processes import launched
-from biasshift.writing import replacing
 
 EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
 
@@ -78,7 +76,7 @@ def _carry_out(options: Any) -> None:
     if isinstance(options, Figure):
         draw_figures(console, options, _parsed)
     elif isinstance(options, Claims):
-        _judge(console, options)
+        judge(console, options)
     elif isinstance(options, Runs):
         say_runs(console, run_states(*options.runs), read_runs(*options.runs, units=False))
     elif isinstance(options, Report):
@@ -87,21 +85,6 @@ def _carry_out(options: Any) -> None:
         console.print(f"Report: {report(options.runs, options.out)}", soft_wrap=True)
     else:
         train(console, options)
-
-
-def _judge(console: Console, options: Claims) -> None:
-    if not options.runs:
-        raise ValueError("claims are about runs: biasshift claims FOLDER.")
-    table = read_runs(*options.runs)
-    found = say_claims(console, table)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        found.attrs.update(made_by := origin(table, options.runs))
-        with replacing(options.out / "claims.parquet") as temporary:
-            found.to_parquet(temporary)
-        with replacing(options.out / "claims.md") as temporary:
-            temporary.write_text(f"{claims_markdown(found)}\n{origin_said(made_by)}\n", encoding="utf-8")
-        console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claims:
-    """Say which claims of the paper the runs support."""
+    """Say which claims of the paper the runs support, in a table with its caveats."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders that contain them."""
-    out: Path | None = None
-    """A folder to write the table into, as claims.parquet and claims.md."""
+    out: Path = Path("claims")
+    """The table is written here, as claims.md and claims.parquet."""
 
 
 @dataclass(frozen=True)

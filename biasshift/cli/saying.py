@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from biasshift.claims import SAID, claims, effect, sentences
+from biasshift.claims import SAID, claims, effect
 from biasshift.summary import READING, per_run, reading_table, sweep_table
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ SCORES = {
     "train_loss": "loss", "train_error": "error", "valid_loss": "valid. loss", "valid_error": "valid. error",
     "test_loss": "test loss", "test_error": "test error", "valid_error5": "valid. top-5",
 }  # fmt: skip
+JUDGED = "What these runs say about the paper's claims"
+HOW_JUDGED = "Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement."
+
+
+def printable(text: str) -> str:
+    """What comes from run folders, in one line and without signs that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else "�" for sign in " ".join(text.split()))
 
 
 def sentence(error: Exception) -> str:
@@ -60,28 +67,18 @@ def say_paths(console: Console, paths: list[Path]) -> None:
     console.print(f"Figure: {paths[0]} (and {paths[-1].suffix[1:].upper()})", soft_wrap=True)
 
 
-def say_claims(console: Console, table: "pd.DataFrame") -> "pd.DataFrame":
-    """The verdicts, in sentences; returns the table of claims."""
-    found = claims(table)
-    console.print("\nWhat these runs say about the paper's claims", style="bold")
-    console.print("Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement.")
-    for sentence in sentences(found):
-        console.print(textwrap.fill(sentence, console.width, initial_indent="  ", subsequent_indent="  "), soft_wrap=True)
-    return found
-
-
 def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
     """The claims by verdict, a line or two each; what speaks against taking them for more is in their caveats, which `claims` shows."""
     found: Any = claims(table)
-    console.print("\nWhat these runs say about the paper's claims", style="bold")
-    console.print("Effects are paired by seed, with 95 % intervals; verdicts go by p corrected (Holm) for the variants of a statement.")
+    console.print(f"\n{JUDGED}", style="bold")
+    console.print(HOW_JUDGED)
     for verdict, words in SAID.items():
         rows = found[found["verdict"] == verdict]
         if len(rows):
             console.print(f"{words} ({len(rows)})")
         for row in rows.itertuples():
             line = f"{row.statement} ({row.source}). {row.statistic}: {effect(row) if row.n else 'not measured'}, n = {row.n}."
-            console.print(textwrap.fill(line, console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
+            console.print(textwrap.fill(printable(line), console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
     console.print("Their caveats: biasshift claims FOLDER")
 
 
