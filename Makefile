@@ -24,7 +24,7 @@ runs:
 	@echo "make: there are no runs in runs/ yet. 'make demo' makes some, in minutes; 'biasshift report FOLDER' is for runs elsewhere." >&2; exit 1
 
 notebooks: $(VENV)/.installed-notebooks ## run the notebooks and keep their outputs
-	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	@$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 lab: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
