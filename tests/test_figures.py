@@ -78,7 +78,7 @@ def drawn(name, runs):
 
 def test_figure_1_is_the_activation_functions():
     (ax,) = picture("1", None).axes
-    assert labels(ax) == ["ELU", "LReLU", "ReLU", "SReLU"]
+    assert labels(ax) == ["ELU", "SReLU", "LReLU", "ReLU"]
 
 
 def test_figure_2_is_means_and_losses_against_the_epoch(runs):
@@ -134,29 +134,44 @@ def test_figure_4_has_the_whole_the_start_and_the_end():
         assert x.tolist() == steps and part in ax.get_title(loc="left")
         np.testing.assert_allclose(y, [0.105 + 0.5 - 0.5 * step / 120 for step in steps])
     np.testing.assert_allclose(line(figure.axes[0], "relu").get_data(), [[60, 120], [6.55, 4.05]])
-    assert below(figure) == ["ELU (n = 2)", "LReLU (n = 2)", "ReLU (n = 2)", "SReLU (n = 2)"]  # no published mark on short runs
+    assert below(figure) == ["ELU (n = 2)", "SReLU (n = 2)", "LReLU (n = 2)", "ReLU (n = 2)"]  # no published mark on short runs
     found = {number.quantity: number for number in numbers("4", small)}
     assert found["test error at the end, ELU"].here == "10.5 ± 0.7 % (n = 2)"
-    assert found["test error at the end, ELU"].paper == "28.75 ± 0.24 % (n = 10)"
+    assert {number.paper for number in numbers("4", small)} == {"–"} and "do not stand beside" in caption("4", small)
+    long = condensed("4", cifar((0, 90_000, 165_000)))
+    assert numbers("4", long)[0].paper == "28.75 ± 0.24 % (n = 10)" and "do not stand beside" not in caption("4", long)
 
 
 @pytest.mark.parametrize(
-    ("columns", "marks"),
+    ("columns", "last", "marks"),
     [
-        ({"dataset": "cifar100"}, 4),
-        ({"dataset": "cifar100", "width": 1.0}, 4),
-        ({"dataset": "cifar10"}, 0),
-        ({"dataset": "cifar100", "width": 0.25}, 0),
+        ({"dataset": "cifar100"}, 165_000, 4),
+        ({"dataset": "cifar100", "width": 1.0}, 165_000, 4),
+        ({"dataset": "cifar100"}, 164_000, 4),
+        ({"dataset": "cifar100"}, 100_000, 0),
+        ({"dataset": "cifar100"}, 200_000, 0),
+        ({"dataset": "cifar10"}, 165_000, 0),
+        ({"dataset": "cifar100", "made": "smoke"}, 165_000, 0),
+        ({"dataset": "cifar100", "width": 0.25}, 165_000, 0),
     ],
 )
-def test_figure_4_has_the_papers_numbers_on_runs_of_its_length_and_size(columns, marks):
-    figure, _ = drawn("4", cifar((0, 90_000, 165_000), **columns))
+def test_figure_4_has_the_papers_numbers_on_runs_of_its_length_and_size(columns, last, marks):
+    figure, small = drawn("4", cifar((0, 90_000, last), **columns))
+    assert len({number.paper for number in numbers("4", small)}) == (8 if marks else 1)
     hollow = [[one for one in ax.lines if one.get_markerfacecolor() == "white" and len(one.get_xdata())] for ax in figure.axes]
     assert [len(found) for found in hollow] == [0, 0, marks, 0, 0, marks]
     assert {float(one.get_ydata()[0]) for one in hollow[2]} == (set(TRAIN_LOSSES.values()) if marks else set())
     assert sorted(100 * one.get_ydata()[0] for one in hollow[5]) == pytest.approx(sorted(e for e, _ in TEST_ERRORS.values())[:marks])
     assert ("paper" in below(figure)) == bool(marks)
     assert figure.axes[0].get_xlabel() == "thousand updates"
+
+
+def test_a_part_without_a_score_is_an_empty_panel():
+    for name in ("4", "5"):
+        figure, _ = drawn(name, cifar((0, 120), normed=(False,) if name == "4" else (False, True)))
+        figure.draw_without_rendering()
+    figure, _ = drawn("4", cifar((0, 120)))
+    assert [len(ax.lines) for ax in figure.axes] == [4, 0, 4, 4, 4, 4]  # no training loss in the first half
 
 
 def test_figure_4_leaves_out_networks_with_batch_norm():
@@ -167,13 +182,14 @@ def test_figure_4_leaves_out_networks_with_batch_norm():
 def test_figure_5_pairs_elu_with_each_other():
     figure, small = drawn("5", cifar(normed=(False, True)))
     assert [ax.get_title(loc="left") for ax in figure.axes[:3]] == [
-        f"({a}) ELU – {b}, whole" for a, b in zip("abc", ("ReLU", "SReLU", "LReLU"), strict=True)
+        f"({a}) ELU and {b}, whole" for a, b in zip("abc", ("ReLU", "SReLU", "LReLU"), strict=True)
     ]
     solid, dotted = (line(figure.axes[0], "relu", style).get_ydata() for style in ("-", ":"))
     np.testing.assert_allclose(solid, [0.905, 0.655, 0.405])
     np.testing.assert_allclose(dotted, [0.7025, 0.4525, 0.2025])
     assert line(figure.axes[3], "elu", "-").get_xdata().tolist() == [120]
-    assert below(figure)[-2:] == ["SReLU (n = 2)", "LReLU (n = 2)"] and {"with batch norm", "without batch norm"} <= set(below(figure))
+    counted = [f"{name} (n = 2)" for name in ("ELU", "SReLU", "LReLU", "ReLU")]
+    assert below(figure) == [*counted, "without batch norm", "with batch norm"]
     here = {number.quantity: number.here for number in numbers("5", small)}
     assert here["test error with batch norm, ReLU"] == "20.2 ± 0.4 % (n = 2)"
 
@@ -194,16 +210,19 @@ def test_figure_6_is_loss_top_5_and_top_1():
     figure, small = drawn("6", scored("imagenet", settings, columns, dataset="imagenet (1000 classes)", steps=100))
     for ax, expected in zip(figure.axes, ([7, 6.5, 6], [0.9, 0.85, 0.8], [0.99, 0.94, 0.89]), strict=True):
         np.testing.assert_allclose(line(ax, "relu").get_data(), [[0, 50, 100], expected])
-    assert numbers("6", small)[0].here == "80.0 % (n = 1)" and "20 %" in numbers("6", small)[0].paper
+    assert [number[1:] for number in numbers("6", small)] == [("80.0 % (n = 1)", "–")] * 2 + [("89.0 % (n = 1)", "–")] * 2
 
 
 def test_figure_6_has_the_papers_numbers_on_imagenet_alone():
     columns = {name: lambda step, s: 0.5 for name in ("train_loss", "valid_error5", "valid_error")}
-    for dataset, marks in (("imagenet (1000 classes)", [(160_000, 0.2)]), ("flowers (5 classes)", [])):
-        runs = scored("imagenet", [{"activation": "elu", "seed": 0}], columns, (0, 250_000), dataset=dataset)
-        _, top5, _ = drawn("6", runs)[0].axes
+    both, thousand = [(160_000, 0.2), (200_000, 0.2)], "imagenet (1000 classes)"
+    for dataset, last, marks in ((thousand, 250_000, both), (thousand, 180_000, both[:1]), ("flowers (5 classes)", 250_000, [])):
+        runs = scored("imagenet", [{"activation": "elu", "seed": 0}], columns, (0, last), dataset=dataset)
+        figure, small = drawn("6", runs)
+        _, top5, _ = figure.axes
         hollow = [one for one in top5.lines if one.get_markerfacecolor() == "white" and len(one.get_xdata())]
-        assert [tuple(one.get_xydata()[0]) for one in hollow][:1] == marks
+        assert [tuple(one.get_xydata()[0]) for one in hollow] == marks
+        assert ("20 % after 160k" in numbers("6", small)[0].paper) == bool(marks)
 
 
 def moving(name, seed, spread) -> pd.DataFrame:
@@ -228,7 +247,7 @@ def test_figure_7_is_the_variance_over_epochs_of_every_unit_and_layer():
     assert [bar.get_label() for bar in bars] == ["ELU (n = 2)", "ReLU (n = 1)"]
     np.testing.assert_allclose(bars[0][0].get_xydata()[:, 1], [0.2**2, 0.6**2])  # the middle unit
     np.testing.assert_allclose(line(figure.axes[1], "relu").get_data(), [[1, 2], [0.4**2, 1.2**2]])
-    assert numbers("7", small)[1].here == f"{np.median([(layer * 0.2 * u) ** 2 for layer in (1, 3) for u in (1, 2, 3)]):.2g}"
+    assert numbers("7", small)[1].here == f"{np.median([(layer * 0.2 * u) ** 2 for layer in (1, 3) for u in (1, 2, 3)]):.2g} (n = 1)"
 
 
 def test_a_variance_needs_three_measurements():
@@ -237,16 +256,37 @@ def test_a_variance_needs_three_measurements():
 
 
 def test_table_1_is_the_papers_ten_networks_and_the_last_errors_of_these():
-    settings = [{"activation": "elu", "seed": seed, "dataset": "cifar100"} for seed in (0, 1)]
+    settings = [{"activation": name, "seed": seed, "dataset": "cifar100"} for name in ("elu", "relu") for seed in (0, 1)]
     errors = {"train_loss": lambda step, s: 1.0, "test_error": lambda step, s: 0.9 if step < 100 else 0.25 + s["seed"] / 100}
     figure, small = drawn("table1", scored("cifar18", settings, errors))
-    assert len(small) == 2 and len(TABLE1) == 8
-    ten, hundred = figure.axes
+    assert len(small) == 4 and len(TABLE1) == 8
+    (hundred,) = figure.axes  # and no panel without runs
     paper = {label.get_text(): x for label, x in zip(hundred.get_yticklabels(), hundred.lines[0].get_xdata(), strict=False)}
-    assert paper == {name: errors[1] for name, errors in TABLE1.items()}
-    assert hundred.lines[1].get_xdata() == pytest.approx([25.5]) and len(ten.lines) == 1
-    assert hundred.get_yticklabels()[-1].get_text() == "ELU, these runs" and below(figure) == ["paper", "these runs"]
-    assert numbers("table1", small)[-1] == ("these runs, cifar100, ELU", "25.5 ± 0.7 % (n = 2)", "24.28 %")
+    assert hundred.get_title() == "CIFAR-100" and paper == {name: errors[1] for name, errors in TABLE1.items()}
+    elu, relu = hundred.lines[1:]
+    assert elu.get_xdata() == pytest.approx([25.5]) and relu.get_xdata() == pytest.approx([25.5])
+    assert (elu.get_marker(), elu.get_color()) != (relu.get_marker(), relu.get_color()) == ("s", plots.LOOKS["relu"].color)
+    assert [label.get_text() for label in hundred.get_yticklabels()][-2:] == [f"{name}, these runs (n = 2)" for name in ("ELU", "ReLU")]
+    assert numbers("table1", small)[-2:] == [(f"these runs, cifar100, {name}", "25.5 ± 0.7 % (n = 2)", "–") for name in ("ELU", "ReLU")]
+
+
+def test_table_1_of_synthetic_data_stands_alone_and_says_so():
+    settings = [{"activation": "elu", "seed": 0, "dataset": "cifar100"}]
+    errors = {"train_loss": lambda step, s: 1.0, "test_error": lambda step, s: 0.8}
+    figure, small = drawn("table1", scored("cifar18", settings, errors, made="smoke"))
+    (ax,) = figure.axes
+    assert ax.get_title() == "synthetic data" and len(ax.lines) == 1 and not below(figure)
+    for words in (figure.get_suptitle(), figures.said("table1", small)):
+        assert "synthetic data" in words and "cifar100" not in words
+    assert [number.paper for number in numbers("table1", small)] == ["–"]
+
+
+def test_table_1_of_whole_runs_stands_beside_the_papers():
+    settings = [{"activation": name, "seed": 0, "dataset": dataset} for name in ("elu", "relu") for dataset in ("cifar10", "cifar100")]
+    errors = {"train_loss": lambda step, s: 1.0, "test_error": lambda step, s: 0.25}
+    figure, small = drawn("table1", scored("cifar18", settings, errors, (0, 160_000), width=1.0))
+    assert [ax.get_title() for ax in figure.axes] == ["CIFAR-10", "CIFAR-100"]
+    assert [number.paper for number in numbers("table1", small)[8:]] == ["6.55 %", "prints none", "24.28 %", "prints none"]
 
 
 # -- the theory's figures ----------------------------------------------------------------------------------------
@@ -257,13 +297,13 @@ def test_the_gap_is_that_of_layers_fed_by_an_activation(runs, name):
     more = runs[runs["layer"] == "2"].assign(layer="0", cos_gradient=-1.0)  # the first layer's gap is not shown
     figure, small = drawn(name, pd.concat([runs, more]))
     (ax,) = figure.axes
-    dots, median = (collection.get_offsets() for collection in ax.collections[:2])
+    dots, median = [found for one in ax.collections if len(found := one.get_offsets())][:2]
     assert len(dots) == 3 * 2 * 3  # runs, layers, measurements
     np.testing.assert_allclose(dots[:, 1], 60)
     assert set(np.round(dots[:, 0], 6)) == {0.2, 0.4}
     np.testing.assert_allclose(median, [[0.3, 60]])
     assert figure.get_suptitle() == "planted: 4 epochs, 3 seeds" and labels(ax) == ["ELU (n = 3)", "ReLU (n = 3)"]
-    assert numbers(name, small)[0].here == "60 degrees, 0.3"
+    assert numbers(name, small)[0].here == "60.0 degrees, 0.3"
 
 
 def test_theory2_leaves_out_units_with_too_few_samples():
@@ -279,6 +319,24 @@ def test_theory2_leaves_out_units_with_too_few_samples():
     np.testing.assert_allclose(line(means, "elu", ":").get_ydata(), [2] * 3)  # of unit 1, whose corrected mean is larger
     np.testing.assert_allclose(line(enough, "elu").get_ydata(), [0.5] * 3)
     assert numbers("theory2", small)[0].here == "0.500 ± 0.000 (n = 2)"
+
+
+def test_theory2_counts_the_units_whose_mean_the_correction_makes_smaller():
+    shares = {0: 1.0, 25: 0.5, 50: 0.0, 75: 0.0, 100: 0.5}  # epochs 0 to 4
+    planted = table(Planted("elu", seed, every=25, along=lambda step, layer: {"smaller": shares[step]}) for seed in range(2))
+    units = (planted["unit"] >= 0) & planted["coupling"].notna()
+    planted.loc[units, "k"] = 0.5
+    few = units & (planted["layer"] == "4") & (planted["step"] == 100)
+    planted.loc[few, ["effective_samples", "norm_corrected_mean"]] = 1.0, 9.0  # not counted
+    small = condensed("theory2", planted)
+    found = {number.quantity: number.here for number in numbers("theory2", small)[3:]}
+    name = "units with |μ − k m| < |μ|"
+    assert found == {
+        f"{name} at initialization, ELU": "100 ± 0 % (n = 2)",
+        f"{name} after the first epoch, ELU": "50.0 ± 0.0 % (n = 2)",
+        f"{name} at the end, ELU": "50.0 ± 0.0 % (n = 2)",
+    }
+    assert len(numbers("theory2", small.drop(columns="smaller"))) == 3  # of a table from before
 
 
 def test_theory3_adds_up_absolute_parts_behind_the_first_layer(runs):
@@ -321,6 +379,24 @@ def test_theory4_shows_each_cell_at_its_best_rate():
     np.testing.assert_allclose(bars["ELU"], [np.log(2.3 / level) / 0.1] * 2)
     np.testing.assert_allclose(bars["ELU + 0.5"], [np.log(2.3 / level) / 0.05, np.log(2.3 / level) / 0.1])
     assert below(figure) == ["ELU (n = 2)", "ReLU (n = 2)", "ELU + 0.5 (n = 2)"]
+    assert (line(plain, "elu").get_linestyle(), raised.get_linestyle()) == ("-", "--")  # so that grey print tells them apart
+
+
+def test_theory4_describes_what_it_draws_and_says_which_rates_are_at_an_edge():
+    runs = swept((0.01, 0.1, 1.0)).assign(update_every=50)
+    runs.loc[runs["lr"] == 1.0, "epoch"] /= 2  # these ended early, and are not drawn
+    runs = pd.concat([runs, runs[runs["update"] == "plain"].assign(update="full", run=lambda rows: rows["run"] + "-full")])
+    low = runs["activation"].eq("relu") & runs["lr"].isin([0.1, 1.0]) & runs["update"].eq("plain")
+    runs = runs[~low | (runs["step"] < 50)]
+    figure, small = drawn("theory4", runs)
+    words = " ".join(figure.get_suptitle().split())
+    assert "sweep, MNIST at half resolution: 4 epochs, 2 seeds" in words and "ended early" not in words
+    assert "The full update looks at its curvature every 50 steps" in words
+    assert words.endswith("Best rate at an edge of those tried, 0.01 to 1: ReLU, plain (0.01)")
+    assert "ended early" not in caption("theory4", small)
+    assert [number.quantity for number in numbers("theory4", small) if "edge" in number.quantity] == [
+        "ReLU, learning rate 0.01, an edge of the grid"
+    ]
 
 
 def test_networks_with_batch_norm_are_networks_of_their_own_and_look_the_same_in_every_panel():
@@ -397,6 +473,10 @@ def test_somebodys_own_runs_are_taken_as_they_are():
     assert len(chosen(runs.drop(columns="experiment"), ["cifar11"], {}, "")) == 2
 
 
+SHORTENED = " (schedule shortened from the paper's 165,000 updates)"
+SMOKE = "Smoke run: a tiny version, which shows only that it works."
+
+
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
@@ -410,12 +490,18 @@ def test_somebodys_own_runs_are_taken_as_they_are():
         ({"experiment": "mnist", "depth": 8, "width": 128, "epochs": 3, "reached": 3.0, "device": "cpu"}, "mnist, 8 × 128: 3 epochs, cpu"),
         ({"experiment": "mnist", "epochs": 300, "reached": [3.0, 300, 300]}, "mnist: 3–300 of 300 epochs (some ended early)"),
         ({"experiment": "cifar11", "dataset": "cifar100", "epochs": 330.0, "steps": 165_000}, "cifar11, cifar100: 165,000 steps"),
-        ({"experiment": "cifar11", "width": 1.0, "steps": 9}, "cifar11: 9 steps"),
-        ({"experiment": "cifar11", "width": 0.25, "steps": 9}, "cifar11, units × 0.25: 9 steps"),
+        ({"experiment": "cifar11", "steps": 164_000}, "cifar11: 164,000 steps"),
+        ({"experiment": "cifar11", "width": 1.0, "steps": 9}, f"cifar11: 9 steps{SHORTENED}"),
+        ({"experiment": "cifar11", "width": 0.25, "steps": 9}, f"cifar11, units × 0.25: 9 steps{SHORTENED}"),
         ({"experiment": "cifar11", "width": [1.0, 0.5, 0.5], "batch_norm": True}, "cifar11, units × 0.5 and 1, with batch norm"),
-        ({"experiment": "cifar11", "batch_norm": True, "steps": 9}, "cifar11, with batch norm: 9 steps"),
+        ({"experiment": "cifar11", "batch_norm": True, "steps": 9}, f"cifar11, with batch norm: 9 steps{SHORTENED}"),
+        ({"experiment": "cifar11", "steps": 9, "test_images": 500}, f"cifar11: 9 steps{SHORTENED}, 500 test images"),
+        ({"experiment": "cifar11", "steps": 165_000, "test_images": 10_000}, "cifar11: 165,000 steps"),
+        ({"experiment": "imagenet", "steps": 9, "valid_images": 6}, "imagenet: 9 steps, 6 validation images"),
+        ({"experiment": "mnist", "epochs": 1, "made": "smoke"}, f"{SMOKE} mnist, synthetic data: 1 epoch"),
+        ({"experiment": "digits", "epochs": 2, "made": "smoke"}, f"{SMOKE} digits: 2 epochs"),  # whose images are no synthetic ones
         ({"experiment": "mnist", "batch_norm": [True, False, True], "update": "centered"}, "mnist, centered update"),
-        ({"experiment": "sweep", "update": ["plain", "plain", "full"]}, "sweep"),
+        ({"experiment": "sweep", "update": ["plain", "plain", "full"]}, "sweep, MNIST at half resolution"),
         ({"experiment": "mnist", "epochs": 2, "made": "quick"}, "Quick version, which decides nothing. mnist: 2 epochs"),
     ],
 )
@@ -435,7 +521,97 @@ def test_a_run_that_ended_early_is_not_called_whole(runs):
 
 def test_captions_name_the_runs_and_the_papers():
     words = caption("4", condensed("4", cifar()))
-    assert "cifar11, cifar100: 120 steps, 2 seeds" in words and words.endswith("Paper: CIFAR-100, 165,000 updates, 10 runs.")
+    assert f"cifar11, cifar100: 120 steps{SHORTENED}, 2 seeds" in words and "Paper: CIFAR-100, 165,000 updates, 10 runs." in words
+
+
+@pytest.mark.parametrize("name", ["2", "3", "7"])
+def test_where_the_paper_prints_no_number_that_is_said(name):
+    settings = [{"activation": "elu", "seed": 0, "lr": 0.1}]
+    errors = {"train_error": lambda step, s: 1.0, "test_error": lambda step, s: 1.0}
+    planted = {"2": lambda: table([Planted("elu", 0)]), "3": lambda: scored("autoencoder", settings, errors)}
+    small = condensed(name, planted.get(name, lambda: moving("elu", 0, 0.1))())
+    assert {number.paper for number in numbers(name, small)} == {"prints none"} and "prints no numbers" in caption(name, small)
+
+
+@pytest.mark.parametrize(("seeds", "said"), [((0,), "One run each, no spread"), ((0, 1), "Mean ± SD over seeds")])
+def test_a_spread_is_that_of_several_runs(seeds, said):
+    runs = cifar(normed=(False, True))
+    for name in ("4", "5"):
+        assert drawn(name, runs[runs["seed"].isin(seeds)])[0].get_suptitle().startswith(f"{said}\n")
+    means, losses = drawn("2", table(Planted("elu", seed) for seed in seeds))[0].axes
+    assert (said.lower() in means.get_title(loc="left").lower()) and ("SD" in losses.get_title(loc="left")) == (len(seeds) > 1)
+
+
+# -- one setting -------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_two_settings_are_no_seeds(runs):
+    other = runs.assign(seed=runs["seed"] + 3, run=runs["run"] + "-other")
+    for option, value, said in (
+        ("lr", 0.5, "0.1, 0.5"),
+        ("batch_size", 256, "64, 256"),
+        ("dataset", "b", "a, b"),
+        ("update_every", 9, "5, 9"),
+    ):
+        mixed = pd.concat(
+            [runs.assign(batch_size=64, dataset="a", update_every=5), other.assign(batch_size=64, dataset="a", update_every=5)]
+        )
+        mixed.loc[mixed["run"].str.endswith("other"), option] = value
+        for name in ("2", "theory1", "theory3"):
+            with pytest.raises(ValueError, match=rf"^Figure {name} would take runs that differ in '{option}' \({said}\).*one setting\.$"):
+                condensed(name, mixed)
+
+
+def test_an_option_of_ones_own_is_an_option(folder):
+    for seed, alpha in ((8, 1.0), (9, 2.5)):
+        own = {"experiment": "planted", "activation": "elu", "seed": seed, "epochs": 4, "lr": 0.1, "alpha": alpha}
+        with Run.create(folder / f"own-{seed}", own) as run:
+            run.append(pd.DataFrame({"step": [0], "layer": "", "unit": -1, "epoch": 0.0, "train_loss": 1.0}))
+    with pytest.raises(ValueError, match=r"differ in 'alpha' \(1, 2\.5\)"):
+        figures.data("2", folder)
+
+
+def test_what_may_differ_does(runs):
+    mixed = runs.assign(device=runs["run"].map(lambda name: f"cpu {name}"), made="", examined=runs["seed"] > 0, damping=runs["seed"] / 9)
+    assert condensed("2", mixed)["run"].nunique() == 6
+    with pytest.raises(ValueError, match="'damping'"):  # which is in every unit Fisher matrix
+        condensed("theory1", mixed)
+
+
+def test_one_seed_is_not_counted_twice(runs):
+    again = runs[runs["run"] == "elu-0"].assign(run="elsewhere/elu-0")
+    for name in ("2", "theory1", "theory3"):
+        with pytest.raises(ValueError, match=rf"Figure {name} would take the runs elu-0, elsewhere/elu-0 of one seed for two: give one"):
+            condensed(name, pd.concat([runs, again]))
+
+
+def test_runs_that_are_left_out_are_named(runs):
+    digits = runs.assign(experiment="digits", run=runs["run"] + "-digits")
+    deep = runs[runs["seed"] == 0].assign(experiment="mnist", run=runs["run"] + "-deep", depth=5)
+    words = caption("2", condensed("2", pd.concat([runs.assign(experiment="mnist", depth=8), deep, digits])))
+    assert "Left out: 6 runs of digits, 2 runs with another depth than 8." in words and "digits" not in words.replace(
+        "6 runs of digits", ""
+    )
+    assert "Left out" not in caption("2", condensed("2", runs))
+
+
+def test_figure_1_and_options_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="Figure 1 shows functions, and no runs: leave the folders out"):
+        figures.data("1", tmp_path)
+    with pytest.raises(ValueError, match="'--quick' is no folder of runs"):
+        figures.data("6", "--quick")
+
+
+@pytest.mark.parametrize("name", ["2", "theory1", "theory3", "4", "7"])
+def test_names_with_dollars_are_no_formulas(name):
+    odd = "a$b$ {x_"
+    planted = {"4": lambda: cifar(names=("elu",), dataset="$c$").assign(activation=odd), "7": lambda: moving(odd, 0, 0.1)}
+    runs = planted.get(name, lambda: table([Planted(odd, 0)]))()
+    figure, small = drawn(name, runs.assign(device="$\\frac$ $"))
+    figure.draw_without_rendering()
+    shown = [text.replace(r"\$", "$") for ax in figure.axes for text in (*labels(ax), *(tick.get_text() for tick in ax.get_xticklabels()))]
+    assert any(odd in text for text in [*shown, *(text.replace(r"\$", "$") for text in below(figure))])
+    assert odd in numbers(name, small)[0].quantity
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -482,6 +658,27 @@ def test_what_is_no_figure_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"figures\.picture.* not str"):
         figures.write("1", "a picture", tmp_path)  # pyright: ignore[reportArgumentType]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("blocked", ["figure_1.png", "figure_1.pdf"])
+def test_both_files_are_written_or_none(tmp_path, blocked):
+    (tmp_path / blocked / "file").mkdir(parents=True)
+    with pytest.raises(OSError) as caught:
+        figures.write("1", picture("1", None), tmp_path)
+    assert "another" in str(caught.value.strerror) and "--out" in str(caught.value.strerror) and str(tmp_path) in caught.value.filename
+    assert [path.name for path in tmp_path.iterdir()] == [blocked]
+
+
+def test_a_full_disk_leaves_the_pictures_of_before(tmp_path, monkeypatch):
+    before = [path.read_bytes() for path in figures.write("1", picture("1", None), tmp_path, "before")]
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match=r"Figure 1 cannot be written .No space left on device.: make room there, or choose another folder"):
+        figures.write("1", picture("1", None), tmp_path, "after")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())[::-1]] == before
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "1"])

@@ -136,7 +136,7 @@ def test_runs_of_two_settings_are_not_averaged():
 
 def test_activation_functions(ax):
     plots.activation_functions(ax)
-    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "LReLU", "ReLU", "SReLU"]
+    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "SReLU", "LReLU", "ReLU"]  # as the paper has them
     expected = {
         "ELU": lambda x: np.where(x > 0, x, np.expm1(x)),
         "LReLU": lambda x: np.where(x > 0, x, x / 10),
@@ -239,7 +239,7 @@ def test_learning_curves_of_one_column(ax):
 
 def test_gap_against_mean(ax):
     plots.gap_against_mean(ax, planted(), skip_input=True)
-    elu_dots, elu_median, relu_dots, relu_median = [collection.get_offsets() for collection in ax.collections]
+    elu_dots, elu_median, relu_dots, relu_median = [dots for one in ax.collections if len(dots := one.get_offsets())]
     assert len(elu_dots) == len(relu_dots) == 9  # 3 runs, 1 layer, 3 steps
     np.testing.assert_allclose(elu_dots[:, 1], 100 * elu_dots[:, 0])
     np.testing.assert_allclose([elu_median[0], relu_median[0]], [[0.11, 11], [0.51, 51]])
@@ -251,10 +251,18 @@ def test_gap_against_mean(ax):
 def test_dots_of_few_samples_are_hollow_and_not_counted(ax):
     table = planted().assign(enough=lambda rows: (rows["step"] == 0) * 0.7)
     plots.gap_against_mean(ax, table.loc[table["activation"] == "elu"], skip_input=True)
-    sure, unsure, median = ax.collections
+    sure, unsure, median = [dots for dots in ax.collections if len(dots.get_offsets())]
+    assert unsure.get_alpha() > sure.get_alpha()  # thin lines, to be seen at all
     assert len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6  # 3 runs, of 3 steps the first
     assert not len(unsure.get_facecolors()) and len(sure.get_facecolors())
     np.testing.assert_allclose(median.get_offsets(), np.median(np.asarray(sure.get_offsets()), axis=0)[None])
+
+
+def test_medians_at_one_place_are_both_seen(ax):
+    plots.gap_against_mean(ax, pd.concat([planted(["relu"]), planted(["relu"]).assign(activation="lrelu")]), skip_input=True)
+    lrelu, relu = [one for one in ax.collections if len(one.get_offsets()) == 1]
+    np.testing.assert_array_equal(lrelu.get_offsets(), relu.get_offsets())
+    assert lrelu.get_sizes()[0] > 3 * relu.get_sizes()[0] and lrelu.get_zorder() == relu.get_zorder()  # drawn first, and larger
 
 
 def test_gap_of_chosen_layers():
@@ -345,6 +353,37 @@ def test_shares_add_up(ax):
     own, rest = ax.containers
     assert [bar.get_height() for bar in own] == [0.3, 0.2] and [bar.get_y() for bar in rest] == [0.3, 0.2]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["ELU", "ReLU"]
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.2, ""), (0.004, " (< 1 %)"), (0.0004, " (< 0.1 %)"), (0.0, "")])
+def test_a_share_that_nobody_sees_is_said(ax, share, said):
+    table = pd.DataFrame({"activation": ["relu", "elu"], "own": [1 - share, 1.0], "rest": [share, 0.0]})
+    plots.stacked(ax, table, {"own": "own weights", "rest": "second order"})
+    assert ax.containers[1].get_label() == f"second order{said}"
+
+
+def test_rows_of_a_ranking_may_have_looks_of_their_own(ax):
+    plots.ranking(ax, {"a": 1.0, "$b$ $": 2.0}, {"c": 3.0}, {"$b$ $": plots.LOOKS["relu"]})
+    paper, alike, own = ax.lines
+    assert (list(paper.get_xydata()[0]), list(alike.get_xydata()[0]), list(own.get_xydata()[0])) == ([3, 3], [1, 2], [2, 1])
+    assert (own.get_marker(), own.get_color()) == ("s", plots.LOOKS["relu"].color) and paper.get_markerfacecolor() == "white"
+    ax.figure.draw_without_rendering()
+
+
+def test_a_line_style_for_each_group(ax):
+    plots.curves(ax, planted(), "train_loss", line={"relu": "--"})
+    assert [line(ax, name).get_linestyle() for name in ("ELU", "ReLU")] == ["-", "--"]
+    assert [line(ax, name).get_marker() for name in ("ELU", "ReLU")] == ["o", "s"]
+
+
+def test_activations_come_first_in_a_legend_in_the_order_of_the_paper():
+    figure, (left, right) = plots.panels(2)
+    left.plot([], [], label="other")
+    plots.curves(left, planted(["relu"]), "train_loss")
+    plots.curves(right, planted(["lrelu", "srelu", "elu"]), "train_loss")
+    plots.one_legend(figure, [left, right])
+    shown = [text.get_text().partition(" (")[0] for text in figure.legends[0].get_texts()]
+    assert shown == ["ELU", "SReLU", "LReLU", "ReLU", "other"]
 
 
 def test_one_legend_joins_the_counts_of_all_panels():

@@ -11,6 +11,7 @@ from biasshift.figures.choosing import kept
 from biasshift.figures.describing import described, over_seeds
 from biasshift.figures.drawing import Drawing, Number
 from biasshift.judging.curves import common_levels, curve_of, reached
+from biasshift.summary import end_loss, has_ended
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,11 +32,11 @@ def best(table: pd.DataFrame) -> pd.DataFrame:
     plots.need(table, ["train_loss", "update", "lr", "activation", "epochs", "epoch"], "theory4")
     rows = table.loc[(table["layer"] == "") & table["train_loss"].notna()]
     plots.need(rows, [], "theory4")
+    network = table.loc[(table["layer"] == "") & table["epoch"].notna()].astype({"run": str})
+    ends = {name: end_loss(run) if has_ended(run) else math.nan for name, run in network.groupby("run")}
     rows = rows.loc[np.isfinite(rows["train_loss"])]  # of a run that diverged, what came before
-    last = rows.sort_values("step").drop_duplicates("run", keep="last").set_index("run")
-    ends = last["train_loss"].astype(float).where(last["epoch"] >= last["epochs"] - 1e-6)
     runs = cells_of(rows)
-    runs["train_loss"] = runs["run"].map(ends.to_dict())
+    runs["train_loss"] = runs["run"].astype(str).map(ends)
     rates = {cell: best_rate(group) for cell, group in runs.groupby(list(CELL))}
     runs["best"] = [rates[tuple(row[name] for name in CELL)] == row["lr"] for row in runs.to_dict("records")]
     runs["network"] = [_network(cell) for cell in runs.itertuples()]

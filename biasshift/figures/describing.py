@@ -37,7 +37,7 @@ def synthetic(table: pd.DataFrame) -> bool:
     return smoke is not None and bool((smoke & (table["experiment"] != EMBEDDED) if "experiment" in table else smoke).any())
 
 
-def like_the_papers(table: pd.DataFrame, dataset: str, steps: float | None = None) -> bool:
+def like_the_papers(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
     """Whether runs are what the paper's numbers are of: its data, networks of its size without batch norm, and its length."""
     other_data = synthetic(table) or "dataset" not in table or bool((table["dataset"] != dataset).any())
     normed = "batch_norm" in table and bool((table["batch_norm"] == True).any())  # noqa: E712

@@ -38,8 +38,9 @@ def figure4(table: pd.DataFrame) -> Figure:
     for row, (column, name) in enumerate((("train_loss", "training loss (nats)"), ("test_error", "test error (%)"))):
         for number, part in enumerate(parts):
             ax = axes[3 * row + number]
-            plots.curves(ax, part, column)
-            plots.in_thousands(ax)
+            if part[column].notna().any():  # of few scores, there may be none in a part
+                plots.curves(ax, part, column)
+                plots.in_thousands(ax)
             ax.set_ylabel("" if number else name)
             if row:
                 plots.in_percent(ax.yaxis)
@@ -85,7 +86,7 @@ def figure5(table: pd.DataFrame) -> Figure:
         for ax, part in ((axes[number], pair), (axes[len(others) + number], pair.loc[pair["step"] >= split])):
             normed = part["batch_norm"].astype(bool)
             for rows, line, named in ((part.loc[~normed], "-", True), (part.loc[normed], ":", False)):
-                if len(rows):
+                if rows["test_error"].notna().any():
                     plots.curves(ax, rows, "test_error", line=line, named=named)
             plots.in_thousands(ax)
             plots.in_percent(ax.yaxis)
