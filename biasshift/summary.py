@@ -91,7 +91,7 @@ def _along(run: "pd.DataFrame", equal_step: float) -> dict[str, float]:
         "inherited_equal": inherited_share(behind[behind["step"] <= equal_step]),
     }
     at_the_end = dict.fromkeys(("unit_mean", "unit_mean_abs", "inherited", "train_loss", "drift_units", "drift_median"), float("nan"))
-    if _has_ended(run):
+    if has_ended(run):
         last = _last(means)["mean"].astype(float)
         at_the_end = {
             "unit_mean": last.median(),
@@ -109,7 +109,7 @@ def end_loss(run: "pd.DataFrame") -> float:
     return float(scores.loc[scores["step"] > LAST_TENTH * scores["step"].max(), "train_loss"].median())
 
 
-def _has_ended(run: "pd.DataFrame") -> bool:
+def has_ended(run: "pd.DataFrame") -> bool:
     """Whether a run got to its last epoch, with a loss that is a number: one that diverged may go on beside others of an ensemble."""
     import numpy as np
 
