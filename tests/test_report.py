@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import time
 from html.parser import HTMLParser
@@ -20,8 +21,11 @@ from biasshift.looks import LOOKS, ON_DARK
 from biasshift.reading import read_runs
 from biasshift.recording import Run
 from biasshift.report import report
-from biasshift.report.reducing import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, LEVELS, MOST_CELLS, MOST_STEPS
+from biasshift.report.equal_loss import MOST_LAYERS
+from biasshift.report.reducing import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, DRAWN, LEVELS, MOST_CELLS, MOST_STEPS
 from biasshift.report.text import as_json, escaped, plain, told_apart
+from biasshift.report.thinning import by_depth
+from biasshift.report.verdicts import claims_part
 
 MOST_BYTES = 5_000_000
 HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
@@ -58,6 +62,11 @@ class Page(HTMLParser):
     def options(self, select: str) -> dict[str, str]:
         inner = self.source.split(f'<select id="{select}">')[1].split("</select>")[0]
         return {part.split('"')[1]: part.split(">")[1].split("<")[0] for part in inner.split("<option ")[1:]}
+
+    def table(self, summary: str) -> list[list[str]]:
+        """The texts of the cells in the table that opens below a line."""
+        inner = self.source.split(f"<summary>{html.escape(summary)}</summary>")[1].split("</table>")[0]
+        return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in inner.split("<tr>")[1:]]
 
     def rows(self, name: str) -> pd.DataFrame:
         return pd.DataFrame(self.data["datasets"][name]["rows"], columns=self.data["datasets"][name]["names"])
@@ -283,6 +292,136 @@ def test_examinations_at_equal_loss_are_at_no_step(tmp_path):
     rows = {"step": [0, 0], "layer": "a", "unit": [-1, 0], "exam_damping": [0.1, np.nan], "exam_k": [9.0, np.nan], "mean": [9.0, 1.0]}
     found = Page(report([write(tmp_path / "a", {"activation": "elu"}, pd.DataFrame(rows))], tmp_path / "a.html"))
     assert list(found.options("quantity").values()) == ["mean"] and set(found.rows("cells")["mean"]) == {1}
+
+
+def examined(folder: Path, runs: int = 3) -> Path:
+    """Runs examined at two probes and three dampings; "2" is recorded before "1", as weight layers are before activations."""
+    for seed in range(runs):
+        keys = [(layer, probe, damping) for layer in ("2", "10", "1") for probe in (0, 1) for damping in (1e-4, 1e-2, 1.0)]
+        rows = pd.DataFrame(keys, columns=["layer", "exam_probe", "exam_damping"]).assign(
+            step=70 + seed, unit=-1, exam_loss=0.4 + seed / 10
+        )
+        rows["exam_gap_degrees"] = rows["layer"].astype(float) * 4 + rows["exam_probe"] * 2 + seed + rows["exam_damping"] * 1000
+        rows["exam_k"] = np.where(rows["layer"] == "10", np.nan, 1e-9)
+        units = pd.DataFrame({"step": 0, "layer": ["2", "10", "1"], "unit": 0, "mean": 1.0})
+        write(folder / f"elu-{seed}", {"activation": "elu", "seed": seed}, units, rows)
+    return folder
+
+
+def test_examinations_at_equal_loss_are_in_tables(tmp_path):
+    found = Page(report([examined(tmp_path / "runs")], tmp_path / "a.html"))
+    # 4 · layer, on average 1 more for the probe and for the seed, 10 for the damping 0.01; seeds 0, 1, 2 have SD 1.
+    wanted = [["layer", "ELU (n = 3)"], ["1", "16.0 ± 1.0"], ["2", "20.0 ± 1.0"], ["10", "52.0 ± 1.0"]]
+    assert found.table("gradient gap (degrees)") == wanted
+    # What is the same in all layers stands once; tiny numbers are no zeros, and what was not measured is a dash.
+    assert found.table("training loss")[1:] == [["all layers", "0.500 ± 0.100"]]
+    assert found.table("steps to equal loss")[1:] == [["all layers", "71.0 ± 1.0"]]
+    assert found.table("k")[1:] == [["1", "1e−09 ± 0"], ["2", "1e−09 ± 0"], ["10", "–"]]
+    said = " ".join(found.text)
+    assert "dampings 0.0001, 1: their table is of 0.01" in said and "The 2 probes" in said and "Nothing: every" not in said
+
+
+def test_a_page_that_leaves_nothing_out_says_so_and_others_do_not(small, tmp_path):
+    assert "Nothing: every" in " ".join(Page(report([small], tmp_path / "a.html")).text)
+    rows = pd.DataFrame({"step": 0, "layer": "a", "unit": [-1, 0, 1], "s": [9.0, 1.0, 1.0]})
+    said = " ".join(Page(report([write(tmp_path / "runs", {"activation": "elu"}, rows)], tmp_path / "b.html")).text)
+    assert "Nothing: every" not in said and "Values of whole layers, of what was measured of units, too: s." in said
+
+
+@pytest.mark.parametrize("damping", [np.inf, 0.5])
+def test_foreign_examinations_have_a_page(tmp_path, damping):
+    rows = {"step": 0, "layer": [f"l{number}" for number in range(70)], "unit": -1, "exam_damping": damping, "exam_x": [*range(69), 1e300]}
+    found = Page(report([write(tmp_path / "runs", {"activation": "elu"}, pd.DataFrame(rows))], tmp_path / "a.html"))
+    said = " ".join(found.text)
+    assert len(found.table("x")) == MOST_LAYERS + 1 and "32 of 70 layers" in said and found.table("x")[-1] == ["l69", "–"]
+
+
+def planted_claims() -> pd.DataFrame:
+    """Three claims about two questions, as the others see them: raw, corrected and contrary p all differ."""
+    columns = {"source": "section 3", "statistic": "x", "effect": 0.5, "low": 0.25, "high": 0.75, "n": 6, "family": "f"}
+    rows = [
+        {"number": 1, "claim": "a", "statement": "first", "verdict": "supported", "p": 0.011, "p_holm": 0.022, "p_contrary": 0.99},
+        {"number": 1, "claim": "b", "statement": "second", "verdict": "not supported", "p": 0.97, "p_holm": 0.98, "p_contrary": 0.033},
+        {"number": 6, "claim": "c", "statement": "third", "verdict": "undecided", "p": 0.044, "p_holm": 0.055, "p_contrary": 0.96},
+    ]
+    return pd.DataFrame(rows).assign(**columns, caveat="mind this")
+
+
+def test_a_claim_shows_the_p_that_its_verdict_goes_by():
+    rows = re.findall(r"<tr>(.*?)</tr>", claims_part(planted_claims(), []))
+    cells = [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
+    shown = [(row[2], row[3], row[4]) for row in cells if row]
+    numbers = ("0.5 [0.25, 0.75]", "n = 6")
+    assert shown == [(*numbers, "p = 0.022"), (*numbers, "p = 0.033<br>the contrary holds"), (*numbers, "p = 0.055")]
+
+
+def test_claims_are_folded_by_question():
+    text = claims_part(planted_claims(), ["said"])
+    questions = [re.findall(r">([^<>]+)<", line) for line in re.findall(r"<summary>(<b>.*?)</summary>", text)]
+    assert [[part for part in parts if part.strip()] for parts in questions] == [
+        ["1 · Mean activations", "1 supported", "1 not supported"],
+        ["6 · Speed", "1 undecided"],
+    ]
+    assert "open" not in re.findall(r"<details([^>]*)>", text) and text.count("<details") == 2 + 3 + 1
+    visible = re.sub(r"</summary>.*?</details>", "</summary>", text.replace("<table", "</summary><table"))
+    assert "mind this" not in visible and text.count("mind this") == 3
+
+
+def test_layers_lie_by_depth():
+    assert by_depth(["0", "2", "10", "1", "3", "11"]) == ["0", "1", "2", "3", "10", "11"]
+    # Words keep the order of the modules; a cut or strange number does not stop it.
+    names = ["stem.0", "block.2.conv", "block.10.conv", "head", "stem.1", "block.2.relu", "²", "9" * 5000]
+    expected = ["stem.0", "stem.1", "block.2.conv", "block.2.relu", "block.10.conv", "head", "²"]
+    assert [name for name in by_depth(names) if name != names[-1]] == expected
+
+
+def test_a_long_tail_does_not_squeeze_the_rest(tmp_path):
+    """One activation has a tail at 5 and 10 %; an axis over all drawn percentiles would begin at −5,000."""
+    rng = np.random.default_rng(0)
+    for activation in ("elu", "relu", "srelu"):
+        values = rng.normal(size=400)
+        values[: 60 * (activation == "relu")] = -5_000 + rng.random(60 * (activation == "relu"))
+        values[:300] = 0 if activation == "srelu" else values[:300]  # dead units
+        frame = pd.DataFrame({"step": 0, "layer": "a", "unit": range(400), "k": values})
+        write(tmp_path / "runs" / activation, {"activation": activation, "seed": 0}, frame)
+    table, cells = read_runs(tmp_path / "runs"), Page(report([tmp_path / "runs"], tmp_path / "a.html")).rows("cells")
+    cells = cells[cells["l"] >= 0]
+    (low,), (high,) = set(cells["low"]), set(cells["high"])  # one axis for all
+    assert -5 < low < -1 and 1 < high < 5
+    for cell, activation in zip(cells.itertuples(), ("elu", "relu", "srelu"), strict=True):
+        values = table.loc[table["activation"] == activation, "k"].to_numpy(float)
+        assert cell.beyond == ((values < low) | (values > high)).sum()
+        drawn = [value for level, value in zip(LEVELS, cell.d, strict=True) if level in DRAWN]
+        assert sum(low <= value <= high for value in drawn) >= 5
+    assert {low, high} <= {value for cell in cells["d"] for value in cell}
+
+
+def test_no_path_of_a_machine_is_on_the_page(small, tmp_path):
+    shutil.copytree(small, tmp_path / "runs")
+    command = ["/opt/secret/biasshift/__main__.py", "train", "--data", "/opt/secret/sets", "--out=/opt/secret/runs", "--lr", "1/3"]
+    for folder in (tmp_path / "runs").iterdir():
+        origin = json.loads((folder / "provenance.json").read_text()) | {"command": command, "code": "/opt/secret/code"}
+        (folder / "provenance.json").write_text(json.dumps(origin))
+    found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
+    assert "secret" not in found.source and "biasshift train --data sets --out=runs --lr 1/3" in found.text
+
+
+def test_escapes_and_directions_reach_neither_text_nor_charts(tmp_path):
+    """A terminal's escapes and characters that turn text around, in every name that a run can have."""
+    bad = "\x1b[31m\u202egnp\u2066\x9b"
+    rng = np.random.default_rng(0)
+    frames = [units(rng, [0, 10], [f"{bad}layer"], 3, f"{bad}quantity"), pd.DataFrame({"step": [0, 10], f"train_{bad}": [1.0, 2.0]})]
+    frames.append(pd.DataFrame({"step": [5], "layer": bad, "unit": -1, "exam_damping": 0.01, f"exam_{bad}": 1.0}))
+    for seed in range(2):
+        config = {"activation": f"{bad}activation", "seed": seed, f"{bad}key": f"{bad}{seed}"}
+        write(tmp_path / "runs" / f"{bad}{seed}", config, *frames)
+    out = report([tmp_path / "runs"], tmp_path / "a.html")
+    found = Page(out)
+    decoded = json.dumps(found.data, ensure_ascii=False)
+    for text in (decoded, *found.text, *found.scripts[:1], json.dumps(found.elements, ensure_ascii=False)):
+        assert not [char for char in text if char in "\x1b\u202e\u2066\x9b"]
+    assert "\\u001b" not in found.scripts[0]
+    assert "layer" in decoded and "activation" in decoded and any("quantity" in text for text in found.text)
 
 
 # -- text from runs ----------------------------------------------------------------------------------------------
@@ -574,3 +713,48 @@ def test_a_script_that_slipped_in_would_not_run(driver, page, small, tmp_path):
     holed.write_text(page.source.replace("<h1>", "<script>document.title = 'pwned'</script><h1>", 1), encoding="utf-8")
     opened(driver, holed)
     assert driver.title == page.title and "Content Security Policy" in driver.get_log("browser")[0]["message"]
+
+
+@browser
+def test_claims_open_on_demand_and_curves_come_soon(driver, tmp_path):
+    for activation, loss in (("elu", 0.5), ("relu", 0.9)):
+        for seed in range(6):
+            rows = (
+                Planted(activation, seed, train_loss=loss).rows().drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
+            )
+            config = {"activation": activation, "seed": seed, "experiment": "planted", "epochs": 4, "lr": 0.1}
+            write(tmp_path / "runs" / f"{activation}-{seed}", config, rows)
+    out = report([tmp_path / "runs"], tmp_path / "a.html")
+    narrow = "const d = document.documentElement; return d.scrollWidth === d.clientWidth"
+    for width in (1280, 390):
+        opened(driver, out, width)
+        assert driver.execute_script("return document.querySelector('#curves-loss').getBoundingClientRect().top + scrollY") < 2 * 900
+        assert driver.execute_script("return [...document.querySelectorAll('.claims')].filter(t => t.checkVisibility()).length") == 0
+        driver.execute_script("document.querySelectorAll('section > details').forEach(d => d.open = true)")
+        heights = driver.execute_script(
+            "return [...document.querySelectorAll('.claims tbody tr')].map(r => r.getBoundingClientRect().height)"
+        )
+        assert len(heights) > 10 and 0 < max(heights) < (70, 170)[width < 700] and driver.execute_script(narrow)
+        driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert driver.execute_script(narrow) and driver.get_log("browser") == []
+
+
+@browser
+def test_only_measured_layers_are_on_the_menu_and_come_back(shown):
+    menu = "[...document.querySelectorAll('#layer option')].map(o => o.text)"
+    assert shown.execute_script(f"return {menu}") == ["all layers", "a", "c"]
+    choose(shown, "layer", "c")
+    choose(shown, "quantity", "cos_gradient")
+    assert shown.execute_script(f"return {menu}") == ["all layers", "b"]
+    choose(shown, "quantity", "mean")
+    assert shown.execute_script(f"return {menu}") == ["all layers", "a", "c"] and shown.get_log("browser") == []
+
+
+@browser
+def test_the_page_says_how_many_units_lie_beyond_the_axis(shown, page):
+    cells = page.rows("cells")
+    mean = int(next(code for code, name in page.options("quantity").items() if name == "mean"))
+    some = cells[(cells.q == mean) & (cells.l == ALL_LAYERS) & (cells.s == 20)]
+    wanted = f"{some['beyond'].sum()} of {some['n'].sum()} values beyond the axis"
+    texts = "[...document.querySelectorAll('#within text')].map(t => t.textContent)"
+    assert wanted in shown.execute_script(f"return {texts}") and some["beyond"].sum() > 0

@@ -55,8 +55,8 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     series = all_series(states, _last_losses(states, table))
     found = reduced(table, states, series)
     origins, not_listed = origins_part(folders, states)
-    examined = equal_loss_part(table, states, found)
     unjudged: list[str] = []
+    examined = equal_loss_part(table, states, series, found.left_out)
     verdicts = verdicts_part(table, series, unjudged)
     sections = [
         ("What these runs say about the paper's claims", verdicts),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_RUNS = 300
+MOST_OPEN = 12  # rows that are seen without a click
 MOST_BYTES = 1_000_000  # of all rows
 MOST_CONFIG = 3000  # characters of one run's options
 
@@ -35,7 +36,9 @@ def origins_part(folders: Sequence[Path], states: pd.DataFrame) -> tuple[str, li
     if len(rows) > 1 and len(commands := {command for command, _, _ in rows}) == 1:
         note, rows = f'<p class="faint">The command of all runs: {commands.pop()}</p>', [("", *row[1:]) for row in rows]
     cells = [[*row, ("", folded("command, options" if command else "options", command + details))] for command, details, row in rows]
-    return note + table(head, cells), [f"The options and origins of {missing} of {len(folders)} runs, the last by name."] if missing else []
+    whole = table(head, cells)
+    whole = folded(f"{len(rows)} runs", whole) if len(rows) > MOST_OPEN else whole
+    return note + whole, [f"The options and origins of {missing} of {len(folders)} runs, the last by name."] if missing else []
 
 
 def _row(folder: Path, state: pd.Series) -> tuple[str, str, list[tuple[str, str]]]:

@@ -162,7 +162,7 @@ def _cells(rows: pd.DataFrame, quantity: int) -> list[list[Any]]:
     over_runs = rows.groupby([*keys, "run"])["value"].median().groupby(level=keys).agg(["mean", "std", "count"])
     pooled = rows.groupby(keys)["value"]
     percentiles, sizes = pooled.quantile([level / 100 for level in LEVELS]).unstack(), pooled.size()
-    limits = ends(percentiles.set_axis(list(LEVELS), axis=1), DRAWN, keys[1:]).to_numpy()
+    limits = ends(percentiles.set_axis(list(LEVELS), axis=1), DRAWN, keys[1:]).map(rounded, digits=3).to_numpy(float)
     place, value = pooled.ngroup().to_numpy(), rows["value"].to_numpy()
     beyond = np.bincount(place, (value < limits[place, 0]) | (value > limits[place, 1]), len(limits))
     return [

@@ -80,11 +80,8 @@ def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
 
 def _claim(row: dict[Any, Any]) -> list[tuple[str, str]]:
     contrary = row["verdict"] == "not supported"
-    more = [
-        f"{'uncorrected p' if name == 'p' else name} = {number(row[name]) if isinstance(row[name], float) else row[name]}"
-        for name in row
-        if name not in _SHOWN
-    ]
+    others = {"uncorrected p" if name == "p" else name: value for name, value in row.items() if name not in _SHOWN}
+    more = [f"{name} = {number(value) if isinstance(value, float) else value}" for name, value in others.items()]
     about = [row["caveat"], f"Measured: {row['statistic']} ({row['source']}).", "; ".join(more)]
     p = f"p = {number(row['p_contrary' if contrary else 'p_holm'], 2)}"
     return [
