@@ -367,17 +367,21 @@ def swept(rates=(0.01, 0.1)) -> pd.DataFrame:
 
 def test_theory4_shows_each_cell_at_its_best_rate():
     figure, small = drawn("theory4", swept())
-    plain, centered, steps = figure.axes
+    plain, centered, sooner, later = figure.axes
     assert (plain.get_title(loc="left"), centered.get_title(loc="left")) == ("(a) plain", "(b) centered")
     assert set(small.loc[small["best"], "lr"]) == {0.1}
     x, y = line(plain, "elu").get_data()
     np.testing.assert_allclose(y, 2.3 * np.exp(-0.1 * x))
     (raised,) = [one for one in plain.lines if str(one.get_label()).startswith("ELU + 0.5")]
     np.testing.assert_allclose(raised.get_ydata(), 2.3 * np.exp(-0.05 * x))
-    level = float(steps.get_title(loc="left").rpartition(" ")[2])
-    bars = {bar.get_label().partition(" (")[0]: bar[0].get_xydata()[:, 1] for bar in steps.containers}
-    np.testing.assert_allclose(bars["ELU"], [np.log(2.3 / level) / 0.1] * 2)
-    np.testing.assert_allclose(bars["ELU + 0.5"], [np.log(2.3 / level) / 0.05, np.log(2.3 / level) / 0.1])
+    levels = [float(steps.get_title(loc="left").rpartition(" ")[2]) for steps in (sooner, later)]
+    assert levels[0] > levels[1]
+    for steps, level in zip((sooner, later), levels, strict=True):
+        bars = {bar.get_label().partition(" (")[0]: bar[0].get_xydata()[:, 1] for bar in steps.containers}
+        np.testing.assert_allclose(bars["ELU"], [np.log(2.3 / level) / 0.1] * 2)
+        np.testing.assert_allclose(bars["ELU + 0.5"], [np.log(2.3 / level) / 0.05, np.log(2.3 / level) / 0.1])
+    said = {number.quantity: number.here for number in numbers("theory4", small)}
+    assert said["ELU, learning rate 0.1, an edge of the grid"] == ", ".join(f"{np.log(2.3 / x) / 0.1:.0f} steps to {x:g}" for x in levels)
     assert below(figure) == ["ELU (n = 2)", "ReLU (n = 2)", "ELU + 0.5 (n = 2)"]
     assert (line(plain, "elu").get_linestyle(), raised.get_linestyle()) == ("-", "--")  # so that grey print tells them apart
 
@@ -408,7 +412,7 @@ def test_networks_with_batch_norm_are_networks_of_their_own_and_look_the_same_in
     ]
     figure, small = drawn("theory4", pd.concat([swept().assign(batch_norm=False), table(normed)], ignore_index=True))
     assert {"elu with batch norm", "relu with batch norm", "relu"} <= set(small["network"])
-    plain, centered, steps = figure.axes
+    plain, centered, _, steps = figure.axes
     bars = {bar.get_label().partition(" (")[0]: bar[0] for bar in steps.containers}
     for ax, name in ((plain, "ELU with batch norm"), (centered, "ReLU with batch norm"), (centered, "ELU + 0.5")):
         (shown,) = [one for one in ax.lines if str(one.get_label()).startswith(name)]

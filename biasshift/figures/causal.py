@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from biasshift.plots import Figure
 
+LEVELS = 2  # losses, as in the claims
 UPDATES = ("plain", "centered", "centered-p", "quasi-diagonal", "full")
 
 
@@ -49,26 +50,24 @@ def _network(cell: Any) -> str:
     return str(cell.activation) + (f" + {cell.constant:g}" if cell.constant else "") + (" with batch norm" if cell.batch_norm else "")
 
 
-def steps_to(table: pd.DataFrame) -> tuple[float, pd.DataFrame]:
-    """The lowest loss of the 1-2-5 series that all runs at their best rates come down to, and every run's steps to it."""
+def steps_to(table: pd.DataFrame) -> dict[float, pd.DataFrame]:
+    """The two lowest losses of the 1-2-5 series that all runs at their best rates come down to → every run's steps there."""
     import pandas as pd
 
     runs = table.loc[table["best"]].groupby("run", sort=False)
     curves = {name: curve_of(rows) for name, rows in runs}
-    levels = common_levels(curves.values(), 1)
-    if not levels:
-        return math.nan, pd.DataFrame(columns=["update", "network", "seed", "lr", "steps"])
-    rows = [
-        {name: rows[name].iloc[0] for name in ("update", "network", "seed", "lr")} | {"steps": reached(curves[run], levels[0])}
-        for run, rows in runs
-    ]
-    return levels[0], pd.DataFrame(rows)
+    cells = {name: {key: rows[key].iloc[0] for key in ("update", "network", "seed", "lr")} for name, rows in runs}
+    return {
+        level: pd.DataFrame([cells[name] | {"steps": reached(curve, level)} for name, curve in curves.items()])
+        for level in common_levels(curves.values(), LEVELS)
+    }
 
 
 def theory4(table: pd.DataFrame) -> Figure:
-    """Learning curves of every update, and the steps to a loss that all come down to, each at its best learning rate."""
-    updates = [name for name in UPDATES if (table["update"] == name).any()]
-    figure, axes = plots.panels(len(updates) + 1, rows=1 if len(updates) < 3 else 2, width=3.0, height=2.7)
+    """Learning curves of every update, and the steps to losses that all come down to, each at its best learning rate."""
+    updates, levels = [name for name in UPDATES if (table["update"] == name).any()], steps_to(table)
+    count = len(updates) + len(levels)
+    figure, axes = plots.panels(count, rows=1 if count < 4 else 2, width=3.0, height=2.7)
     shown = named(table.loc[table["best"]])
     # Where training starts is high enough: a run that blows up and comes back would squeeze all others.
     low, high = shown["train_loss"].min(), 1.5 * shown.loc[shown["step"] == shown["step"].min(), "train_loss"].max()
@@ -76,16 +75,14 @@ def theory4(table: pd.DataFrame) -> Figure:
     for ax, update in zip(axes, updates, strict=False):
         plots.curves(ax, shown.loc[shown["update"] == update], "train_loss", group="activation", log=True, line=changed)
         ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high))
-    level, steps = steps_to(table)
-    if len(steps):
-        plots.spans(axes[len(updates)], spread(steps), at="update")
-    axes[len(updates)].set(yscale="log", ylabel="steps", xlabel="update")
-    plots.on_log_scale(axes[len(updates)].yaxis)
-    titles = [*updates, f"steps to training loss {level:g}" if len(steps) else "no loss that all runs reach"]
-    plots.lettered(axes, titles)
+    for ax, steps in zip(axes[len(updates) :], levels.values(), strict=False):
+        plots.spans(ax, spread(steps), at="update")
+        ax.set(yscale="log", ylabel="steps", xlabel="update")
+        plots.on_log_scale(ax.yaxis)
+        plots.no_legend(ax)
+    plots.lettered(axes, [*updates, *(f"steps to training loss {level:g}" for level in levels)])
     plots.one_legend(figure, axes[: len(updates)], columns=5)
-    plots.no_legend(axes[len(updates)])
-    for ax in axes[len(updates) + 1 :]:
+    for ax in axes[count:]:
         ax.remove()
     plots.headed(figure, heading(table))
     return figure
@@ -156,17 +153,16 @@ def spread(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbers(table: pd.DataFrame) -> list[Number]:
-    """Steps to the common loss, and the learning rate that each cell is shown at."""
-    level, steps = steps_to(table)
-    found = spread(steps).set_index(["update", "activation"]) if len(steps) else None
+    """Steps to the common losses, and the learning rate that each cell is shown at."""
+    found = {level: spread(steps).set_index(["update", "activation"])["mean"] for level, steps in steps_to(table).items()}
     cells = at_best(table).drop_duplicates(["update", "network"]).to_dict("records")
     edges, listed = at_an_edge(table), []
     updates = {update: place for place, update in enumerate(UPDATES)}
     order = [*plots.looks(NAMES), *sorted({row["network"] for row in cells} - {*NAMES})]
     for row in sorted(cells, key=lambda row: (updates.get(row["update"], len(updates)), order.index(row["network"]))):
         update, network = row["update"], row["network"]
-        reached_at = None if found is None else found.loc[(update, network if network in NAMES else label(network))]
-        here = "–" if reached_at is None else f"{reached_at['mean']:.0f} steps to {level:g} (n = {reached_at['n']})"
+        at = update, network if network in NAMES else label(network)
+        here = ", ".join(f"{steps.loc[at]:.0f} steps to {level:g}" for level, steps in found.items()) or "–"
         edge = ", an edge of the grid" * ((update, network) in edges)
         listed.append(Number(f"{Cell(label(network), update).name}, learning rate {row['lr']:g}{edge}", here))
     return listed
