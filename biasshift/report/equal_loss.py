@@ -60,7 +60,8 @@ def equal_loss_part(runs: pd.DataFrame, options: Container[str], series: Sequenc
     titles = told_apart([plain(_NAMES.get(name, name.removeprefix("exam_").replace("_", " ")), 60) for name in names])
     parts = [_quantity(title, each[name], even(layers, MOST_LAYERS), labels) for name, title in zip(names, titles, strict=True)]
     note = f"Where each run first came down to the training loss that all are compared at; damping {damping:g}, mean over the probes, "
-    note += "then mean ± SD over runs. Units with too few effective samples to carry a claim are not in these numbers."
+    note += "then mean ± SD over runs. "
+    note += "Effective samples and incoming activations are of all units, the others of those with enough effective samples."
     return faint(note) + "".join(parts)
 
 
