@@ -434,7 +434,7 @@ def test_a_narrow_terminal_loses_nothing(trained):
 def test_the_residuals_shown_are_the_worst_of_all_runs(trained):
     folder, shown = trained
     worst = read_runs(folder)["residual_theorem1"].max()
-    assert f"  {worst:.1e}  Theorem 1, centered against block form" in shown and worst < 1e-6
+    assert f"  {worst:.1e}  Theorem 1, centered against block form" in shown and bool(worst < 1e-6)
 
 
 def test_training_leaves_run_folders_and_figures(trained):
@@ -451,7 +451,7 @@ def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
     states = run_states(tmp_path).set_index("run")["state"].to_dict()
     assert states == {"elu-0": "failed", "lrelu-0": "finished", "relu-0": "finished"}
     assert [line for line in shown.getvalue().splitlines() if "diverged" in line] == ["elu-0: training diverged; the run ends there."]
-    assert read_runs(tmp_path / "elu-0")["step"].max() == 0
+    assert set(read_runs(tmp_path / "elu-0")["step"]) == {0}
     assert "Exact identities" in shown.getvalue()
 
 

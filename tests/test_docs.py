@@ -60,8 +60,8 @@ def test_runs_of_a_loop_of_ones_own_are_judged_as_the_page_says(run_python):
     pairs = names["found"].set_index("claim")["n"]
     at_equal_loss = ["means-loss", "coupling", "gap", "correction", "speed"]
     assert (pairs[["means", "inherited", "loss", "gap-steps", *at_equal_loss]] == 6).all()
-    unexamined = bs.claims(table[table["exam_damping"].isna()].drop(columns=[name for name in table if name.startswith("exam_")]))
-    unexamined = unexamined.set_index("claim")
+    without = table.query("exam_damping.isna()").drop(columns=[name for name in table if name.startswith("exam_")])
+    unexamined = bs.claims(without).set_index("claim")
     assert (unexamined.loc[at_equal_loss, "n"] == 0).all() and (unexamined.loc[at_equal_loss, "verdict"] == "undecided").all()
     assert (unexamined.loc[["means", "inherited", "loss", "gap-steps"], "n"] == 6).all()
 
