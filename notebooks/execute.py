@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 STATE, VIEW = "application/vnd.jupyter.widget-state+json", "application/vnd.jupyter.widget-view+json"
-SECONDS = 120  # for a whole notebook, on two cores
+SECONDS = 600  # for a cell, on a machine that has other work, too; a whole notebook takes half a minute
 
 
 def executed(notebook: nbformat.NotebookNode, folder: str | Path) -> nbformat.NotebookNode:

@@ -1,5 +1,6 @@
-"""The notebooks run from nothing but the installed package, and are committed with outputs that others may read."""
+"""The notebooks run from nothing but the installed package, what they claim can fail, and their outputs are for others to read."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,30 +8,33 @@ import pytest
 
 pytest.importorskip("nbclient", reason="the notebooks need Jupyter: pip install -e '.[notebooks]'")
 import nbformat
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from biasshift.experiments.digits import Demo
+from biasshift.running import run
+from notebooks.execute import VIEW, executed, renumbered
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+ONE, TWO, THREE, FOUR = NOTEBOOKS
 MACHINE = re.compile(r"/(home|root|work|tmp|Users|mnt|var|private|opt)/|[A-Z]:\\\\")
 LARGEST = 300_000  # bytes
-SECONDS = 120  # for a whole notebook, on two cores
+OWN = "own = None"  # in notebook 4, where a reader puts a folder
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+pytestmark = pytest.mark.filterwarnings("default")  # of Jupyter, which is not ours
 
 
 def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def executed(notebook, folder):
-    """Run in a kernel of its own, in an empty folder."""
-    resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+def of_code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output for cell in of_code(notebook) for output in cell.outputs]
 
 
 def texts(output):
@@ -49,6 +53,44 @@ def faults(notebook):
         yield from (f"a path: {found.group()}" for text in texts(output) if (found := MACHINE.search(text)))
 
 
+def sections(notebook):
+    """Source of the code below every heading, by heading."""
+    found, heading = {}, "the beginning"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            found[heading] = found.get(heading, "") + cell.source + "\n"
+        elif headings := re.findall(r"^## (.+)$", cell.source, re.MULTILINE):
+            heading = headings[-1]
+    return found
+
+
+def asserts(source):
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Notebook → what it is when it has just been executed, in an empty folder; each once, and where its temporary files are."""
+    done = {}
+
+    def execute(path):
+        if path not in done:
+            folder = tmp_path_factory.mktemp(path.stem)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("MPLBACKEND", raising=False)  # the tests draw nothing to the screen; a notebook shows its pictures
+                patch.setenv("TMPDIR", str(folder))
+                notebook = read(path)
+                for cell in of_code(notebook):
+                    cell.outputs, cell.execution_count = [], None
+                done[path] = executed(notebook, folder), folder
+        return done[path]
+
+    return execute
+
+
+# -- as committed --------------------------------------------------------------------------------------------------------
+
+
 def test_there_are_four():
     assert [path.stem for path in NOTEBOOKS] == ["1_theorem1", "2_theorem2", "3_instrument_your_model", "4_theory_vs_dynamics"]
 
@@ -57,7 +99,7 @@ def test_there_are_four():
 def test_what_is_committed_can_be_read(path):
     notebook = read(path)
     nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code = of_code(notebook)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, top to bottom
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert not list(faults(notebook))
@@ -65,11 +107,19 @@ def test_what_is_committed_can_be_read(path):
 
 
 @every_notebook
-def test_the_prose_is_backed_by_asserts(path):
-    cells = read(path).cells
-    sections = sum(cell.cell_type == "markdown" and cell.source.startswith("## ") for cell in cells)
-    asserts = sum(len(re.findall(r"^\s*assert ", cell.source, re.MULTILINE)) for cell in cells if cell.cell_type == "code")
-    assert asserts >= sections
+def test_what_is_committed_was_executed_by_make_notebooks(path):
+    notebook = read(path)
+    assert "version" not in notebook.metadata.language_info  # of Python
+    assert not any("execution" in cell.metadata for cell in notebook.cells)  # timings
+    assert nbformat.writes(renumbered(notebook)) == nbformat.writes(notebook)
+
+
+@every_notebook
+def test_every_section_has_an_assert_that_looks_at_something(path):
+    for heading, source in sections(read(path)).items():
+        assert asserts(source) or heading == "the beginning", heading
+        for node in asserts(source):
+            assert any(isinstance(part, ast.Name) for part in ast.walk(node.test)), ast.unparse(node)
 
 
 @every_notebook
@@ -79,20 +129,136 @@ def test_links_lead_to_notebooks(path):
             assert all((FOLDER / name).exists() for name in re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source))
 
 
+def test_the_same_small_networks_are_those_of_notebook_1():
+    assert training(ONE) == training(TWO)
+
+
+def training(path):
+    """The function `trained` and everything that is checked of its networks, as text."""
+    (source,) = (cell.source for cell in of_code(read(path)) if "def trained" in cell.source)
+    return source[source.index("def trained") : source.index("models =")]
+
+
+# -- executed ------------------------------------------------------------------------------------------------------------
+
+
 @every_notebook
-@pytest.mark.filterwarnings("default")  # of Jupyter, which is not ours
-def test_it_runs_top_to_bottom(path, tmp_path, monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the tests draw nothing to the screen; a notebook shows its pictures
-    notebook = read(path)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    executed(notebook, tmp_path)
+def test_it_runs_top_to_bottom(path, fresh):
+    notebook, _ = fresh(path)
     assert not list(faults(notebook))
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-@pytest.mark.filterwarnings("default")
+def steady(notebook, words_only):
+    """What another machine must print, too: without rounding errors; of whole runs, which they grow in, no numbers, and no verdicts."""
+    for cell in notebook.cells:
+        if words_only and cell.source.startswith("## Claims"):
+            return
+        for output in cell.get("outputs", []):
+            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            yield re.sub(r"[-\s\d.]+", " ", text) if words_only else re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
+
+
+@every_notebook
+def test_what_is_committed_is_what_it_prints(path, fresh):
+    committed, executed = (list(steady(notebook, path == FOUR)) for notebook in (read(path), fresh(path)[0]))
+    assert committed == executed
+
+
+def test_executed_twice_it_is_the_same(tmp_path):
+    cells = [
+        "from ipywidgets import FloatSlider, IntSlider, interact\nimport matplotlib.pyplot as plt",
+        "interact(lambda t: plt.plot([0, t]), t=FloatSlider(1.0))",
+        "interact(lambda t: print(t), t=IntSlider(3))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id=f"cell{i}") for i, source in enumerate(cells)])
+    once = nbformat.writes(executed(notebook, tmp_path))
+    assert nbformat.writes(executed(nbformat.reads(once, as_version=4), tmp_path)) == once
+    assert once.count(VIEW) == 2 and '"value": 3' in once
+
+
+def test_widgets_are_numbered_in_order_of_appearance():
+    def planted(first, second, inner, lost):
+        views = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": name}}) for name in (first, second)]
+        states = {first: {"layout": f"IPY_MODEL_{inner}"}, second: {"layout": f"IPY_MODEL_{inner}"}, inner: {"width": 3}, lost: {}}
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", id="one", outputs=views)])
+        notebook.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": states}}
+        return nbformat.from_dict(notebook)
+
+    one, other = (renumbered(planted(*(letter * 32 for letter in letters))) for letters in ("abcd", "dcba"))
+    assert nbformat.writes(one) == nbformat.writes(other)
+    states = one.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    assert {int(name, 16): state for name, state in states.items()} == {
+        0: {"layout": f"IPY_MODEL_{2:032x}"},
+        1: {"layout": f"IPY_MODEL_{2:032x}"},
+        2: {"width": 3},
+    }
+
+
+# -- what they claim can fail --------------------------------------------------------------------------------------------
+
+WRONG = {
+    "labels drawn in place of all": (
+        ONE,
+        "right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: right(*given, labels='sampled', **named)",
+        "by_func",
+    ),
+    "other initial weights": (
+        ONE,
+        "right = mlp; mlp = lambda *given, seed, **named: right(*given, seed=named['activation'] == 'elu', **named)",
+        "the same initial weights",
+    ),
+    "the poster's k": (TWO, "right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: right(fisher) - 1)", "third way"),
+    "hooks that stay": (THREE, "from biasshift import logs; logs.Log.remove = lambda log: None", "leave behind"),
+    "random numbers that are used up": (
+        THREE,
+        "right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), right(*given, **named))[1]",
+        "as before the watching",
+    ),
+    "inputs that are not known": (FOUR, "right = layer_inputs; layer_inputs = lambda runs: right(runs) * float('nan')", "enough_samples"),
+    "verdicts turned around": (
+        FOUR,
+        "right = bs.claims; turned = {'supported': 'not supported', 'not supported': 'supported'}\n"
+        "bs.claims = lambda runs: right(runs).replace({'verdict': turned})",
+        "side[decided.index]",
+    ),
+    "verdicts without a test": (
+        FOUR,
+        "right = bs.claims; bs.claims = lambda runs: right(runs).assign(verdict='supported')",
+        "side[decided.index]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_found_by_its_assert(what, fresh, tmp_path):
+    path, mutation, where = WRONG[what]
+    notebook = read(path) if path != FOUR else on_runs(next(fresh(FOUR)[1].glob("tmp*/elu-0")).parent)
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(mutation))  # behind the imports
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        executed(notebook, tmp_path)
+    (failed,) = (cell for cell in of_code(notebook) if any(output.output_type == "error" for output in cell.outputs))
+    assert where in failed.source
+
+
+def on_runs(folder):
+    """Notebook 4, told to look at a reader's own runs."""
+    notebook = read(FOUR)
+    (cell,) = (cell for cell in of_code(notebook) if OWN in cell.source)
+    cell.source = cell.source.replace(OWN, f"own = {str(folder)!r}")
+    return notebook
+
+
+def test_notebook_4_reads_other_runs(tmp_path):
+    demo = Demo(smoke=True, out=tmp_path)
+    images = demo.load()
+    for setting in demo.settings():  # four activation functions, one seed, another depth and width
+        run([demo.trial(setting, images)], [tmp_path / "runs" / setting.activation], "refuse", lambda progress: None)
+    notebook = executed(on_runs(tmp_path / "runs"), tmp_path)
+    assert [fault for fault in faults(notebook) if "path" not in fault] == []
+    assert "lrelu" in "".join(text for output in outputs(notebook) for text in texts(output))
+
+
 def test_a_false_assert_would_be_found(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 3")])
     with pytest.raises(CellExecutionError, match="AssertionError"):
