@@ -187,15 +187,13 @@ NARROW = {"depth": 8, "width": 128, "batch_norm": False, **PLAIN}
 DEMO, QUICK = "biasshift demo, or biasshift train mnist", ("demo --quick",)
 FIGURES = {
     "theory1": Drawing(
-        "The gradient gap against the mean incoming activation", DEMO, OWN, gaps, gap, gap_numbers, EVERY, NARROW, QUICK,
-        unshown=(),
+        "The gradient gap against the mean incoming activation", DEMO, OWN, gaps, gap, gap_numbers, EVERY, NARROW, QUICK, unshown=(),
     ),
     "theory2": Drawing(
         "Theorem 2 along training: k and the corrected means", DEMO, OWN,
         effective_means, theory2, numbers2, EVERY, NARROW, QUICK, unshown=(),
     ),
     "theory3": Drawing(
-        "The parts of the bias shift", DEMO, OWN, parts, theory3, numbers3, EVERY, NARROW, QUICK,
-        unshown=(),
+        "The parts of the bias shift", DEMO, OWN, parts, theory3, numbers3, EVERY, NARROW, QUICK, unshown=(),
     ),
 }  # fmt: skip
