@@ -221,6 +221,12 @@ def test_unequal_grids_are_refused_by_name():
         claims(rated({key: value for key, value in GRID.items() if key != ("relu", "plain", 1.0)}))
 
 
+def test_without_a_plain_run_there_is_nothing_to_say_about_plain_runs():
+    runs = rated({(name, "centered", lr): 0.02 for name in ("elu", "relu") for lr in (0.1, 1.0)})
+    found = claims(runs)
+    assert set(found["verdict"]) == {"undecided"} and set(found["n"]) == {0}
+
+
 def test_cells_with_a_constant_may_have_fewer_rates_and_are_compared_at_those():
     few = [Planted("elu", s, rate=0.01 * SEED_SPEED[s], settings={"update": "plain", "lr": 0.1, "constant": 0.5}) for s in SEEDS]
     found = claims(pd.concat([rated(GRID), table(few)]))

@@ -48,7 +48,7 @@ def judged(table: "pd.DataFrame") -> "pd.DataFrame":
 
 def _with_rate(claim: Claim, evidence: Evidence) -> Claim:
     """Where several learning rates were tried, claims about plain runs say which one they are judged at."""
-    if claim.number not in AT_ONE_RATE or evidence.numbers["lr"].nunique() < 2:
+    if claim.number not in AT_ONE_RATE or evidence.numbers["lr"].nunique() < 2 or not len(evidence.paper):
         return claim
     return replace(claim, caveat=f"{claim.caveat} At learning rate {evidence.paper['lr'].iloc[0]:g} for all, {RULE}.")
 
