@@ -21,7 +21,7 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.claims import claims, effect
+from biasshift.claims import claims, effect, footnote
 from biasshift.cli import judging, saying, training
 from biasshift.cli.progress import progress
 from biasshift.experiments import digits
@@ -267,11 +267,11 @@ def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(runs, capsys, m
     status, shown, errors = call(capsys, "claims", "runs")
     assert (status, errors) == (0, "")
     assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown and "…" not in shown
-    words, rows = set(shown.split()), claimed(runs)
+    words, rows, judged = set(shown.split()), claimed(runs), claims(runs)
     for row in rows if columns >= 80 else ():  # below, numbers break
         assert set(effect(row).split() if row.n else ["measured"]) <= words
     notes = "".join(f"{number} {caveat} " for number, caveat in enumerate(dict.fromkeys(row.caveat for row in rows), 1))
-    assert " ".join(shown.split()).endswith(f"{notes}Claims: claims/claims.md (and Parquet)")  # equal ones are said once
+    assert " ".join(shown.split()).endswith(f"{notes}{footnote(judged)} Claims: claims/claims.md (and Parquet)")  # equal ones are said once
 
 
 def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monkeypatch):

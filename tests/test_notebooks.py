@@ -168,8 +168,8 @@ def test_what_is_committed_is_what_it_prints(path, fresh):
 def test_executed_twice_it_is_the_same(tmp_path):
     cells = [
         "from ipywidgets import FloatSlider, IntSlider, interact\nimport matplotlib.pyplot as plt",
-        "interact(lambda t: plt.plot([0, t]), t=FloatSlider(1.0))",
-        "interact(lambda t: print(t), t=IntSlider(3))",
+        "def draw(t):\n    plt.plot([0, t])\n    plt.show()\n\n\ninteract(draw, t=FloatSlider(1.0));",
+        "interact(lambda t: print(t), t=IntSlider(3));",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id=f"cell{i}") for i, source in enumerate(cells)])
     once = nbformat.writes(executed(notebook, tmp_path))

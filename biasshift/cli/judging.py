@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biasshift.claims import claims, claims_markdown, effect
+from biasshift.claims import claims, claims_markdown, effect, footnote
 from biasshift.cli.options import Claims
 from biasshift.cli.saying import HOW_JUDGED, JUDGED, printable
 from biasshift.figures.tabled import origin, origin_said
@@ -79,6 +79,7 @@ def say_claims(console: Console, found: "pd.DataFrame") -> None:
         first = f"{number:>3}  "
         note = textwrap.fill(printable(caveat), console.width, initial_indent=first, subsequent_indent=" " * len(first))
         console.print(Text(note), soft_wrap=True)
+    console.print(f"\n{footnote(found)}")
 
 
 def _wide(row: Any, note: int) -> tuple[Text, ...]:

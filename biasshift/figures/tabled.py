@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from biasshift.figures.choosing import words
 from biasshift.layout import first_line, read_json
-from biasshift.provenance import provenance
+from biasshift.provenance import provenance, shortened
 from biasshift.reading import find_runs
 from biasshift.writing import replacing
 
@@ -45,13 +45,13 @@ def save(name: str, table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]
 
 def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """What made the runs, and what made the table of them."""
-    made_by = {"condensed_by": " ".join(map(_short, sys.argv)), **_code()}
+    made_by = {"condensed_by": " ".join(map(shortened, sys.argv)), **_code()}
     if "run" not in table:  # benchmarks
         return {"commands": ["python -m benchmarks"], **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")}, **made_by}
     folders, shown = find_runs(paths), set(table["run"].astype(str))
     origins = [read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)]
     return {
-        "commands": _distinct(" ".join(map(_short, words(origin))) for origin in origins),
+        "commands": _distinct(" ".join(map(shortened, words(origin))) for origin in origins),
         "commits": _distinct(str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty")) for origin in origins),
         "devices": _distinct(str(origin.get("device")) for origin in origins),
         "seeds": sorted({int(seed) for seed in table["seed"].dropna()}) if "seed" in table else [],
@@ -78,13 +78,6 @@ def _code() -> dict[str, str]:
 
 def _is_among(folder: Path, runs: set[str]) -> bool:
     return any(folder.resolve().as_posix().endswith("/" + run) for run in runs)
-
-
-def _short(word: str) -> str:
-    """A word of a command line; of a path somewhere on a machine, its name."""
-    option, equals, value = word.rpartition("=")
-    name = Path(value).name if value.startswith(("/", ".")) and "/" in value else value
-    return "biasshift" if name == "__main__.py" else option + equals + name
 
 
 def _distinct(texts) -> list[str]:
