@@ -52,8 +52,8 @@ def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
     ``inherited_equal`` over those before the equal loss. ``drift_units`` and ``drift_median`` are variances over epochs, see
     `drifts`. ``exam_*`` are those of `biasshift.examining.layer_statistics`, at damping 0.01, averaged over two disjoint probes
     and over the layers that are fed by an activation; NaN for a run that never came down to the equal loss.
-    ``train_loss`` is `end_loss`. A run that was stopped before its last epoch, or whose last loss is not finite, has no numbers at its end: NaN. ``last_step`` is
-    how far it got.
+    ``train_loss`` is `end_loss`. A run that was stopped before its last epoch, or whose last loss is not finite, has no numbers at its
+    end: NaN. ``last_step`` is how far it got.
 
     Raises:
         ValueError: when the table lacks the columns of a run, or holds runs that cannot be compared: of two settings, of unequal

@@ -200,31 +200,31 @@ def test_widgets_are_numbered_in_order_of_appearance():
 WRONG = {
     "labels drawn in place of all": (
         ONE,
-        "right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: right(*given, labels='sampled', **named)",
+        "_right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: _right(*given, labels='sampled', **named)",
         "by_func",
     ),
     "other initial weights": (
         ONE,
-        "right = mlp; mlp = lambda *given, seed, **named: right(*given, seed=named['activation'] == 'elu', **named)",
+        "_right = mlp; mlp = lambda *given, seed, **named: _right(*given, seed=int(named['activation'] == 'elu'), **named)",
         "the same initial weights",
     ),
-    "the poster's k": (TWO, "right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: right(fisher) - 1)", "third way"),
+    "the poster's k": (TWO, "_right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: _right(fisher) - 1)", "third way"),
     "hooks that stay": (THREE, "from biasshift import logs; logs.Log.remove = lambda log: None", "leave behind"),
     "random numbers that are used up": (
         THREE,
-        "right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), right(*given, **named))[1]",
+        "_right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), _right(*given, **named))[1]",
         "as before the watching",
     ),
-    "inputs that are not known": (FOUR, "right = layer_inputs; layer_inputs = lambda runs: right(runs) * float('nan')", "enough_samples"),
+    "inputs that are not known": (FOUR, "_right = layer_inputs; layer_inputs = lambda runs: _right(runs) * float('nan')", "enough_samples"),
     "verdicts turned around": (
         FOUR,
-        "right = bs.claims; turned = {'supported': 'not supported', 'not supported': 'supported'}\n"
-        "bs.claims = lambda runs: right(runs).replace({'verdict': turned})",
+        "_right = bs.claims; turned = {'supported': 'not supported', 'not supported': 'supported'}\n"
+        "bs.claims = lambda runs: _right(runs).replace({'verdict': turned})",
         "side[decided.index]",
     ),
     "verdicts without a test": (
         FOUR,
-        "right = bs.claims; bs.claims = lambda runs: right(runs).assign(verdict='supported')",
+        "_right = bs.claims; bs.claims = lambda runs: _right(runs).assign(verdict='supported')",
         "side[decided.index]",
     ),
 }
