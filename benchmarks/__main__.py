@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and draws the table and the figure.
+"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and writes their tables.
 
 ``--shared`` is for a machine that others use too: one thread, and CPU seconds instead of those of the clock on the wall.
 """
@@ -10,7 +10,7 @@ import sys
 import torch
 
 from .harness import SHARED
-from .report import QUESTIONS, draw, table
+from .report import QUESTIONS, table
 
 
 def main(questions: list[str]) -> None:
@@ -22,7 +22,6 @@ def main(questions: list[str]) -> None:
         print(f"{question}: {module.TITLE}", flush=True)
         module.main()
     print(table())
-    draw()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results, as a Markdown table and a figure."""
+"""The results, as Markdown tables; `biasshift figure bench` draws them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 from .harness import RESULTS
 
 QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop", "updates")
-COMPARED = ("mlp", "cnn")  # those in the figure: time and memory of every method
 
 
 def results() -> list[dict]:
@@ -21,6 +20,7 @@ def table() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks`. Times are medians of interleaved repeats; memory is the growth of a fresh process.",
+        "Shares and ratios are medians over pairs measured one right after the other: on a machine that others use they hold where times do not.",
     ]
     for result in results():
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
@@ -74,43 +74,3 @@ def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
-
-
-def draw() -> Path | None:
-    """Time against memory for every method, both on log scales: down and left is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    shown = [result for result in results() if result["question"] in COMPARED]
-    if not shown:
-        return None
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False, layout="constrained")
-    for ax, result in zip(axes[0], shown, strict=True):
-        for number, row in enumerate(result["rows"]):
-            if row.get("seconds") and row.get("bytes"):
-                ours = row["method"] == "biasshift"
-                x, y = row["seconds"], row["bytes"] / 2**20
-                ax.plot(x, y, "o", color="#c0392b" if ours else "#555555", markersize=8 if ours else 6)
-                ax.annotate(
-                    row["method"],
-                    (x, y),
-                    xytext=(6, 5 if number % 2 else -12),
-                    textcoords="offset points",
-                    fontsize=9,
-                    weight="bold" if ours else "normal",
-                )
-        ax.set(xscale="log", yscale="log", xlabel="time / s", ylabel="extra memory / MiB")
-        ax.margins(0.25)
-        ax.set_title(result["title"].split(",")[0], fontsize=10)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        ax.grid(alpha=0.3, which="both")
-    path = RESULTS / "benchmarks.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
