@@ -19,7 +19,7 @@ def table() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks`. Times are medians of interleaved repeats; memory is the growth of a fresh process.",
-        "Shares and ratios are medians over pairs, one measured right after the other: they hold where others use the machine, and times do not.",
+        "Shares and ratios are medians over pairs, one measured right after the other: on a busy machine they hold better than times.",
     ]
     for result in results():
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
