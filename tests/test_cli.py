@@ -113,6 +113,16 @@ def test_python_minus_m():
     assert (process.returncode, errors) == (0, "") and shown.startswith("usage: biasshift figure")
 
 
+def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch):
+    """A folder may be called anything: to move the cursor, set the title, or turn the line around."""
+    monkeypatch.chdir(tmp_path)
+    with Run.create(tmp_path / "runs" / "r\x1b[31m\x1b]0;mine\x07\u202e", {"seed": 0, "activation": "elu"}):
+        pass
+    status, shown, errors = call(capsys, "runs")
+    assert (status, errors) == (0, "") and "finished" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +132,9 @@ def test_python_minus_m():
         (["figure", "2", "runs", "--quick"], "leave the folders out"),
         (["figure", "all", "--quick"], "trains for one figure"),
         (["figure", "2", "--smoke"], "--smoke is about what --quick trains"),
+        (["figure", "6", "--data", "images"], "--data is about what --quick trains"),
+        (["figure", "theory1", "--quick", "--smoke", "--data", "images"], "comes with the package: leave it out"),
+        (["figure", "6", "--quick", "--data", "images"], "images"),
         (["figure", "1", "--save", "tables"], "figure 1 shows none"),
         (["figure", "gap", "nowhere"], "'nowhere' is no folder"),
         (["figure", "2", "."], "no runs in ."),

@@ -1,6 +1,7 @@
 """`biasshift figure`: from run folders, quickly trained ones, or the package's tables to pictures and numbers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ def draw_figures(console: Console, options: Figure, parsed: Callable[[Sequence[s
     """
     if options.smoke and not options.quick:
         raise ValueError("--smoke is about what --quick trains: give both, or leave it out.")
+    if options.data is not None and not options.quick:
+        raise ValueError("--data is about what --quick trains: give both, or leave it out.")
     if options.save is not None and options.name == "1":
         raise ValueError("--save keeps the table of the runs that a figure shows, and figure 1 shows none: leave it out.")
     paths = (_trained(console, options, parsed),) if options.quick else options.runs
@@ -52,8 +55,15 @@ def _trained(console: Console, options: Figure, parsed: Callable[[Sequence[str]]
         raise ValueError(f"--quick trains for one figure that shows runs, and '{options.name}' is none: leave it out.")
     out = options.out / f"quick-{options.name}"
     for command in commands:
-        train(console, parsed([*command.split(), "--out", str(out), "--replace", *(["--smoke"] if options.smoke else [])]))
+        made = parsed([*command.split(), "--out", str(out), "--replace", *(["--smoke"] if options.smoke else [])])
+        train(console, made if options.data is None else _with_data(made, options.data))
     return out
+
+
+def _with_data(experiment: Any, folder: Path) -> Any:
+    if not hasattr(experiment, "data"):
+        raise ValueError("--data names a folder of data, and what this figure trains on comes with the package: leave it out.")
+    return replace(experiment, data=folder)
 
 
 def _say_numbers(console: Console, name: str, table: "pd.DataFrame | None") -> None:

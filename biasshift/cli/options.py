@@ -28,6 +28,8 @@ class Figure:
     """First train a shortened version, into the folder quick-NAME in --out. The figure says that it is one."""
     smoke: bool = False
     """With --quick: seconds, on synthetic data."""
+    data: Path | None = None
+    """With --quick: the folder of the data, as --data of what it trains."""
     save: Path | None = None
     """A folder to write the small table into that the figure shows, such as paper_figs/results."""
 

@@ -91,7 +91,7 @@ def say_sweep(console: Console, table: "pd.DataFrame") -> None:
     for column in ("", *found.columns):
         shown.add_column(str(column), justify="right" if column else "left", overflow="fold")
     for kind, row in found.iterrows():
-        shown.add_row(str(kind), *map(str, row))
+        shown.add_row(printable(str(kind)), *map(str, row))
     console.print(shown)
 
 
@@ -110,5 +110,5 @@ def say_runs(console: Console, states: Any, table: Any) -> None:
         numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last.values()]
         step = "–" if str(row.last_step) == "<NA>" else f"{row.last_step:,}"
         written = "–" if str(row.updated) == "NaT" else f"{row.updated:%m-%d %H:%M}"
-        shown.add_row(str(row.run), str(row.state), step, *numbers, *[written][: len(when)])
+        shown.add_row(printable(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)])
     console.print(shown)
