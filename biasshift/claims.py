@@ -59,9 +59,15 @@ def sentences(found: "pd.DataFrame") -> list[str]:
 def _number(row: Any) -> str:
     if row.n == 0:
         return ""
-    p, of = (row.p_contrary, " of the contrary") if row.verdict == "not supported" else (row.p_holm, "")
-    p = f", p = {p:.2g}{of}" if p == p else ""
+    p, contrary = deciding_p(row)
+    p = f", p = {p:.2g}{' of the contrary' * contrary}" if p == p else ""
     return f"{row.statistic}: {effect(row)}, n = {row.n}{p}. "
+
+
+def deciding_p(row: Any) -> tuple[float, bool]:
+    """The corrected p that the verdict of a claim goes by, and whether it is that of the contrary."""
+    contrary = row.verdict == "not supported"
+    return (row.p_contrary if contrary else row.p_holm), contrary
 
 
 def effect(row: Any) -> str:
@@ -101,13 +107,13 @@ def claims_markdown(found: "pd.DataFrame") -> str:
 def footnote(found: "pd.DataFrame") -> str:
     """How many questions these are, and what is left when they are taken as one."""
     tested = found[found["p"].notna()]
-    families, fewest = tested["family"].nunique(), int(tested["n"].max()) if len(tested) else 0
+    families, seeds = tested["family"].nunique(), int(tested["n"].max()) if len(tested) else 0
     strict = int(((tested["verdict"] == "supported") & (tested["p_holm_all"] < LEVEL)).sum())
-    possible = "" if len(tested) / 2**fewest < LEVEL else f"; with {fewest} seeds none could: {seeds_needed(len(tested))} are needed"
+    possible = "" if len(tested) / 2**seeds < LEVEL else f"; with {seeds} seeds none could: {seeds_needed(len(tested))} are needed"
     return (
         f"{len(tested)} tests in {families} families of variants; Holm's correction is within families. If nothing held, about "
-        f"{families / 40:.1f} families would be called supported, and as many not supported, by chance. Corrected over all tests at once "
-        f"{strict} supported claims remain{possible}."
+        f"{families * LEVEL / 2:.1f} families would be called supported, and as many not supported, by chance. "
+        f"Corrected over all tests at once {strict} supported claims remain{possible}."
     )
 
 

@@ -91,8 +91,10 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Returns the run folders among the given ones and below them, each once.
 
     Raises:
-        ValueError: there is none, a path is no folder, or a folder is a link out of them.
+        ValueError: there is none, something is no path, a path is no folder, or a folder is a link out of them.
     """
+    if others := [path for path in paths if not isinstance(path, str | os.PathLike)]:
+        raise ValueError(f"runs are named by their folders, not by {type(others[0]).__name__}: give paths")
     found = {folder.resolve(): folder for path in paths for folder in _runs_below(Path(path), Path(path), _DEPTH)}
     if not found:
         raise ValueError(f"no runs in {', '.join(map(str, paths)) or 'no folder'}: a run is a folder whose config.json biasshift wrote")

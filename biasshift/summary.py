@@ -13,7 +13,7 @@ REMEDY = "give runs of `biasshift demo` or `biasshift train`"
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
-LAST_TENTH = 0.9
+END = 0.9  # of the steps of a run: the scores behind it are its end
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 # What runs that are compared must share, where they record it; so they must the options of the updates, named update_….
 SHARED = (
@@ -106,7 +106,7 @@ def _along(run: "pd.DataFrame", equal_step: float) -> dict[str, float]:
 def end_loss(run: "pd.DataFrame") -> float:
     """The training loss at the end: the median of the scores in the last tenth of the run, so that no single minibatch decides."""
     scores = run[run["train_loss"].notna()]
-    return float(scores.loc[scores["step"] > LAST_TENTH * scores["step"].max(), "train_loss"].median())
+    return float(scores.loc[scores["step"] > END * scores["step"].max(), "train_loss"].median())
 
 
 def has_ended(run: "pd.DataFrame") -> bool:

@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("3", *sys.argv[1:])  # training and test errors: one row per run and epoch
-    figure = figures.picture("3", table)  # panel by panel in biasshift/figures/connected.py
-    for path in figures.write("3", figure, words=figures.caption("3", table)):
-        print(path)
-    print(figures.said("3", table))
+# Its table holds training and test errors: one row per run and epoch,
+# and its panels are in biasshift/figures/connected.py.
+figure = figures.script("3", *sys.argv[1:])

@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("4", *sys.argv[1:])  # training loss and test error: one row per run and score
-    figure = figures.picture("4", table)  # panel by panel in biasshift/figures/pictures.py
-    for path in figures.write("4", figure, words=figures.caption("4", table)):
-        print(path)
-    print(figures.said("4", table))
+# Its table holds training loss and test error: one row per run and score,
+# and its panels are in biasshift/figures/pictures.py.
+figure = figures.script("4", *sys.argv[1:])

@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("5", *sys.argv[1:])  # test errors: one row per run and score
-    figure = figures.picture("5", table)  # panel by panel in biasshift/figures/pictures.py
-    for path in figures.write("5", figure, words=figures.caption("5", table)):
-        print(path)
-    print(figures.said("5", table))
+# Its table holds test errors: one row per run and score,
+# and its panels are in biasshift/figures/pictures.py.
+figure = figures.script("5", *sys.argv[1:])

@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("7", *sys.argv[1:])  # variances: one row per run, layer and unit
-    figure = figures.picture("7", table)  # panel by panel in biasshift/figures/connected.py
-    for path in figures.write("7", figure, words=figures.caption("7", table)):
-        print(path)
-    print(figures.said("7", table))
+# Its table holds variances: one row per run, layer and unit,
+# and its panels are in biasshift/figures/connected.py.
+figure = figures.script("7", *sys.argv[1:])

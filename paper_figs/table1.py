@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("table1", *sys.argv[1:])  # the last test error of every run
-    figure = figures.picture("table1", table)  # panel by panel in biasshift/figures/listing.py
-    for path in figures.write("table1", figure, words=figures.caption("table1", table)):
-        print(path)
-    print(figures.said("table1", table))
+# Its table holds the last test error of every run,
+# and its panels are in biasshift/figures/listing.py.
+figure = figures.script("table1", *sys.argv[1:])

@@ -7,9 +7,6 @@ import sys
 
 from biasshift import figures
 
-with figures.in_a_sentence():
-    table = figures.data("theory2", *sys.argv[1:])  # medians over units: one row per run and measurement
-    figure = figures.picture("theory2", table)  # panel by panel in biasshift/figures/theory.py
-    for path in figures.write("theory2", figure, words=figures.caption("theory2", table)):
-        print(path)
-    print(figures.said("theory2", table))
+# Its table holds medians over units: one row per run and measurement,
+# and its panels are in biasshift/figures/theory.py.
+figure = figures.script("theory2", *sys.argv[1:])

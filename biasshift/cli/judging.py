@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biasshift.claims import claims, claims_markdown, effect, footnote
+from biasshift.claims import claims, claims_markdown, deciding_p, effect, footnote
 from biasshift.cli.options import Claims
 from biasshift.cli.saying import HOW_JUDGED, JUDGED, printable
 from biasshift.figures.tabled import origin, origin_said
@@ -111,5 +111,5 @@ def _effect(row: Any) -> str:
 
 def _p(row: Any) -> str:
     """The corrected p that the verdict goes by."""
-    p, sign = (row.p_contrary, "*") if row.verdict == "not supported" else (row.p_holm, "")
-    return f"{p:.2g}{sign}" if p == p else ""
+    p, contrary = deciding_p(row)
+    return f"{p:.2g}{'*' * contrary}" if p == p else ""

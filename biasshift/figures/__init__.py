@@ -43,6 +43,7 @@ __all__ = [
     "read",
     "said",
     "save",
+    "script",
     "write",
 ]
 
@@ -145,6 +146,21 @@ def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures",
     return write_both(name, figure, Path(folder), words)
 
 
+def script(name: str, *paths: str) -> Figure:
+    """What a script of `paper_figs` does: returns a figure, of run folders or of the package's table, and prints files and numbers.
+
+    Raises:
+        SystemExit: with one sentence and status 2, where the runs cannot be drawn.
+    """
+    with in_a_sentence():
+        table = data(name, *paths)
+        figure = picture(name, table)
+        for path in write(name, figure, words=caption(name, table)):
+            print(path)
+        print(said(name, table))
+        return figure
+
+
 def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
     """Draws a figure of run folders' table and writes it as PNG and PDF; returns the paths.
 
@@ -176,6 +192,8 @@ def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.Data
 def _there(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
     if table is None:
         raise ValueError(f"Figure '{name}' shows runs, and there are none.")
+    if not hasattr(table, "columns"):
+        raise ValueError(f"Figure '{name}' is drawn of a table, as `biasshift.figures.data` returns it, not of {type(table).__name__}.")
     return table
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from biasshift.figures.describing import MADE
 from biasshift.layout import read_config, read_json
 from biasshift.reading import find_runs, read_runs
 from biasshift.summary import SHARED
@@ -18,7 +19,6 @@ RUN_COLUMNS = (
     "run", "experiment", "dataset", "activation", "seed", "epochs", "steps", "batch_size", "lr", "depth", "width", "batch_norm",
     "update", "constant", "update_every", "test_images", "valid_images", "device", "made", "reached", "last_step",
 )  # fmt: skip
-MADE = ("smoke", "quick")
 # Options that no figure shows the effect of: what examinations at equal loss look at, and which runs have one.
 UNSHOWN = ("run", "activation", "seed", "device", "made", "reached", "last_step", "examined", "exam_size", "equal_loss")
 # Those of measurements along the run, which curves of losses and errors do not depend on.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from biasshift.experiments import cifar11, cifar18
+
 if TYPE_CHECKING:
     import pandas as pd
 
 MADE = {"smoke": "Smoke run: a tiny version, which shows only that it works.", "quick": "Quick version, which decides nothing."}
-STEPS = {"cifar11": ("the paper's ", 165_000), "cifar18": ("", 160_000)}  # of the latter, the paper leaves some open
+STEPS = {"cifar11": ("the paper's ", cifar11.STEPS), "cifar18": ("", cifar18.STEPS)}  # of the latter, the paper leaves some open
 EMBEDDED = "digits"  # whose images a smoke run has, too
 TESTED = {"test_images": (10_000, "test images"), "valid_images": (5_000, "validation images")}  # of the paper's errors
 WITHIN = 0.01  # of the paper's length

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
+from biasshift.experiments import cifar11
 from biasshift.figures.choosing import kept
 from biasshift.figures.describing import described, like_the_papers, over_seeds
 from biasshift.figures.drawing import NONE_PRINTED, Drawing, Number, finals
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from biasshift.plots import Figure
 
-STEPS, SPLIT = 165_000, 90_000  # of Figure 4, and where its panels divide it
+SPLIT = 90_000 / cifar11.STEPS  # where the panels of Figure 4 divide it
 TEST_ERRORS = {"elu": (28.75, 0.24), "srelu": (29.35, 0.29), "lrelu": (30.59, 0.29), "relu": (31.56, 0.37)}  # 10 runs
 TRAIN_LOSSES = {"elu": 0.345, "srelu": 0.39, "lrelu": 0.48, "relu": 0.53}  # read off Figure 4
 NORMED = {"elu": "did not help", "srelu": "did not help", "lrelu": "helped", "relu": "helped"}  # what is said of batch norm
@@ -33,7 +34,7 @@ def figure4(table: pd.DataFrame) -> Figure:
     """Training loss and test error of the 11-layer networks: whole, start and end of training (Figure 4)."""
     figure, axes = plots.panels(6, rows=2, width=2.9, height=2.4)
     last = float(table["step"].max())
-    split = last * SPLIT / STEPS
+    split = last * SPLIT
     parts = (table, table.loc[table["step"] <= split], table.loc[table["step"] >= split])
     for row, (column, name) in enumerate((("train_loss", "training loss (nats)"), ("test_error", "test error (%)"))):
         for number, part in enumerate(parts):
@@ -80,7 +81,7 @@ def figure5(table: pd.DataFrame) -> Figure:
     """Test errors with and without batch normalization, ELU beside one other activation a panel (Figure 5)."""
     others = [name for name in ("relu", "srelu", "lrelu") if (table["activation"] == name).any()] or ["elu"]
     figure, axes = plots.panels(2 * len(others), rows=2, width=2.9, height=2.4)
-    split = float(table["step"].max()) * SPLIT / STEPS
+    split = float(table["step"].max()) * SPLIT
     for number, other in enumerate(others):
         pair = table.loc[table["activation"].isin(["elu", other])]
         for ax, part in ((axes[number], pair), (axes[len(others) + number], pair.loc[pair["step"] >= split])):
@@ -113,7 +114,7 @@ def numbers5(table: pd.DataFrame) -> list[Number]:
 
 def _as_long(table: pd.DataFrame) -> bool:
     """Whether the paper's 11-layer networks were trained like these."""
-    return like_the_papers(table, "cifar100", STEPS)
+    return like_the_papers(table, "cifar100", cifar11.STEPS)
 
 
 def _errors_said(table: pd.DataFrame) -> dict[str, str]:

@@ -89,17 +89,16 @@ def _left_out(points: "pd.DataFrame", column: str) -> str:
 def corrected(evidence: Evidence) -> Iterator[Claim]:
     """Claim 3 has no pairs: one half minus the share of units that the correction helps, at equal loss and along the runs."""
     missing = NO_UNITS if len(evidence.exam_points) else NO_EXAM
-    kinds = [("", "", "")]
-    kinds += [(f"-{name}", name, f" in {NAMES[name]} networks") for name in ("elu", "relu") if (evidence.paper["activation"] == name).any()]
-    for suffix, activation, where in kinds:
+    trained = [name for name in ("elu", "relu") if (evidence.paper["activation"] == name).any()]
+    kinds = [("correction", "correction", CORRECTION, [])]
+    kinds += [(f"correction-{name}", "correction-activations", f"{CORRECTION} in {NAMES[name]} networks", [name]) for name in trained]
+    for name, family, said, activations in kinds:
 
-        def less(points: "pd.DataFrame", activation: str = activation) -> "pd.Series":
-            return _half_less(points[points["activation"] == activation] if activation and len(points) else points)
+        def less(points: "pd.DataFrame", activations: list[str] = activations) -> "pd.Series":
+            return _half_less(points[points["activation"].isin(activations)] if activations else points)
 
-        found = paired(less(evidence.reference).reindex(evidence.seeds(*[activation] * bool(activation))))
+        found = paired(less(evidence.reference).reindex(evidence.seeds(*activations)))
         again = repeated(evidence.exam_points, less, found.effect)
-        name, said = f"correction{suffix}", f"{CORRECTION}{where}"
-        family = "correction-activations" if activation else "correction"
         caveat = f"At equal training loss. {again.said}"
         yield Claim(3, name, family, said, "Theorem 2", SHARE, found, caveat, missing, unsure=not again.sure)
     found = paired(_half_less(evidence.points).reindex(evidence.seeds()))

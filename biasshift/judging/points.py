@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from biasshift.summary import ENOUGH_UNITS, enough_samples, fed_layers, layer_inputs
+from biasshift.summary import ENOUGH_UNITS, EXAM_KEYS, enough_samples, fed_layers, layer_inputs
 from biasshift.theory import hotelling
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FEWEST = 3  # points, to rank them
 COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
-EXAM_KEYS = ("run", "activation", "seed", "layer", "exam_probe", "exam_damping")
+POINT = (*EXAM_KEYS, "layer")  # what tells the points of an examination apart
 EXAMINED = {  # what an examination found → the name of what was measured along the run
     "exam_inflation": "coupling", "exam_gap_degrees": "gap", "exam_mean_in_abs": "incoming", "exam_smaller_share": "smaller",
     "exam_loss": "loss",
@@ -72,10 +72,10 @@ def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    if any(name not in table for name in (*EXAM_KEYS, "exam_enough")):
-        return pd.DataFrame(columns=[*EXAM_KEYS, *EXAMINED.values()]).astype(dict.fromkeys(EXAMINED.values(), float))
+    if any(name not in table for name in (*POINT, "exam_enough")):
+        return pd.DataFrame(columns=[*POINT, *EXAMINED.values()]).astype(dict.fromkeys(EXAMINED.values(), float))
     rows = table[table["exam_damping"].notna()]
-    rows = rows.reindex(columns=[*EXAM_KEYS, "exam_enough", *EXAMINED]).rename(columns=EXAMINED)
+    rows = rows.reindex(columns=[*POINT, "exam_enough", *EXAMINED]).rename(columns=EXAMINED)
     found = list(EXAMINED.values())
     rows[found] = rows[found].where(rows["exam_enough"] >= ENOUGH_UNITS)
     return rows.drop(columns="exam_enough").astype({"run": str, "activation": str, "layer": str})

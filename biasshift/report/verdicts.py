@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from biasshift.claims import claims, sentences
+from biasshift.claims import claims, deciding_p, sentences
 from biasshift.report.markup import faint, folded, table
 from biasshift.report.series import Series
 from biasshift.report.text import escaped, number
@@ -72,23 +72,23 @@ def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
         counts = some["verdict"].value_counts()
         badges = " ".join(_badge(verdict, f"{counts[verdict]} {verdict}") for verdict in _BADGES if verdict in counts)
         title = f"{question} · {_QUESTIONS[question]}" if question in _QUESTIONS else "Others"
-        rows = table(["verdict", "claim", "effect [95 %]", "n", "p, Holm"], map(_claim, some.to_dict("records")), "claims")
+        rows = table(["verdict", "claim", "effect [95 %]", "n", "p, Holm"], map(_claim, some.itertuples(index=False)), "claims")
         parts += folded(f"<b>{escaped(title)}</b> {badges}", rows)
     words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said)
     return parts + folded("All in sentences", f"<ul>{words}</ul>")
 
 
-def _claim(row: dict[Any, Any]) -> list[tuple[str, str]]:
-    contrary = row["verdict"] == "not supported"
-    others = {"uncorrected p" if name == "p" else name: value for name, value in row.items() if name not in _SHOWN}
+def _claim(row: Any) -> list[tuple[str, str]]:
+    decided, contrary = deciding_p(row)
+    others = {"uncorrected p" if name == "p" else name: value for name, value in row._asdict().items() if name not in _SHOWN}
     more = [f"{name} = {number(value) if isinstance(value, float) else value}" for name, value in others.items()]
-    about = [row["caveat"], f"Measured: {row['statistic']} ({row['source']}).", "; ".join(more)]
-    p = f"p = {number(row['p_contrary' if contrary else 'p_holm'], 2)}"
+    about = [row.caveat, f"Measured: {row.statistic} ({row.source}).", "; ".join(more)]
+    p = f"p = {number(decided, 2)}"
     return [
-        ("", _badge(row["verdict"], row["verdict"])),
-        ("text", folded(escaped(row["statement"]), "".join(f'<p class="faint">{escaped(text, 1000)}</p>' for text in about if text))),
-        ("number", number(row["effect"]) + (f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else "")),
-        ("number", f"n = {escaped(row['n'])}"),
+        ("", _badge(row.verdict, row.verdict)),
+        ("text", folded(escaped(row.statement), "".join(f'<p class="faint">{escaped(text, 1000)}</p>' for text in about if text))),
+        ("number", number(row.effect) + (f" [{number(row.low)}, {number(row.high)}]" if row.low == row.low else "")),
+        ("number", f"n = {escaped(row.n)}"),
         ("number", p + ("<br>the contrary holds" if contrary else "")),
     ]
 
