@@ -236,6 +236,7 @@ CASES = [
     Case("tied", Tied, (40, 5), shared=("first", "again")),
     Case("tokens-pooled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Pool(), nn.Linear(5, 3)), (24, 4, 3)),
     Case("tokens-labeled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Mix(), nn.Linear(5, 3)), (24, 4, 3), tokens=True),
+    Case("tokens-inplace", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(inplace=True), Pool(), nn.Linear(5, 3)), (24, 4, 3)),
     Case("conv-plain", lambda: conv_net(64), (24, 2, 6, 6)),
     Case("conv-strided", lambda: conv_net(36, stride=2, padding=1), (24, 2, 6, 6)),
     Case("conv-uneven", lambda: conv_net(60, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1)), (24, 2, 6, 5)),

@@ -21,6 +21,7 @@ from biasshift.optim import UnitNaturalGradient
 DAMPING = 0.03
 MEMBERS = list(itertools.product(("q", "p", "none"), ("full", "diagonal", "none")))
 SOLVED = [(center, scale) for center, scale in MEMBERS if scale != "none"]
+SHARING = ("per_example", "expand")
 CENTERED = [(center, scale) for center, scale in MEMBERS if center != "none"]
 
 
@@ -125,6 +126,28 @@ def test_a_step_is_the_definition(name, sharing, center, scale):
     )
     before = parameters(model)
     take_step(model, optimizer, x, y, case.likelihood)
+    assert_same(updates(model, before), expected)
+
+
+SEQUENCES = list(itertools.product(("tokens-pooled", "tokens-inplace", "tokens-labeled"), ("empirical", "sampled"), SHARING, MEMBERS))
+
+
+@pytest.mark.parametrize(("name", "labels", "sharing", "member"), SEQUENCES)
+def test_a_step_on_sequences_is_the_definition(name, labels, sharing, member):
+    """On 3-D inputs a linear layer returns a view on some versions of PyTorch, and a matrix product of its own on others."""
+    case = BY_NAME[name]
+    model, x, y = case.build()
+    seen = y
+    if labels == "sampled":
+        p = model(x).detach().float().softmax(-1)
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=torch.Generator().manual_seed(5))
+        seen = drawn.view(y.shape)
+    expected = definitions(model, x, y, member, weight_sharing=sharing, labels=seen)
+    optimizer = UnitNaturalGradient(
+        model, 1.0, *member, damping=DAMPING, labels=labels, decay=0.0, weight_sharing=sharing, generator=torch.Generator().manual_seed(5)
+    )
+    before = parameters(model)
+    take_step(model, optimizer, x, y)
     assert_same(updates(model, before), expected)
 
 

@@ -79,10 +79,12 @@ class Listener:
         if module is self.root:  # not a replica
             self._tape = Tape() if module.training and torch.is_grad_enabled() else None
 
-    def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+    def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
+        """What the module returns in place of a view: the tape's copy, whose gradient edge an in-place change would not replace."""
         layer = self.layers[name]
         if self._tape is not None and self.due and module is layer and layer.weight.requires_grad and output.requires_grad:
-            self._tape.record(name, module, a, output)
+            return self._tape.record(name, module, a, output)
+        return None
 
     def _stop(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         tape, self._tape = self._tape, None  # what a checkpoint computes again in the backward pass is not recorded

@@ -42,10 +42,10 @@ class Ear:
     def __init__(self, listener: object, method: str) -> None:
         self._listener, self._method = weakref.ref(listener), method
 
-    def __call__(self, *args: object) -> None:
+    def __call__(self, *args: object) -> object:
+        """What the listener answers: another output of the module, or None for its own."""
         listener = self._listener()
-        if listener is not None:
-            getattr(listener, self._method)(*args)
+        return None if listener is None else getattr(listener, self._method)(*args)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return _deaf_ear, ()
