@@ -4,7 +4,7 @@ from statistics import median
 
 import torch
 
-from biasshift import triangle
+from biasshift.fisher import packed as triangle
 
 from .harness import devices, seconds, write
 

@@ -1,18 +1,18 @@
 """Measure, test and exploit the theory of bias shift and the unit natural gradient."""
 
-from biasshift import starting  # noqa: F401  before all that takes long
+from biasshift import _sigint  # noqa: F401  before all that takes long
 
 # isort: split
 from biasshift import optim
-from biasshift.averages import activation_moments
-from biasshift.checking import check
-from biasshift.claims import claims
-from biasshift.fisher import UnitFisher
-from biasshift.gaps import gradient_gap
-from biasshift.instrument import instrument
-from biasshift.measuring import unit_fisher
-from biasshift.moments import ActivationMoments
-from biasshift.shifts import bias_shift
+from biasshift.analysis.formatting import claims
+from biasshift.fisher.moments import ActivationMoments
+from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.measure.activation_moments import activation_moments
+from biasshift.measure.bias_shift import bias_shift
+from biasshift.measure.fisher import unit_fisher
+from biasshift.measure.gradient_gap import gradient_gap
+from biasshift.tracking.instrument import instrument
+from biasshift.verification.check import check
 
 __all__ = [
     "ActivationMoments",

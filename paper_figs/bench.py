@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds one row per question and method,
-# and its panels are in biasshift/figures/speed.py.
+# and its panels are in biasshift/figures/benchmarks.py.
 figure = figures.script("bench", *sys.argv[1:])

@@ -6,7 +6,7 @@ RUNS are folders of `biasshift train mnist` or `biasshift demo`; without any, th
 import sys
 
 from biasshift import figures, plots
-from biasshift.figures.describing import over_seeds
+from biasshift.figures.captions import over_seeds
 
 with figures.in_a_sentence(), plots.style():
     table = figures.data("2", *sys.argv[1:])  # median unit activations and losses: one row per run and step

@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds training and test errors: one row per run and epoch,
-# and its panels are in biasshift/figures/connected.py.
+# and its panels are in biasshift/figures/mlp.py.
 figure = figures.script("3", *sys.argv[1:])

@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds training loss and test error: one row per run and score,
-# and its panels are in biasshift/figures/pictures.py.
+# and its panels are in biasshift/figures/convnets.py.
 figure = figures.script("4", *sys.argv[1:])

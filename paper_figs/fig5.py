@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds test errors: one row per run and score,
-# and its panels are in biasshift/figures/pictures.py.
+# and its panels are in biasshift/figures/convnets.py.
 figure = figures.script("5", *sys.argv[1:])

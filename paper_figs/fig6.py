@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds losses and errors: one row per run and score,
-# and its panels are in biasshift/figures/pictures.py.
+# and its panels are in biasshift/figures/convnets.py.
 figure = figures.script("6", *sys.argv[1:])

@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds variances: one row per run, layer and unit,
-# and its panels are in biasshift/figures/connected.py.
+# and its panels are in biasshift/figures/mlp.py.
 figure = figures.script("7", *sys.argv[1:])

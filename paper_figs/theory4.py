@@ -8,5 +8,5 @@ import sys
 from biasshift import figures
 
 # Its table holds training losses: one row per run and score,
-# and its panels are in biasshift/figures/causal.py.
+# and its panels are in biasshift/figures/sweep.py.
 figure = figures.script("theory4", *sys.argv[1:])

@@ -12,7 +12,7 @@ import pytest
 import biasshift as bs
 from biasshift import data, nets, optim, training
 from biasshift.cli import _parsed
-from biasshift.reading import read_runs
+from biasshift.runs.reader import read_runs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -10,8 +10,8 @@ pytest.importorskip("nbclient", reason="the notebooks need Jupyter: pip install 
 import nbformat
 from nbclient.exceptions import CellExecutionError
 
-from biasshift.experiments.digits import Demo
-from biasshift.running import run
+from biasshift.experiments.demo import Demo
+from biasshift.training.running import run
 from notebooks.execute import VIEW, executed, renumbered
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -209,7 +209,7 @@ WRONG = {
         "the same initial weights",
     ),
     "the poster's k": (TWO, "_right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: _right(fisher) - 1)", "third way"),
-    "hooks that stay": (THREE, "from biasshift import logs; logs.Log.remove = lambda log: None", "leave behind"),
+    "hooks that stay": (THREE, "from biasshift.tracking import logs; logs.Log.remove = lambda log: None", "leave behind"),
     "random numbers that are used up": (
         THREE,
         "_right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), _right(*given, **named))[1]",

@@ -13,7 +13,7 @@ from planted import Planted, table
 from test_figures import cifar, moving, scored, swept
 
 from biasshift import figures
-from biasshift.recording import Run
+from biasshift.runs.writer import Run
 
 FOLDER = Path(__file__).parent.parent / "paper_figs"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}

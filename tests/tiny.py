@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from biasshift.classifying import Setting, trial
 from biasshift.data import DataSet, digits, shifted
-from biasshift.experiments.digits import Demo
-from biasshift.trials import Phase, Trial
+from biasshift.experiments.demo import Demo
+from biasshift.experiments.mlp_trial import Setting, trial
+from biasshift.training.trial import Phase, Trial
 
 DEPTH, WIDTH, EPOCH_STEPS = 3, 10, 23
 LAYERS = ["0", "2", "4", "6"]

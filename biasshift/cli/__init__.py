@@ -9,23 +9,23 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from biasshift.cli.drawing import draw_figures
-from biasshift.cli.judging import judge
-from biasshift.cli.options import Claims, Figure, Report, Runs
-from biasshift.cli.saying import say_runs, sentence
-from biasshift.cli.training import train
+from biasshift._sigint import INTERRUPTED, started
+from biasshift.cli import train
+from biasshift.cli.claims import judge
+from biasshift.cli.commands import Claims, Figure, Report, Runs
+from biasshift.cli.console import say_runs, sentence
+from biasshift.cli.figure import draw_figures
+from biasshift.distributed import launched
 from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
-from biasshift.experiments.digits import Demo
+from biasshift.experiments.demo import Demo
 from biasshift.experiments.experiment import REPLACE_OR_RESUME
 from biasshift.experiments.imagenet import Imagenet
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
-from biasshift.reading import read_runs, run_states
 from biasshift.report import report
-from biasshift.starting import INTERRUPTED, started
-from biasshift.training.processes import launched
+from biasshift.runs.reader import read_runs, run_states
 
 EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
 
@@ -84,7 +84,7 @@ def _carry_out(options: Any) -> None:
             raise ValueError("reports are about runs: biasshift report FOLDER.")
         console.print(f"Report: {report(options.runs, options.out)}", soft_wrap=True)
     else:
-        train(console, options)
+        train.train(console, options)
 
 
 if __name__ == "__main__":

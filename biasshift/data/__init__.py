@@ -1,13 +1,13 @@
 """Data sets as tensors, and the minibatches of a training run as a function of its seed."""
 
-from biasshift.data.augmenting import Augment, Crop, Scale
+from biasshift.data.augmentation import Augment, Crop, Scale
 from biasshift.data.cifar import cifar10, cifar100
-from biasshift.data.folders import ImageNet, imagenet
-from biasshift.data.handwritten import batches, digits, mnist, shifted
-from biasshift.data.imagestreams import CenterCrops, ImageStream, mean_image
+from biasshift.data.dataset import DataSet, data_root
+from biasshift.data.handwritten_digits import batches, digits, mnist, shifted
+from biasshift.data.image_folders import ImageNet, imagenet
+from biasshift.data.image_stream import CenterCrops, ImageStream, mean_image
 from biasshift.data.photographs import Images
-from biasshift.data.sets import DataSet, data_root
-from biasshift.data.streams import Stream, TensorStream
+from biasshift.data.stream import Stream, TensorStream
 from biasshift.data.synthetic import synthetic_cifar, synthetic_imagenet, synthetic_mnist
 from biasshift.data.whitening import Whitening, whitened
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from biasshift.data.dataset import DataSet, data_root
 from biasshift.data.obtaining import obtain
-from biasshift.data.pickles import read_pickle
-from biasshift.data.sets import DataSet, data_root
+from biasshift.data.safe_pickle import read_pickle
 
 SHAPE = (3, 32, 32)  # of an image: red, green, blue, as the files have them
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from biasshift.data.folders import ImageNet, imagenet
-from biasshift.data.sets import DataSet
+from biasshift.data.dataset import DataSet
+from biasshift.data.image_folders import ImageNet, imagenet
 
 SPOTS = 4  # blobs in a row: coarse enough to be seen through the noise
 NOISE = 0.5  # the share of an image that is not its class's pattern

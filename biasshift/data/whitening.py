@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Real
 from torch import Tensor
 
-from biasshift.data.caching import Arrays, cache_folder, cached, content_key
-from biasshift.data.sets import DataSet
+from biasshift.data.cache import Arrays, cache_folder, cached, content_key
+from biasshift.data.dataset import DataSet
 
 SCALE = 55.0  # Maxout's: with 3,072 pixels their standard deviation becomes 0.99
 DIAGONAL = 0.1  # Maxout's

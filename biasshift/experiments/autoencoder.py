@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
+from biasshift.distributed import rank, world
+from biasshift.experiments.convnet_trial import share
 from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
 from biasshift.nets import autoencoder
-from biasshift.picturing import share
-from biasshift.ranges import at_least_one, distinct, not_negative, positive, shares
-from biasshift.training.evaluating import evaluate_batches
-from biasshift.training.processes import rank, world
-from biasshift.trials import Phase, Trial
-from biasshift.watching import Quantity, Watching
+from biasshift.training.evaluation import evaluate_batches
+from biasshift.training.trial import Phase, Trial
+from biasshift.training.watching import Quantity, Watching
 
 BATCH_SIZE = 64
 EPOCHS = 500

@@ -1,6 +1,6 @@
 """CIFAR-100, the 11-layer network: the experiments of Figures 4 and 5 (section 4.2 of the paper).
 
-The constants are the paper's; those that it shares with the 18 layers stand in `biasshift.experiments.pictures`. Figure 5 has every
+The constants are the paper's; those that it shares with the 18 layers stand in `biasshift.experiments.cifar`. Figure 5 has every
 activation with and without ``--batch-norm``.
 """
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from biasshift.experiments.cifar import GEOMETRY, Geometry, Pictures, Setting
+from biasshift.experiments.convnet_trial import schedule
 from biasshift.experiments.experiment import Activation
-from biasshift.experiments.pictures import GEOMETRY, Geometry, Pictures, Setting
 from biasshift.nets import cifar11
-from biasshift.picturing import schedule
-from biasshift.trials import Phase
+from biasshift.training.trial import Phase
 
 STEPS = 165_000
 SCHEDULE = ((35_000, 1.0), (50_000, 0.5), (50_000, 0.05), (30_000, 0.005))  # updates, share of the learning rate

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100, the 18-layer network (its list has 19): the experiment of Table 1 (section 4.3 of the paper).
 
-The constants are the paper's; those that it shares with the 11 layers stand in `biasshift.experiments.pictures`. Training has three
+The constants are the paper's; those that it shares with the 11 layers stand in `biasshift.experiments.cifar`. Training has three
 parts: dropout behind the last layer of every stack; behind all layers; behind all, with rates half as large again.
 """
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from biasshift.experiments.cifar import GEOMETRY, Geometry, Pictures, Setting
+from biasshift.experiments.convnet_trial import schedule
 from biasshift.experiments.experiment import Activation
-from biasshift.experiments.pictures import GEOMETRY, Geometry, Pictures, Setting
 from biasshift.nets import cifar18
-from biasshift.picturing import schedule
-from biasshift.trials import Phase
+from biasshift.training.trial import Phase
 
 SCHEDULE = ((35_000, 1.0), (35_000, 0.1), (50_000, 0.1), (40_000, 0.1))  # updates, share of the learning rate
 # Open: how long the first part goes on after the rate is divided by ten. As long again as before.

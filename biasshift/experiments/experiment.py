@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from biasshift.training.processes import launched, local_device
-from biasshift.training.updating import Precision
-from biasshift.trials import Execution, Exist, Trial
+from biasshift.distributed import launched, local_device
+from biasshift.training.step import Precision
+from biasshift.training.trial import Execution, Exist, Trial
 
 REPLACE_OR_RESUME = "--replace and --resume exclude each other: begin anew, or go on."
 Activation = Literal["elu", "relu", "lrelu", "srelu"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from biasshift.classifying import Setting, trial
 from biasshift.data import DataSet, mnist, synthetic_mnist
 from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.ranges import at_least_one, distinct, not_negative, positive, shares
-from biasshift.trials import Trial
+from biasshift.experiments.mlp_trial import Setting, trial
+from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
+from biasshift.training.trial import Trial
 
 DEPTH, WIDTH = 8, 128  # hidden layers and their units
 BATCH_SIZE = 64

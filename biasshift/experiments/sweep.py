@@ -17,12 +17,12 @@ from typing import ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from biasshift.cells import Cell
-from biasshift.classifying import Setting, Update, trial
+from biasshift.analysis.grid import Cell
 from biasshift.data import DataSet, mnist, synthetic_mnist
 from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.ranges import at_least_one, distinct, not_negative, positive
-from biasshift.trials import Trial
+from biasshift.experiments.mlp_trial import Setting, Update, trial
+from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive
+from biasshift.training.trial import Trial
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures import causal, connected, listing, pictures, speed, theory
-from biasshift.figures.choosing import chosen, read, refuse_mixture, with_length
-from biasshift.figures.describing import described
-from biasshift.figures.drawing import NOTHING, Drawing, Number
-from biasshift.figures.tabled import committed, load, save
-from biasshift.figures.writing import in_a_sentence, write_both
+from biasshift.figures import benchmarks as speed, convnets as pictures, listing, mlp as connected, sweep as causal, theory
+from biasshift.figures.captions import described
+from biasshift.figures.files import in_a_sentence, write_both
+from biasshift.figures.selection import chosen, read, refuse_mixture, with_length
+from biasshift.figures.spec import NOTHING, Drawing, Number
+from biasshift.figures.tables import committed, load, save
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
 
 
 def condensed(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
-    """Returns the small table of a figure from the table of `biasshift.reading.read_runs`.
+    """Returns the small table of a figure from the table of `biasshift.runs.reader.read_runs`.
 
     Raises:
         ValueError: the runs lack what the figure shows.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from biasshift import plots
 from biasshift.experiments import cifar18
-from biasshift.figures.describing import described, like_the_papers, synthetic
-from biasshift.figures.drawing import NONE_PRINTED, Drawing, Number, finals
-from biasshift.figures.pictures import scores
-from biasshift.looks import Look
+from biasshift.figures.captions import described, like_the_papers, synthetic
+from biasshift.figures.convnets import scores
+from biasshift.figures.spec import NONE_PRINTED, Drawing, Number, finals
+from biasshift.plots.looks import Look
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures.choosing import kept, with_settings
-from biasshift.figures.connected import PLAIN
-from biasshift.figures.describing import described, over_seeds
-from biasshift.figures.drawing import Drawing, Number, finals
-from biasshift.summary import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, mean_and_sd
+from biasshift.analysis.per_run import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, mean_and_sd
+from biasshift.figures.captions import described, over_seeds
+from biasshift.figures.mlp import PLAIN
+from biasshift.figures.selection import kept, with_settings
+from biasshift.figures.spec import Drawing, Number, finals
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from biasshift.nets.building import Init, linear, shrunk
-from biasshift.nets.convolutional import NormAt, Stack, Style, convolutions
+from biasshift.nets.convolution_stacks import NormAt, Stack, Style, convolutions
+from biasshift.nets.initialization import Init, linear, shrunk
 from biasshift.nets.pyramid import SpatialPyramidPooling
 
 # Stacks of (layers, units, receptive field), section 4.4: 1×96×6, 3×512×3, 5×768×3, 3×1024×3

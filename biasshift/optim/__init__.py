@@ -1,5 +1,5 @@
 """Updates: plain, centered, quasi-diagonal and full unit natural gradient."""
 
-from biasshift.optim.optimizer import UnitNaturalGradient
+from biasshift.optim.unit_natural_gradient import UnitNaturalGradient
 
 __all__ = ["UnitNaturalGradient"]

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from biasshift import layers as kinds
-from biasshift.layers import WeightLayer
-from biasshift.optim.member import Member
-from biasshift.proving import tied
+from biasshift.measure import layer_types as kinds
+from biasshift.measure.coverage import tied
+from biasshift.measure.layer_types import WeightLayer
+from biasshift.optim.update_rule import Member
 
 
 def covered(root: nn.Module) -> dict[str, WeightLayer]:

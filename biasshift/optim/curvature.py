@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from biasshift import triangle
+from biasshift.fisher import packed as triangle
+from biasshift.fisher.cholesky import rounding
 from biasshift.optim.examples import Examples
-from biasshift.optim.member import Member
-from biasshift.optim.sums import Sums
-from biasshift.solving import rounding
+from biasshift.optim.running_sums import Sums
+from biasshift.optim.update_rule import Member
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored

@@ -1,7 +1,7 @@
 """What a mean loss has divided by: the factor between the errors of the user's loss and those of the likelihood."""
 
-from biasshift.optim.member import Member
 from biasshift.optim.passes import Pass
+from biasshift.optim.update_rule import Member
 
 SLACK = 0.05  # by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from biasshift.fisher import UnitFisher
-from biasshift.implicit.iterating import Solver
-from biasshift.implicit.sums import ImplicitSums
-from biasshift.optim.sums import Sums
-from biasshift.solving import Singular
+from biasshift.fisher.cholesky import Singular
+from biasshift.fisher.samples import ImplicitSums
+from biasshift.fisher.solver import Solver
+from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.optim.running_sums import Sums
 from biasshift.theory import dot
 
 TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals

@@ -3,11 +3,12 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from biasshift.optim.sums import Sums
+from biasshift.optim.running_sums import Sums
 
 
 @dataclass(eq=False)
@@ -42,7 +43,7 @@ class Ear:
     def __init__(self, listener: object, method: str) -> None:
         self._listener, self._method = weakref.ref(listener), method
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object) -> Any:
         """What the listener answers: another output of the module, or None for its own."""
         listener = self._listener()
         return None if listener is None else getattr(listener, self._method)(*args)

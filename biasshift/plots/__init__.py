@@ -10,13 +10,13 @@ comparing   numbers beside numbers
 
 from typing import TYPE_CHECKING
 
-from biasshift.looks import LOOKS, OTHER_LOOKS, Look
-from biasshift.plots.comparing import published, ranking, spans, stacked
-from biasshift.plots.curves import coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
+from biasshift.plots.comparison import published, ranking, spans, stacked
 from biasshift.plots.functions import activation_functions
 from biasshift.plots.gaps import gap_against_mean
-from biasshift.plots.reducing import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
-from biasshift.plots.styling import (
+from biasshift.plots.lines import coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
+from biasshift.plots.looks import LOOKS, OTHER_LOOKS, Look
+from biasshift.plots.reductions import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
+from biasshift.plots.theme import (
     STYLE,
     between,
     escaped,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from biasshift.plots.styling import escaped, looks
+from biasshift.plots.theme import escaped, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

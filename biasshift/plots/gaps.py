@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from biasshift.plots.reducing import gap_points, need
-from biasshift.plots.styling import escaped, legend, looks
-from biasshift.summary import ENOUGH_UNITS
+from biasshift.analysis.per_run import ENOUGH_UNITS
+from biasshift.plots.reductions import gap_points, need
+from biasshift.plots.theme import escaped, legend, looks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biasshift.reading import find_runs, read_runs, run_states
+from biasshift.atomic import replacing
+from biasshift.report.claims_section import verdicts_part
+from biasshift.report.downsample import reduced
 from biasshift.report.equal_loss import equal_loss_part
+from biasshift.report.groups import MOST_SERIES, Series, all_series
+from biasshift.report.html import escaped
 from biasshift.report.origins import origins_part
 from biasshift.report.page import page
-from biasshift.report.parts import curves_part, layers_part, left_out_part
-from biasshift.report.reducing import reduced
-from biasshift.report.series import MOST_SERIES, Series, all_series
-from biasshift.report.text import escaped
-from biasshift.report.verdicts import verdicts_part
-from biasshift.writing import replacing
+from biasshift.report.sections import curves_part, layers_part, left_out_part
+from biasshift.runs.reader import find_runs, read_runs, run_states
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         OSError: the page cannot be written; an earlier one stays as it was.
 
     >>> import pandas as pd, tempfile
-    >>> from biasshift.recording import Run
+    >>> from biasshift.runs.writer import Run
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with Run.create(f"{folder}/elu-0", {"activation": "elu", "seed": 0}) as run:
     ...         run.append(pd.DataFrame({"step": [0, 1], "train_loss": [2.3, 2.1]}))

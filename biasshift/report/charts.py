@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from biasshift.report.reducing import DRAWN, LEVELS, Reduced
+from biasshift.report.downsample import DRAWN, LEVELS, Reduced
 
 if TYPE_CHECKING:
     import altair as alt

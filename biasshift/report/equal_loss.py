@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from biasshift.analysis.per_run import QUANTITIES, REFERENCE_DAMPING, mean_and_sd
+from biasshift.report.downsample import LARGEST
+from biasshift.report.groups import MOST_SERIES, Series
+from biasshift.report.html import escaped, listed, number, plain, told_apart
 from biasshift.report.markup import faint, folded, table
-from biasshift.report.reducing import LARGEST
-from biasshift.report.series import MOST_SERIES, Series
-from biasshift.report.text import escaped, listed, number, plain, told_apart
 from biasshift.report.thinning import by_depth, even
-from biasshift.summary import QUANTITIES, REFERENCE_DAMPING, mean_and_sd
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def equal_loss_part(runs: pd.DataFrame, options: Container[str], series: Sequenc
 
 
 def _damping(rows: Any, left_out: list[str]) -> float:
-    """The damping whose numbers are shown: the one of `biasshift.summary`, where it was tried."""
+    """The damping whose numbers are shown: the one of `biasshift.analysis.per_run`, where it was tried."""
     dampings = sorted(float(one) for one in rows["exam_damping"].unique())
     chosen = REFERENCE_DAMPING if REFERENCE_DAMPING in dampings else dampings[len(dampings) // 2]
     if others := [f"{one:g}" for one in dampings if one != chosen]:

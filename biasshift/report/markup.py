@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from biasshift.report.text import escaped
+from biasshift.report.html import escaped
 
 
 def faint(text: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biasshift.layout import read_config, read_json
-from biasshift.provenance import shortened
+from biasshift.report.html import escaped
 from biasshift.report.markup import folded, table
-from biasshift.report.text import escaped
+from biasshift.runs.provenance import shortened
+from biasshift.runs.schema import read_config, read_json
 
 if TYPE_CHECKING:
     import pandas as pd

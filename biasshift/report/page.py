@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 from biasshift.report.charts import charts, theme, variants
-from biasshift.report.reducing import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, Reduced
-from biasshift.report.text import as_json, escaped
+from biasshift.report.downsample import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, Reduced
+from biasshift.report.html import as_json, escaped
 
 
 def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced) -> str:

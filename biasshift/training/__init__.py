@@ -1,8 +1,8 @@
 """Training loops as generators, and what surrounds them."""
 
-from biasshift.training.ensembles import Ensemble
-from biasshift.training.evaluating import evaluate
+from biasshift.training.ensemble import Ensemble
+from biasshift.training.evaluation import evaluate
 from biasshift.training.loop import Diverged, Step, train
-from biasshift.training.updating import Gradient
+from biasshift.training.step import Gradient
 
 __all__ = ["Diverged", "Ensemble", "Gradient", "Step", "evaluate", "train"]

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from biasshift.data.streams import Stream
-from biasshift.training.processes import summed, together
+from biasshift.data.stream import Stream
+from biasshift.distributed import summed, together
 
 LOOK_EVERY = 500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
 

@@ -1,0 +1,114 @@
+"""Which images there are: a look at the folders, before any image is opened."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from biasshift.data.dataset import data_root
+from biasshift.data.photographs import Images
+
+EXTENSIONS = (".jpeg", ".jpg", ".png")
+MAPPING = "LOC_synset_mapping.txt"  # ImageNet's 1,000 classes in order: "n01440764 tench, Tinca tinca"
+MAPPING_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class ImageNet:
+    """Two splits of image files. ImageNet's validation images are the paper's test set: nobody else has labels for the real one.
+
+    Args:
+        classes: how many outputs a network for them has.
+        folders: the name of each class's folder, a WordNet number in ImageNet, by class number.
+        names: in English where `LOC_synset_mapping.txt` is there, else the folder's name.
+    """
+
+    name: str
+    classes: int
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+    train: Images
+    valid: Images
+
+
+def imagenet(root: str | Path | None = None, numbering: Literal["folders", "mapping"] = "folders") -> ImageNet:
+    """The images below `train/<class>/` and `val/<class>/`. Only folders are read; a file that is no image is found when it is loaded.
+
+    Args:
+        root: the folder that holds `train/` and `val/`, or one that holds them in `imagenet/`. Default: `$BIASSHIFT_DATA`, else `./data`.
+        numbering: "folders" numbers the classes that are there, so that ten folders make ten classes: in the order of
+            `LOC_synset_mapping.txt` where it lies beside `train/`, else by name, which is ImageNet's order too. "mapping" gives
+            every class its number in that file.
+
+    Raises:
+        FileNotFoundError: the folders are not there, or the mapping that was asked for.
+        RuntimeError: the two splits have other classes, a class has no images, or the mapping is not one.
+    """
+    base = data_root(root)
+    folder = base if (base / "train").is_dir() else base / "imagenet"
+    train, valid = (_class_folders(folder / split) for split in ("train", "val"))
+    if alone := sorted(train ^ valid):
+        there, missing = ("train", "val") if alone[0] in train else ("val", "train")
+        raise RuntimeError(f"'{folder}' has the class '{alone[0]}' in {there}/ and not in {missing}/: copy both splits anew.")
+    order, names = _order(folder, train, numbering)
+    number = {name: place for place, name in enumerate(order)}
+    here = {name: number[name] for name in train}
+    splits = [_images(folder / split, here) for split in ("train", "val")]
+    return ImageNet(folder.name, len(order), tuple(order), tuple(names), *splits)
+
+
+def _class_folders(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError as error:
+        raise FileNotFoundError(
+            f"there are no images in '{folder}' ({error.strerror}): "
+            f"name the folder that holds train/ and val/ with --data or $BIASSHIFT_DATA."
+        ) from error
+    if not found:
+        raise RuntimeError(f"'{folder}' has no folder per class: ImageNet's validation images come in one, sort them into folders first.")
+    return found
+
+
+def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], list[str]]:
+    """The classes' folders and names, by number."""
+    path = folder / MAPPING
+    if not path.is_file():
+        if numbering == "mapping":
+            raise FileNotFoundError(f"there is no '{path}' to number the classes by: put it there, or number them by folders.")
+        return sorted(present), sorted(present)
+    listed = _read_mapping(path)
+    if unknown := sorted(present - set(listed)):
+        raise RuntimeError(f"the class folder '{unknown[0]}' in '{folder}' is not listed in {MAPPING}: rename or remove one of them.")
+    order = [name for name in listed if numbering == "mapping" or name in present]
+    return order, [listed[name] for name in order]
+
+
+def _read_mapping(path: Path) -> dict[str, str]:
+    try:
+        with path.open("rb") as file:
+            lines = file.read(MAPPING_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuntimeError(f"'{path}' cannot be read as text: delete it or copy it anew.") from error
+    pairs = [line.strip().partition(" ") for line in lines if line.strip()]
+    listed = {wnid: name or wnid for wnid, _, name in pairs}
+    if len(listed) != len(pairs):
+        raise RuntimeError(f"'{path}' lists a class twice: delete it or copy it anew.")
+    return listed
+
+
+def _images(folder: Path, number: dict[str, int]) -> Images:
+    from torchvision.datasets.folder import make_dataset
+
+    try:
+        found = make_dataset(str(folder), number, extensions=EXTENSIONS)
+    except FileNotFoundError as error:  # torchvision's, which lists the classes; and a folder that vanished meanwhile
+        empty = [name for name in sorted(number) if not any((folder / name).rglob("*.*"))]
+        which = f"the class '{empty[0]}'" if empty else "a class"
+        raise RuntimeError(f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}): copy it anew, or remove the folder.") from error
+    except OSError as error:
+        raise RuntimeError(f"'{error.filename or folder}' cannot be read: {error.strerror}.") from error
+    return Images(tuple(path for path, _ in found), torch.tensor([label for _, label in found]))

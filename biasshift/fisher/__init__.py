@@ -1,0 +1,1 @@
+"""The unit Fisher matrices of one layer, from samples of its incoming activations and errors."""

@@ -1,0 +1,416 @@
+"""The unit Fisher information matrix of every unit of a layer, and the terms of Theorems 1 and 2 read off it."""
+
+import math
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from biasshift.fisher.all_reduce import all_reduced
+from biasshift.fisher.cholesky import Factors, Singular
+from biasshift.fisher.moments import WeightedSums
+from biasshift.fisher.samples import ImplicitSums, Samples, TooLarge, block_bytes
+from biasshift.fisher.solver import Solver
+from biasshift.theory import dot
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Scalars = Float[Tensor, " units"]
+Vectors = Float[Tensor, "units inputs"]
+
+STORAGES = ("dense", "implicit", "auto")
+MEMORY_BUDGET = 2**30  # bytes
+MAX_ITERATIONS = 1000
+TOLERANCE = {torch.float64: 1e-8}  # of the relative residuals; else
+SINGLE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class UnitFisher:
+    """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)``, ``ã = (a, 1)``, of all units of one layer, and what follows from them.
+
+    Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming activation under the data p and
+    under ``q ∝ δ² p``, and its covariance under q. Make one with `from_samples` or `biasshift.unit_fisher`. Results have the
+    dtype and device of the samples; sums and solves are float64 inside.
+
+    A unit with ``c = 0`` is ``dead``, a live one with ``V = 0`` is ``singular``: both have NaN where their numbers are
+    undefined. Where V is singular otherwise, reading an inverse quantity with ``damping = 0`` raises ValueError.
+
+    Source: section 3 and appendix of the ELU paper.
+    """
+
+    sums: WeightedSums | ImplicitSums = field(repr=False)
+    damping: float = 0.0
+    bias: bool = True
+    dtype: torch.dtype = torch.float64
+    name: str = ""
+    labels: str = "given"  # the rule that made δ²: "expected", "sampled", "empirical" (which is another matrix), or given
+    label_noise: Tensor | None = field(default=None, repr=False)  # the variance of Σ δ² from drawing labels, (units,), float64
+    tolerance: float | None = None  # of the relative residuals of the implicit storage; None for that of the dtype
+    max_iterations: int = MAX_ITERATIONS
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"damping must be a finite number ≥ 0, got {self.damping!r}.")
+        if not (self.tolerance is None or 0 < self.tolerance < 1) or self.max_iterations < 1:
+            raise ValueError(f"tolerance must lie in (0, 1) and max_iterations be ≥ 1, got {self.tolerance!r} and {self.max_iterations!r}.")
+
+    @classmethod
+    def from_samples(
+        cls,
+        a: Tensor,
+        delta2: Tensor,
+        damping: float = 0.0,
+        bias: bool = True,
+        name: str = "",
+        *,
+        storage: str = "dense",
+        tolerance: float | None = None,
+        max_iterations: int = MAX_ITERATIONS,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> "UnitFisher":
+        """The unit Fisher matrices of a layer from its incoming activations and the mean squared errors of its units.
+
+        Args:
+            a: (samples, inputs), the incoming activations.
+            delta2: (samples, units), ``δ̄² = E_y δ²`` of every example and unit, ≥ 0.
+            damping: λ, relative to the mean variance of the inputs; enters the inverse quantities only.
+            bias: whether the units have a bias to correct with.
+            name: the layer's name in error messages.
+            storage: ``"dense"`` keeps the blocks, ``"implicit"`` the samples, and solves by iteration; ``"auto"`` is dense unless
+                the blocks would pass ``memory_budget``.
+            tolerance: the relative residual of every solve by iteration; 1e-8 in double precision and 1e-5 in single by default.
+            max_iterations: after these, a unit that has not converged gets NaN, and a warning.
+            memory_budget: bytes for blocks; with the implicit storage, for the blocks of the few units that are asked for.
+
+        Raises:
+            ValueError: when shapes or dtypes do not fit, or a number is negative or not finite.
+
+        >>> a, delta2 = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]])
+        >>> fisher = UnitFisher.from_samples(a, delta2)
+        >>> fisher.mean_q, fisher.var_q, fisher.s
+        (tensor([[1.]]), tensor([[[1.]]]), tensor([2.]))
+        """
+        _check_samples(a, delta2)
+        a, delta2 = a.detach(), delta2.detach()
+        work = torch.promote_types(a.dtype, torch.float32)
+        wide, weights = a.to(work), delta2.to(work)
+        reference = wide.mean(0)
+        shifted = wide - reference
+        units, inputs, total = delta2.shape[1], a.shape[1], shifted.sum(0, dtype=torch.float64)
+        if not is_implicit(storage, block_bytes(units, inputs), memory_budget):
+            sums = WeightedSums.empty(units, reference).with_inputs(len(a), len(a), total).with_weights(shifted, weights)
+            return cls(sums, damping, bias, a.dtype, name)
+        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
+        sums = ImplicitSums.empty(units, reference, memory_budget).with_inputs(len(a), len(a), total)
+        return cls(sums.with_part(part.moments(), part), damping, bias, a.dtype, name, tolerance=tolerance, max_iterations=max_iterations)
+
+    def __add__(self, other: "UnitFisher") -> "UnitFisher":
+        """The matrices of both sets of samples together, exactly."""
+        if not isinstance(other, UnitFisher):
+            return NotImplemented
+        mine, theirs = ((f.sums.first.shape, f.damping, f.bias, f.labels) for f in (self, other))
+        if mine != theirs:
+            raise ValueError(f"Only layers of equal shape, damping, bias and labels can be added: {mine} and {theirs}; see damped().")
+        if isinstance(self.sums, WeightedSums) and isinstance(other.sums, WeightedSums):
+            sums = self.sums + other.sums
+        elif isinstance(self.sums, ImplicitSums) and isinstance(other.sums, ImplicitSums):
+            sums = self.sums + other.sums
+        else:
+            raise ValueError(
+                f"Only layers of equal storage can be added, not {self.storage} and {other.storage}: choose storage= for both."
+            )
+        noise = None if self.label_noise is None or other.label_noise is None else self.label_noise + other.label_noise
+        return replace(self, sums=sums, label_noise=noise)
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "UnitFisher":
+        """The matrices of the samples of all processes together, on every process, exactly. All of them must call it.
+
+        Raises:
+            RuntimeError: when torch.distributed is not initialized.
+            ValueError: when the processes do not hold the same layer.
+        """
+        what = f"'{self.name}' at damping={self.damping}, bias={self.bias}, labels={self.labels!r}"
+        sums, noise = all_reduced(self.sums, self.label_noise, what, group)
+        return replace(self, sums=sums, label_noise=noise)
+
+    def damped(self, damping: float) -> "UnitFisher":
+        """The same moments with another damping, which replaces the present one."""
+        return replace(self, damping=damping)
+
+    @property
+    def storage(self) -> str:
+        """``"dense"``: the blocks are kept. ``"implicit"``: the samples are, and inverse quantities come by iteration."""
+        return "implicit" if isinstance(self.sums, ImplicitSums) else "dense"
+
+    # -- as measured ---------------------------------------------------------------------------------------------------
+
+    @property
+    def mean_delta2(self) -> Scalars:
+        """``c = E_p(δ²)``, the bias corner of F."""
+        return self._out(self.sums.mean_delta2)
+
+    c = mean_delta2
+
+    @property
+    def mean_p(self) -> Tensor:
+        """``μ = E_p(a)``: (inputs,), or (units, inputs) where units see different inputs (grouped convolutions)."""
+        return self._out(self.sums.mean_p)
+
+    @property
+    def mean_q(self) -> Vectors:
+        """``m = E_q(a)``: the mean over the examples that a unit still has an error on."""
+        return self._out(self.sums.mean_q)
+
+    @cached_property
+    def var_q(self) -> Float[Tensor, "units inputs inputs"]:
+        """``V = Var_q(a)``, undamped. Refused for more units than the memory budget holds, as are `A` and `matrix`."""
+        return self._out(self._blocks())
+
+    @property
+    def cov_p(self) -> Vectors:
+        """``Cov_p(δ², a) = c (m − μ)``: why the two means differ."""
+        return self._out(self.sums.cov_p)
+
+    @property
+    def A(self) -> Float[Tensor, "units inputs inputs"]:
+        """``E_p(δ² a aᵀ) = c (V + m mᵀ)``; 0 for a dead unit."""
+        m = self.sums.mean_q
+        outer = torch.baddbmm(self._blocks(), m[:, :, None], m[:, None, :])
+        return self._out((outer * self.sums.mean_delta2[:, None, None]).nan_to_num(nan=0.0))
+
+    @property
+    def b(self) -> Vectors:
+        """``E_p(δ² a) = c m``: how strongly bias and weights interact."""
+        return self._out((self.sums.mean_q * self.sums.mean_delta2[:, None]).nan_to_num(nan=0.0))
+
+    def matrix(self) -> Float[Tensor, "units params params"]:
+        """The whole matrix ``[[A, b], [bᵀ, c]]``, bias last; without a bias it is A."""
+        if not self.bias:
+            return self.A
+        upper = torch.cat([self.A, self.b[:, :, None]], dim=2)
+        lower = torch.cat([self.b, self.c[:, None]], dim=1)
+        return torch.cat([upper, lower[:, None, :]], dim=1)
+
+    def matvec(self, v: Tensor, v0: Tensor | None = None) -> tuple[Vectors, Scalars | None]:
+        """``F [v; v₀]`` for every unit: (units, inputs) and (units,); without a bias ``(A v, None)``."""
+        v, v0 = self._arguments(v, v0)
+        m, c, wide = self.sums.mean_q.nan_to_num(nan=0.0), self.sums.mean_delta2, v.double()
+        Av = c[:, None] * (self.sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None])
+        if v0 is None:
+            return self._out(Av), None
+        c_v0 = c * v0.double()
+        return self._out(Av + m * c_v0[:, None]), self._out(c * dot(m, wide) + c_v0)
+
+    @property
+    def dead(self) -> Bool[Tensor, " units"]:
+        """Units whose error is 0 on every example: q is undefined."""
+        return self.sums.weight == 0
+
+    @cached_property
+    def singular(self) -> Bool[Tensor, " units"]:
+        """Live units whose incoming activations do not vary under q, up to rounding: relative damping cannot help them."""
+        factors = self._uncentered_factors if isinstance(self.sums, WeightedSums) and not self.bias else self._factors
+        return ~(self.dead | factors.usable)
+
+    @property
+    def converged(self) -> Bool[Tensor, " units"]:
+        """Units that s, k, k0, coupling and the corrected mean were found for; others have NaN there although neither dead nor singular.
+
+        With the dense storage that is every unit. `natural_gradient` is a solve of its own, and says so by NaN and a warning.
+        """
+        if isinstance(self.sums, WeightedSums):
+            return torch.ones_like(self.dead)
+        return ~(self._factors.usable & self._whitened_mean[0].isnan())
+
+    @property
+    def effective_samples(self) -> Scalars:
+        """``(Σ δ²)² / Σ δ⁴``: how many equally weighted examples q is worth; 0 for a dead unit.
+
+        The bias of s, k and h is of order inputs / effective_samples: below 10 × inputs they should carry no claim.
+        """
+        return self._out(self.sums.effective_samples)
+
+    @property
+    def standard_error(self) -> Scalars:
+        """The standard error of ``mean_delta2`` from drawing labels, from the spread between draws on the same examples.
+
+        0 where nothing was drawn; NaN for one draw, which does not show it: ``unit_fisher(…, labels="sampled", draws=8)``.
+        """
+        if self.label_noise is not None:
+            return self._out(self.label_noise.sqrt() / self.sums.examples)
+        return self._out(torch.full_like(self.sums.weight, torch.nan if self.labels == "sampled" else 0.0))
+
+    # -- with the inverse, hence with damping ----------------------------------------------------------------------------
+
+    @property
+    def s(self) -> Scalars:
+        """``c⁻¹ (1 + mᵀV⁻¹m)``: Theorem 1's factor of the bias update. NaN without a bias."""
+        return self._with_bias((1 + self._whitened_mean[0]) / self.sums.mean_delta2)
+
+    @property
+    def k(self) -> Scalars:
+        """``1 + (m − μ)ᵀV⁻¹m``: Theorem 2 corrects the incoming mean by ``−k m``. NaN without a bias."""
+        return self._with_bias(self._k)
+
+    @property
+    def k0(self) -> Scalars:
+        """``k / c``: Theorem 2's factor of the bias gradient. NaN without a bias."""
+        return self._with_bias(self._k / self.sums.mean_delta2)
+
+    @property
+    def coupling(self) -> Scalars:
+        """``h = mᵀ(V + m mᵀ)⁻¹m`` in [0, 1): how far the incoming activations act as a second bias. ``s c = 1/(1 − h)``."""
+        q = self._whitened_mean[0]
+        return self._out(q / (1 + q))
+
+    @property
+    def corrected_mean(self) -> Vectors:
+        """``μ − k m``, the effective incoming mean after Theorem 2's correction. NaN without a bias."""
+        return self._with_bias(self.sums.mean_p - self._k[:, None] * self.sums.mean_q)
+
+    def natural_gradient(
+        self, g: Tensor, g0: Tensor | None = None, *, tolerance: float | None = None, max_iterations: int | None = None
+    ) -> tuple[Vectors, Scalars | None]:
+        """``F⁻¹ (g, g₀)``, the unit natural gradient, in centered form: ``Δw = (cV)⁻¹(g − g₀m)``, ``Δw₀ = g₀/c − mᵀΔw``.
+
+        The step moves the mean net input under q by exactly ``g₀/c``: the weights' part of it is nothing on average.
+
+        Args:
+            g: (units, inputs), the gradient of the weights.
+            g0: (units,), the gradient of the biases; left out for a layer without a bias, which gets ``(A⁻¹g, None)``.
+            tolerance, max_iterations: of the implicit storage, in place of those of this object.
+
+        Returns:
+            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units, and, with a RuntimeWarning, for those that an
+            iteration did not converge for.
+
+        Raises:
+            ValueError: when shapes do not fit, or V has no inverse and damping is 0.
+
+        Source: Theorem 1.
+        """
+        g, g0 = self._arguments(g, g0)
+        effort = (tolerance or self.tolerance, max_iterations or self.max_iterations)
+        c = self.sums.mean_delta2
+        if g0 is None:
+            return self._out(self._solve_uncentered(g.double(), effort) / c[:, None]), None
+        m, wide0 = self.sums.mean_q, g0.double()
+        dw = self._solve(g.double() - wide0[:, None] * m, self._factors, effort) / c[:, None]
+        return self._out(dw), self._out(wide0 / c - dot(m, dw))
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _factors(self) -> Factors | Solver:
+        if isinstance(self.sums, ImplicitSums):
+            return Solver(self.sums, self.damping, self.dtype)
+        return Factors(self.sums, self.damping, self.dtype)
+
+    @cached_property
+    def _uncentered_factors(self) -> Factors:
+        assert isinstance(self.sums, WeightedSums)
+        return Factors(self.sums, self.damping, self.dtype, centered=False)
+
+    @cached_property
+    def _whitened_mean(self) -> tuple[Tensor, Tensor]:
+        """``mᵀV⁻¹m`` and ``(m − μ)ᵀV⁻¹m``, the only two numbers of a unit that s, k and h need."""
+        m = self.sums.mean_q
+        x = self._solve(m, self._factors, (self.tolerance, self.max_iterations))
+        return dot(m, x), dot(self.sums.offset_pq, x)
+
+    @property
+    def _k(self) -> Tensor:
+        return 1 + self._whitened_mean[1]
+
+    def _solve(self, rhs: Tensor, factors: Factors | Solver, effort: tuple[float | None, int]) -> Tensor:
+        rhs, (tolerance, iterations) = rhs.nan_to_num(nan=0.0), effort
+        try:
+            if isinstance(factors, Factors):
+                return factors.solve(rhs[:, :, None])[:, :, 0]
+            x = factors.solve(rhs, tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE), iterations)
+        except Singular as singular:
+            raise ValueError(self._explain(singular)) from None
+        failed = int((factors.usable & x.isnan().any(1)).sum())
+        if failed:
+            warnings.warn(
+                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within {iterations} iterations at "
+                f"damping={self.damping}, "
+                'and have NaN. Use more damping, a larger tolerance= or max_iterations=, or storage="dense" with fewer units=.',
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return x
+
+    def _solve_uncentered(self, g: Tensor, effort: tuple[float | None, int]) -> Tensor:
+        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form (Sherman–Morrison), since a large mean would drown the products."""
+        if isinstance(self.sums, WeightedSums):
+            return self._solve(g, self._uncentered_factors, effort)
+        m = self.sums.mean_q
+        x, y = self._solve(g, self._factors, effort), self._solve(m, self._factors, effort)
+        return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]
+
+    def _blocks(self) -> Tensor:
+        try:
+            return self.sums.var_q()
+        except TooLarge as large:
+            raise ValueError(
+                f"Layer '{self.name}': the blocks of {large.units} units take {large.bytes / 2**20:.0f} MiB, more than "
+                "memory_budget. They are "
+                "kept implicitly: measure a few units with units=, or raise memory_budget."
+            ) from None
+
+    def _explain(self, singular: Singular) -> str:
+        units, inputs = self.sums.first.shape
+        causes = []
+        if singular.constant_inputs:
+            shown = ", ".join(map(str, singular.constant_inputs[:5])) + (", …" if len(singular.constant_inputs) > 5 else "")
+            causes.append(f"{len(singular.constant_inputs)} of {inputs} inputs never vary (inputs {shown})")
+        fewest = self.sums.effective_samples[self._factors.usable].min().item()
+        if fewest <= inputs:
+            causes.append(f"{self.sums.positions} samples, as few as {fewest:.1f} effective ones, stand against {inputs} inputs")
+        why = "; ".join(causes) or "some inputs are linear combinations of others"
+        return (
+            f"Layer '{self.name}': the covariance of the incoming activations is singular for {singular.units} of {units} units "
+            f"at damping={self.damping}: {why}. Use damping > 0, for example fisher.damped(1e-4), or measure more samples."
+        )
+
+    def _arguments(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        units, inputs = self.sums.first.shape
+        if (v0 is not None) != self.bias:
+            raise ValueError(f"Layer '{self.name}' has {'a' if self.bias else 'no'} bias: give {'both vectors' if self.bias else 'one'}.")
+        if v.shape != (units, inputs) or (v0 is not None and v0.shape != (units,)):
+            got = tuple(v.shape) if v0 is None else (tuple(v.shape), tuple(v0.shape))
+            raise ValueError(f"Layer '{self.name}' has {units} units with {inputs} inputs: shapes {got} do not fit ({units}, {inputs}).")
+        return v, v0
+
+    def _with_bias(self, x: Tensor) -> Tensor:
+        return self._out(x if self.bias else torch.full_like(x, torch.nan))
+
+    def _out(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def is_implicit(storage: str, bytes_of_blocks: int, memory_budget: int) -> bool:
+    """Whether a layer keeps its samples instead of its blocks."""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}.")
+    return storage == "implicit" or (storage == "auto" and bytes_of_blocks > memory_budget)
+
+
+def _check_samples(a: Tensor, delta2: Tensor) -> None:
+    for name, x, axes in (("a", a, "(samples, inputs)"), ("delta2", delta2, "(samples, units)")):
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.numel() > 0):
+            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a non-empty floating tensor {axes}, got {got}.")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} must be finite: it holds NaN or infinity in {int((~x.isfinite()).any(1).sum())} samples.")
+    if len(a) != len(delta2):
+        raise ValueError(f"a and delta2 must have the same samples, got {len(a)} and {len(delta2)}.")
+    if (delta2 < 0).any():
+        raise ValueError("delta2 must be ≥ 0: it is a mean of squares (pass δ², not δ).")

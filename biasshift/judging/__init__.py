@@ -1,1 +1,0 @@
-"""From runs to verdicts: one module per idea of the paper, one statistics for all of them."""

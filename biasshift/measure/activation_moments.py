@@ -1,0 +1,123 @@
+"""Mean activations: what every unit of every activation module puts out on average."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from biasshift.fisher.moments import ActivationMoments
+from biasshift.measure.hooks import underlying, watching
+from biasshift.measure.probe import Probe, Selection, batches, undisturbed
+
+UnitAxis = int | Mapping[str, int] | None
+
+UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)  # axis 1, behind the examples
+UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+
+
+def activation_moments(
+    model: nn.Module, x: Probe, *, layers: Selection = None, unit_axis: UnitAxis = None, batch_size: int | None = None
+) -> dict[str, ActivationMoments]:
+    """Mean and variance of every unit of every activation module on probe data, by PyTorch's module names.
+
+    Every childless module without parameters that returns a floating tensor counts. The units lie on the axis of the last
+    weight or norm module that ran: the last axis behind linear layers, axis 1 behind convolutions. A module that is called
+    several times has one entry per call, ``"relu#0"``, ``"relu#1"``. Functional activations have no module: they appear as the
+    incoming mean of the next layer (`unit_fisher`). The model is run in its present mode and left as found.
+
+    Args:
+        x: a tensor of examples, or an iterable of batches x or (x, y).
+        layers: names, or a predicate ``(name, module) → bool``.
+        unit_axis: the units' axis, for all modules or per module ``{name: axis}``, where the rule does not fit.
+
+    Raises:
+        ValueError: when the axis of the units is ambiguous; the sentence names the module.
+
+    >>> import torch
+    >>> moments = activation_moments(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(4, 2))
+    >>> moments["1"].mean.shape, moments["1"].count
+    (torch.Size([3]), 4)
+    """
+    model = underlying(model)
+    watcher = ActivationWatcher(model, layers, unit_axis)
+    with undisturbed(model), watching(watcher.modules, watcher.watch):
+        for a, _ in batches(model, x, None, batch_size):
+            watcher.start_forward()
+            model(a)
+    return watcher.moments()
+
+
+def activation_modules(model: nn.Module, select: Selection = None) -> dict[str, nn.Module]:
+    """Childless modules without parameters, by name.
+
+    Raises:
+        ValueError: for a name that is not such a module.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and next(module.children(), None) is None and next(module.parameters(), None) is None
+    }
+    if select is None:
+        return found
+    if callable(select):
+        return {name: module for name, module in found.items() if select(name, module)}
+    names = [select] if isinstance(select, str) else list(select)
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"The model has no activation module {', '.join(map(repr, unknown))}. It has {', '.join(map(repr, found))}.")
+    return {name: found[name] for name in names}
+
+
+@dataclass
+class ActivationWatcher:
+    """Adds up the outputs of activation modules over forward passes, on their device, without waiting for it."""
+
+    model: nn.Module
+    select: Selection = None
+    unit_axis: UnitAxis = None
+    sums: dict[tuple[str, int], ActivationMoments] = field(default_factory=dict)  # by name and call within a forward pass
+
+    def __post_init__(self) -> None:
+        self.activations = activation_modules(self.model, self.select)
+        setters = {name: module for name, module in self.model.named_modules() if isinstance(module, UNITS_FIRST + UNITS_LAST)}
+        self.modules = {**setters, **self.activations}
+        self.start_forward()
+
+    def start_forward(self) -> None:
+        """A new forward pass: calls are counted from 0 again."""
+        self.called: dict[str, int] = {}
+        self.axis: int | None = None
+        self.units = 0
+
+    def watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if name in self.activations:
+            if output.is_floating_point() and output.dim() >= 2:
+                key = (name, self.called.get(name, 0))
+                self.called[name] = key[1] + 1
+                batch = ActivationMoments.from_values(output.detach(), self._axis(name, module, output))
+                self.sums[key] = self.sums[key] + batch if key in self.sums else batch
+        else:
+            self.axis = 1 if isinstance(module, UNITS_FIRST) else -1
+            self.units = output.shape[self.axis]
+
+    def _axis(self, name: str, module: nn.Module, output: Tensor) -> int:
+        chosen = self.unit_axis.get(name) if isinstance(self.unit_axis, Mapping) else self.unit_axis
+        if chosen is not None:
+            if not (0 < chosen % output.dim() and -output.dim() <= chosen < output.dim()):
+                raise ValueError(f"unit_axis={chosen} is not an axis of units of '{name}', whose output is {tuple(output.shape)}.")
+            return chosen
+        if output.dim() == 2:
+            return 1
+        if self.axis is None or output.shape[self.axis] != self.units:
+            before = "no weight or norm layer has run before it" if self.axis is None else f"the layer before it has {self.units} units"
+            raise ValueError(
+                f"Module '{name}' ({type(module).__name__}) returns {tuple(output.shape)}, and which axis holds the units is ambiguous: "
+                f"{before}. Give unit_axis={{'{name}': axis}}, or leave it out with layers=."
+            )
+        return self.axis
+
+    def moments(self) -> dict[str, ActivationMoments]:
+        """The sums so far, named ``name#call`` where a module was called several times in one pass."""
+        repeated = {name for name, call in self.sums if call > 0}
+        return {f"{name}#{call}" if name in repeated else name: moments for (name, call), moments in self.sums.items()}

@@ -1,0 +1,153 @@
+"""What must hold before a number is believed: every use of a weight is seen, on the graph and with its examples in front.
+
+What fails is said layer by layer, as ``{name: reason}``; what concerns the whole model is raised.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from biasshift.measure import layer_types as kinds
+from biasshift.measure.hooks import Tape
+from biasshift.measure.separating import Layers, Reasons, folded, unproven
+
+
+def refuse(modules: Mapping[str, nn.Module], reasons: Reasons) -> None:
+    """Raises ValueError for the first layer that cannot be measured."""
+    for name, why in reasons.items():
+        raise ValueError(f"Layer '{name}' ({type(modules[name]).__name__}) cannot be measured: {why}. Leave it out with layers=.")
+
+
+# -- the model alone -----------------------------------------------------------------------------------------------------
+
+
+def refuse_unusable(model: nn.Module) -> None:
+    """Raises ValueError for parameters and buffers that autograd cannot use."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(f"'{name}' was made inside torch.inference_mode, and autograd cannot use it: build or load the model outside.")
+        if tensor.is_meta:
+            raise ValueError(f"'{name}' is on the meta device and holds no numbers: load the model's weights first.")
+
+
+def tied(model: nn.Module, modules: Layers) -> Reasons:
+    """Layers whose parameters belong to another module too: the gradient of such a parameter is a sum over both."""
+    owners: dict[tuple[object, ...], dict[str, str]] = {}
+    for name, module in model.named_modules():
+        layer = re.split(r"(?:^|\.)parametrizations\.", name)[0]  # a parametrized weight is kept in a module below its layer
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), {}).setdefault(layer, kind)
+    reasons: Reasons = {}
+    for shared in owners.values():
+        for layer, kind in shared.items():
+            others = " and ".join(f"'{other}'" for other in shared if other != layer and not layer.startswith(f"{other}." if other else ""))
+            if others and layer in modules:
+                reasons[layer] = f"its {kind} is tied to that of {others}, and neither has a unit Fisher matrix of its own"
+    return {name: reasons[name] for name in modules if name in reasons}
+
+
+def _memory(parameter: Tensor) -> tuple[object, ...]:
+    """Where a parameter lies: a transposed view of a weight is tied to it as well."""
+    address = 0 if parameter.is_meta or not parameter.numel() else parameter.data_ptr()
+    return (parameter.device, address) if address else (id(parameter),)
+
+
+# -- one forward pass ----------------------------------------------------------------------------------------------------
+
+
+class NonFiniteOutputs(ValueError):
+    """The model's outputs on the probe are NaN or infinite: a diverged network has no errors to measure."""
+
+
+def check_outputs(outputs: object, examples: int) -> Tensor:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        raise ValueError(f"The model must return one floating tensor of outputs, got {type(outputs).__name__}: wrap it to return logits.")
+    if outputs.dim() < 2 or len(outputs) != examples:
+        raise ValueError(f"The model's outputs must be (batch, …, classes) for {examples} examples, got {tuple(outputs.shape)}.")
+    if not outputs.isfinite().all():
+        raise NonFiniteOutputs("The model's outputs hold NaN or infinity on the probe: its errors are undefined.")
+    return outputs
+
+
+def unsound(
+    model: nn.Module, tape: Tape, modules: Layers, x: Tensor, outputs: Tensor, expand: bool, categorical: bool, first_batch: bool = True
+) -> Reasons:
+    """The layers that cannot be measured by this forward pass, and why. What costs another forward pass is done for the first batch.
+
+    Raises:
+        ValueError: for the model as a whole.
+    """
+    reasons = unfit_calls(tape, modules, len(x), expand)
+    if not outputs.requires_grad and not reasons:
+        raise ValueError("The model's outputs have no gradients: it computes or returns them detached, or inside torch.no_grad.")
+    if categorical and outputs.dim() > 2:
+        _refuse_maps(tape, modules, outputs)
+    if first_batch and outputs.requires_grad:
+        for more in (unseen_uses(tape, modules, outputs), unproven(model, tape, modules, x, outputs, expand)):
+            reasons |= {name: why for name, why in more.items() if name not in reasons}
+    return reasons
+
+
+def _refuse_maps(tape: Tape, modules: Layers, outputs: Tensor) -> None:
+    """The head of a segmentation network has its classes on axis 1, and would silently be taken for something else."""
+    for name, calls in tape.calls.items():
+        if not isinstance(modules[name], nn.Linear) and calls[-1].shape == outputs.shape:
+            raise ValueError(
+                f"The outputs {tuple(outputs.shape)} look like the maps of convolution '{name}', with the classes on axis 1; here they "
+                "must come last. Wrap the model so that it returns outputs.movedim(1, -1)."
+            )
+
+
+def unfit_calls(tape: Tape, modules: Layers, examples: int, expand: bool) -> Reasons:
+    """Layers whose calls have no gradients, no axis of examples, or another number of rows than examples."""
+    reasons = dict(tape.refused)
+    for name, calls in tape.calls.items():
+        for call in calls:
+            if not kinds.is_batched(modules[name], call.a):
+                reasons.setdefault(name, f"it was called without an axis of examples, on {tuple(call.a.shape)}")
+            if not expand and len(call.a) != examples:
+                reasons.setdefault(name, folded(len(call.a), examples))
+    return reasons
+
+
+def unseen_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
+    """Layers whose weights take part in the outputs otherwise than by the recorded calls, found by walking the graph of autograd."""
+    nodes, uses = _walk(outputs)
+    checkpoints = [node for node in nodes if node.name() == "CheckpointFunctionBackward"]  # of the reentrant kind
+    behind = set[Node]().union(*(_walk(node)[0] for node in checkpoints))
+    reasons: Reasons = {}
+    for name, module in modules.items():
+        calls = tape.calls.get(name, [])
+        reached = sum(call.edge.node in nodes for call in calls)
+        weight = module._parameters.get("weight")  # None behind a parametrization, which may use its own parameters more than once
+        used = 0 if weight is None else uses[weight]
+        if not calls and any(uses[p] for p in module.parameters()):
+            reasons[name] = "it is not called as a module: its weight is used inside a function"
+        elif weight is not None and used > reached:
+            reasons[name] = f"its weight is also used inside a function: {used} uses, but {reached} calls of the module"
+        elif weight is not None and used < reached:
+            reasons[name] = "it runs with weights that are not its own parameters (a functional call)"
+        elif any(call.edge.node in behind for call in calls):
+            reasons[name] = "it runs before a reentrant checkpoint, which autograd does not follow (use_reentrant=False would do)"
+    return reasons
+
+
+def _walk(start: Tensor | Node) -> tuple[set[Node], Counter[Tensor]]:
+    """All nodes below, and how often every parameter is used."""
+    first = start.grad_fn if isinstance(start, Tensor) else start
+    nodes, uses = {first} if first is not None else set[Node](), Counter[Tensor]()
+    waiting = list(nodes)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None:
+                continue
+            if type(node).__name__ == "AccumulateGrad":
+                uses[node.variable] += 1  # pyright: ignore[reportAttributeAccessIssue]
+            if node not in nodes:
+                nodes.add(node)
+                waiting.append(node)
+    return nodes, uses

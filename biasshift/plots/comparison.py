@@ -1,0 +1,108 @@
+"""Numbers beside numbers: a dot per group, hollow where it is one that the paper published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from biasshift.plots.looks import Look
+from biasshift.plots.reductions import need
+from biasshift.plots.theme import PAPER, between, escaped, legend, looks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+COLOR = "#004488"
+UNSEEN = 0.005  # of the whole: a share that is no more than the edge of its bar
+SPREAD = 0.6  # of the distance between two places, for the groups at one of them
+
+
+def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str = "paper") -> Axes:
+    """Returns `ax` with published numbers (x, y, activation) as hollow marks of the activation's shape and color."""
+    for x, y, activation in points:
+        look = looks([activation])[activation]
+        ax.plot([x], [y], **(PAPER | {"marker": look.marker, "markeredgecolor": look.color}))
+    if points:
+        ax.plot([], [], **PAPER, label=label)
+    return ax
+
+
+def spans(
+    ax: Axes, table: pd.DataFrame, at: str, group: str = "activation", middle: str = "mean", low: str = "low", high: str = "high"
+) -> Axes:
+    """Returns `ax` with a mark and a bar from `low` to `high` for every group, side by side at the places named by `at`.
+
+    Args:
+        table: one row per place and group; places in order of appearance. A column `n` goes into the legend.
+    """
+    need(table, [at, group, middle, low, high], "spans")
+    places = {place: number for number, place in enumerate(table[at].drop_duplicates())}
+    found = looks(table[group].unique(), group)
+    for number, (name, look) in enumerate(found.items()):
+        rows = table.loc[table[group] == name]
+        offset = SPREAD * ((number + 0.5) / len(found) - 0.5)
+        x = [places[place] + offset for place in rows[at]]
+        seeds = f" (n = {between(rows['n'].astype(int))})" if "n" in rows else ""
+        bars = [rows[middle] - rows[low], rows[high] - rows[middle]]
+        ax.errorbar(x, rows[middle], bars, fmt=look.marker, color=look.color, capsize=2, linewidth=1, label=escaped(look.label) + seeds)
+    ax.set_xticks(list(places.values()), [str(place).replace("-", "-\n") for place in places], parse_math=False)
+    ax.set_xlim(-0.6, len(places) - 0.4)
+    legend(ax)
+    return ax
+
+
+def ranking(ax: Axes, ours: Mapping[str, float], paper: Mapping[str, float] | None = None, marks: Mapping[str, Look] | None = None) -> Axes:
+    """Returns `ax` with one row per name, the first on top: filled dots for numbers of these runs, hollow ones for the paper's.
+
+    Args:
+        marks: the looks of rows that have one of their own.
+    """
+    paper = paper or {}
+    names = list(dict.fromkeys([*paper, *ours]))
+    height = {name: len(names) - number for number, name in enumerate(names)}
+    if paper:
+        ax.plot(list(paper.values()), [height[name] for name in paper], **PAPER, label="paper")
+    alike = [name for name in ours if name not in (marks or {})]
+    if alike:
+        ax.plot([ours[name] for name in alike], [height[name] for name in alike], "D", color=COLOR, markersize=5, label="these runs")
+    for name, look in (marks or {}).items():
+        ax.plot([ours[name]], [height[name]], look.marker, color=look.color, markersize=6)
+    ax.set_yticks(list(height.values()), names, parse_math=False)
+    ax.set_ylim(0.4, len(names) + 0.6)
+    ax.grid(axis="x", color="0.9")
+    return ax
+
+
+def stacked(ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: str = "activation") -> Axes:
+    """Returns `ax` with a bar per group, of shares that add up to 1: `columns` says which, and what each is called.
+
+    The legend says how large a share is at most that is too small for the eye.
+    """
+    need(table, [group, *columns], "shares")
+    bars = looks(table[group].unique(), group)
+    rows = table.set_index(group).loc[list(bars)]
+    below = rows[next(iter(columns))].to_numpy(float) * 0
+    for (column, name), grey, hatch in zip(columns.items(), ("0.35", "0.65", "0.9"), ("", "///", ""), strict=False):
+        shares = rows[column].to_numpy(float)
+        ax.bar(
+            range(len(bars)),
+            shares,
+            bottom=below,
+            width=0.65,
+            color=grey,
+            hatch=hatch,
+            edgecolor="white",
+            label=name + _at_most(shares.max()),
+        )
+        below = below + shares
+    ax.set_xticks(range(len(bars)), [escaped(look.label) for look in bars.values()])
+    ax.set_ylim(0, 1)
+    legend(ax)
+    return ax
+
+
+def _at_most(share: float) -> str:
+    """ " (< 0.1 %)" for a share that nobody sees; nothing for others."""
+    return f" (< {100 * 10.0 ** math.ceil(math.log10(share) + 1e-9):.3g} %)" if 0 < share < UNSEEN else ""

@@ -1,0 +1,1 @@
+"""`biasshift.instrument`: measurements during somebody's training, as one tidy table."""

@@ -1,0 +1,1 @@
+"""`biasshift.check`: every layer measured a second time by `torch.func`, and compared."""

@@ -1,0 +1,135 @@
+"""The second opinion: products of the unit Fisher matrices with vectors, example by example, without a hook or a patch.
+
+`per_example` differentiates ``ln p`` by the weights themselves (`torch.func.jacrev` of `functional_call`), `expand` by zeros added
+to the net inputs (`offsets`). Where `torch.func` cannot run a model (a custom ``autograd.Function``, a checkpoint), a plain loop of
+`torch.autograd.grad` over labels does the same.
+"""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from biasshift.measure import layer_types as kinds
+from biasshift.measure.layer_types import WeightLayer
+from biasshift.verification.offsets import Layers, Terms, Units, Vectors, by_offsets
+
+
+def products(
+    model: nn.Module, units: Units, vectors: Vectors, x: Tensor, likelihood: str, weight_sharing: str, y: Tensor | None = None
+) -> dict[str, Float[Tensor, "units params vectors"]]:
+    """``F v`` for the given units and vectors, with the data's labels for the model's own where ``y`` is given. Spoils the model."""
+    named = dict(model.named_modules())
+    layers = {name: _plain(named[name]) for name in units}
+    model.requires_grad_(False)
+    total = {name: torch.zeros_like(vectors[name]) for name in units}
+    for n in range(len(x)):
+        terms = partial(label_terms, likelihood=likelihood, y=None if y is None else y[n : n + 1])
+        route = by_offsets if weight_sharing == "expand" else _by_weights
+        for name, value in route(model, layers, units, vectors, x[n : n + 1], terms).items():
+            total[name] += value / len(x)
+    return total
+
+
+def label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``ln p(y)`` and the weight of ``y``, for every label of every position; for one label, the data's, where it is given.
+
+    Gaussian: the outputs themselves stand for their labels, as ``Jᵀ E[(y − f)(y − f)ᵀ] J`` is ``JᵀJ``.
+    """
+    if y is not None:
+        if likelihood == "categorical":
+            term = output.log_softmax(-1).gather(-1, y.unsqueeze(-1)).sum()
+        elif likelihood == "bernoulli":
+            term = (y * F.logsigmoid(output) + (1 - y) * F.logsigmoid(-output)).sum()
+        else:
+            term = -0.5 * (y - output).square().sum()
+        return term[None], torch.ones_like(term)[None]
+    if likelihood == "gaussian":
+        return output.flatten(), torch.ones_like(output).flatten()
+    logs = output.log_softmax(-1) if likelihood == "categorical" else torch.stack([F.logsigmoid(output), F.logsigmoid(-output)])
+    return logs.flatten(), logs.exp().flatten()
+
+
+def _plain(layer: nn.Module) -> WeightLayer:
+    """The layer with its weight as an ordinary parameter, at its present value, and a bias, which may be 0."""
+    assert kinds.is_covered(layer)
+    if parametrize.is_parametrized(layer):
+        for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
+            parametrize.remove_parametrizations(layer, name)
+    if "weight" not in layer._parameters:  # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
+        value = layer.weight.detach().clone()
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if type(hook).__module__.startswith("torch.nn.utils"):
+                del layer._forward_pre_hooks[key]
+        del layer.weight
+        layer.weight = nn.Parameter(value)
+    if layer.bias is None and has_bias_row(layer):
+        layer.bias = nn.Parameter(layer.weight.new_zeros(kinds.unit_count(layer)))
+    return layer
+
+
+def has_bias_row(layer: WeightLayer) -> bool:
+    """Whether a bias that is not there could be added: what a forward of somebody's own does with it is unknown."""
+    return layer.bias is not None or not kinds.has_own_forward(layer)
+
+
+# -- per_example: the weights themselves ---------------------------------------------------------------------------------
+
+
+def _by_weights(model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms) -> dict[str, Tensor]:
+    """``Σ_y p_y (∇ln p) (∇ln p)ᵀ v`` of one example."""
+    with torch.no_grad():
+        weight_of_label = terms(model(x))[1]
+    try:
+        scores = _scores(model, layers, units, x, terms)
+    except Exception:  # what torch.func does not support is raised as one thing or another
+        scores = _scores_one_by_one(model, layers, units, x, terms)
+    projected = {name: torch.einsum("yup,upv->yuv", score, vectors[name]) for name, score in scores.items()}
+    return {name: torch.einsum("y,yup,yuv->upv", weight_of_label, scores[name], projected[name]) for name in scores}
+
+
+def _scores(model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms) -> dict[str, Tensor]:
+    """``∇ ln p(y)`` for all labels, (labels, units, params): Jacobians by the rows of the weights that belong to the units."""
+    at = {}
+    for name, layer in layers.items():
+        bias = torch.zeros_like(kinds.weights(layer)[:, 0]) if layer.bias is None else layer.bias
+        at[name] = torch.cat([kinds.weights(layer), bias[:, None]], 1)[units[name]]
+
+    def function(rows: dict[str, Tensor]) -> Tensor:
+        changed = {}
+        for name, layer in layers.items():
+            weights = kinds.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
+            changed[_join(name, "weight")] = kinds.as_weight(layer, weights)
+            if layer.bias is not None:
+                changed[_join(name, "bias")] = layer.bias.index_copy(0, units[name], rows[name][:, -1])
+        return terms(functional_call(model, changed, (x,), tie_weights=False))[0]  # a module under two names is changed once
+
+    return jacrev(function, chunk_size=_chunk(layers))(at)  # pyright: ignore[reportReturnType]
+
+
+def _scores_one_by_one(model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms) -> dict[str, Tensor]:
+    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    for p in parameters:
+        p.requires_grad_(True)
+    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for value in terms(model(x))[0]:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        found = {id(p): torch.zeros_like(p) if d is None else d for p, d in zip(parameters, gradients, strict=True)}
+        for name, layer in layers.items():
+            w = kinds.weights(layer, found[id(layer.weight)])
+            w0 = torch.zeros_like(w[:, 0]) if layer.bias is None else found[id(layer.bias)]
+            rows[name].append(torch.cat([w, w0[:, None]], 1)[units[name]])
+    return {name: torch.stack(found) for name, found in rows.items()}
+
+
+def _chunk(layers: Layers) -> int:
+    """Labels at once: the gradients of whole weights are made before the rows of a few units are taken."""
+    return max(1, 2**24 // sum(layer.weight.numel() for layer in layers.values()))
+
+
+def _join(name: str, parameter: str) -> str:
+    return f"{name}.{parameter}" if name else parameter

@@ -1,0 +1,346 @@
+"""Networks trained together against networks trained alone: the same trajectories, the same run folders, the same checkpoints."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import EPOCH_STEPS, Tiny, data
+from torch import nn
+
+from biasshift.data import TensorStream
+from biasshift.experiments.mlp_trial import trial
+from biasshift.optim import UnitNaturalGradient
+from biasshift.runs.reader import read_run, run_states
+from biasshift.training import Diverged, Ensemble, Gradient, train
+from biasshift.training.checkpoint import CHECKPOINT
+from biasshift.training.running import Together, run
+from biasshift.training.trial import Execution, Phase, Progress, Trial
+
+SEEDS, STEPS = (0, 1, 2), 40
+EXAMPLES, BATCH = 50, 16  # the last minibatch of an epoch has two examples
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.ELU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+def convolutional() -> nn.Module:
+    """Weights that are shared over positions, in groups, and a tied layer."""
+    same = nn.Linear(4, 4)
+    net = [nn.Conv1d(1, 4, 3, padding=1), nn.ELU(), nn.Conv1d(4, 4, 3, groups=2), nn.LeakyReLU(), nn.AvgPool1d(4), nn.Flatten()]
+    return nn.Sequential(*net, same, nn.ELU(), same, nn.Linear(4, 3))
+
+
+def normalized() -> nn.Module:
+    """No biases before a normalization: their gradient is 0 up to rounding, which Adam would blow up."""
+    first, second = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False)
+    return nn.Sequential(first, nn.BatchNorm1d(8), nn.ELU(), second, nn.BatchNorm1d(8, momentum=0.3), nn.Linear(8, 3))
+
+
+def network(make, seed: int) -> nn.Module:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return make().double()
+
+
+def stream(make, seed: int) -> TensorStream:
+    generator = torch.Generator().manual_seed(100)
+    x = torch.randn(EXAMPLES, 6, generator=generator, dtype=torch.float64)
+    y = (x @ torch.randn(6, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    return TensorStream(x[:, None] if make is convolutional else x, y, BATCH, seed)
+
+
+def sgd(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
+
+
+def alone(make, seed: int, optimizer=sgd) -> tuple[nn.Module, list[float]]:
+    model = network(make, seed)
+    update = Gradient(model, optimizer(model.parameters()))
+    return model, [float(step.loss) for step in train(update, stream(make, seed), steps=STEPS)]
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@pytest.mark.parametrize("make", [perceptron, convolutional, normalized])
+@pytest.mark.parametrize("optimizer", [sgd, lambda parameters: torch.optim.Adam(parameters, lr=0.01)], ids=["sgd", "adam"])
+def test_members_follow_the_trajectories_that_they_would_have_alone(make, optimizer):
+    """Parameters and buffers, over tens of steps of momentum and weight decay."""
+    members = [network(make, seed) for seed in SEEDS]
+    together = Together([stream(make, seed) for seed in SEEDS])
+    losses = torch.stack([step.loss for step in train(Ensemble(members, optimizer), together, steps=STEPS)])
+    for number, seed in enumerate(SEEDS):
+        model, expected = alone(make, seed, optimizer)
+        np.testing.assert_allclose(losses[:, number].numpy(), expected, rtol=1e-9)
+        assert_close(dict(members[number].state_dict()), dict(model.state_dict()))
+    assert losses[-1].unique().numel() == len(SEEDS)
+
+
+@pytest.mark.parametrize("make", [perceptron, normalized])
+def test_an_ensemble_of_one_is_a_network(make):
+    (member,) = members = [network(make, 7)]
+    list(train(Ensemble(members, sgd), OneOf(stream(make, 7)), steps=10))
+    model = network(make, 7)
+    list(train(Gradient(model, sgd(model.parameters())), stream(make, 7), steps=10))
+    assert_close(dict(member.state_dict()), dict(model.state_dict()))
+
+
+class OneOf:
+    """The minibatches of one stream, as those of an ensemble of one."""
+
+    def __init__(self, stream: TensorStream):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for x, y in self.stream.epoch(number, start):
+            yield x[None], y[None]
+
+
+def test_members_are_what_the_ensemble_trains_at_any_time():
+    """Measured, saved or even changed between two steps, a member is its slice of the stacked parameters."""
+    members = [network(normalized, seed) for seed in SEEDS]
+    ensemble = Ensemble(members, sgd)
+    for step in train(ensemble, Together([stream(normalized, seed) for seed in SEEDS]), steps=12):
+        for number, member in enumerate(members):
+            for name, value in {**dict(member.named_parameters()), **dict(member.named_buffers())}.items():
+                whole = {**ensemble.parameters, **ensemble.buffers}[name]
+                assert torch.equal(value, whole[number]) and value.data_ptr() == whole[number].data_ptr()
+        if step.number == 5:
+            with torch.no_grad():
+                members[1].get_parameter("0.weight").zero_()
+            assert not ensemble.parameters["0.weight"][1].any() and ensemble.parameters["0.weight"][0].any()
+
+
+def test_the_members_modes_are_left_as_found_and_they_train_in_training_mode():
+    members = [network(normalized, seed).eval() for seed in SEEDS]
+    before = [member[1].running_mean.clone() for member in members]
+    list(train(Ensemble(members, sgd), Together([stream(normalized, seed) for seed in SEEDS]), steps=1))
+    assert not any(member.training for member in members)
+    assert not any(torch.equal(member[1].running_mean, mean) for member, mean in zip(members, before, strict=True))
+
+
+def test_dropout_draws_for_every_member_its_own():
+    x, y = torch.ones(2, 4, 5), torch.zeros(2, 4, dtype=torch.int64)
+    same = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
+    members = [same, nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))]
+    members[1].load_state_dict(same.state_dict())
+    losses = Ensemble(members, lambda parameters: torch.optim.SGD(parameters, lr=0.0))(x, y)
+    assert losses[0] != losses[1]
+
+
+def test_a_member_that_is_lost_does_not_harm_the_others():
+    members = [network(perceptron, seed) for seed in SEEDS]
+    with torch.no_grad():
+        members[1].get_parameter("0.weight").fill_(math.nan)
+    list(train(Ensemble(members, sgd), Together([stream(perceptron, seed) for seed in SEEDS]), steps=STEPS))
+    for number in (0, 2):
+        assert_close(dict(members[number].state_dict()), dict(alone(perceptron, SEEDS[number])[0].state_dict()))
+
+
+# -- networks that cannot be trained together --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([], "at least one member"),
+        ([nn.Linear(3, 2), nn.Linear(2, 3)], "member 1 of the ensemble has other parameters than member 0"),
+        ([nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2, bias=False)], "member 2 of the ensemble has other parameters"),
+        ([nn.Linear(3, 2), nn.Linear(3, 2).double()], "member 1 of the ensemble has other parameters"),
+        ([nn.Sequential(nn.Linear(3, 2), nn.ELU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())], "member 1 .* other modules"),
+        ([nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)) for p in (0.1, 0.2)], "member 1 .* other modules"),
+    ],
+)
+def test_unlike_members_are_refused(members, says):
+    weights = [p.detach().clone() for member in members for p in member.parameters()]
+    with pytest.raises(ValueError, match=says):
+        Ensemble(members, sgd)
+    assert all(torch.equal(p, was) for p, was in zip((p for m in members for p in m.parameters()), weights, strict=True))
+
+
+def test_an_optimizer_that_watches_a_network_is_refused():
+    members = [network(perceptron, seed) for seed in SEEDS]
+    with pytest.raises(ValueError, match="UnitNaturalGradient does not train the members of an ensemble together"):
+        Ensemble(members, lambda parameters: UnitNaturalGradient(members[0], lr=0.1))
+
+
+def test_trials_of_different_shapes_are_refused_before_anything_is_written(tmp_path):
+    one, two = trials(2)
+    others = {
+        "same steps": replace(two, steps=9),
+        "same steps, phases and times of scores": replace(two, score_every=1),
+        "same steps, phases": replace(two, phases=(Phase(1, 1.0),)),
+        "member 1 .* other modules": trials(activations=("relu",))[1],
+        "equally many minibatches": replace(two, stream=replace(two.stream, batch_size=100)),
+    }
+    for says, other in others.items():
+        with pytest.raises(ValueError, match=says):
+            run([one, other], [tmp_path / "one", tmp_path / "two"], "refuse", ignore)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- run folders -------------------------------------------------------------------------------------------------
+
+
+def ignore(report: Progress) -> None: ...
+
+
+def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Trial]:
+    """In float64, where the two ways agree to many digits over all steps."""
+    found = []
+    for one in (trial(setting, data()) for setting in Tiny(activations=activations, seeds=seeds, momentum=0.5).settings()):
+        stream = replace(one.stream, x=one.stream.x.double())
+        watches = [replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in one.watches]
+        found.append(replace(one, model=one.model.double(), stream=stream, watches=watches, exam=None, closing=None, score=weights))
+    return found
+
+
+def weights(model: nn.Module) -> dict[str, float]:
+    """Numbers that depend on all parameters."""
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {"norm": values.norm().item(), "sum": (values * torch.arange(len(values))).sum().item()}
+
+
+KEEP = Execution(checkpoint_seconds=0.0, keep_weights=True)
+
+
+def folders(out: Path) -> list[Path]:
+    return [out / f"elu-{seed}" for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> list[Path]:
+    """The folders of runs that were made one by one."""
+    made = folders(tmp_path_factory.mktemp("single"))
+    for one, folder in zip(trials(), made, strict=True):
+        run([one], [folder], "refuse", ignore, KEEP)
+    return made
+
+
+def assert_same_runs(found: list[Path], expected: list[Path]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        tables = [read_run(folder).drop(columns="seconds") for folder in (one, other)]
+        tables = [table.sort_values(["step", "layer", "unit"], kind="stable").reset_index(drop=True) for table in tables]
+        pd.testing.assert_frame_equal(*tables, rtol=2e-6, atol=1e-7, check_like=True)
+        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (one, other))
+        assert_close(mine["model"], theirs["model"])
+        assert mine["step"] == theirs["step"]
+        for key, state in theirs["optimizer"]["state"].items():
+            assert_close(mine["optimizer"]["state"][key], state)
+    assert set(run_states(*found)["state"]) == {"finished"}
+
+
+def test_the_runs_of_an_ensemble_are_those_of_its_members_alone(tmp_path, single):
+    reports: list[Progress] = []
+    run(trials(), folders(tmp_path), "refuse", reports.append, KEEP)
+    assert_same_runs(folders(tmp_path), single)
+    assert read_run(single[0])[["mean", "total", "s", "cos_gradient", "batch_loss", "inputs"]].notna().any().all()
+    ends = [report for report in reports if report.step == report.steps]
+    assert [report.run for report in ends] == ["elu-0", "elu-1", "elu-2"] and len({report.loss for report in ends}) == 3
+
+
+def stopped_at(step: int, trials: list[Trial]) -> list[Trial]:
+    """An interruption when a network scores at a step; the last one of an ensemble, so that the others are already through."""
+    last = trials[-1]
+    scored = 0
+
+    def score(model: nn.Module) -> dict[str, float]:
+        nonlocal scored
+        scored += 1
+        if scored == step + 1:
+            raise KeyboardInterrupt
+        return last.score(model)
+
+    return [*trials[:-1], replace(last, score=score)]
+
+
+def test_an_interrupted_ensemble_goes_on(tmp_path, single):
+    for step in (1, 1):  # scores at 0 (once), 23 and 46: interrupted in the first checkpoint, then behind it
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped_at(step, trials()), folders(tmp_path), "resume", ignore, KEEP)
+    run(trials(), folders(tmp_path), "resume", ignore, KEEP)
+    assert_same_runs(folders(tmp_path), single)
+
+
+@pytest.fixture
+def half(tmp_path) -> list[Path]:
+    """Three interrupted runs of one ensemble, each with a checkpoint after the first epoch."""
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped_at(2, trials()), folders(tmp_path), "refuse", ignore, KEEP)
+    assert {torch.load(folder / CHECKPOINT, weights_only=True)["step"] for folder in folders(tmp_path)} == {EPOCH_STEPS}
+    return folders(tmp_path)
+
+
+def test_members_of_an_ensemble_go_on_alone(half, single):
+    for one, folder in zip(trials(), half, strict=True):
+        run([one], [folder], "resume", ignore, KEEP)
+    assert_same_runs(half, single)
+
+
+def test_runs_that_were_alone_go_on_together(tmp_path, single):
+    for one, folder in zip(trials(), folders(tmp_path), strict=True):
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped_at(2, [one]), [folder], "refuse", ignore, KEEP)
+    run(trials(), folders(tmp_path), "resume", ignore, KEEP)
+    assert_same_runs(folders(tmp_path), single)
+
+
+def test_members_at_different_steps_go_on_apart_and_a_finished_one_stays(half, single):
+    """As after a kill between the checkpoints of two members, or between their ends."""
+    shutil.rmtree(half[0])
+    shutil.rmtree(half[2])
+    shutil.copytree(single[2], half[2])
+    before = {path: path.stat().st_mtime_ns for path in half[2].iterdir()}
+    run(trials(), half, "resume", ignore, KEEP)
+    assert_same_runs(half, single)
+    assert {path: path.stat().st_mtime_ns for path in half[2].iterdir()} == before
+
+
+# -- members that diverge ----------------------------------------------------------------------------------------
+
+
+def lost(trial: Trial) -> Trial:
+    with torch.no_grad():
+        next(trial.model.parameters()).fill_(math.inf)
+    return trial
+
+
+@pytest.mark.filterwarnings("ignore:Step .* No Fisher and gap rows:UserWarning")
+def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single):
+    one, two, three = trials()
+    closed: list[nn.Module] = []
+
+    def closing(model: nn.Module, step: int) -> pd.DataFrame:
+        closed.append(model)
+        return pd.DataFrame({"step": [step], "closing": [1.0]})
+
+    members = [replace(member, closing=closing) for member in (one, lost(two), three)]
+    run(members, folders(tmp_path), "refuse", ignore, KEEP)
+    assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
+    assert closed == [one.model, three.model]
+    for number in (0, 2):
+        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (folders(tmp_path)[number], single[number]))
+        assert_close(mine["model"], theirs["model"])
+    with pytest.raises(Diverged):
+        run(trials(), folders(tmp_path), "resume", ignore, KEEP)
+    assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
+
+
+@pytest.mark.filterwarnings("ignore:Step .* No Fisher and gap rows:UserWarning")
+def test_an_ensemble_that_diverges_as_a_whole_says_so(tmp_path):
+    with pytest.raises(Diverged, match="at step 1:"):
+        run([lost(one) for one in trials()], folders(tmp_path), "refuse", ignore, KEEP)
+    assert run_states(tmp_path)["state"].tolist() == ["failed"] * 3
