@@ -4,10 +4,9 @@ from biasshift import _sigint  # noqa: F401  before all that takes long
 
 # isort: split
 from biasshift import optim
-from biasshift.analysis.formatting import claims
-from biasshift.fisher.moments import ActivationMoments
+from biasshift.analysis.verdicts import claims
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure.activation_moments import activation_moments
+from biasshift.measure.activation_moments import ActivationMoments, activation_moments
 from biasshift.measure.bias_shift import bias_shift
 from biasshift.measure.fisher import unit_fisher
 from biasshift.measure.gradient_gap import gradient_gap

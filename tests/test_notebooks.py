@@ -11,7 +11,7 @@ import nbformat
 from nbclient.exceptions import CellExecutionError
 
 from biasshift.experiments.demo import Demo
-from biasshift.training.running import run
+from biasshift.training.runner import run
 from notebooks.execute import VIEW, executed, renumbered
 
 FOLDER = Path(__file__).parent.parent / "notebooks"

@@ -1,12 +1,9 @@
 """The paper's claims, held against runs: a number, its interval over paired seeds, and a verdict that may be *undecided*."""
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biasshift.analysis.grid import CELL, NAMES, best_rate, cell_of, paper_runs
 from biasshift.analysis.statistics import LEVEL, seeds_needed
-from biasshift.analysis.verdicts import judged
-from biasshift.runs.reader import read_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,41 +11,70 @@ if TYPE_CHECKING:
 SAID = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
 
 
-def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
-    """One row per claim of the paper: what these runs say about it.
+# column of `per_run` → its name in the table for reading
+QUANTITIES = {
+    "unit_mean": "mean unit activation, median",
+    "unit_mean_abs": "|mean unit activation|, mean",
+    "inherited": "share of bias shift inherited",
+    "train_loss": "training loss at the end",
+    "exam_step": "steps to equal loss",
+    "exam_inflation": "coupling 1/(1−h)",
+    "exam_k": "k",
+    "exam_gap_degrees": "gradient gap (degrees)",
+    "exam_smaller_share": "units with |μ − k m| < |μ|",
+    "exam_effective_samples": "effective samples",
+    "exam_excluded": "excluded units (share)",
+}
+READING = """\
+The first four rows: at equal steps, over all hidden units; shares over all measured steps, layers behind the first.
+The others: at equal training loss, layers fed by an activation (medians over units, means over layers, damping 0.01).
+Units with fewer than ten effective samples per incoming activation are excluded there: their numbers are biased."""
 
-    1 means of activations, 2 coupling and gradient gap, 3 Theorem 2's correction, 4 inherited bias shift, 5 the causal test by
-    updates and by added constants, 6 speed, 7 variance over epochs, 8 batch normalization; of these, what the runs can speak to.
 
-    Effects are paired by seed (equal initial weights, equal batches). Every claim predicts the sign of its effect. The verdict is
-    *supported* when the 95 % t interval over seeds lies on that side of 0 and the exact one-sided test agrees after Holm's correction
-    over the variants of the statement, *not supported* when all this holds of the contrary, else *undecided*; so it is, too, with
-    fewer than 6 paired seeds, and where what is read off Fisher matrices was not repeated on two probes at three dampings with one
-    sign. Pairs without a number count as the strongest evidence against: a verdict holds whatever they would have been.
-    Correlations across the few activation functions are described, and never decided.
+def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over seeds.
 
-    Runs may differ in activation function, update, constant, batch normalization and learning rate. The rates must be the same for
-    all. Claims 1 to 4 and 7 are about plain gradient descent at one rate; the others compare every kind of network and update at its
-    own best rate. One rule chooses both kinds of rates: `biasshift.analysis.grid.RULE`.
-
-    Args:
-        runs: a run folder or a folder of runs, or the table that `biasshift.runs.reader.read_runs` returns.
-
-    Returns:
-        Columns ``claim``, ``statement``, ``source``, ``statistic``, ``effect``, ``low``, ``high``, ``n`` (paired seeds), ``p`` (of the
-        exact test), ``verdict``, ``caveat``, ``number`` (1 to 8), ``family`` (of variants that are corrected together), ``predicted``
-        (sign of the effect), ``test`` (its name and side), ``p_holm`` (corrected within the family: what the verdict goes by),
-        ``p_contrary`` (the same of the opposite sign), ``p_holm_all`` (``p`` corrected over all rows).
-        `biasshift.analysis.statistics` says why.
-
-    Raises:
-        ValueError: when there are no runs, they lack what the claims are made of, are no runs of one setting, or have losses below 0.
+    Of runs of several updates and learning rates, those that the paper compared: plain gradient descent at one rate.
     """
     import pandas as pd
 
-    if not isinstance(runs, pd.DataFrame | str | os.PathLike):
-        raise ValueError(f"runs must be a run folder, a folder of runs, or a table of runs, got {type(runs).__name__}.")
-    return judged(runs if isinstance(runs, pd.DataFrame) else read_runs(runs))
+    plain = paper_runs(numbers)
+    columns = {}
+    for _, group in (plain if len(plain) else numbers).groupby([*CELL, "lr"], sort=False):
+        kind, rate = cell_of(group), group["lr"].iloc[0]
+        name = NAMES.get(kind.activation, kind.activation) if len(plain) else kind.name
+        name = f"{name}, {rate:g}" if name in columns else name
+        texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
+        columns[name] = {**texts, "seeds": str(len(group))}
+    return pd.DataFrame(columns)
+
+
+def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
+    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate, as text.
+
+    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged at, and in column ``plain`` the
+    one at which plain runs are compared where the claim is not about speed.
+    """
+    import pandas as pd
+
+    common = best_rate(paper_runs(numbers)) if len(paper_runs(numbers)) else float("nan")
+    rows = {}
+    for _, cell in numbers.groupby(list(CELL), sort=False):
+        kind, chosen = cell_of(cell), best_rate(cell)
+        texts = {f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen) for rate, group in cell.groupby("lr")}
+        rows[kind.name] = {**texts, "plain": f"{common:g}" if kind.update == "plain" else ""}
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
+
+
+def mean_and_sd(values: "pd.Series") -> str:
+    """ "0.31 ± 0.02"; a dash where no run has a value, and how many have one where some have none."""
+    found = values.dropna()
+    if not len(found):
+        return "–"
+    size = found.abs().mean()
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    sd = f" ± {found.std():.{digits}f}" if len(found) > 1 else ""
+    return f"{found.mean():.{digits}f}{sd}" + (f" (n = {len(found)})" if len(found) < len(values) else "")
 
 
 def sentences(found: "pd.DataFrame") -> list[str]:

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from biasshift.analysis.grid import CELL, NAMES, best_rate, cell_of, cells_of, paper_runs
+from biasshift.analysis.formatting import QUANTITIES
+from biasshift.analysis.grid import cells_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +16,8 @@ FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 SAMPLES_PER_INPUT = 10  # effective samples per incoming activation, below which a unit's coupling and gap say little
 END = 0.9  # of the steps of a run: the scores behind it are its end
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
+
+
 # What runs that are compared must share, where they record it; so they must the options of the updates, named update_….
 SHARED = (
     "experiment", "dataset", "epochs", "steps", "batch_size", "optimizer", "momentum", "weight_decay", "dropout", "loss",
@@ -22,25 +25,6 @@ SHARED = (
     "scores_per_epoch", "score_every", "scored", "probe_size", "exam_size", "means_every", "fisher_every", "every", "equal_loss",
     "units_measured", "damping",
 )  # fmt: skip
-
-# column of `per_run` → its name in the table for reading
-QUANTITIES = {
-    "unit_mean": "mean unit activation, median",
-    "unit_mean_abs": "|mean unit activation|, mean",
-    "inherited": "share of bias shift inherited",
-    "train_loss": "training loss at the end",
-    "exam_step": "steps to equal loss",
-    "exam_inflation": "coupling 1/(1−h)",
-    "exam_k": "k",
-    "exam_gap_degrees": "gradient gap (degrees)",
-    "exam_smaller_share": "units with |μ − k m| < |μ|",
-    "exam_effective_samples": "effective samples",
-    "exam_excluded": "excluded units (share)",
-}
-READING = """\
-The first four rows: at equal steps, over all hidden units; shares over all measured steps, layers behind the first.
-The others: at equal training loss, layers fed by an activation (medians over units, means over layers, damping 0.01).
-Units with fewer than ten effective samples per incoming activation are excluded there: their numbers are biased."""
 
 
 def per_run(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -184,49 +168,3 @@ def inherited_share(rows: "pd.DataFrame") -> float:
 
 def _last(rows: "pd.DataFrame") -> "pd.DataFrame":
     return rows[rows["step"] == rows["step"].max()]
-
-
-def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over seeds.
-
-    Of runs of several updates and learning rates, those that the paper compared: plain gradient descent at one rate.
-    """
-    import pandas as pd
-
-    plain = paper_runs(numbers)
-    columns = {}
-    for _, group in (plain if len(plain) else numbers).groupby([*CELL, "lr"], sort=False):
-        kind, rate = cell_of(group), group["lr"].iloc[0]
-        name = NAMES.get(kind.activation, kind.activation) if len(plain) else kind.name
-        name = f"{name}, {rate:g}" if name in columns else name
-        texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
-        columns[name] = {**texts, "seeds": str(len(group))}
-    return pd.DataFrame(columns)
-
-
-def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate, as text.
-
-    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged at, and in column ``plain`` the
-    one at which plain runs are compared where the claim is not about speed.
-    """
-    import pandas as pd
-
-    common = best_rate(paper_runs(numbers)) if len(paper_runs(numbers)) else float("nan")
-    rows = {}
-    for _, cell in numbers.groupby(list(CELL), sort=False):
-        kind, chosen = cell_of(cell), best_rate(cell)
-        texts = {f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen) for rate, group in cell.groupby("lr")}
-        rows[kind.name] = {**texts, "plain": f"{common:g}" if kind.update == "plain" else ""}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
-
-
-def mean_and_sd(values: "pd.Series") -> str:
-    """ "0.31 ± 0.02"; a dash where no run has a value, and how many have one where some have none."""
-    found = values.dropna()
-    if not len(found):
-        return "–"
-    size = found.abs().mean()
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-    sd = f" ± {found.std():.{digits}f}" if len(found) > 1 else ""
-    return f"{found.mean():.{digits}f}{sd}" + (f" (n = {len(found)})" if len(found) < len(values) else "")

@@ -1,6 +1,8 @@
 """All claims, with their families corrected and their verdicts."""
 
+import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biasshift.analysis.claim import Claim
@@ -13,6 +15,7 @@ from biasshift.analysis.claims.speed import faster
 from biasshift.analysis.evidence import Evidence
 from biasshift.analysis.grid import RULE
 from biasshift.analysis.statistics import FEWEST_SEEDS, LEVEL, holm, seeds_needed, verdict
+from biasshift.runs.reader import read_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +32,7 @@ COLUMNS = (
 
 
 def judged(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per claim; see `biasshift.analysis.formatting.claims`."""
+    """One row per claim; see `biasshift.analysis.verdicts.claims`."""
     import pandas as pd
 
     evidence = Evidence.of(table)
@@ -76,3 +79,40 @@ def _caveat(claim: Claim, variants: int) -> str:
     if variants / 2**n >= LEVEL:
         return f"With {n} seeds no p survives the correction for {variants} variants: {seeds_needed(variants)} could decide. {claim.caveat}"
     return claim.caveat
+
+
+def claims(runs: "str | Path | pd.DataFrame") -> "pd.DataFrame":
+    """One row per claim of the paper: what these runs say about it.
+
+    1 means of activations, 2 coupling and gradient gap, 3 Theorem 2's correction, 4 inherited bias shift, 5 the causal test by
+    updates and by added constants, 6 speed, 7 variance over epochs, 8 batch normalization; of these, what the runs can speak to.
+
+    Effects are paired by seed (equal initial weights, equal batches). Every claim predicts the sign of its effect. The verdict is
+    *supported* when the 95 % t interval over seeds lies on that side of 0 and the exact one-sided test agrees after Holm's correction
+    over the variants of the statement, *not supported* when all this holds of the contrary, else *undecided*; so it is, too, with
+    fewer than 6 paired seeds, and where what is read off Fisher matrices was not repeated on two probes at three dampings with one
+    sign. Pairs without a number count as the strongest evidence against: a verdict holds whatever they would have been.
+    Correlations across the few activation functions are described, and never decided.
+
+    Runs may differ in activation function, update, constant, batch normalization and learning rate. The rates must be the same for
+    all. Claims 1 to 4 and 7 are about plain gradient descent at one rate; the others compare every kind of network and update at its
+    own best rate. One rule chooses both kinds of rates: `biasshift.analysis.grid.RULE`.
+
+    Args:
+        runs: a run folder or a folder of runs, or the table that `biasshift.runs.reader.read_runs` returns.
+
+    Returns:
+        Columns ``claim``, ``statement``, ``source``, ``statistic``, ``effect``, ``low``, ``high``, ``n`` (paired seeds), ``p`` (of the
+        exact test), ``verdict``, ``caveat``, ``number`` (1 to 8), ``family`` (of variants that are corrected together), ``predicted``
+        (sign of the effect), ``test`` (its name and side), ``p_holm`` (corrected within the family: what the verdict goes by),
+        ``p_contrary`` (the same of the opposite sign), ``p_holm_all`` (``p`` corrected over all rows).
+        `biasshift.analysis.statistics` says why.
+
+    Raises:
+        ValueError: when there are no runs, they lack what the claims are made of, are no runs of one setting, or have losses below 0.
+    """
+    import pandas as pd
+
+    if not isinstance(runs, pd.DataFrame | str | os.PathLike):
+        raise ValueError(f"runs must be a run folder, a folder of runs, or a table of runs, got {type(runs).__name__}.")
+    return judged(runs if isinstance(runs, pd.DataFrame) else read_runs(runs))

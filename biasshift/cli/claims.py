@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from biasshift.analysis.formatting import claims, claims_markdown, deciding_p, effect, footnote
+from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, footnote
+from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
 from biasshift.cli.console import HOW_JUDGED, JUDGED, printable
-from biasshift.figures.tables import origin, origin_said
+from biasshift.runs.provenance import origin, origin_said
 from biasshift.runs.reader import read_runs
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from biasshift.cli.console import say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts, sentence
-from biasshift.cli.progress import progress
+from biasshift.cli.console import progress, say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts, sentence
 from biasshift.distributed import joined, launched, rank, together
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
@@ -20,7 +19,7 @@ from biasshift.runs.schema import is_run, read_config
 from biasshift.runs.writer import Run
 from biasshift.training.loop import Diverged
 from biasshift.training.process_pool import cores, run_jobs
-from biasshift.training.running import run
+from biasshift.training.runner import run
 from biasshift.training.trial import Report
 
 Group = list[Any]  # of settings that one job trains

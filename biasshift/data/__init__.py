@@ -4,9 +4,8 @@ from biasshift.data.augmentation import Augment, Crop, Scale
 from biasshift.data.cifar import cifar10, cifar100
 from biasshift.data.dataset import DataSet, data_root
 from biasshift.data.handwritten_digits import batches, digits, mnist, shifted
-from biasshift.data.image_folders import ImageNet, imagenet
+from biasshift.data.image_folders import ImageNet, Images, imagenet
 from biasshift.data.image_stream import CenterCrops, ImageStream, mean_image
-from biasshift.data.photographs import Images
 from biasshift.data.stream import Stream, TensorStream
 from biasshift.data.synthetic import synthetic_cifar, synthetic_imagenet, synthetic_mnist
 from biasshift.data.whitening import Whitening, whitened

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from biasshift.data.dataset import DataSet, data_root
-from biasshift.data.obtaining import obtain
+from biasshift.data.dataset import DataSet, data_root, obtain
 from biasshift.data.safe_pickle import read_pickle
 
 SHAPE = (3, 32, 32)  # of an image: red, green, blue, as the files have them

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from biasshift.data.augmentation import Scale
-from biasshift.data.dataset import DataSet, data_root
-from biasshift.data.obtaining import obtain
+from biasshift.data.dataset import DataSet, data_root, obtain
 
 # Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them.
 MNIST_FILES = {

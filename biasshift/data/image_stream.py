@@ -12,8 +12,8 @@ from torch import Tensor
 
 from biasshift.data.augmentation import Crop, Scale
 from biasshift.data.cache import Arrays, cache_folder, cached, content_key
-from biasshift.data.orders import Batching, epoch_generator, epoch_order
-from biasshift.data.photographs import WORKERS, Images, photographs
+from biasshift.data.image_folders import WORKERS, Images, photographs
+from biasshift.data.stream import Batching, epoch_generator, epoch_order
 
 SIDE, CROP = 256, 224  # the paper's: images resized to 256 × 256, crops of 224 × 224
 CHUNK = 64  # images at a time for the mean

@@ -2,6 +2,6 @@
 
 from biasshift.experiments.demo import Demo
 from biasshift.experiments.exam import examine
-from biasshift.training.running import run
+from biasshift.training.runner import run
 
 __all__ = ["Demo", "examine", "run"]

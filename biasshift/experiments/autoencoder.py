@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
 from biasshift.distributed import rank, world
 from biasshift.experiments.convnet_trial import share
-from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
+from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
 from biasshift.nets import autoencoder
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.trial import Phase, Trial
-from biasshift.training.watching import Quantity, Watching
+from biasshift.training.trial import Phase, Quantity, Trial, Watching
 
 BATCH_SIZE = 64
 EPOCHS = 500

@@ -14,11 +14,9 @@ from torch import nn
 from biasshift.data import Augment, DataSet, Scale, TensorStream, cifar10, cifar100, synthetic_cifar, whitened
 from biasshift.distributed import rank, world
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, scores_on_test
-from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
+from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
 from biasshift.nets import set_dropout
-from biasshift.training.trial import Phase, Trial
-from biasshift.training.watching import Quantity, Watching
+from biasshift.training.trial import Phase, Quantity, Trial, Watching
 
 Geometry = Literal["same", "caffe"]
 

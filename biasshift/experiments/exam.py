@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from biasshift import theory
 from biasshift.analysis.per_run import SAMPLES_PER_INPUT
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure.accumulators import Measured, Options
 from biasshift.measure.bias_shift import bias_shift
 from biasshift.measure.fisher import measure
+from biasshift.measure.options import Measured, Options
 
 if TYPE_CHECKING:
     import pandas as pd

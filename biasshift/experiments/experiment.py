@@ -1,6 +1,7 @@
 """What the experiments have in common: where runs go, what computes them, and how they are begun, resumed and replaced."""
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +10,51 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from biasshift.distributed import launched, local_device
-from biasshift.training.step import Precision
+from biasshift.precision import Precision
 from biasshift.training.trial import Execution, Exist, Trial
 
 REPLACE_OR_RESUME = "--replace and --resume exclude each other: begin anew, or go on."
 Activation = Literal["elu", "relu", "lrelu", "srelu"]
+
+
+# -- options that are out of their range -------------------------------------------------------
+
+
+def at_least_one(options: Any, *names: str) -> None:
+    """Refuses options below 1."""
+    _refuse_unless(options, names, "at least 1", lambda value: value >= 1)
+
+
+def positive(options: Any, *names: str) -> None:
+    """Refuses options that are not above 0 and finite."""
+    _refuse_unless(options, names, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def shares(options: Any, *names: str) -> None:
+    """Refuses options outside [0, 1)."""
+    _refuse_unless(options, names, "in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def not_negative(options: Any, *names: str) -> None:
+    """Refuses options below 0, and those that are not finite."""
+    _refuse_unless(options, names, "a number of at least 0", lambda value: 0 <= value < math.inf)
+
+
+def distinct(name: str, values: tuple) -> None:
+    """Refuses an empty list, and one with a value twice."""
+    if len(set(values)) != len(values) or not values:
+        raise ValueError(f"{flag(name)} needs at least one value, and each of them once.")
+
+
+def flag(name: str) -> str:
+    """The option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_unless(options: Any, names: tuple[str, ...], said: str, test: Callable[[float], bool]) -> None:
+    for name in names:
+        if not test(getattr(options, name)):
+            raise ValueError(f"{flag(name)} must be {said}, got {getattr(options, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from biasshift.data import CenterCrops, Crop, ImageNet, ImageStream, Scale, imagenet, mean_image, synthetic_imagenet
 from biasshift.distributed import rank, world
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, schedule
-from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
+from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
 from biasshift.nets import imagenet15
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.trial import Trial
-from biasshift.training.watching import Quantity, Watching
+from biasshift.training.trial import Quantity, Trial, Watching
 
 WEIGHT_DECAY = 5e-4
 DROPOUT = 0.5

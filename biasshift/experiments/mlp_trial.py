@@ -15,8 +15,7 @@ from biasshift.experiments.exam import examine, residuals
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 from biasshift.training.evaluation import evaluate
-from biasshift.training.trial import Exam, Phase, Probe, Trial, Watch
-from biasshift.training.watching import evenly_spaced
+from biasshift.training.trial import Exam, Phase, Probe, Trial, Watch, evenly_spaced
 
 Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
 UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told

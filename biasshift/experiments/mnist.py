@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
 from biasshift.experiments.mlp_trial import Setting, trial
-from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive, shares
 from biasshift.training.trial import Trial
 
 DEPTH, WIDTH = 8, 128  # hidden layers and their units

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from biasshift.analysis.grid import Cell
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive
 from biasshift.experiments.mlp_trial import Setting, Update, trial
-from biasshift.experiments.ranges import at_least_one, distinct, not_negative, positive
 from biasshift.training.trial import Trial
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")

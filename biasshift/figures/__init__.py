@@ -1,11 +1,11 @@
 """Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots` → PNG and PDF.
 
-drawing     what a figure consists of
-choosing    which of the given runs it is about
-describing  what it says about them
-writing     both files or none
-tabled      small tables with their origin
-connected, pictures, listing, theory, causal, speed     the figures
+spec        what a figure consists of
+selection   which of the given runs it is about
+captions    what it says about them
+files       both files or none
+tables      small tables with their origin
+mlp, convnets, theory, sweep, benchmarks     the figures
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures import benchmarks as speed, convnets as pictures, listing, mlp as connected, sweep as causal, theory
+from biasshift.figures import benchmarks as speed, convnets as pictures, mlp as connected, sweep as causal, theory
 from biasshift.figures.captions import described
 from biasshift.figures.files import in_a_sentence, write_both
 from biasshift.figures.selection import chosen, read, refuse_mixture, with_length
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _ORDER = ("1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench")
-_FOUND = connected.FIGURES | pictures.FIGURES | listing.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
+_FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
 FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
 ALIASES = {"gap": "theory1"}
 

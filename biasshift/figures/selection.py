@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from biasshift.analysis.per_run import SHARED
 from biasshift.figures.captions import MADE
+from biasshift.runs.provenance import words
 from biasshift.runs.reader import find_runs, read_runs
 from biasshift.runs.schema import read_config, read_json
 
@@ -19,8 +20,12 @@ RUN_COLUMNS = (
     "run", "experiment", "dataset", "activation", "seed", "epochs", "steps", "batch_size", "lr", "depth", "width", "batch_norm",
     "update", "constant", "update_every", "test_images", "valid_images", "device", "made", "reached", "last_step",
 )  # fmt: skip
+
+
 # Options that no figure shows the effect of: what examinations at equal loss look at, and which runs have one.
 UNSHOWN = ("run", "activation", "seed", "device", "made", "reached", "last_step", "examined", "exam_size", "equal_loss")
+
+
 # Those of measurements along the run, which curves of losses and errors do not depend on.
 MEASURED = ("probe_size", "means_every", "fisher_every", "every", "units_measured", "damping", "skip_input_layer")
 
@@ -43,12 +48,6 @@ def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
             table[name] = pd.Categorical(np.array(values, dtype=object)[which])
     table.attrs["options"] = list(dict.fromkeys(name for folder in folders for name in read_config(folder) if name in table))
     return table
-
-
-def words(origin: Mapping[str, Any]) -> list[str]:
-    """The command line that a run was made with."""
-    command = origin.get("command")
-    return [str(word) for word in command] if isinstance(command, list) else []
 
 
 def chosen(table: pd.DataFrame, experiments: Sequence[str], prefer: Mapping[str, object], remedy: str) -> pd.DataFrame:

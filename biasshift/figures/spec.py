@@ -51,7 +51,7 @@ def finals(table: pd.DataFrame, column: str, paper: Mapping[str, str] | str, nam
     Args:
         paper: what the paper says, of all of them or of each.
     """
-    from biasshift.analysis.per_run import mean_and_sd
+    from biasshift.analysis.formatting import mean_and_sd
     from biasshift.plots import looks
 
     rows = table.loc[table[column].notna()].sort_values("step").drop_duplicates("run", keep="last")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biasshift.atomic import replacing
-from biasshift.figures.selection import words
-from biasshift.runs.provenance import provenance, shortened
-from biasshift.runs.reader import find_runs
-from biasshift.runs.schema import first_line, read_json
+from biasshift.runs.provenance import origin
+from biasshift.runs.schema import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,47 +38,6 @@ def save(name: str, table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]
         if (size := temporary.stat().st_size) > MOST_BYTES:
             raise ValueError(f"The table of figure {name} has {size:,} bytes, more than {MOST_BYTES:,}: give fewer runs.")
     return path
-
-
-def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """What made the runs, and what made the table of them."""
-    made_by = {"condensed_by": " ".join(map(shortened, sys.argv)), **_code()}
-    if "run" not in table:  # benchmarks
-        return {"commands": ["python -m benchmarks"], **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")}, **made_by}
-    folders, shown = find_runs(paths), set(table["run"].astype(str))
-    origins = [read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)]
-    return {
-        "commands": _distinct(" ".join(map(shortened, words(origin))) for origin in origins),
-        "commits": _distinct(str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty")) for origin in origins),
-        "devices": _distinct(str(origin.get("device")) for origin in origins),
-        "seeds": sorted({int(seed) for seed in table["seed"].dropna()}) if "seed" in table else [],
-        "runs": len(origins),
-        **made_by,
-    }
-
-
-def origin_said(found: dict[str, Any]) -> str:
-    """What made the runs, in a sentence for people."""
-    known = {name: [text for text in found[name] if text not in ("", "None")] for name in ("commands", "commits", "devices")}
-    parts = [f"Of {found['runs']} runs with the seeds {', '.join(map(str, found['seeds']))}"]
-    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(known["commands"])
-    parts += ["at commit " + ", ".join(known["commits"])] * bool(known["commits"])
-    parts += ["on " + ", ".join(known["devices"])] * bool(known["devices"])
-    return ", ".join(parts) + "."
-
-
-def _code() -> dict[str, str]:
-    """The code that condenses, and when."""
-    ours = provenance({}, "cpu")
-    return {"condensed_with": str(ours.get("commit") or ours.get("version")) + "+" * bool(ours.get("dirty")), "condensed": ours["started"]}
-
-
-def _is_among(folder: Path, runs: set[str]) -> bool:
-    return any(folder.resolve().as_posix().endswith("/" + run) for run in runs)
-
-
-def _distinct(texts) -> list[str]:
-    return list(dict.fromkeys(texts))
 
 
 def committed(name: str) -> Path | None:

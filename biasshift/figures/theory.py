@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.analysis.per_run import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, mean_and_sd
+from biasshift.analysis.formatting import mean_and_sd
+from biasshift.analysis.per_run import ENOUGH_UNITS, SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs
 from biasshift.figures.captions import described, over_seeds
 from biasshift.figures.mlp import PLAIN
 from biasshift.figures.selection import kept, with_settings

@@ -18,56 +18,6 @@ AnySums = TypeVar("AnySums", bound="Sums")
 
 
 @dataclass(frozen=True)
-class ActivationMoments:
-    """Mean and variance of every unit of an activation layer, as sums that merge exactly with ``+``."""
-
-    count: int  # values per unit: examples × positions
-    reference: Float[Tensor, " units"]
-    total: Float[Tensor, " units"]  # Σ (x − reference), float64
-    squares: Float[Tensor, " units"]  # Σ (x − reference)², float64
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def mean(self) -> Float[Tensor, " units"]:
-        """The mean of every unit over examples and positions."""
-        return (self.reference + self.total / self.count).to(self.dtype)
-
-    @property
-    def var(self) -> Float[Tensor, " units"]:
-        """The variance of every unit under the data (divided by the count, not by count − 1)."""
-        return (self.squares / self.count - (self.total / self.count) ** 2).clamp(min=0).to(self.dtype)
-
-    @classmethod
-    def from_values(cls, x: Tensor, unit_axis: int) -> "ActivationMoments":
-        """The moments of one batch: examples first, units on ``unit_axis``, all other axes are positions.
-
-        Without positions everything is float64. Feature maps are summed over positions in their own precision and over
-        examples in float64, which costs a tenth of float64 throughout; nothing waits for the device.
-        """
-        axis = unit_axis % x.dim()
-        places = [i for i in range(1, x.dim()) if i != axis]
-        if not places:
-            wide = x.double()
-            reference = wide.mean(0)
-            shifted = wide - reference
-            return cls(len(x), reference, shifted.sum(0), shifted.square().sum(0), x.dtype)
-        work = torch.promote_types(x.dtype, torch.float32)
-        total = x.sum(places, dtype=work).sum(0, dtype=torch.float64)
-        squares = torch.linalg.vector_norm(x, dim=places, dtype=work).double().square().sum(0)
-        return cls(x.numel() // x.shape[axis], torch.zeros_like(total), total, squares, x.dtype)
-
-    def __add__(self, other: "ActivationMoments") -> "ActivationMoments":
-        d = other.reference - self.reference
-        return ActivationMoments(
-            self.count + other.count,
-            self.reference,
-            self.total + other.total + other.count * d,
-            self.squares + other.squares + 2 * d * other.total + other.count * d * d,
-            self.dtype,
-        )
-
-
-@dataclass(frozen=True)
 class Sums:
     """Moments of the incoming activations under p and under δ², up to first order, and the expectations read off them.
 

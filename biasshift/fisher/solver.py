@@ -9,10 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from biasshift.fisher.cg import ConjugateGradients
+from biasshift.fisher.cg import ConjugateGradients, Preconditioner
 from biasshift.fisher.cholesky import Singular, rounding, variances, without_variance
 from biasshift.fisher.convolution import Maps
-from biasshift.fisher.preconditioning import Preconditioner
 from biasshift.fisher.samples import ImplicitSums, Samples, Work
 from biasshift.fisher.woodbury import Blocks, Rows, Woodbury
 from biasshift.precision import full_precision

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed as dist
 
-from biasshift.fisher.moments import ActivationMoments
-from biasshift.measure.accumulators import Measured
+from biasshift.measure.activation_moments import ActivationMoments
 from biasshift.measure.bias_shift import NetMeans
+from biasshift.measure.options import Measured
 
 T = TypeVar("T")
 

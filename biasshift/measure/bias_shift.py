@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types as kinds
-from biasshift.measure.coverage import refuse
+from biasshift.measure.coverage import own_function, refuse
 from biasshift.measure.hooks import underlying, watching
 from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.probe import Probe, Selection, batches, rereadable, undisturbed, weight_layers
-from biasshift.measure.separating import own_function
+from biasshift.measure.probe import Probe, Selection, batches, rereadable, weight_layers
+from biasshift.measure.sandbox import undisturbed
 from biasshift.theory import shift_parts
 
 

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from biasshift.fisher.samples import block_bytes
 from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
 from biasshift.measure import layer_types as kinds, likelihoods as label_rules
-from biasshift.measure.accumulators import LayerBatch, LayerState, Measured, Options, Units, passes_at_once
-from biasshift.measure.coverage import check_outputs, refuse, refuse_unusable, tied, unsound
+from biasshift.measure.accumulators import LayerBatch, LayerState, passes_at_once
+from biasshift.measure.coverage import check_outputs, refuse, refuse_coupled, refuse_unusable, tied, unsound
 from biasshift.measure.hooks import errors, traced
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.probe import Selection, batches, underlying, undisturbed, weight_layers
-from biasshift.measure.rereading import Reader, Source, fresh
-from biasshift.measure.sample_store import Collector, ImplicitState, Room
-from biasshift.measure.separating import refuse_coupled
+from biasshift.measure.options import Measured, Options, Units
+from biasshift.measure.probe import Selection, batches, underlying, weight_layers
+from biasshift.measure.sample_store import Collector, ImplicitState, Reader, Room, Source, fresh
+from biasshift.measure.sandbox import undisturbed
 
 
 def unit_fisher(

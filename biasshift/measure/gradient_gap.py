@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from biasshift import theory
 from biasshift.fisher.cholesky import variances
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure.accumulators import Measured, Options, Units
 from biasshift.measure.fisher import measure
 from biasshift.measure.likelihoods import Labels, Likelihood
+from biasshift.measure.options import Measured, Options, Units
 from biasshift.measure.probe import Probe, Selection
 from biasshift.theory import dot
 

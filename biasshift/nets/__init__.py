@@ -1,11 +1,9 @@
 """The paper's networks, as functions that return plain PyTorch modules."""
 
-from biasshift.nets.convnets import cifar11, cifar18
+from biasshift.nets.convnets import cifar11, cifar18, imagenet15
 from biasshift.nets.convolution_stacks import stacks
 from biasshift.nets.fully_connected import Shifted, autoencoder, mlp
-from biasshift.nets.imagenet import imagenet15
-from biasshift.nets.modules import StackDropout, set_dropout
-from biasshift.nets.pyramid import SpatialPyramidPooling
+from biasshift.nets.modules import SpatialPyramidPooling, StackDropout, set_dropout
 
 __all__ = [
     "Shifted",

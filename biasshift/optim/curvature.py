@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from biasshift.fisher import packed as triangle
-from biasshift.fisher.cholesky import rounding
-from biasshift.optim.examples import Examples
+from biasshift.fisher.cholesky import Singular, rounding
+from biasshift.fisher.samples import ImplicitSums
+from biasshift.fisher.solver import Solver
+from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.optim.running_sums import Sums
 from biasshift.optim.update_rule import Member
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
 HALVED_ERROR = 1e-3  # of a step of a float32 model, that factors may bring in which are kept in float32: they are read twice as fast
+TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals
+ITERATIONS = 200
 
 
 class Moments(NamedTuple):
@@ -165,3 +169,41 @@ def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
 def _repeated(x: Tensor, rows: int) -> Tensor:
     """One row per group of units, repeated for its units."""
     return x.expand(rows, -1) if len(x) == 1 else x.repeat_interleave(rows // len(x), 0)
+
+
+# -- layers too large for matrices -------------------------------------------------------------
+
+
+class Examples:
+    """Solves with ``V = Var_q(a)`` of the examples of one look, without forming it."""
+
+    def __init__(self, name: str, sums: Sums, damping: float, bias: bool) -> None:
+        shifted, delta2 = sums.parts["samples"]
+        fisher = UnitFisher.from_samples(shifted, delta2, storage="implicit")
+        assert isinstance(fisher.sums, ImplicitSums)
+        self.name, self.bias = name, bias
+        self.mean = fisher.sums.mean_q + sums.reference
+        self.tolerance = TOLERANCE if shifted.dtype == torch.float64 else SINGLE_TOLERANCE
+        self.solver = Solver(fisher.sums, damping, shifted.dtype)
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """``V⁻¹ rhs``, and which units have a V that one can solve with; without a bias ``(V + m mᵀ)⁻¹ rhs``, both damped.
+
+        Where one example has nearly all of a unit's δ², what V there is drowns in rounding: no iteration gets anywhere.
+        """
+        found = self._centered(rhs)
+        if not self.bias:  # Sherman–Morrison
+            m = self.mean.nan_to_num(nan=0.0)
+            whitened = self._centered(m)
+            found = found - whitened * (dot(m, found) / (1 + dot(m, whitened)))[:, None]
+        usable = found.isfinite().all(1)
+        return torch.where(usable[:, None], found, 0.0), usable
+
+    def _centered(self, rhs: Tensor) -> Tensor:
+        try:
+            return self.solver.solve(rhs, self.tolerance, ITERATIONS)
+        except Singular:
+            raise ValueError(
+                f"Layer '{self.name}': the curvature has no inverse at damping=0, where inputs never vary, or examples are fewer than "
+                "inputs. Use damping > 0, for example 1e-3."
+            ) from None

@@ -18,8 +18,7 @@ from biasshift.measure import layer_types as kinds, likelihoods as label_rules
 from biasshift.measure.hooks import Call, Tape, watch
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
-from biasshift.optim.divisors import Divisor
-from biasshift.optim.passes import Ear, Heard, Pass
+from biasshift.optim.passes import Divisor, Ear, Heard, Pass
 from biasshift.optim.running_sums import Sums, batch_sums
 from biasshift.optim.update_rule import Member
 

@@ -1,6 +1,6 @@
 """Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one `torch.optim.Optimizer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,10 @@ from torch import (
 
 from biasshift.measure import layer_types as kinds
 from biasshift.measure.hooks import underlying
-from biasshift.optim.arguments import check, covered, refuse_large
-from biasshift.optim.clipping import within_trust
 from biasshift.optim.curvature import Curvature
-from biasshift.optim.momentum import with_momentum
 from biasshift.optim.recorder import Listener
 from biasshift.optim.running_sums import Sums
-from biasshift.optim.update_rule import Member
+from biasshift.optim.update_rule import Member, check, covered, refuse_large
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -244,3 +241,37 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             if bias is not None and dw0 is not None:
                 updates[bias] = dw0.to(bias.dtype)
         return updates
+
+
+# -- momentum of the transformed updates -------------------------------------------------------
+
+
+def with_momentum(updates: dict[Tensor, Tensor], momentum: float, state: dict[Any, Any]) -> list[Tensor]:
+    """The steps to take, in the order of the parameters; ``state`` is the optimizer's, and keeps their running sums."""
+    if not momentum:
+        return list(updates.values())
+    for p in updates:
+        if "momentum_buffer" not in state[p]:
+            state[p]["momentum_buffer"] = torch.zeros_like(p)
+    buffers = [state[p]["momentum_buffer"] for p in updates]
+    if buffers:
+        _foreach_mul_(buffers, momentum)
+        _foreach_add_(buffers, list(updates.values()))
+    return buffers
+
+
+# -- A trust region ----------------------------------------------------------------------------
+
+
+def within_trust(updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float) -> dict[Tensor, Tensor]:
+    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its updates as they are.
+
+    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean divergence between the model's
+    answers before and after the step.
+
+    Source: the step clipping of Ba, Grosse & Martens 2017 (distributed K-FAC).
+    """
+    moved = lr**2 * sum(torch.sum(g * update, dtype=torch.float64) for g, update in zip(gradients, updates.values(), strict=True))
+    moved = torch.as_tensor(moved)
+    scale = torch.where(moved > most, (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 1.0)
+    return {p: update * scale.to(update.dtype) for p, update in updates.items()}

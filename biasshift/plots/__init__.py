@@ -1,23 +1,21 @@
 """The pictures: `(ax, table) -> ax`. Each is a reduction of the tidy table, then lines or dots on the given axes.
 
-styling     one style, panels, legends, the look of every line
-reducing    pure functions from table to table: what a picture shows
-functions   activation functions
-curves      lines along training, with ribbons
-gaps        the gradient gap against the mean incoming activation
-comparing   numbers beside numbers
+theme       one style, panels, legends, the look of every line
+reductions  pure functions from table to table: what a picture shows
+lines       activation functions, and lines along training, with ribbons
+comparison  numbers beside numbers: the gradient gap against the mean incoming activation, rankings, parts of a whole
 """
 
 from typing import TYPE_CHECKING
 
-from biasshift.plots.comparison import published, ranking, spans, stacked
-from biasshift.plots.functions import activation_functions
-from biasshift.plots.gaps import gap_against_mean
-from biasshift.plots.lines import coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
-from biasshift.plots.looks import LOOKS, OTHER_LOOKS, Look
+from biasshift.plots.comparison import gap_against_mean, published, ranking, spans, stacked
+from biasshift.plots.lines import activation_functions, coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
 from biasshift.plots.reductions import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
 from biasshift.plots.theme import (
+    LOOKS,
+    OTHER_LOOKS,
     STYLE,
+    Look,
     between,
     escaped,
     headed,

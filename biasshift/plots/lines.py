@@ -11,6 +11,7 @@ from biasshift.plots.theme import between, escaped, legend, looks, on_log_scale
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 
 def unit_means(
@@ -157,3 +158,27 @@ def lines_and_ribbons(
         if sd.notna().any():
             ax.fill_between(x, scale(mean - sd), scale(mean + sd), color=look.color, alpha=0.2, linewidth=0)
     ax.set(xlabel={"step": "optimizer steps"}.get(against, against))
+
+
+# -- activation functions ----------------------------------------------------------------------
+
+
+def activation_functions(
+    ax: Axes, names: Sequence[str] | Mapping[str, Callable[[Tensor], Tensor]] = ("elu", "lrelu", "relu", "srelu")
+) -> Axes:
+    """Returns `ax` with activation functions over x from −10 to 2 (figure 1).
+
+    Args:
+        names: names of `activations.ACTIVATIONS`, or other functions by name.
+    """
+    import torch
+
+    from biasshift.activations import ACTIVATIONS
+
+    functions = names if isinstance(names, Mapping) else {name: ACTIVATIONS[name]() for name in names}
+    x = torch.linspace(-10, 2, 601, dtype=torch.float64)
+    for name, look in looks(functions).items():
+        ax.plot(x.numpy(), functions[name](x).detach().numpy(), look.line, color=look.color, label=escaped(look.label))
+    ax.set(xlabel="net input $x$", ylabel="activation $f(x)$", xlim=(-10, 2), ylim=(-1.1, 2))
+    ax.legend()
+    return ax

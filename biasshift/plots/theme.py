@@ -6,15 +6,12 @@ import re
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
-
-from biasshift.plots.looks import LOOKS, OTHER_LOOKS, Look
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
 
 STYLE = {
     "figure.figsize": (5.0, 3.0),
@@ -39,6 +36,8 @@ ORDER = ("elu", "srelu", "lrelu", "relu")  # of the paper, in every legend
 LETTERS_PER_INCH = 13  # of a title
 LINE_LETTERS = 7  # that the line in front of a legend's label takes the place of
 MATH = re.compile(r"\\[,;]|[$_{}^]")  # what is no letter of a formula
+
+
 # The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
 PAPER: Any = {
     "linestyle": "none",
@@ -47,6 +46,43 @@ PAPER: Any = {
     "markeredgecolor": "0.45",
     "markersize": 5,
     "zorder": 4,
+}
+
+
+# -- one look per activation function ----------------------------------------------------------
+
+
+class Look(NamedTuple):
+    label: str
+    color: str
+    marker: str
+    line: str
+
+
+# Paul Tol's "high contrast" colors: told apart by color-blind readers, and in grey print by their lightness
+# (0, 29, 48 and 72 of 100).
+LOOKS = {
+    "elu": Look("ELU", "#004488", "o", "-"),
+    "lrelu": Look("LReLU", "#DDAA33", "^", "-."),
+    "relu": Look("ReLU", "#BB5566", "s", "--"),
+    "srelu": Look("SReLU", "#000000", "D", ":"),
+}
+
+
+# For groups that are no activations (learning rates, optimizers), in order of appearance.
+OTHER_LOOKS = (("#117733", "v", "-"), ("#AA4499", "P", "--"), ("#44AA99", "X", "-."), ("#999933", "*", ":"))
+
+
+# On a dark ground: the light partners of the same hues in Tol's "medium contrast", and his light green, pink, cyan and olive.
+ON_DARK = {
+    "#004488": "#6699CC",
+    "#DDAA33": "#EECC66",
+    "#BB5566": "#EE99AA",
+    "#000000": "#FFFFFF",
+    "#117733": "#44BB99",
+    "#AA4499": "#FFAABB",
+    "#44AA99": "#99DDFF",
+    "#999933": "#BBCC33",
 }
 
 

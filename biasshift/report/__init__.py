@@ -17,9 +17,8 @@ from biasshift.report.downsample import reduced
 from biasshift.report.equal_loss import equal_loss_part
 from biasshift.report.groups import MOST_SERIES, Series, all_series
 from biasshift.report.html import escaped
-from biasshift.report.origins import origins_part
 from biasshift.report.page import page
-from biasshift.report.sections import curves_part, layers_part, left_out_part
+from biasshift.report.sections import curves_part, layers_part, left_out_part, origins_part
 from biasshift.runs.reader import find_runs, read_runs, run_states
 
 if TYPE_CHECKING:

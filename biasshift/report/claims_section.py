@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from biasshift.analysis.formatting import claims, deciding_p, sentences
-from biasshift.analysis.per_run import READING, per_run, reading_table
+from biasshift.analysis.formatting import READING, deciding_p, reading_table, sentences
+from biasshift.analysis.per_run import per_run
+from biasshift.analysis.verdicts import claims
 from biasshift.report.groups import Series
-from biasshift.report.html import escaped, number
-from biasshift.report.markup import faint, folded, table
+from biasshift.report.html import escaped, faint, folded, number, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +98,7 @@ def _badge(verdict: Any, text: Any) -> str:
 
 
 def _reading(found: pd.DataFrame, how: str) -> str:
-    """`biasshift.analysis.per_run.reading_table`, and how to read it."""
+    """`biasshift.analysis.formatting.reading_table`, and how to read it."""
     rows = [
         [("text", escaped(name)), *(("number", escaped(text.replace("-", "−"))) for text in row)]
         for name, row in zip(found.index, found.to_numpy(), strict=True)

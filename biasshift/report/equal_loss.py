@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from biasshift.analysis.per_run import QUANTITIES, REFERENCE_DAMPING, mean_and_sd
-from biasshift.report.downsample import LARGEST
+from biasshift.analysis.formatting import QUANTITIES, mean_and_sd
+from biasshift.analysis.per_run import REFERENCE_DAMPING
+from biasshift.report.downsample import LARGEST, by_depth, even
 from biasshift.report.groups import MOST_SERIES, Series
-from biasshift.report.html import escaped, listed, number, plain, told_apart
-from biasshift.report.markup import faint, folded, table
-from biasshift.report.thinning import by_depth, even
+from biasshift.report.html import escaped, faint, folded, listed, number, plain, table, told_apart
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from biasshift.analysis.grid import best_rate
-from biasshift.plots.looks import LOOKS, ON_DARK, OTHER_LOOKS
+from biasshift.plots.theme import LOOKS, ON_DARK, OTHER_LOOKS
 from biasshift.report.html import number, plain, told_apart
 
 if TYPE_CHECKING:

@@ -1,5 +1,7 @@
 """Text from run folders, made fit for a page: short, printable, told apart, escaped."""
 
+from __future__ import annotations
+
 import html
 import json
 from collections.abc import Iterable, Sequence
@@ -61,3 +63,22 @@ def as_json(value: Any) -> str:
     '{"a":"\\\\u003c/script>"}'
     """
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+# -- pieces of HTML. What is called HTML here was made from `escaped` text ---------------------
+
+
+def faint(text: str) -> str:
+    return f'<p class="faint">{escaped(text, 2000)}</p>' if text else ""
+
+
+def folded(summary: str, inner: str, opened: bool = False) -> str:
+    """A line of HTML that shows more HTML when it is clicked."""
+    return f"<details{' open' * opened}><summary>{summary}</summary>{inner}</details>"
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[tuple[str, str]]], kind: str = "") -> str:
+    """A table of (class, HTML) cells; the head is text."""
+    top = "".join(f"<th>{escaped(name, 60)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f'<td class="{look}">{cell}</td>' for look, cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from biasshift.runs.reader import find_runs
+from biasshift.runs.schema import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PATH = re.compile(r"(?P<drive>[A-Za-z]:[\\/])|/|\.\.?/|~[^/]*/")
 
@@ -68,3 +75,50 @@ def _code_version() -> dict[str, Any]:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """What made the runs, and what made the table of them."""
+    made_by = {"condensed_by": " ".join(map(shortened, sys.argv)), **_code()}
+    if "run" not in table:  # benchmarks
+        return {"commands": ["python -m benchmarks"], **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")}, **made_by}
+    folders, shown = find_runs(paths), set(table["run"].astype(str))
+    origins = [read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)]
+    return {
+        "commands": _distinct(" ".join(map(shortened, words(origin))) for origin in origins),
+        "commits": _distinct(str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty")) for origin in origins),
+        "devices": _distinct(str(origin.get("device")) for origin in origins),
+        "seeds": sorted({int(seed) for seed in table["seed"].dropna()}) if "seed" in table else [],
+        "runs": len(origins),
+        **made_by,
+    }
+
+
+def origin_said(found: dict[str, Any]) -> str:
+    """What made the runs, in a sentence for people."""
+    known = {name: [text for text in found[name] if text not in ("", "None")] for name in ("commands", "commits", "devices")}
+    parts = [f"Of {found['runs']} runs with the seeds {', '.join(map(str, found['seeds']))}"]
+    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(known["commands"])
+    parts += ["at commit " + ", ".join(known["commits"])] * bool(known["commits"])
+    parts += ["on " + ", ".join(known["devices"])] * bool(known["devices"])
+    return ", ".join(parts) + "."
+
+
+def _code() -> dict[str, str]:
+    """The code that condenses, and when."""
+    ours = provenance({}, "cpu")
+    return {"condensed_with": str(ours.get("commit") or ours.get("version")) + "+" * bool(ours.get("dirty")), "condensed": ours["started"]}
+
+
+def _is_among(folder: Path, runs: set[str]) -> bool:
+    return any(folder.resolve().as_posix().endswith("/" + run) for run in runs)
+
+
+def _distinct(texts) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def words(origin: Mapping[str, Any]) -> list[str]:
+    """The command line that a run was made with."""
+    command = origin.get("command")
+    return [str(word) for word in command] if isinstance(command, list) else []

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from biasshift.measure.accumulators import Options, Units
 from biasshift.measure.likelihoods import Labels, Likelihood
+from biasshift.measure.options import Options, Units
 from biasshift.measure.probe import Probe, Selection, rereadable
 from biasshift.tracking.logs import ProbeLog, TrainingLog
 

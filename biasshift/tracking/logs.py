@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.distributed import together
-from biasshift.fisher.moments import ActivationMoments
 from biasshift.measure import all_reduce as merging, layer_types as kinds
-from biasshift.measure.accumulators import Measured, Options, kept_units
-from biasshift.measure.activation_moments import ActivationWatcher, activation_modules, activation_moments
+from biasshift.measure.accumulators import kept_units
+from biasshift.measure.activation_moments import ActivationMoments, ActivationWatcher, activation_modules, activation_moments
 from biasshift.measure.bias_shift import NetMeans, compare, net_means, unit_weights, used_gradients
 from biasshift.measure.coverage import NonFiniteOutputs
-from biasshift.measure.feeding import Feeding
 from biasshift.measure.fisher import measure
 from biasshift.measure.gradient_gap import Foreseen, gap
-from biasshift.measure.hooks import underlying, watch, watching
+from biasshift.measure.hooks import Feeding, underlying, watch, watching
 from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.probe import Probe, Selection, batches, undisturbed, weight_layers
+from biasshift.measure.options import Measured, Options
+from biasshift.measure.probe import Probe, Selection, batches, weight_layers
+from biasshift.measure.sandbox import undisturbed
 from biasshift.tracking.rows import activation_columns, fisher_columns, layer_row, shift_columns, tidy, unit_rows
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from biasshift import theory
 from biasshift.fisher.cholesky import variances
-from biasshift.fisher.moments import ActivationMoments
 from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.measure.activation_moments import ActivationMoments
 from biasshift.measure.bias_shift import BiasShift
 
 if TYPE_CHECKING:

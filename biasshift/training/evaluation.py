@@ -1,13 +1,13 @@
 """A network's loss and error on a split, as it would be used: in evaluation mode."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biasshift.distributed import summed
+from biasshift.measure.sandbox import evaluation_mode
 
 Examples = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -59,16 +59,3 @@ def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
 def _wrong(outputs: Tensor, y: Tensor, k: int) -> Tensor:
     answers = outputs.topk(min(k, outputs.shape[1]), dim=1).indices if k > 1 else outputs.argmax(1, keepdim=True)
     return (answers != y[:, None]).all(1).sum(dtype=torch.float64)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's mode is left as found."""
-    # Module by module: somebody may keep a part in evaluation mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,25 +1,27 @@
 """The way from the first step to the last, of one network or an ensemble: phases, scores, examinations and checkpoints."""
 
+import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from biasshift.distributed import rank, summed, told, world
+from biasshift.precision import products
 from biasshift.training import checkpoint as checkpoints
-from biasshift.training.clock import Clock
 from biasshift.training.cuda_graphs import Graphed
-from biasshift.training.ensemble import Ensemble
+from biasshift.training.ensemble import Ensemble, Together, load_slice, refuse_unlike, state_slice
 from biasshift.training.loop import train
-from biasshift.training.stacking import Together, load_slice, state_slice
 from biasshift.training.step import Gradient, shared
-from biasshift.training.trial import Execution, Phase, Progress, Report, Trial
-from biasshift.training.trial_run import Member
+from biasshift.training.trial import Execution, Exist, Phase, Progress, Report, Trial
+from biasshift.training.trial_run import Clock, Member, board
 
 REPORT_SECONDS = 0.5  # between two reports of progress, each of which waits for the device
+__all__ = ["Together", "run"]
 
 
 @dataclass
@@ -149,3 +151,58 @@ class Training:
                         "seconds": member.seconds,
                     },
                 )  # fmt: skip
+
+
+# -- trials → run folders ----------------------------------------------------------------------
+
+
+def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: Report, execution: Execution = Execution()) -> None:  # noqa: B008
+    """Trains one network, or several as an ensemble, measures them along the way, and leaves a run folder of each.
+
+    A run that is resumed goes on from its last checkpoint to the numbers that it would have had without the interruption. The
+    global random state and the flags of float32 products are left as found.
+
+    Args:
+        trials: of one shape, steps and phases where there are several.
+        exist: what to do about a run that is there: "refuse", "replace", or "resume". A finished run is not touched by the latter.
+
+    Raises:
+        FileExistsError: a folder holds a run already, and ``exist`` is "refuse".
+        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint; or trials that differ in shape.
+        Diverged: training diverged; that of an ensemble, of all its members. One that is lost while others go on is "failed", no more.
+    """
+    if len(trials) > 1:
+        _refuse_different(trials)
+    device = next(trials[0].model.parameters()).device
+    with products(execution.precision), _random_state(trials[0].config.seed, device), ExitStack() as stack:
+        members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
+        for member in members:
+            member.open(exist, stack, device)
+            if execution.tensorboard and rank() == 0 and not member.finished:
+                member.board = stack.enter_context(board(folder=member.folder, start=member.start))
+            if member.finished:  # counts, too
+                report(Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan))
+        if not (members := [member for member in members if not member.finished]):
+            return
+        for start in sorted({member.start for member in members}):  # of a killed ensemble, some may be one checkpoint ahead
+            Training([member for member in members if member.start == start], execution, device, stack).run(report)
+    if rank() == 0 and not execution.keep_weights:
+        for member in members:
+            (member.folder / checkpoints.CHECKPOINT).unlink(missing_ok=True)
+
+
+def _refuse_different(trials: Sequence[Trial]) -> None:
+    first = trials[0]
+    if any((trial.steps, trial.phases, trial.score_every) != (first.steps, first.phases, first.score_every) for trial in trials):
+        raise ValueError("the members of an ensemble need the same steps, phases and times of scores: train them apart.")
+    refuse_unlike([trial.model for trial in trials])
+    Together([trial.stream for trial in trials])
+
+
+@contextmanager
+def _random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """What dropout draws is the run's own, and other on every process."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed + 1_000_003 * rank())
+        yield

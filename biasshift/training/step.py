@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biasshift.distributed import summed, together, world
+from biasshift.precision import Precision
 
-Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

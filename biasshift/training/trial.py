@@ -4,18 +4,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from biasshift.data.stream import Stream
-from biasshift.training.step import Loss, Precision
+from biasshift.measure.layer_types import WeightLayer, unit_count
+from biasshift.precision import Precision
+from biasshift.training.step import Loss
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Probe = tuple[Tensor, Tensor]
 Exist = Literal["refuse", "replace", "resume"]
+Quantity = Literal["activations", "bias_shift", "fisher", "gap"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,42 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+
+
+# -- what the large experiments measure along a run --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Every ``every`` steps on the first ``examples`` of a probe; Fisher matrices of ``units`` of every layer."""
+
+    quantities: tuple[Quantity, ...]
+    every: int
+    examples: int
+    units: int
+    damping: float
+    batch_size: int
+
+    def watches(self, model: nn.Module, probe: Probe, labels: str, likelihood: str = "categorical") -> list[Watch]:
+        """The measurements of a model; none without quantities."""
+        if not self.quantities:
+            return []
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, WeightLayer)}
+        units = {name: evenly_spaced(unit_count(module), self.units) for name, module in layers.items()}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "layers": _weights_and_activations}
+        if {"fisher", "gap"} & set(self.quantities):
+            generator = torch.Generator(probe[0].device).manual_seed(0)
+            options |= {"units": units, "damping": self.damping, "labels": labels, "likelihood": likelihood, "generator": generator}
+        x, y = (part[: self.examples] for part in probe)
+        return [Watch((x, y), self.every, tuple(self.quantities), options)]
+
+
+def _weights_and_activations(name: str, module: nn.Module) -> bool:
+    """Not the paddings, poolings and dropouts, which have mean outputs too."""
+    return isinstance(module, WeightLayer) or name.startswith("act")
+
+
+def evenly_spaced(width: int, count: int) -> list[int]:
+    """``count`` indices from 0 on, as far apart as they go; all of them where there are no more."""
+    count = min(count, width)
+    return [i * width // count for i in range(count)]

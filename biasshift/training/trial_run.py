@@ -1,6 +1,8 @@
 """One trial and its run folder: what is opened, measured, scored, examined and put on disk of it."""
 
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,48 @@ KEPT = {  # in a checkpoint
     "step": int, "model": dict, "optimizer": dict, "update": dict, "random": dict, "labels": list, "segments": int, "examined": bool,
     "seconds": float,
 }  # fmt: skip
+
+
+# -- scores for TensorBoard --------------------------------------------------------------------
+
+
+def board(folder: Path, start: int) -> Any:
+    """A writer into the folder `tensorboard` of a run, to be used in a ``with`` block; what is there from step ``start`` on is hidden.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out.") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+
+
+# -- what training costs -----------------------------------------------------------------------
+
+
+class Clock:
+    """The cost of training steps without that of measurements: CPU seconds on the CPU, which others on the machine do not change."""
+
+    def __init__(self, device: torch.device):
+        self.now = time.perf_counter if device.type == "cuda" else time.process_time
+        self.spent, self.undisturbed, self.steps = 0.0, 0, 0
+
+    @contextmanager
+    def running(self, measured: bool) -> Iterator[None]:
+        """Around one step; ``measured`` steps hold measurements and are taken to cost what the others do."""
+        began = self.now()
+        yield
+        self.steps += 1
+        if not measured:
+            self.spent += self.now() - began
+            self.undisturbed += 1
+
+    def take(self) -> float:
+        """Seconds of all steps since the last call."""
+        steps, self.steps = self.steps, 0
+        return steps * self.spent / self.undisturbed if self.undisturbed else 0.0
 
 
 class Member:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types as kinds
-from biasshift.measure.accumulators import Options
 from biasshift.measure.fisher import measure
 from biasshift.measure.hooks import followed_by
 from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.probe import undisturbed
+from biasshift.measure.options import Options
+from biasshift.measure.sandbox import undisturbed
 from biasshift.verification.reference import has_bias_row, products
 
 Layers = Mapping[str, WeightLayer]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types as kinds
-from biasshift.measure.accumulators import Options
-from biasshift.measure.coverage import check_outputs, refuse_unusable, tied, unsound
+from biasshift.measure.coverage import Reasons, check_outputs, coupled, refuse_unusable, tied, unsound
 from biasshift.measure.hooks import counting, traced
 from biasshift.measure.likelihoods import Likelihood
-from biasshift.measure.probe import Probe, batches, underlying, undisturbed
-from biasshift.measure.separating import Reasons, coupled
+from biasshift.measure.options import Options
+from biasshift.measure.probe import Probe, batches, underlying
+from biasshift.measure.sandbox import undisturbed
 from biasshift.verification.agreement import Comparison, compared
 
 if TYPE_CHECKING:

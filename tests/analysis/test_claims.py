@@ -9,8 +9,9 @@ import pytest
 from planted import Planted, table
 from scipy import stats
 
-from biasshift.analysis.formatting import claims, claims_markdown, footnote, sentences
+from biasshift.analysis.formatting import claims_markdown, footnote, sentences
 from biasshift.analysis.statistics import holm, paired, seeds_needed, share, verdict
+from biasshift.analysis.verdicts import claims
 from biasshift.runs.writer import Run
 
 SEEDS = range(6)

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from planted import Planted, table
 
-from biasshift.analysis.per_run import QUANTITIES, examinations, fed_layers, inherited_share, mean_and_sd, per_run, reading_table
+from biasshift.analysis.formatting import QUANTITIES, mean_and_sd, reading_table
+from biasshift.analysis.per_run import examinations, fed_layers, inherited_share, per_run
 
 
 def one(run: Planted) -> pd.Series:

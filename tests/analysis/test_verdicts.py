@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from planted import Planted, table
 
-from biasshift.analysis.formatting import claims
+from biasshift.analysis.formatting import reading_table, sweep_table
 from biasshift.analysis.grid import Cell, best_rate, cells_of, paper_runs
 from biasshift.analysis.layer_points import points_of, rank_correlations
 from biasshift.analysis.learning_curves import common_levels, curve_of, loss_after, reached
-from biasshift.analysis.per_run import drifts, per_run, reading_table, sweep_table
+from biasshift.analysis.per_run import drifts, per_run
+from biasshift.analysis.verdicts import claims
 
 SEEDS = range(6)
 SEED_SPEED = [1.0, 1.1, 0.93, 1.04, 0.9, 1.02]  # what a seed does to the speed of all its networks

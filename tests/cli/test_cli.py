@@ -21,9 +21,10 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.analysis.formatting import claims, effect, footnote
+from biasshift.analysis.formatting import effect, footnote
+from biasshift.analysis.verdicts import claims
 from biasshift.cli import claims as judging, console as saying, train as training
-from biasshift.cli.progress import progress
+from biasshift.cli.console import progress
 from biasshift.experiments import demo as digits
 from biasshift.experiments.demo import Demo
 from biasshift.runs.reader import read_runs, run_states

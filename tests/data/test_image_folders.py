@@ -23,8 +23,8 @@ from biasshift.data import (
     image_folders as folders,
     image_stream as imagestreams,
 )
-from biasshift.data.orders import epoch_generator
-from biasshift.data.photographs import photographs, read_photograph
+from biasshift.data.image_folders import photographs, read_photograph
+from biasshift.data.stream import epoch_generator
 
 # PyTorch on a machine with one core, and Python from 3.12 on about the worker processes of a DataLoader.
 pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.filterwarnings("ignore:.*use of fork")]
@@ -263,7 +263,7 @@ def test_a_broken_image_is_met_as_one_sentence_wherever_it_is_loaded(little, wor
 
 
 def test_a_worker_that_is_killed_is_one_sentence(little, monkeypatch):
-    monkeypatch.setattr("biasshift.data.photographs.read_photograph", lambda *args: os._exit(1))
+    monkeypatch.setattr("biasshift.data.image_folders.read_photograph", lambda *args: os._exit(1))
     with pytest.raises(RuntimeError, match="was killed, perhaps for want of memory") as caught:
         list(ImageStream(little.train, 3, 0, crop=CROP, workers=1).epoch(1))
     one_sentence(caught.value)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from biasshift.data import Augment, Scale, TensorStream
-from biasshift.data.orders import Batching, epoch_generator
+from biasshift.data.stream import Batching, epoch_generator
 
 
 def pictures(count: int, dtype: torch.dtype = torch.uint8, channels: int = 3, side: int = 6) -> torch.Tensor:

@@ -11,8 +11,9 @@ import torch
 from tiny import DEPTH, EPOCH_STEPS, LAYERS, UNITS, WIDTH, Tiny, data
 
 from biasshift import training
-from biasshift.analysis.formatting import claims
-from biasshift.analysis.per_run import per_run, reading_table
+from biasshift.analysis.formatting import reading_table
+from biasshift.analysis.per_run import per_run
+from biasshift.analysis.verdicts import claims
 from biasshift.cli.train import _run
 from biasshift.data import TensorStream, synthetic_cifar
 from biasshift.experiments.cifar11 import Cifar11
@@ -26,7 +27,7 @@ from biasshift.nets import mlp
 from biasshift.runs.reader import read_run, read_runs, run_states
 from biasshift.training import evaluate
 from biasshift.training.process_pool import run_jobs
-from biasshift.training.running import run
+from biasshift.training.runner import run
 from biasshift.training.trial import Exist, Progress
 
 QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "residual_theorem1"]

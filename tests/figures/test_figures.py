@@ -11,8 +11,7 @@ from planted import Planted, table
 
 from biasshift import figures, plots
 from biasshift.figures import FIGURES, caption, condensed, described, draw, numbers, picture
-from biasshift.figures.convnets import TEST_ERRORS, TRAIN_LOSSES
-from biasshift.figures.listing import TABLE1
+from biasshift.figures.convnets import TABLE1, TEST_ERRORS, TRAIN_LOSSES
 from biasshift.figures.selection import chosen
 from biasshift.figures.tables import KEY, load
 from biasshift.runs.writer import Run

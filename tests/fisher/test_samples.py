@@ -93,7 +93,7 @@ def test_every_method_for_samples_solves_the_same_equations(method, monkeypatch)
 
 
 def _iterating(sums):
-    from biasshift.fisher.preconditioning import Preconditioner
+    from biasshift.fisher.cg import Preconditioner
 
     return ConjugateGradients(Preconditioner(sums, sums.weight > 0, DAMPING, torch.float64), torch.float64)
 

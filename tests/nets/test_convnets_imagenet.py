@@ -8,8 +8,8 @@ from torch import nn
 import biasshift as bs
 from biasshift.activations import ACTIVATIONS
 from biasshift.nets import SpatialPyramidPooling, StackDropout, imagenet15, set_dropout
+from biasshift.nets.convnets import IMAGENET15
 from biasshift.nets.convolution_stacks import Style, convolutions
-from biasshift.nets.imagenet import IMAGENET15
 
 TINY = 0.01
 

@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from planted import Planted
 
-from biasshift.analysis.formatting import claims, sentences
-from biasshift.plots.looks import LOOKS, ON_DARK
+from biasshift.analysis.formatting import sentences
+from biasshift.analysis.verdicts import claims
+from biasshift.plots.theme import LOOKS, ON_DARK
 from biasshift.report import report
 from biasshift.report.claims_section import claims_part
-from biasshift.report.downsample import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, DRAWN, LEVELS, MOST_CELLS, MOST_STEPS
+from biasshift.report.downsample import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, DRAWN, LEVELS, MOST_CELLS, MOST_STEPS, by_depth
 from biasshift.report.equal_loss import MOST_LAYERS
 from biasshift.report.html import as_json, escaped, plain, told_apart
-from biasshift.report.thinning import by_depth
 from biasshift.runs.reader import read_runs
 from biasshift.runs.writer import Run
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import biasshift as bs
 from biasshift import theory
-from biasshift.measure.accumulators import Measured, Options
 from biasshift.measure.fisher import measure
 from biasshift.measure.gradient_gap import gap
+from biasshift.measure.options import Measured, Options
 from biasshift.optim import UnitNaturalGradient
 from biasshift.tracking.rows import OWN_COLUMNS, UPDATE_COLUMNS
 from biasshift.training import Ensemble

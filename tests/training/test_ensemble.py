@@ -19,7 +19,7 @@ from biasshift.optim import UnitNaturalGradient
 from biasshift.runs.reader import read_run, run_states
 from biasshift.training import Diverged, Ensemble, Gradient, train
 from biasshift.training.checkpoint import CHECKPOINT
-from biasshift.training.running import Together, run
+from biasshift.training.runner import Together, run
 from biasshift.training.trial import Execution, Phase, Progress, Trial
 
 SEEDS, STEPS = (0, 1, 2), 40

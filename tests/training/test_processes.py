@@ -29,7 +29,7 @@ from biasshift.runs.reader import read_run, run_states
 from biasshift.training import Diverged, Gradient, train
 from biasshift.training.checkpoint import CHECKPOINT
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.running import run
+from biasshift.training.runner import run
 from biasshift.training.trial import Execution, Progress, Trial
 
 ROOT = Path(__file__).parents[2]

@@ -22,13 +22,13 @@ from torch import nn
 
 from biasshift.data import TensorStream, digits
 from biasshift.optim import UnitNaturalGradient
+from biasshift.precision import Precision
 from biasshift.runs.reader import read_run, run_states
 from biasshift.runs.writer import Run
 from biasshift.training import Diverged, evaluate, trial_run as member
 from biasshift.training.checkpoint import CHECKPOINT
 from biasshift.training.process_pool import run_jobs
-from biasshift.training.running import run
-from biasshift.training.step import Precision
+from biasshift.training.runner import run
 from biasshift.training.trial import Exam, Execution, Exist, Phase, Progress, Trial, Watch
 
 TESTS = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from tiny import Tiny, data
 
 from biasshift.experiments.mlp_trial import trial
 from biasshift.runs.reader import read_run
-from biasshift.training.running import run
+from biasshift.training.runner import run
 from biasshift.training.trial import Execution
 
 

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from biasshift.analysis.claim import Claim
 from biasshift.analysis.claims.coupling import NO_POINTS, ONE_PROBE, POINTS
-from biasshift.analysis.evidence import Evidence
+from biasshift.analysis.evidence import NOT_REPEATED, Evidence, repeated
 from biasshift.analysis.layer_points import rank_correlations, residuals
-from biasshift.analysis.repeating import NOT_REPEATED, repeated
 from biasshift.analysis.statistics import paired
 
 if TYPE_CHECKING:

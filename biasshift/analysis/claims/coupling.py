@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from biasshift.analysis.claim import EQUAL_STEPS, NO_EXAM, NO_UNITS, Claim
-from biasshift.analysis.evidence import Evidence
+from biasshift.analysis.evidence import Evidence, at_equal_losses, repeated
 from biasshift.analysis.grid import NAMES
 from biasshift.analysis.layer_points import between
-from biasshift.analysis.repeating import at_equal_losses, repeated
 from biasshift.analysis.statistics import paired
 
 if TYPE_CHECKING:
