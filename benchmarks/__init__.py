@@ -1,1 +1,3 @@
-"""Is it fast, and in how much memory? One file per question; `python -m benchmarks` asks them all and writes `results/`."""
+"""Is it fast, and in how much memory? One file per question; `python -m benchmarks` asks them all
+and writes `results/`.
+"""

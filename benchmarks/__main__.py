@@ -1,6 +1,8 @@
-"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and writes their tables.
+"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and writes their
+tables.
 
-``--shared`` is for a machine that others use too: one thread, and CPU seconds instead of those of the clock on the wall.
+``--shared`` is for a machine that others use too: one thread, and CPU seconds instead of those of
+the clock on the wall.
 """
 
 import importlib
@@ -16,7 +18,10 @@ from .report import QUESTIONS, table
 def main(questions: list[str]) -> None:
     unknown = [question for question in questions if question not in QUESTIONS]
     if unknown:
-        sys.exit(f"no question {', '.join(unknown)}; there are {', '.join(QUESTIONS)}, and report, which asks none")
+        sys.exit(
+            f"no question {', '.join(unknown)}; there are {', '.join(QUESTIONS)}, and report, "
+            "which asks none"
+        )
     for question in questions:
         module = importlib.import_module(f"benchmarks.{question}")
         print(f"{question}: {module.TITLE}", flush=True)

@@ -1,9 +1,11 @@
-"""All unit Fisher blocks of a network, exact over the labels, as each library gives them, and the oracle that judges them.
+"""All unit Fisher blocks of a network, exact over the labels, as each library gives them, and the
+oracle that judges them.
 
-Only ASDL has the blocks natively. The others have per-example gradients, from which ``F_u = Σ_y p_y g_u g_uᵀ`` takes a loop
-over the classes and a few lines. Each peer gets the best of these that we found: the factor ``√p_y`` goes into the loss, so
-that gradients are never scaled afterwards; one batched product per layer adds to a matrix made once; whatever is no longer
-needed is freed at once; and the examples come in pieces (``PIECES``, tried out per library and network).
+Only ASDL has the blocks natively. The others have per-example gradients, from which ``F_u = Σ_y p_y
+g_u g_uᵀ`` takes a loop over the classes and a few lines. Each peer gets the best of these that we
+found: the factor ``√p_y`` goes into the loss, so that gradients are never scaled afterwards; one
+batched product per layer adds to a matrix made once; whatever is no longer needed is freed at once;
+and the examples come in pieces (``PIECES``, tried out per library and network).
 """
 
 import warnings
@@ -21,7 +23,11 @@ Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # F r, layer by laye
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
 
 
 def joined(weight: Tensor, bias: Tensor) -> Tensor:
@@ -38,7 +44,7 @@ def add_outer(blocks: Blocks, name: str, g: Tensor) -> None:
         blocks[name] = by_unit.transpose(1, 2) @ by_unit
 
 
-# -- ours, and the peers: (model, x, pieces) → blocks times the number of examples ------------------------------------------
+# -- ours, and the peers: (model, x, pieces) → blocks times the number of examples -----------------
 
 
 def biasshift(model: nn.Module, x: Tensor, piece: int) -> object:
@@ -46,9 +52,17 @@ def biasshift(model: nn.Module, x: Tensor, piece: int) -> object:
 
 
 def asdl(model: nn.Module, x: Tensor, piece: int) -> Blocks:
-    from asdl import FISHER_EXACT, LOSS_CROSS_ENTROPY, SHAPE_UNIT_WISE, FisherConfig, get_fisher_maker
+    from asdl import (
+        FISHER_EXACT,
+        LOSS_CROSS_ENTROPY,
+        SHAPE_UNIT_WISE,
+        FisherConfig,
+        get_fisher_maker,
+    )
 
-    maker = get_fisher_maker(model, FisherConfig(FISHER_EXACT, [SHAPE_UNIT_WISE], LOSS_CROSS_ENTROPY, data_size=1))
+    maker = get_fisher_maker(
+        model, FisherConfig(FISHER_EXACT, [SHAPE_UNIT_WISE], LOSS_CROSS_ENTROPY, data_size=1)
+    )
     for i in range(0, len(x), piece):
         maker.setup_model_call(model, x[i : i + piece])
         maker.forward_and_backward(accumulate=i > 0)
@@ -67,7 +81,9 @@ def backpack(model: nn.Module, x: Tensor, piece: int) -> Blocks:
 
     def reduce_and_free(module: nn.Module) -> None:
         if module in names:
-            add_outer(blocks, names[module], joined(module.weight.grad_batch, module.bias.grad_batch))
+            add_outer(
+                blocks, names[module], joined(module.weight.grad_batch, module.bias.grad_batch)
+            )
             del module.weight.grad_batch, module.bias.grad_batch
 
     for part in x.split(piece):
@@ -84,7 +100,9 @@ def opacus(model: nn.Module, x: Tensor, piece: int) -> Blocks:
     blocks: Blocks = {}
     layers = weight_layers(model._module)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     for part in x.split(piece):
-        for y in range(next(reversed(layers.values())).out_features):  # its hooks let go of a forward pass after one backward pass
+        for y in range(
+            next(reversed(layers.values())).out_features
+        ):  # its hooks let go of a forward pass after one backward pass
             log_p = model(part).log_softmax(-1)[:, y]
             (log_p.detach().mul(0.5).exp() * log_p).sum().backward()
             for name, module in layers.items():
@@ -107,12 +125,21 @@ def torch_func(model: nn.Module, x: Tensor, piece: int) -> Blocks:
     for part in x.split(piece):
         g = vmap(jacrev(scaled), in_dims=(None, 0))(params, part)
         for name in weight_layers(model):
-            weight, bias = g.pop(f"{name}.weight").flatten(0, 1), g.pop(f"{name}.bias").flatten(0, 1)
+            weight, bias = (
+                g.pop(f"{name}.weight").flatten(0, 1),
+                g.pop(f"{name}.bias").flatten(0, 1),
+            )
             add_outer(blocks, name, joined(weight, bias))
     return blocks
 
 
-METHODS = {"biasshift": biasshift, "ASDL": asdl, "BackPACK": backpack, "Opacus": opacus, "torch.func": torch_func}
+METHODS = {
+    "biasshift": biasshift,
+    "ASDL": asdl,
+    "BackPACK": backpack,
+    "Opacus": opacus,
+    "torch.func": torch_func,
+}
 REASONS = {
     "NNGeometry": "has no unit blocks: its unit-wise matrix is the diagonal plus the bias column",
     "curvlinops": "has no unit blocks: products with the whole matrix, and Kronecker factors",
@@ -120,7 +147,9 @@ REASONS = {
 
 
 def prepared(method: str, model: nn.Module) -> nn.Module:
-    """The model as the library wants it. Raises ImportError where the library is missing, Unavailable where it cannot."""
+    """The model as the library wants it. Raises ImportError where the library is missing,
+    Unavailable where it cannot.
+    """
     if method in REASONS:
         raise Unavailable(REASONS[method])
     if method == "BackPACK":
@@ -139,14 +168,20 @@ def prepared(method: str, model: nn.Module) -> nn.Module:
     return model
 
 
-# -- the judge ---------------------------------------------------------------------------------------------------------------
+# -- the judge -------------------------------------------------------------------------------------
 
 
 def random_vectors(model: nn.Module) -> dict[str, Tensor]:
     """One random vector for every unit: a wrong number anywhere in a block shows in its product."""
     generator = torch.Generator().manual_seed(1)
-    shapes = {name: joined(m.weight[None], m.bias[None])[0].shape for name, m in weight_layers(model).items()}
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    shapes = {
+        name: joined(m.weight[None], m.bias[None])[0].shape
+        for name, m in weight_layers(model).items()
+    }
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
 
 
 def oracle(model: nn.Module, x: Tensor, r: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,5 +214,7 @@ def products(result: object, examples: int, r: dict[str, Tensor]) -> dict[str, T
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative error of a layer."""
-    errors: Iterator[float] = (((found[n].cpu().double() - e).norm() / e.norm()).item() for n, e in expected.items())
+    errors: Iterator[float] = (
+        ((found[n].cpu().double() - e).norm() / e.norm()).item() for n, e in expected.items()
+    )
     return max(errors)

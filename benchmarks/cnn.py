@@ -1,4 +1,6 @@
-"""Small convolutional network: the Fisher matrices of the shared weights (per example), where everybody is close."""
+"""Small convolutional network: the Fisher matrices of the shared weights (per example), where
+everybody is close.
+"""
 
 import torch
 from torch import nn
@@ -18,7 +20,9 @@ def prepare(method: str, device: str, small: bool) -> Task:
     convolutions = [
         part for before in (3, channels, channels) for part in (nn.Conv2d(before, channels, 3, padding=1), nn.ELU())
     ]  # fmt: skip
-    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    model = nn.Sequential(
+        *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    )
     return task(method, device, model, torch.rand(examples, 3, size, size), examples)
 
 

@@ -1,4 +1,6 @@
-"""One step of every update, written out in float64 from plain autograd: what the first step of an optimizer must be."""
+"""One step of every update, written out in float64 from plain autograd: what the first step of an
+optimizer must be.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer in one batch: activations (examples, positions, inputs), errors at the drawn labels, the gradient of the mean loss."""
+    """One layer in one batch: activations (examples, positions, inputs), errors at the drawn
+    labels, the gradient of the mean loss.
+    """
 
     a: Tensor
     delta: Tensor
@@ -21,15 +25,26 @@ def seen(model: nn.Module, x: Tensor, y: Tensor, drawn: Tensor) -> list[Seen]:
     """Every weight layer of the model, in its order."""
     calls: list[tuple[nn.Linear | nn.Conv2d, Tensor, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    hooks = [layer.register_forward_hook(lambda layer, args, output: calls.append((layer, args[0].detach(), output))) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, args, output: calls.append((layer, args[0].detach(), output))
+        )
+        for layer in layers
+    ]
     outputs = model(x)
     for hook in hooks:
         hook.remove()
-    deltas = torch.autograd.grad(F.cross_entropy(outputs, drawn, reduction="sum"), [call[2] for call in calls], retain_graph=True)
+    deltas = torch.autograd.grad(
+        F.cross_entropy(outputs, drawn, reduction="sum"),
+        [call[2] for call in calls],
+        retain_graph=True,
+    )
     params = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
     gradients = torch.autograd.grad(F.cross_entropy(outputs, y), params)
     found = []
-    for (layer, a, _), delta, g, g0 in zip(calls, deltas, gradients[::2], gradients[1::2], strict=True):
+    for (layer, a, _), delta, g, g0 in zip(
+        calls, deltas, gradients[::2], gradients[1::2], strict=True
+    ):
         if isinstance(layer, nn.Conv2d):
             patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
             found.append(Seen(patches.mT, delta.flatten(2).mT, g.flatten(1), g0))
@@ -49,7 +64,10 @@ def unit_step(layer: Seen, center: str, scale: str, damping: float) -> tuple[Ten
     if scale == "none":
         return rhs, layer.g0 - (r * rhs).sum(1)
     if center == "q":  # every unit has its own
-        W = by_unit.mT @ by_unit / len(error) / c[:, None, None] - mean_q[:, :, None] * mean_q[:, None, :]
+        W = (
+            by_unit.mT @ by_unit / len(error) / c[:, None, None]
+            - mean_q[:, :, None] * mean_q[:, None, :]
+        )
     else:
         W = ((samples - mean_p).T @ (samples - mean_p) / len(samples))[None]
     diagonal = W.diagonal(dim1=1, dim2=2)
@@ -60,9 +78,11 @@ def unit_step(layer: Seen, center: str, scale: str, damping: float) -> tuple[Ten
 
 
 def kfac_step(layer: Seen, damping: float, joint: bool, kept: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``(B + √λ/π)⁻¹ G (A + π√λ)⁻¹`` with ``A = E aaᵀ`` over examples and positions, ``B = E Σ δδᵀ`` over examples.
+    """``(B + √λ/π)⁻¹ G (A + π√λ)⁻¹`` with ``A = E aaᵀ`` over examples and positions, ``B = E Σ
+    δδᵀ`` over examples.
 
-    ``joint``: the bias is one more input that is always 1; else it has ``B`` alone. ``kept``: the share of a batch in A and B.
+    ``joint``: the bias is one more input that is always 1; else it has ``B`` alone. ``kept``: the
+    share of a batch in A and B.
 
     Source: Martens & Grosse 2015, sections 3 and 6.3; Grosse & Martens 2016 for convolutions.
     """

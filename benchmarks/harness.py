@@ -1,8 +1,10 @@
-"""How things are measured: one process per method, repeats interleaved, memory in a fresh process, answers checked first.
+"""How things are measured: one process per method, repeats interleaved, memory in a fresh process,
+answers checked first.
 
-A question is a module with ``prepare(method, device, small) -> Task`` and a list of methods. `compare` starts one worker per
-method, checks its answer against the oracle, then lets the workers run in turns, one at a time, so that a busy machine hurts
-all of them alike. The peak memory of a method is that of one run in a fresh process, after a run of a small problem.
+A question is a module with ``prepare(method, device, small) -> Task`` and a list of methods.
+`compare` starts one worker per method, checks its answer against the oracle, then lets the workers
+run in turns, one at a time, so that a busy machine hurts all of them alike. The peak memory of a
+method is that of one run in a fresh process, after a run of a small problem.
 """
 
 import ctypes
@@ -25,15 +27,28 @@ from typing import IO, Any
 
 import torch
 
-SHARED = "BIASSHIFT_BENCHMARKS_SHARED"  # in the environment: others use this machine, so one thread, and CPU seconds
+# in the environment: others use this machine, so one thread, and CPU seconds
+SHARED = "BIASSHIFT_BENCHMARKS_SHARED"
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ["torch", "biasshift", "asdfghjkl", "backpack-for-pytorch", "opacus", "nngeometry", "curvlinops-for-pytorch", "delve"]
-TOLERANCE = 1e-4  # relative error against float64 that float32 work may have; a method beyond it is not timed
+PACKAGES = [
+    "torch",
+    "biasshift",
+    "asdfghjkl",
+    "backpack-for-pytorch",
+    "opacus",
+    "nngeometry",
+    "curvlinops-for-pytorch",
+    "delve",
+]
+# relative error against float64 that float32 work may have; a method beyond it is not timed
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Task:
-    """``run()`` is what is timed; ``error(run())`` is its relative error against an answer in float64."""
+    """``run()`` is what is timed; ``error(run())`` is its relative error against an answer in
+    float64.
+    """
 
     run: Callable[[], object]
     error: Callable[[Any], float]
@@ -43,11 +58,13 @@ class Unavailable(Exception):
     """A method that cannot run here, with the reason."""
 
 
-# -- the worker's side -----------------------------------------------------------------------------------------------------
+# -- the worker's side -----------------------------------------------------------------------------
 
 
 def work(question: str, method: str, device: str, small: bool) -> None:
-    """Answers commands on stdin with one line of JSON each; whatever the libraries print goes to stderr."""
+    """Answers commands on stdin with one line of JSON each; whatever the libraries print goes to
+    stderr.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_float32_matmul_precision("highest")
@@ -57,7 +74,9 @@ def work(question: str, method: str, device: str, small: bool) -> None:
 
     try:
         prepare = importlib.import_module(f"benchmarks.{question}").prepare
-        if small:  # once through everything, so that kernels and caches of the libraries are no part of the peak
+        # once through everything, so that kernels and caches of the libraries are no part of the
+        # peak
+        if small:
             prepare(method, device, True).run()
         task = prepare(method, device, False)
         answer(ok=True)
@@ -100,7 +119,9 @@ def clock(device: str) -> float:
 
 
 def extra_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
-    """How many bytes the process grows by during one run at its peak, result included. None where the system does not tell."""
+    """How many bytes the process grows by during one run at its peak, result included. None where
+    the system does not tell.
+    """
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -121,20 +142,38 @@ def extra_memory(run: Callable[[], object], device: str = "cpu") -> float | None
 
 
 def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
-# -- the other side ----------------------------------------------------------------------------------------------------------
+# -- the other side --------------------------------------------------------------------------------
 
 
 class Worker:
     """One method in a process of its own."""
 
     def __init__(self, question: str, method: str, device: str, small: bool = False):
-        command = [sys.executable, "-m", "benchmarks.harness", question, method, device, str(int(small))]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.harness",
+            question,
+            method,
+            device,
+            str(int(small)),
+        ]
         self.method, self.why, self.seconds = method, "", 0.0
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
         self._read()
 
     def ask(self, command: str) -> Any:
@@ -150,7 +189,9 @@ class Worker:
     def _read(self) -> dict:
         stdout: IO[str] = self.process.stdout  # pyright: ignore[reportAssignmentType]
         line = stdout.readline()
-        answer = json.loads(line) if line else {"ok": False, "why": "the process ended (out of memory?)"}
+        answer = (
+            json.loads(line) if line else {"ok": False, "why": "the process ended (out of memory?)"}
+        )
         if answer.get("ok") is False:
             self.why = answer["why"]
         return answer
@@ -164,9 +205,12 @@ class Worker:
         self.process.wait()
 
 
-def compare(question: str, methods: Sequence[str], device: str, repeats: int, tolerance: float = TOLERANCE) -> list[dict]:
-    """One row per method: seconds (median, lowest), memory, error; or why there is none. Without repeats, the seconds are
-    those of the one run whose memory was measured."""
+def compare(
+    question: str, methods: Sequence[str], device: str, repeats: int, tolerance: float = TOLERANCE
+) -> list[dict]:
+    """One row per method: seconds (median, lowest), memory, error; or why there is none. Without
+    repeats, the seconds are those of the one run whose memory was measured.
+    """
     rows, workers, once = [], [], {}
     for method in methods:
         row: dict[str, Any] = {"method": method}
@@ -183,7 +227,9 @@ def compare(question: str, methods: Sequence[str], device: str, repeats: int, to
             print(f"  {method}: left out ({worker.why})", flush=True)
         rows.append(row)
         workers.append(worker)
-    times: dict[str, list[float]] = {w.method: [] if repeats else [once[w.method]] for w in workers if not w.why}
+    times: dict[str, list[float]] = {
+        w.method: [] if repeats else [once[w.method]] for w in workers if not w.why
+    }
     for _ in range(repeats):
         for worker in workers:
             if not worker.why:
@@ -191,7 +237,11 @@ def compare(question: str, methods: Sequence[str], device: str, repeats: int, to
     for worker, row in zip(workers, rows, strict=True):
         worker.close()
         if worker.method in times and not worker.why:
-            row |= {"seconds": median(times[worker.method]), "fastest": min(times[worker.method]), "repeats": max(1, repeats)}
+            row |= {
+                "seconds": median(times[worker.method]),
+                "fastest": min(times[worker.method]),
+                "repeats": max(1, repeats),
+            }
             print(f"  {worker.method}: {show(row)}", flush=True)
     return rows
 
@@ -201,7 +251,7 @@ def show(row: dict) -> str:
     return f"{row['seconds'] * 1e3:.1f} ms (fastest {row['fastest'] * 1e3:.1f}){memory}, error {row['error']:.0e}"
 
 
-# -- results -----------------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def devices() -> list[str]:
@@ -214,7 +264,9 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    threads = "1 thread, CPU seconds" if SHARED in os.environ else f"{torch.get_num_threads()} threads"
+    threads = (
+        "1 thread, CPU seconds" if SHARED in os.environ else f"{torch.get_num_threads()} threads"
+    )
     return f"{names[0] if names else platform.processor()}, {threads}"
 
 
@@ -236,9 +288,13 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../biasshift") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--", "../biasshift") else ""
+    )
 
 
 def write(question: str, device: str, title: str, rows: list[dict], **more: object) -> Path:
@@ -257,11 +313,15 @@ def write(question: str, device: str, title: str, rows: list[dict], **more: obje
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{question}_{device}.json"
-    path.write_text(json.dumps({**header, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**header, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return path
 
 
 if __name__ == "__main__":
-    from benchmarks.harness import work  # as the questions import it, so that its classes are the same
+    from benchmarks.harness import (
+        work,
+    )  # as the questions import it, so that its classes are the same
 
     work(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "1")

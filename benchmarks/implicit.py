@@ -1,4 +1,6 @@
-"""Layers too large for blocks: natural gradients of all units from the samples alone, against building and factoring the blocks."""
+"""Layers too large for blocks: natural gradients of all units from the samples alone, against
+building and factoring the blocks.
+"""
 
 import copy
 
@@ -28,29 +30,48 @@ def prepare(method: str, device: str, small: bool) -> Task:
     if small:
         inputs, units, samples = 8, 8, 4 if storage == "conv" else 32
     torch.manual_seed(0)
-    return _convolution(inputs, samples, device) if storage == "conv" else _linear(inputs, units, samples, storage, device)
+    return (
+        _convolution(inputs, samples, device)
+        if storage == "conv"
+        else _linear(inputs, units, samples, storage, device)
+    )
 
 
 def _linear(inputs: int, units: int, samples: int, storage: str, device: str) -> Task:
-    """Correlated activations behind an ELU, and errors that sit on few of the samples, as they do in a trained network."""
-    factors = torch.randn(samples, inputs // 4) @ torch.randn(inputs // 4, inputs) / (inputs // 4) ** 0.5
+    """Correlated activations behind an ELU, and errors that sit on few of the samples, as they do
+    in a trained network.
+    """
+    factors = (
+        torch.randn(samples, inputs // 4) @ torch.randn(inputs // 4, inputs) / (inputs // 4) ** 0.5
+    )
     a = nn.functional.elu(factors + 0.5 * torch.randn(samples, inputs)).to(device)
     delta2 = torch.randn(samples, units).mul_(1.5).exp_().to(device)
     g, g0 = torch.randn(units, inputs, device=device), torch.randn(units, device=device)
 
     def run() -> tuple:
-        fisher = bs.UnitFisher.from_samples(a, delta2, damping=DAMPING, storage=storage, tolerance=RESIDUAL, memory_budget=2**40)
+        fisher = bs.UnitFisher.from_samples(
+            a, delta2, damping=DAMPING, storage=storage, tolerance=RESIDUAL, memory_budget=2**40
+        )
         return fisher.natural_gradient(g, g0)
 
     def error(result: tuple) -> float:
         return max(
-            _residual(a.double(), delta2[:, u].double(), g[u].double(), g0[u].double(), result[0][u].double()) for u in (0, units - 1)
+            _residual(
+                a.double(),
+                delta2[:, u].double(),
+                g[u].double(),
+                g0[u].double(),
+                result[0][u].double(),
+            )
+            for u in (0, units - 1)
         )
 
     return Task(run, error)
 
 
-def _residual(a: torch.Tensor, weights: torch.Tensor, g: torch.Tensor, g0: torch.Tensor, dw: torch.Tensor) -> float:
+def _residual(
+    a: torch.Tensor, weights: torch.Tensor, g: torch.Tensor, g0: torch.Tensor, dw: torch.Tensor
+) -> float:
     """``|c W Δw − (g − g₀ m)| / |g − g₀ m|`` of one unit, its covariance written out."""
     c, q = weights.mean(), weights / weights.sum()
     m = q @ a
@@ -61,23 +82,32 @@ def _residual(a: torch.Tensor, weights: torch.Tensor, g: torch.Tensor, g0: torch
 
 
 def _convolution(channels: int, examples: int, device: str) -> Task:
-    """Shared weights, per example; 10 classes, exact over the labels. The answer is judged by the blocks of two units."""
+    """Shared weights, per example; 10 classes, exact over the labels. The answer is judged by the
+    blocks of two units.
+    """
     layer = nn.Conv2d(channels, channels, 3, padding=1)
-    model = nn.Sequential(layer, nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).to(device)
+    model = nn.Sequential(
+        layer, nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    ).to(device)
     x = nn.functional.elu(torch.randn(examples, channels, 14, 14, device=device))
     g, g0 = torch.randn(channels, 9 * channels, device=device), torch.randn(channels, device=device)
     some = [0, channels - 1]
 
     def run() -> tuple:
-        fishers = bs.unit_fisher(model, x, layers=["0"], damping=DAMPING, storage="implicit", tolerance=RESIDUAL)
+        fishers = bs.unit_fisher(
+            model, x, layers=["0"], damping=DAMPING, storage="implicit", tolerance=RESIDUAL
+        )
         return fishers["0"].natural_gradient(g, g0)
 
     def error(result: tuple) -> float:
-        """Against a direct solution in float64. A residual would say little: of so few examples V is nearly singular, and float32
-        errors of the network's own passes, which the solution hardly feels, are magnified in it.
+        """Against a direct solution in float64. A residual would say little: of so few examples V
+        is nearly singular, and float32 errors of the network's own passes, which the solution
+        hardly feels, are magnified in it.
         """
         wide = copy.deepcopy(model).double()
-        fisher = bs.unit_fisher(wide, x.double(), layers=["0"], units=some, damping=DAMPING, storage="dense")["0"]
+        fisher = bs.unit_fisher(
+            wide, x.double(), layers=["0"], units=some, damping=DAMPING, storage="dense"
+        )["0"]
         right, _ = fisher.natural_gradient(g[some].double(), g0[some].double())
         return ((result[0][some].double() - right).norm(dim=1) / right.norm(dim=1)).max().item()
 

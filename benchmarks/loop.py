@@ -1,4 +1,6 @@
-"""What the package's training loop costs: an epoch of the MNIST network against a hand-written loop of the same model."""
+"""What the package's training loop costs: an epoch of the MNIST network against a hand-written loop
+of the same model.
+"""
 
 import copy
 from collections.abc import Callable
@@ -52,13 +54,31 @@ METHODS = {"hand-written": hand_written, "hand-written again": hand_written, "bi
 def main(repeats: int = 11) -> None:
     for device in devices():
         model = mlp(784).to(device)
-        x, y = torch.rand(EXAMPLES, 784, device=device), torch.randint(10, (EXAMPLES,), device=device)
+        x, y = (
+            torch.rand(EXAMPLES, 784, device=device),
+            torch.randint(10, (EXAMPLES,), device=device),
+        )
         epochs = {name: make(copy.deepcopy(model), x, y) for name, make in METHODS.items()}
-        rounds = [{name: seconds(epoch, device) for name, epoch in epochs.items()} for _ in range(repeats + 1)][1:]
+        rounds = [
+            {name: seconds(epoch, device) for name, epoch in epochs.items()}
+            for _ in range(repeats + 1)
+        ][1:]
         rows = []
         for name in epochs:
             ratio = median(times[name] / times["hand-written"] for times in rounds)
-            print(f"  {name}: {median(times[name] for times in rounds):.2f} s, {ratio:.3f} of the hand-written loop", flush=True)
+            print(
+                f"  {name}: {median(times[name] for times in rounds):.2f} s, {ratio:.3f} of the "
+                "hand-written loop",
+                flush=True,
+            )
             times = [times[name] for times in rounds]
-            rows.append({"method": name, "seconds": median(times), "fastest": min(times), "repeats": repeats, "share": ratio - 1})
+            rows.append(
+                {
+                    "method": name,
+                    "seconds": median(times),
+                    "fastest": min(times),
+                    "repeats": repeats,
+                    "share": ratio - 1,
+                }
+            )
         write("loop", device, TITLE, rows, targets=TARGETS)

@@ -1,4 +1,6 @@
-"""Whole network: the unit Fisher matrices of all units of an MLP 784-128×3-10, exact over the labels, on 256 examples."""
+"""Whole network: the unit Fisher matrices of all units of an MLP 784-128×3-10, exact over the
+labels, on 256 examples.
+"""
 
 import copy
 
@@ -18,7 +20,13 @@ def prepare(method: str, device: str, small: bool) -> Task:
     torch.manual_seed(0)
     inputs, examples, hidden = (8, 4, 6) if small else (784, 256, 128)
     model = nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, hidden), nn.ELU(), nn.Linear(hidden, 10)
+        nn.Linear(inputs, hidden),
+        nn.ELU(),
+        nn.Linear(hidden, hidden),
+        nn.ELU(),
+        nn.Linear(hidden, hidden),
+        nn.ELU(),
+        nn.Linear(hidden, 10),
     )
     x = torch.rand(examples, inputs)
     return task(method, device, model, x, PIECES.get(method, examples))

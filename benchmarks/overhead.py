@@ -1,7 +1,9 @@
-"""What watching a training loop costs: activation moments on every step, and a probe log between two of its measurements.
+"""What watching a training loop costs: activation moments on every step, and a probe log between
+two of its measurements.
 
-The network is the 11-layer one of the ELU paper for CIFAR-100: stacks of (layers × units × kernel), an ELU after every
-convolution, max-pooling 2×2 with stride 2 after every stack while the map is larger than one place.
+The network is the 11-layer one of the ELU paper for CIFAR-100: stacks of (layers × units × kernel),
+an ELU after every convolution, max-pooling 2×2 with stride 2 after every stack while the map is
+larger than one place.
 """
 
 import logging
@@ -19,7 +21,15 @@ import biasshift as bs
 from .harness import devices, seconds, write
 
 TITLE = "Share of a training step of the 11-layer network (CIFAR-100, batch 100)"
-STACKS = [[(192, 5)], [(192, 1), (240, 3)], [(240, 1), (260, 2)], [(260, 1), (280, 2)], [(280, 1), (300, 2)], [(300, 1)], [(100, 1)]]
+STACKS = [
+    [(192, 5)],
+    [(192, 1), (240, 3)],
+    [(240, 1), (260, 2)],
+    [(260, 1), (280, 2)],
+    [(280, 1), (300, 2)],
+    [(300, 1)],
+    [(100, 1)],
+]
 TARGETS = {"biasshift, every step": 0.05}  # of a step, at most
 
 
@@ -36,12 +46,20 @@ def network() -> nn.Sequential:
     return nn.Sequential(*modules, nn.Flatten())
 
 
-def watched(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+def watched(
+    method: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> Callable[[], object]:
     """Starts watching; returns what stops it."""
     if method == "biasshift, every step":
         return bs.instrument(model).remove
     if method == "biasshift, between probe steps":
-        return bs.instrument(model, optimizer, (x[:4], y[:4]), every=10**9, quantities=("activations", "bias_shift")).remove
+        return bs.instrument(
+            model, optimizer, (x[:4], y[:4]), every=10**9, quantities=("activations", "bias_shift")
+        ).remove
     if method == "plain hooks, var_mean":
         sums: dict[nn.Module, torch.Tensor] = {}
 
@@ -49,12 +67,21 @@ def watched(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, x: 
             both = torch.stack(torch.var_mean(output.detach(), dim=(0, 2, 3)))
             sums[module] = both if module not in sums else sums[module] + both
 
-        handles = [module.register_forward_hook(add) for module in model if isinstance(module, nn.ELU)]
+        handles = [
+            module.register_forward_hook(add) for module in model if isinstance(module, nn.ELU)
+        ]
         return lambda: [handle.remove() for handle in handles]
     return lambda: None
 
 
-METHODS = ["bare", "bare again", "biasshift, every step", "biasshift, between probe steps", "plain hooks, var_mean", "delve, covariances"]
+METHODS = [
+    "bare",
+    "bare again",
+    "biasshift, every step",
+    "biasshift, between probe steps",
+    "plain hooks, var_mean",
+    "delve, covariances",
+]
 
 
 class Loop:
@@ -64,7 +91,10 @@ class Loop:
         torch.manual_seed(0)
         self.model = network().to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
-        self.x, self.y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(100, (batch,), device=device)
+        self.x, self.y = (
+            torch.randn(batch, 3, 32, 32, device=device),
+            torch.randint(100, (batch,), device=device),
+        )
 
     def __call__(self) -> None:
         loss = F.cross_entropy(self.model(self.x), self.y)
@@ -98,8 +128,17 @@ def shares(device: str, repeats: int, batch: int = 100) -> list[dict]:
         times = [times[method] for times in rounds]
         share = median(times[method] / times["bare"] - 1 for times in rounds)
         of_fastest = min(times) / min(times["bare"] for times in rounds) - 1
-        print(f"  {method}: {median(times) * 1e3:.0f} ms, {share:+.1%} of a step ({of_fastest:+.1%} comparing the fastest)", flush=True)
-        row = {"method": method, "seconds": median(times), "fastest": min(times), "repeats": repeats}
+        print(
+            f"  {method}: {median(times) * 1e3:.0f} ms, {share:+.1%} of a step ({of_fastest:+.1%} "
+            "comparing the fastest)",
+            flush=True,
+        )
+        row = {
+            "method": method,
+            "seconds": median(times),
+            "fastest": min(times),
+            "repeats": repeats,
+        }
         rows.append({**row, "share": share, "share_of_fastest": of_fastest})
     return rows + [{"method": method, "skipped": why} for method, why in skipped.items()]
 

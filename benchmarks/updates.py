@@ -1,9 +1,11 @@
-"""What a training step costs with every update of the package, against SGD and against the K-FAC of two peers.
+"""What a training step costs with every update of the package, against SGD and against the K-FAC of
+two peers.
 
-A step is forward, backward, update, with the mean cross-entropy; ``every 10`` looks at the curvature, and factors it, on every
-tenth step only. The learning rate is 0 while the clock runs: all methods work on the same network. What each one's first step
-would be is compared in float64 with `formulas`, at the labels that the method draws. The damping is each method's own: relative
-to the mean diagonal here, shared out between the factors in the peers.
+A step is forward, backward, update, with the mean cross-entropy; ``every 10`` looks at the
+curvature, and factors it, on every tenth step only. The learning rate is 0 while the clock runs:
+all methods work on the same network. What each one's first step would be is compared in float64
+with `formulas`, at the labels that the method draws. The damping is each method's own: relative to
+the mean diagonal here, shared out between the factors in the peers.
 """
 
 import copy
@@ -33,19 +35,23 @@ Expected = Callable[[Seen], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Update:
-    """``make`` gives what trains; ``expected`` is its first update of a layer; ``labels`` are those of its errors."""
+    """``make`` gives what trains; ``expected`` is its first update of a layer; ``labels`` are those
+    of its errors.
+    """
 
     make: Make
     expected: Expected
     labels: Callable[[Tensor, Tensor], Tensor]
 
 
-# -- labels: of the logits and the data's own --------------------------------------------------------------------------------
+# -- labels: of the logits and the data's own ------------------------------------------------------
 
 
 def drawn(logits: Tensor, y: Tensor) -> Tensor:
     """As everybody here draws them from a fresh generator."""
-    return torch.multinomial(logits.softmax(-1), 1, True, generator=torch.Generator().manual_seed(0))[:, 0]
+    return torch.multinomial(
+        logits.softmax(-1), 1, True, generator=torch.Generator().manual_seed(0)
+    )[:, 0]
 
 
 def drawn_in_single(logits: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def given(logits: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-# -- the methods -------------------------------------------------------------------------------------------------------------
+# -- the methods -----------------------------------------------------------------------------------
 
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
@@ -80,9 +86,25 @@ def sgd() -> Update:
 
 def ours(center: str, scale: str, labels: str = "sampled") -> Update:
     def make(model: nn.Module, every: int, rate: float) -> Step:
-        return loop(model, UnitNaturalGradient(model, rate, center, scale, damping=DAMPING, labels=labels, update_every=every, decay=DECAY))
+        return loop(
+            model,
+            UnitNaturalGradient(
+                model,
+                rate,
+                center,
+                scale,
+                damping=DAMPING,
+                labels=labels,
+                update_every=every,
+                decay=DECAY,
+            ),
+        )
 
-    return Update(make, lambda layer: unit_step(layer, center, scale, DAMPING), drawn_in_single if labels == "sampled" else given)
+    return Update(
+        make,
+        lambda layer: unit_step(layer, center, scale, DAMPING),
+        drawn_in_single if labels == "sampled" else given,
+    )
 
 
 def asdl() -> Update:
@@ -92,7 +114,11 @@ def asdl() -> Update:
         from asdl import KfacGradientMaker, PreconditioningConfig
 
         config = PreconditioningConfig(
-            preconditioner_upd_interval=every, curvature_upd_interval=every, data_size=1, damping=DAMPING, ema_decay=1 - DECAY
+            preconditioner_upd_interval=every,
+            curvature_upd_interval=every,
+            data_size=1,
+            damping=DAMPING,
+            ema_decay=1 - DECAY,
         )
         maker = KfacGradientMaker(model, config, seed=0)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
@@ -110,7 +136,9 @@ def asdl() -> Update:
 
 
 def curvlinops() -> Update:
-    """No optimizer but a linear operator, of the latest look's batch alone, for which it goes through the model once more."""
+    """No optimizer but a linear operator, of the latest look's batch alone, for which it goes
+    through the model once more.
+    """
 
     def make(model: nn.Module, every: int, rate: float) -> Step:
         from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
@@ -129,7 +157,9 @@ def curvlinops() -> Update:
                     model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False, seed=steps,
                     num_per_example_loss_terms=1, separate_weight_and_bias=False, num_data=len(x),
                 )  # fmt: skip
-                inverse = KFACInverseLinearOperator(kfac, damping=DAMPING, use_heuristic_damping=True)
+                inverse = KFACInverseLinearOperator(
+                    kfac, damping=DAMPING, use_heuristic_damping=True
+                )
             for p, update in zip(params, inverse @ [p.grad for p in params], strict=True):
                 p.grad = update
             optimizer.step()
@@ -158,7 +188,7 @@ UPDATES = {  # name → update, steps between two looks
 NETWORKS = ("MLP", "CNN")
 
 
-# -- the question ------------------------------------------------------------------------------------------------------------
+# -- the question ----------------------------------------------------------------------------------
 
 
 def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -168,15 +198,23 @@ def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Te
         model = mlp(shape[1], *((6, 2) if small else (128, 8)))
     else:
         shape, channels = ((2, 3, 4, 4), 4) if small else ((32, 3, 16, 16), 32)
-        convolutions = [part for before in (3, channels, channels) for part in (nn.Conv2d(before, channels, 3, padding=1), nn.ELU())]
-        model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+        convolutions = [
+            part
+            for before in (3, channels, channels)
+            for part in (nn.Conv2d(before, channels, 3, padding=1), nn.ELU())
+        ]
+        model = nn.Sequential(
+            *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+        )
     return model, [(torch.rand(shape), torch.randint(10, shape[:1])) for _ in range(STEPS)]
 
 
 def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The relative error of the first step of all parameters together."""
     layers = seen(model, x, y, update.labels(model(x).detach(), y))
-    expected = nn.utils.parameters_to_vector([part.flatten() for layer in layers for part in update.expected(layer)])
+    expected = nn.utils.parameters_to_vector(
+        [part.flatten() for layer in layers for part in update.expected(layer)]
+    )
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     update.make(model, every, 1.0)(x, y)
     moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -184,7 +222,9 @@ def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) ->
 
 
 def costs(network: str, device: str, repeats: int, small: bool = False) -> list[dict]:
-    """Every method on a few steps in turn, in multiples of the SGD beside it. The first round warms up."""
+    """Every method on a few steps in turn, in multiples of the SGD beside it. The first round warms
+    up.
+    """
     model, batches = problem(network, small)
     there, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
     errors: dict[str, float] = {}
@@ -201,11 +241,26 @@ def costs(network: str, device: str, repeats: int, small: bool = False) -> list[
         for x, y in there:
             steps[name](x, y)
 
-    rounds = [{name: seconds(lambda name=name: run(name), device) / STEPS for name in steps} for _ in range(repeats + 1)][1:]
+    rounds = [
+        {name: seconds(lambda name=name: run(name), device) / STEPS for name in steps}
+        for _ in range(repeats + 1)
+    ][1:]
     for name in steps:
-        times, ratio = [times[name] for times in rounds], median(times[name] / times["SGD"] for times in rounds)
-        print(f"  {network}: {name}: {median(times) * 1e3:.2f} ms, {ratio:.2f} × SGD, error {errors[name]:.0e}", flush=True)
-        row = {"method": f"{network}: {name}", "seconds": median(times), "fastest": min(times), "repeats": repeats}
+        times, ratio = (
+            [times[name] for times in rounds],
+            median(times[name] / times["SGD"] for times in rounds),
+        )
+        print(
+            f"  {network}: {name}: {median(times) * 1e3:.2f} ms, {ratio:.2f} × SGD, error "
+            f"{errors[name]:.0e}",
+            flush=True,
+        )
+        row = {
+            "method": f"{network}: {name}",
+            "seconds": median(times),
+            "fastest": min(times),
+            "repeats": repeats,
+        }
         rows.append({**row, "steps_of_sgd": ratio, "error": errors[name]})
     return rows
 
@@ -213,4 +268,9 @@ def costs(network: str, device: str, repeats: int, small: bool = False) -> list[
 def main(repeats: int = 11) -> None:
     warnings.filterwarnings("ignore", module="torch")  # what the peers use of it is deprecated
     for device in devices():
-        write("updates", device, TITLE, [row for network in NETWORKS for row in costs(network, device, repeats)])
+        write(
+            "updates",
+            device,
+            TITLE,
+            [row for network in NETWORKS for row in costs(network, device, repeats)],
+        )

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 
 class SReLU(nn.Module):
-    """Shifted ReLU, ``max(−1, x)``: negative values like ELU, but with a kink instead of a smooth saturation.
+    """Shifted ReLU, ``max(−1, x)``: negative values like ELU, but with a kink instead of a smooth
+    saturation.
 
     >>> import torch
     >>> SReLU()(torch.tensor([-2.0, -0.5, 3.0]))
@@ -27,4 +28,9 @@ def lrelu() -> nn.Module:
     return nn.LeakyReLU(0.1)
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"elu": elu, "relu": nn.ReLU, "lrelu": lrelu, "srelu": SReLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "elu": elu,
+    "relu": nn.ReLU,
+    "lrelu": lrelu,
+    "srelu": SReLU,
+}

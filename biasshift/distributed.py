@@ -1,4 +1,6 @@
-"""Several processes on one training run: who we are among them, and sums over all of us. Alone, everything here is the identity."""
+"""Several processes on one training run: who we are among them, and sums over all of us. Alone,
+everything here is the identity.
+"""
 
 import os
 from collections.abc import Iterator
@@ -50,10 +52,16 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def summed(values: Tensor | None, length: int) -> Tensor:
-    """The sum over all processes of a float64 vector; ``None`` stands for zeros. ``length`` is the same on all of them."""
+    """The sum over all processes of a float64 vector; ``None`` stands for zeros. ``length`` is the
+    same on all of them.
+    """
     values = torch.zeros(length, dtype=torch.float64) if values is None else values
     if together():
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if dist.get_backend() == "nccl"
+            else torch.device("cpu")
+        )
         values = values.to(device)
         dist.all_reduce(values)
     return values

@@ -1,4 +1,6 @@
-"""How this project's docstrings become Markdown: doctests are code, and reStructuredText's simple tables are tables."""
+"""How this project's docstrings become Markdown: doctests are code, and reStructuredText's simple
+tables are tables.
+"""
 
 import re
 from itertools import pairwise
@@ -22,7 +24,9 @@ def markdown(text: str) -> str:
 
 
 def fenced(lines: list[str]) -> str:
-    """Doctests, up to the next empty line, between fences: without them ``>>>`` is a quotation of a quotation of a quotation."""
+    """Doctests, up to the next empty line, between fences: without them ``>>>`` is a quotation of a
+    quotation of a quotation.
+    """
     found: list[str] = []
     inside = False
     for line in [*lines, ""]:
@@ -50,4 +54,10 @@ def tabled(lines: list[str]) -> list[str]:
 
     titles = [row(line) for line in lines[top + 1 : head]]
     rows = [row(line) for line in lines[head + 1 : bottom]]
-    return [*lines[:top], *titles, "|" + " --- |" * len(starts), *rows, *tabled(lines[bottom + 1 :])]
+    return [
+        *lines[:top],
+        *titles,
+        "|" + " --- |" * len(starts),
+        *rows,
+        *tabled(lines[bottom + 1 :]),
+    ]

@@ -1,7 +1,8 @@
-"""Runs notebooks and keeps their outputs: `python notebooks/execute.py notebooks/*.ipynb`. Twice the same, the same bytes.
+"""Runs notebooks and keeps their outputs: `python notebooks/execute.py notebooks/*.ipynb`. Twice
+the same, the same bytes.
 
-Widgets have names drawn by chance, and are numbered instead; no timings and no versions are kept; one thread, so that sums are added
-in one order on machines with any number of cores.
+Widgets have names drawn by chance, and are numbered instead; no timings and no versions are kept;
+one thread, so that sums are added in one order on machines with any number of cores.
 """
 
 import json
@@ -13,23 +14,39 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-STATE, VIEW = "application/vnd.jupyter.widget-state+json", "application/vnd.jupyter.widget-view+json"
-SECONDS = 600  # for a cell, on a machine that has other work, too; a whole notebook takes half a minute
+STATE, VIEW = (
+    "application/vnd.jupyter.widget-state+json",
+    "application/vnd.jupyter.widget-view+json",
+)
+SECONDS = (
+    600  # for a cell, on a machine that has other work, too; a whole notebook takes half a minute
+)
 
 
 def executed(notebook: nbformat.NotebookNode, folder: str | Path) -> nbformat.NotebookNode:
-    """Run top to bottom in a kernel of its own, in a folder; its outputs take the place of older ones."""
+    """Run top to bottom in a kernel of its own, in a folder; its outputs take the place of older
+    ones.
+    """
     notebook.metadata.pop("widgets", None)
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=resources)
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=resources
+    )
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
     notebook.metadata.language_info.pop("version", None)
     return renumbered(notebook)
 
 
 def renumbered(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Widgets named by their order of appearance, in what is shown and then in what that is made of; others are dropped."""
-    shown = [output.data[VIEW].model_id for cell in notebook.cells for output in cell.get("outputs", []) if VIEW in output.get("data", {})]
+    """Widgets named by their order of appearance, in what is shown and then in what that is made
+    of; others are dropped.
+    """
+    shown = [
+        output.data[VIEW].model_id
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if VIEW in output.get("data", {})
+    ]
     if not shown:
         return notebook
     states, names = notebook.metadata.widgets[STATE]["state"], dict[str, str]()

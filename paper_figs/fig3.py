@@ -1,4 +1,5 @@
-"""Figure 3: reconstruction error of autoencoders, four learning rates. `python paper_figs/fig3.py [RUNS...]`
+"""Figure 3: reconstruction error of autoencoders, four learning rates. `python paper_figs/fig3.py
+[RUNS...]`
 
 RUNS are folders of `biasshift train autoencoder`.
 """

@@ -1,4 +1,5 @@
-"""Figure 4: CIFAR-100, 11 layers: training loss and test error. `python paper_figs/fig4.py [RUNS...]`
+"""Figure 4: CIFAR-100, 11 layers: training loss and test error. `python paper_figs/fig4.py
+[RUNS...]`
 
 RUNS are folders of `biasshift train cifar11`.
 """

@@ -1,6 +1,8 @@
-"""Figure 7: variance over epochs of the activation of every hidden unit. `python paper_figs/fig7.py [RUNS...]`
+"""Figure 7: variance over epochs of the activation of every hidden unit. `python paper_figs/fig7.py
+[RUNS...]`
 
-RUNS are folders of `biasshift train mnist --depth 5 --width 256 --epochs 200 --activation elu relu`.
+RUNS are folders of `biasshift train mnist --depth 5 --width 256 --epochs 200 --activation elu
+relu`.
 """
 
 import sys

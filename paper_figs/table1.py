@@ -1,4 +1,5 @@
-"""Table 1: test errors on CIFAR-10 and CIFAR-100, beside the paper's ten networks. `python paper_figs/table1.py [RUNS...]`
+"""Table 1: test errors on CIFAR-10 and CIFAR-100, beside the paper's ten networks. `python
+paper_figs/table1.py [RUNS...]`
 
 RUNS are folders of `biasshift train cifar18`.
 """

@@ -1,4 +1,5 @@
-"""theory1: the gradient gap against the mean incoming activation. `python paper_figs/theory1.py [RUNS...]`
+"""theory1: the gradient gap against the mean incoming activation. `python paper_figs/theory1.py
+[RUNS...]`
 
 RUNS are folders of `biasshift demo` or `biasshift train mnist`.
 """

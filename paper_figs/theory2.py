@@ -1,4 +1,5 @@
-"""theory2: Theorem 2 along training: k and the corrected means. `python paper_figs/theory2.py [RUNS...]`
+"""theory2: Theorem 2 along training: k and the corrected means. `python paper_figs/theory2.py
+[RUNS...]`
 
 RUNS are folders of `biasshift demo` or `biasshift train mnist`.
 """

@@ -1,4 +1,5 @@
-"""theory4: is it causal? Updates that take the bias shift out. `python paper_figs/theory4.py [RUNS...]`
+"""theory4: is it causal? Updates that take the bias shift out. `python paper_figs/theory4.py
+[RUNS...]`
 
 RUNS are folders of `biasshift sweep`.
 """

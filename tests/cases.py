@@ -33,7 +33,12 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.up, self.down, self.head = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.stem, self.up, self.down, self.head = (
+            nn.Linear(5, 6),
+            nn.Linear(6, 4),
+            nn.Linear(4, 6),
+            nn.Linear(6, 3),
+        )
         self.act = nn.ELU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +107,11 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.elu(self.stem(x))
-        return self.head(self.block(h) if self.reentrant is None else checkpoint(self.block, h, use_reentrant=self.reentrant))
+        return self.head(
+            self.block(h)
+            if self.reentrant is None
+            else checkpoint(self.block, h, use_reentrant=self.reentrant)
+        )
 
 
 class Pool(nn.Module):
@@ -132,7 +141,9 @@ class Windows(nn.Module):
 
 
 class SequenceFirst(nn.Module):
-    """Positions lead inside the model. With as many positions as examples the axes cannot be told apart by size."""
+    """Positions lead inside the model. With as many positions as examples the axes cannot be told
+    apart by size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +184,13 @@ def frozen() -> nn.Module:
 def normalized_conv() -> nn.Module:
     """BatchNorm with statistics of its own, in eval mode."""
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        nn.Conv2d(2, 3, 3, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(27, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 3),
     )
     for norm in (model[1], model[5]):
         norm.running_mean.normal_()
@@ -184,7 +201,9 @@ def normalized_conv() -> nn.Module:
 
 def conv_net(head: int, **options: object) -> nn.Module:
     """One convolution of 2 channels and one linear layer."""
-    return nn.Sequential(nn.Conv2d(2, 4, **{"kernel_size": 3, **options}), nn.ELU(), nn.Flatten(), nn.Linear(head, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, **{"kernel_size": 3, **options}), nn.ELU(), nn.Flatten(), nn.Linear(head, 3)
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +234,9 @@ class Case:
 
 
 def _mlp(act: Callable[[], nn.Module], outputs: int = 3) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Linear(5, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, outputs))
+    return lambda: nn.Sequential(
+        nn.Linear(5, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, outputs)
+    )
 
 
 CASES = [
@@ -224,9 +245,17 @@ CASES = [
     Case("mlp-relu", _mlp(nn.ReLU), (40, 5)),
     Case("mlp-tanh", _mlp(nn.Tanh), (40, 5)),
     Case("mlp-functional", FunctionalMLP, (40, 5)),
-    Case("mlp-no-bias", lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.ELU(), nn.Linear(6, 3)), (40, 5)),
+    Case(
+        "mlp-no-bias",
+        lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.ELU(), nn.Linear(6, 3)),
+        (40, 5),
+    ),
     Case("mlp-frozen", frozen, (40, 5)),
-    Case("mlp-layernorm", lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ELU(), nn.Linear(6, 3)), (40, 5)),
+    Case(
+        "mlp-layernorm",
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ELU(), nn.Linear(6, 3)),
+        (40, 5),
+    ),
     Case("mlp-gaussian", _mlp(nn.ELU), (40, 5), "gaussian"),
     Case("mlp-bernoulli", _mlp(nn.ELU), (40, 5), "bernoulli"),
     Case("residual", Residual, (40, 5)),
@@ -234,29 +263,68 @@ CASES = [
     Case("keyword", Keyword, (40, 5)),
     Case("shared", Shared, (40, 5), shared=("twice",)),
     Case("tied", Tied, (40, 5), shared=("first", "again")),
-    Case("tokens-pooled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Pool(), nn.Linear(5, 3)), (24, 4, 3)),
-    Case("tokens-labeled", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Mix(), nn.Linear(5, 3)), (24, 4, 3), tokens=True),
-    Case("tokens-inplace", lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(inplace=True), Pool(), nn.Linear(5, 3)), (24, 4, 3)),
+    Case(
+        "tokens-pooled",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Pool(), nn.Linear(5, 3)),
+        (24, 4, 3),
+    ),
+    Case(
+        "tokens-labeled",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(), Mix(), nn.Linear(5, 3)),
+        (24, 4, 3),
+        tokens=True,
+    ),
+    Case(
+        "tokens-inplace",
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ELU(inplace=True), Pool(), nn.Linear(5, 3)),
+        (24, 4, 3),
+    ),
     Case("conv-plain", lambda: conv_net(64), (24, 2, 6, 6)),
     Case("conv-strided", lambda: conv_net(36, stride=2, padding=1), (24, 2, 6, 6)),
-    Case("conv-uneven", lambda: conv_net(60, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1)), (24, 2, 6, 5)),
+    Case(
+        "conv-uneven",
+        lambda: conv_net(60, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1)),
+        (24, 2, 6, 5),
+    ),
     Case("conv-same", lambda: conv_net(100, padding="same", dilation=2), (24, 2, 5, 5)),
     Case("conv-reflect", lambda: conv_net(100, padding=1, padding_mode="reflect"), (24, 2, 5, 5)),
-    Case("conv-circular", lambda: conv_net(100, padding="same", padding_mode="circular"), (24, 2, 5, 5)),
+    Case(
+        "conv-circular",
+        lambda: conv_net(100, padding="same", padding_mode="circular"),
+        (24, 2, 5, 5),
+    ),
     Case("conv-dilated", lambda: conv_net(36, dilation=2, padding=1), (24, 2, 5, 5)),
     Case("conv-groups", lambda: conv_net(36, groups=2), (24, 2, 5, 5)),
     Case("conv-no-bias", lambda: conv_net(36, bias=False), (24, 2, 5, 5)),
     Case(
         "conv-inplace",
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
         (24, 2, 6, 6),
     ),
     Case(
         "conv1d",
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2), nn.Tanh(), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(4, 3)),
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 3, 3, stride=2),
+            nn.Tanh(),
+            nn.Conv1d(3, 2, 2),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ),
         (24, 2, 8),
     ),
-    Case("conv3d", lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)), (24, 1, 2, 3, 2)),
+    Case(
+        "conv3d",
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 2, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)
+        ),
+        (24, 1, 2, 3, 2),
+    ),
     Case("batchnorm-eval", normalized_conv, (24, 2, 5, 5)),
 ]
 

@@ -11,27 +11,39 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: more threads than cores would wait for each other
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # side by side: more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that starts the tests in the background makes them deaf to Ctrl-C, which programs that they start would inherit.
+    # A shell that starts the tests in the background makes them deaf to Ctrl-C, which programs that
+    # they start would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for it.
+# Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for
+# it.
 install_import_hook("biasshift", "beartype.beartype")
 
-# The same examples in every run, and no deadline: the first call of a PyTorch operation can take seconds.
+# The same examples in every run, and no deadline: the first call of a PyTorch operation can take
+# seconds.
 settings.register_profile("biasshift", deadline=None, derandomize=True)
 settings.load_profile("biasshift")
 
 DATA_ROOT = Path(os.environ.get("BIASSHIFT_DATA") or "data")
-MNIST_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+MNIST_FILES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    no_data = pytest.mark.skip(reason=f"no MNIST/raw below '{DATA_ROOT}'; name the folder with $BIASSHIFT_DATA")
+    no_data = pytest.mark.skip(
+        reason=f"no MNIST/raw below '{DATA_ROOT}'; name the folder with $BIASSHIFT_DATA"
+    )
     no_gpu = pytest.mark.skip(reason="no CUDA GPU here")
     has_data = all((DATA_ROOT / "MNIST" / "raw" / name).exists() for name in MNIST_FILES)
     for item in items:
@@ -55,5 +67,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def randn(generator):
-    """`randn(*shape)`: standard normal numbers in float64, whatever the default dtype, which stays as it is."""
+    """`randn(*shape)`: standard normal numbers in float64, whatever the default dtype, which stays
+    as it is.
+    """
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)

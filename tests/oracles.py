@@ -1,12 +1,14 @@
-"""The second opinion: unit Fisher matrices from `torch.func`, in float64, by routes that use no hook.
+"""The second opinion: unit Fisher matrices from `torch.func`, in float64, by routes that use no
+hook.
 
 Two independent routes to the same numbers:
 
-* *parameters*: per-example Jacobians of the log-likelihood with respect to the weights, `vmap(jacrev(functional_call))`.
-  `F = E[Σ_y p_y ∇ln p ∇ln pᵀ]`: the Fisher matrix of the (shared) weights, hence `per_example`.
-* *probes*: a copy of the model whose weight layers add a zero offset to their net inputs. The Jacobian with respect to the offset
-  is the error `δ` of every position; the patches come from a loop over kernel offsets. Hence `expand`, and the means of
-  incoming activations and net inputs.
+* *parameters*: per-example Jacobians of the log-likelihood with respect to the weights,
+  `vmap(jacrev(functional_call))`. `F = E[Σ_y p_y ∇ln p ∇ln pᵀ]`: the Fisher matrix of the (shared)
+  weights, hence `per_example`.
+* *probes*: a copy of the model whose weight layers add a zero offset to their net inputs. The
+  Jacobian with respect to the offset is the error `δ` of every position; the patches come from a
+  loop over kernel offsets. Hence `expand`, and the means of incoming activations and net inputs.
 
 A layer without a bias gets a zero one in the copy, so the row of the bias is defined everywhere.
 """
@@ -28,7 +30,9 @@ WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Weight layers by PyTorch's module names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)
+    }
 
 
 def double_copy(model: nn.Module) -> nn.Module:
@@ -43,7 +47,7 @@ def double_copy(model: nn.Module) -> nn.Module:
     return model
 
 
-# -- likelihoods: log-probabilities of single labels and their probabilities, one term a label -------------------------
+# -- likelihoods: log-probabilities of single labels and their probabilities, one term a label -----
 
 
 def label_terms(output: Tensor, likelihood: str) -> Tensor:
@@ -85,13 +89,17 @@ def draw_labels(output: Tensor, likelihood: str, generator: torch.Generator) -> 
     return output + torch.randn(output.shape, generator=generator, dtype=output.dtype)
 
 
-# -- route 1: parameters -----------------------------------------------------------------------------------------------
+# -- route 1: parameters ---------------------------------------------------------------------------
 
 
-def scores(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-example gradients of `ln p` for the weights into every unit, and the weights of the labels.
+def scores(
+    model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Per-example gradients of `ln p` for the weights into every unit, and the weights of the
+    labels.
 
-    `{layer: (batch, labels, units, inputs + 1)}` and (batch, labels). With `y` there is one label, the given one.
+    `{layer: (batch, labels, units, inputs + 1)}` and (batch, labels). With `y` there is one label,
+    the given one.
     """
     model, x = double_copy(model), x.double()
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -99,7 +107,11 @@ def scores(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None
 
     def terms(p: dict[str, Tensor], x_n: Tensor, y_n: Tensor) -> Tensor:
         output = functional_call(model, (p, buffers), (x_n[None],))[0]
-        return label_terms(output, likelihood) if y is None else log_likelihood(output, y_n, likelihood)[None]
+        return (
+            label_terms(output, likelihood)
+            if y is None
+            else log_likelihood(output, y_n, likelihood)[None]
+        )
 
     def weights(x_n: Tensor) -> Tensor:
         output = functional_call(model, (params, buffers), (x_n[None],))[0]
@@ -114,7 +126,9 @@ def scores(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None
     return stacked, vmap(weights)(x).detach()
 
 
-def gradients(model: nn.Module, x: Tensor, y: Tensor, likelihood: str) -> dict[str, tuple[Tensor, Tensor]]:
+def gradients(
+    model: nn.Module, x: Tensor, y: Tensor, likelihood: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Gradient of the mean negative log-likelihood: `{layer: (g (units, inputs), g0 (units,))}`."""
     model, x = double_copy(model), x.double()
     buffers = dict(model.named_buffers())
@@ -124,14 +138,18 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, likelihood: str) -> dict[s
         return -vmap(lambda o, t: log_likelihood(o, t, likelihood))(output, y).mean()
 
     g = grad(risk)({name: p.detach() for name, p in model.named_parameters()})
-    return {name: (g[f"{name}.weight"].flatten(1), g[f"{name}.bias"]) for name in weight_layers(model)}
+    return {
+        name: (g[f"{name}.weight"].flatten(1), g[f"{name}.bias"]) for name in weight_layers(model)
+    }
 
 
-# -- route 2: probes ---------------------------------------------------------------------------------------------------
+# -- route 2: probes -------------------------------------------------------------------------------
 
 
 class Probed(nn.Module):
-    """A weight layer that keeps its inputs and net inputs, and adds a zero offset to every call's net input."""
+    """A weight layer that keeps its inputs and net inputs, and adds a zero offset to every call's
+    net input.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -148,7 +166,9 @@ class Probed(nn.Module):
 
 
 def probed_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Probed]]:
-    """A copy of the model with every weight layer inside a `Probed`, also where two names share one layer."""
+    """A copy of the model with every weight layer inside a `Probed`, also where two names share one
+    layer.
+    """
     model = double_copy(model)
     probes = {name: Probed(layer) for name, layer in weight_layers(model).items()}
     by_id = {id(probe.layer): probe for probe in probes.values()}
@@ -161,7 +181,9 @@ def probed_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Probed]]:
 
 
 def patches(layer: nn.Module, a: Tensor) -> Tensor:
-    """What each position of each unit sees, (batch, positions, units or 1, inputs), by a loop over the kernel's offsets."""
+    """What each position of each unit sees, (batch, positions, units or 1, inputs), by a loop over
+    the kernel's offsets.
+    """
     if isinstance(layer, nn.Linear):
         return a.reshape(len(a), -1, 1, a.shape[-1])
     dims = len(layer.kernel_size)
@@ -175,28 +197,45 @@ def patches(layer: nn.Module, a: Tensor) -> Tensor:
     flat = [p for side in reversed(sides) for p in side]
     a = F.pad(a, flat, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     sizes = [
-        (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
+        (n - d * (k - 1) - 1) // s + 1
+        for n, d, k, s in zip(
+            a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
     ]
     taps = []
     for offset in itertools.product(*(range(k) for k in layer.kernel_size)):
         window = a
-        for axis, (o, d, s, n) in enumerate(zip(offset, layer.dilation, layer.stride, sizes, strict=True)):
+        for axis, (o, d, s, n) in enumerate(
+            zip(offset, layer.dilation, layer.stride, sizes, strict=True)
+        ):
             index = torch.arange(n) * s + o * d
             window = window.index_select(axis + 2, index)
         taps.append(window.flatten(2))  # (batch, channels, positions)
     seen = torch.stack(taps, 2)  # (batch, channels, taps, positions)
-    group = seen.unflatten(1, (layer.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)  # (batch, positions, groups, inputs)
-    return group.repeat_interleave(layer.out_channels // layer.groups, 2) if layer.groups > 1 else group
+    group = (
+        seen.unflatten(1, (layer.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+    )  # (batch, positions, groups, inputs)
+    return (
+        group.repeat_interleave(layer.out_channels // layer.groups, 2)
+        if layer.groups > 1
+        else group
+    )
 
 
 def units_last(layer: nn.Module, net: Tensor) -> Tensor:
     """Net inputs as (batch, positions, units)."""
-    return net.reshape(len(net), -1, net.shape[-1]) if isinstance(layer, nn.Linear) else net.flatten(2).transpose(1, 2)
+    return (
+        net.reshape(len(net), -1, net.shape[-1])
+        if isinstance(layer, nn.Linear)
+        else net.flatten(2).transpose(1, 2)
+    )
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One layer seen from its net inputs; several calls stand side by side on the axis of positions."""
+    """One layer seen from its net inputs; several calls stand side by side on the axis of
+    positions.
+    """
 
     incoming: Tensor  # (batch, positions, units or 1, inputs)
     net: Tensor  # (batch, positions, units)
@@ -213,7 +252,9 @@ class Probe:
         return self.net.mean((0, 1))
 
 
-def probe_layers(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None) -> dict[str, Probe]:
+def probe_layers(
+    model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None
+) -> dict[str, Probe]:
     """Incoming activations, net inputs and errors of every position, from the offset copy."""
     probed, layers = probed_copy(model)
     x = x.double()
@@ -229,7 +270,11 @@ def probe_layers(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None 
 
     def terms(offsets: dict[str, list[Tensor]], x_n: Tensor, y_n: Tensor) -> Tensor:
         output = run(offsets, x_n)
-        return label_terms(output, likelihood) if y is None else log_likelihood(output, y_n, likelihood)[None]
+        return (
+            label_terms(output, likelihood)
+            if y is None
+            else log_likelihood(output, y_n, likelihood)[None]
+        )
 
     def weights(x_n: Tensor) -> Tensor:
         output = run(zeros, x_n)
@@ -243,7 +288,10 @@ def probe_layers(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None 
         if not calls:
             continue
         layer = layers[name].layer
-        delta = [torch.stack([units_last(layer, d[:, k, 0]) for k in range(d.shape[1])], 1) for d in errors[name]]
+        delta = [
+            torch.stack([units_last(layer, d[:, k, 0]) for k in range(d.shape[1])], 1)
+            for d in errors[name]
+        ]
         result[name] = Probe(
             incoming=torch.cat([patches(layer, a) for a, _ in calls], 1),
             net=torch.cat([units_last(layer, net) for _, net in calls], 1),
@@ -253,12 +301,14 @@ def probe_layers(model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None 
     return result
 
 
-# -- unit Fisher matrices ----------------------------------------------------------------------------------------------
+# -- unit Fisher matrices --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: dense unit Fisher matrices (units, inputs + 1, inputs + 1), the incoming mean under p, what a dense inverse says."""
+    """One layer: dense unit Fisher matrices (units, inputs + 1, inputs + 1), the incoming mean
+    under p, what a dense inverse says.
+    """
 
     F: Tensor
     mean_p: Tensor
@@ -310,7 +360,9 @@ class Block:
         return value.where(healthy if value.dim() == 1 else healthy[:, None], torch.nan)
 
     def readings(self, damping: float) -> dict[str, Tensor]:
-        """s, k, k0, coupling and the corrected mean from dense inverses of the bordered matrix: no centered form."""
+        """s, k, k0, coupling and the corrected mean from dense inverses of the bordered matrix: no
+        centered form.
+        """
         full = self.damped(damping)
         inverse = spd_inverse(full)
         A_inverse = spd_inverse(full[:, :-1, :-1])
@@ -319,14 +371,22 @@ class Block:
         k0 = s * (1 - dot(mean_p, matvec(A_inverse, self.b)))
         k = k0 * self.c
         coupling = dot(self.b, matvec(A_inverse, self.b)) / self.c
-        readings = {"s": s, "k": k, "k0": k0, "coupling": coupling, "corrected_mean": mean_p - k[:, None] * self.mean_q}
+        readings = {
+            "s": s,
+            "k": k,
+            "k0": k0,
+            "coupling": coupling,
+            "corrected_mean": mean_p - k[:, None] * self.mean_q,
+        }
         return {name: self.undefined_to_nan(value) for name, value in readings.items()}
 
     def natural_gradient(self, g: Tensor, g0: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         """The whole bordered matrix, inverted; without a bias only its upper left block."""
         full = self.damped(damping)
         if not self.bias:
-            return self.undefined_to_nan(matvec(spd_inverse(full[:, :-1, :-1]), g)), torch.full_like(g0, torch.nan)
+            return self.undefined_to_nan(
+                matvec(spd_inverse(full[:, :-1, :-1]), g)
+            ), torch.full_like(g0, torch.nan)
         step = self.undefined_to_nan(matvec(spd_inverse(full), torch.cat([g, g0[:, None]], 1)))
         return step[:, :-1], step[:, -1]
 
@@ -344,7 +404,9 @@ def matvec(M: Tensor, v: Tensor) -> Tensor:
 
 
 def spd_inverse(M: Tensor) -> Tensor:
-    """Dense inverse of symmetric positive definite matrices: scaled to a unit diagonal, then one eigendecomposition at a time."""
+    """Dense inverse of symmetric positive definite matrices: scaled to a unit diagonal, then one
+    eigendecomposition at a time.
+    """
     return torch.stack([_spd_inverse(one) for one in M])
 
 
@@ -357,9 +419,15 @@ def _spd_inverse(M: Tensor) -> Tensor:
 
 
 def unit_fishers(
-    model: nn.Module, x: Tensor, likelihood: str = "categorical", weight_sharing: str = "per_example", y: Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    likelihood: str = "categorical",
+    weight_sharing: str = "per_example",
+    y: Tensor | None = None,
 ) -> dict[str, Block]:
-    """The unit Fisher matrices of every weight layer: expected over the model's labels, or for given labels `y`."""
+    """The unit Fisher matrices of every weight layer: expected over the model's labels, or for
+    given labels `y`.
+    """
     layers = weight_layers(model)
     probes = probe_layers(model, x, likelihood, y)
     if weight_sharing == "per_example":
@@ -381,7 +449,7 @@ def unit_fishers(
     return blocks
 
 
-# -- readings of the theory --------------------------------------------------------------------------------------------
+# -- readings of the theory ------------------------------------------------------------------------
 
 
 def cosine(u: Tensor, v: Tensor) -> float:
@@ -389,7 +457,9 @@ def cosine(u: Tensor, v: Tensor) -> float:
 
 
 def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]:
-    """The gradient against the unit natural gradient of one layer, over (w, w0) of units neither dead nor singular."""
+    """The gradient against the unit natural gradient of one layer, over (w, w0) of units neither
+    dead nor singular.
+    """
     keep = block.healthy()
     dw, dw0 = block.natural_gradient(g, g0, damping)
     m = block.mean_q
@@ -422,8 +492,12 @@ def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]
     }
 
 
-def bias_shifts(model: nn.Module, x: Tensor, update: Callable[[nn.Module], None]) -> dict[str, dict[str, Tensor]]:
-    """The exact bookkeeping of one update, from two recordings. `update` changes the given model in place; hand in a copy."""
+def bias_shifts(
+    model: nn.Module, x: Tensor, update: Callable[[nn.Module], None]
+) -> dict[str, dict[str, Tensor]]:
+    """The exact bookkeeping of one update, from two recordings. `update` changes the given model in
+    place; hand in a copy.
+    """
     before, after = {}, {}
     for store in (before, after):
         probed, layers = probed_copy(model)

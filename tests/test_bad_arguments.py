@@ -1,6 +1,7 @@
 """What is no model, no probe, no optimizer, no runs: every public call says so in a sentence.
 
-The calls are made by a process of their own: within the tests, types are checked before the package sees an argument.
+The calls are made by a process of their own: within the tests, types are checked before the package
+sees an argument.
 """
 
 import json
@@ -25,7 +26,12 @@ def shift(model, x):
         pass
 
 
-MEASURE = {"unit_fisher": bs.unit_fisher, "activation_moments": bs.activation_moments, "bias_shift": shift, "check": bs.check}
+MEASURE = {
+    "unit_fisher": bs.unit_fisher,
+    "activation_moments": bs.activation_moments,
+    "bias_shift": shift,
+    "check": bs.check,
+}
 MODELS = {"none": None, "text": "resnet18", "parameters": nn.Linear(3, 2).parameters()}
 PROBES = {"none": None, "number": 5, "empty": [], "text": "abc", "nan": X * torch.nan}
 RUNS = {"none": None, "list": [], "number": 3}
@@ -50,18 +56,36 @@ def cases() -> dict[str, tuple[str, str]]:
     found = {}
     for name, call in MEASURE.items():
         for kind, model in MODELS.items():
-            found[f"{name}, model: {kind}"] = refused(call, model, X), "model must be an nn.Module, got (NoneType|str|generator)"
+            found[f"{name}, model: {kind}"] = (
+                refused(call, model, X),
+                "model must be an nn.Module, got (NoneType|str|generator)",
+            )
         for kind, x in PROBES.items():
             found[f"{name}, probe: {kind}"] = refused(call, net(), x), PROBE
     for kind, model in MODELS.items():
-        found[f"gradient_gap, model: {kind}"] = refused(bs.gradient_gap, model, X, Y), "model must be an nn.Module"
-        found[f"instrument, model: {kind}"] = refused(bs.instrument, model), "model must be an nn.Module"
-        found[f"UnitNaturalGradient, model: {kind}"] = refused(bs.optim.UnitNaturalGradient, model, 0.1), "model must be the nn.Module"
+        found[f"gradient_gap, model: {kind}"] = (
+            refused(bs.gradient_gap, model, X, Y),
+            "model must be an nn.Module",
+        )
+        found[f"instrument, model: {kind}"] = (
+            refused(bs.instrument, model),
+            "model must be an nn.Module",
+        )
+        found[f"UnitNaturalGradient, model: {kind}"] = (
+            refused(bs.optim.UnitNaturalGradient, model, 0.1),
+            "model must be the nn.Module",
+        )
     found["gradient_gap, probe: number"] = refused(bs.gradient_gap, net(), 5), PROBE
     optimizer = refused(bs.instrument, net(), optimizer="sgd", probe=(X, Y))
-    found["instrument, optimizer: text"] = optimizer, "optimizer must be a torch.optim.Optimizer, .* got str"
+    found["instrument, optimizer: text"] = (
+        optimizer,
+        "optimizer must be a torch.optim.Optimizer, .* got str",
+    )
     for kind, runs in RUNS.items():
-        found[f"claims: {kind}"] = refused(bs.claims, runs), "runs must be a run folder, a folder of runs, or a table of runs"
+        found[f"claims: {kind}"] = (
+            refused(bs.claims, runs),
+            "runs must be a run folder, a folder of runs, or a table of runs",
+        )
     for name, options in RATES.items():
         said = refused(bs.optim.UnitNaturalGradient, net(), **{"lr": 0.1, **options})
         found[f"UnitNaturalGradient, {name}"] = said, f"{name} must (be a|lie in)"
@@ -73,7 +97,11 @@ def test_every_public_call_says_what_it_cannot_use():
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout)
     assert len(found) > 40
-    other = {name: sentence for name, (sentence, pattern) in found.items() if not re.match(f"ValueError: .*({pattern})", sentence)}
+    other = {
+        name: sentence
+        for name, (sentence, pattern) in found.items()
+        if not re.match(f"ValueError: .*({pattern})", sentence)
+    }
     assert not other
 
 

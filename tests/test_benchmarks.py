@@ -27,24 +27,40 @@ def test_every_method_is_timed_beside_sgd(capsys):
     assert set(rows) == {f"MLP: {name}" for name in updates.UPDATES}
     timed = [row for row in rows.values() if "seconds" in row]
     assert len(timed) >= 9 and all(row["seconds"] > 0 and row["error"] < 1e-8 for row in timed)
-    assert rows["MLP: SGD"]["steps_of_sgd"] == 1 and "MLP: full (q, full), every 10: " in capsys.readouterr().out
+    assert (
+        rows["MLP: SGD"]["steps_of_sgd"] == 1
+        and "MLP: full (q, full), every 10: " in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("said, done", [(("q", "full"), ("p", "full")), (("p", "none"), ("q", "none")), (("q", "diagonal"), ("q", "full"))])
+@pytest.mark.parametrize(
+    "said, done",
+    [
+        (("q", "full"), ("p", "full")),
+        (("p", "none"), ("q", "none")),
+        (("q", "diagonal"), ("q", "full")),
+    ],
+)
 def test_another_member_is_told_apart(said, done):
     model, ((x, y), *_) = updates.problem("CNN", small=True)
-    mixed = updates.Update(updates.ours(*done).make, updates.ours(*said).expected, updates.drawn_in_single)
+    mixed = updates.Update(
+        updates.ours(*done).make, updates.ours(*said).expected, updates.drawn_in_single
+    )
     assert updates.error(mixed, 1, model.double(), x.double(), y) > 1e-2
 
 
 def test_other_labels_are_told_apart():
     model, ((x, y), *_) = updates.problem("MLP", small=True)
-    mixed = updates.Update(updates.ours("q", "none").make, updates.ours("q", "none").expected, updates.given)
+    mixed = updates.Update(
+        updates.ours("q", "none").make, updates.ours("q", "none").expected, updates.given
+    )
     assert updates.error(mixed, 1, model.double(), x.double(), y) > 1e-2
 
 
 def test_one_class_of_examples_by_hand():
-    """One input, one unit with errors ±1 at inputs 1 and 3: by hand, c = 1, mean 2, variance 1, A = 5."""
+    """One input, one unit with errors ±1 at inputs 1 and 3: by hand, c = 1, mean 2, variance 1, A =
+    5.
+    """
     a, delta = torch.tensor([[[1.0]], [[3.0]]]).double(), torch.tensor([[[1.0]], [[-1.0]]]).double()
     layer = updates.Seen(a, delta, torch.tensor([[7.0]]).double(), torch.tensor([2.0]).double())
     for center, scale, dw in (("q", "full", 1.5), ("p", "diagonal", 1.5), ("q", "none", 3.0)):
@@ -59,9 +75,13 @@ def test_one_class_of_examples_by_hand():
 def test_the_gradients_that_are_seen_are_those_of_autograd():
     model, ((x, y), *_) = updates.problem("CNN", small=True)
     torch.nn.functional.cross_entropy(model(x), y).backward()
-    for layer, module in zip(seen(model, x, y, y), [model[0], model[2], model[4], model[-1]], strict=True):
+    for layer, module in zip(
+        seen(model, x, y, y), [model[0], model[2], model[4], model[-1]], strict=True
+    ):
         g = torch.einsum("ntu,nti->ui", layer.delta, layer.a) / len(x)
-        assert torch.allclose(g, module.weight.grad.flatten(1), atol=1e-6) and torch.allclose(layer.g0, module.bias.grad)
+        assert torch.allclose(g, module.weight.grad.flatten(1), atol=1e-6) and torch.allclose(
+            layer.g0, module.bias.grad
+        )
 
 
 def test_the_table_has_the_cost_in_steps_of_sgd(tmp_path, monkeypatch):
@@ -84,4 +104,7 @@ def test_the_table_has_the_cost_in_steps_of_sgd(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     text = report.table()
     assert "| MLP: SGD | 1.0 ms | 1.0 × | 0e+00 |" in text
-    assert "| MLP: K-FAC of ASDL | 12 ms | 12.5 × | 1e-15 |" in text and "| MLP: other | no module |  |  |" in text
+    assert (
+        "| MLP: K-FAC of ASDL | 12 ms | 12.5 × | 1e-15 |" in text
+        and "| MLP: other | no module |  |  |" in text
+    )

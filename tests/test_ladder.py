@@ -21,7 +21,11 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
 ]
 EXPERIMENTS = ("autoencoder", "cifar11", "cifar18", "demo", "imagenet", "mnist", "sweep")
 RUNG = {name: height for height, rung in enumerate(LADDER) for name in rung}
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
+MODULES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name not in ("__init__.py", "__main__.py")
+]
 
 
 def imports(tree: ast.AST, path: Path) -> Iterator[str]:
@@ -46,7 +50,11 @@ def faults(source: str, path: Path) -> Iterator[str]:
         other = rest.partition(".")[0]
         if root == "matplotlib" and name != "plots":
             yield f"'{name}' imports matplotlib; only plots may"
-        if name == other == "experiments" and path.stem != "__init__" and rest.split(".")[1] in EXPERIMENTS:
+        if (
+            name == other == "experiments"
+            and path.stem != "__init__"
+            and rest.split(".")[1] in EXPERIMENTS
+        ):
             yield f"'{name}' imports '{imported}': an experiment stands alone, on what all of them share"
         if root != "biasshift" or other == name:
             continue
@@ -86,5 +94,7 @@ def test_the_ladder_lets_pass():
 def test_importing_biasshift_is_light():
     heavy = ["pandas", "pyarrow", "torchvision", "matplotlib", "sklearn"]
     code = f"import biasshift, sys; print([name for name in {heavy} if name in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    ).stdout
     assert shown.strip() == "[]"

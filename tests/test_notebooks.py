@@ -1,4 +1,6 @@
-"""The notebooks run from nothing but the installed package, what they claim can fail, and their outputs are for others to read."""
+"""The notebooks run from nothing but the installed package, what they claim can fail, and their
+outputs are for others to read.
+"""
 
 import ast
 import re
@@ -40,7 +42,10 @@ def outputs(notebook):
 def texts(output):
     """What a reader sees of an output, pictures aside."""
     shown = output.get("data", {})
-    return [output.get("text", ""), *(str(value) for kind, value in shown.items() if not kind.startswith("image/"))]
+    return [
+        output.get("text", ""),
+        *(str(value) for kind, value in shown.items() if not kind.startswith("image/")),
+    ]
 
 
 def faults(notebook):
@@ -50,7 +55,9 @@ def faults(notebook):
             yield f"an error: {output.ename}"
         if output.output_type == "stream" and output.name == "stderr":
             yield f"a warning: {output.text[:200]}"
-        yield from (f"a path: {found.group()}" for text in texts(output) if (found := MACHINE.search(text)))
+        yield from (
+            f"a path: {found.group()}" for text in texts(output) if (found := MACHINE.search(text))
+        )
 
 
 def sections(notebook):
@@ -70,14 +77,18 @@ def asserts(source):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """Notebook → what it is when it has just been executed, in an empty folder; each once, and where its temporary files are."""
+    """Notebook → what it is when it has just been executed, in an empty folder; each once, and
+    where its temporary files are.
+    """
     done = {}
 
     def execute(path):
         if path not in done:
             folder = tmp_path_factory.mktemp(path.stem)
             with pytest.MonkeyPatch.context() as patch:
-                patch.delenv("MPLBACKEND", raising=False)  # the tests draw nothing to the screen; a notebook shows its pictures
+                patch.delenv(
+                    "MPLBACKEND", raising=False
+                )  # the tests draw nothing to the screen; a notebook shows its pictures
                 patch.setenv("TMPDIR", str(folder))
                 notebook = read(path)
                 for cell in of_code(notebook):
@@ -88,11 +99,16 @@ def fresh(tmp_path_factory):
     return execute
 
 
-# -- as committed --------------------------------------------------------------------------------------------------------
+# -- as committed ----------------------------------------------------------------------------------
 
 
 def test_there_are_four():
-    assert [path.stem for path in NOTEBOOKS] == ["1_theorem1", "2_theorem2", "3_instrument_your_model", "4_theory_vs_dynamics"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "1_theorem1",
+        "2_theorem2",
+        "3_instrument_your_model",
+        "4_theory_vs_dynamics",
+    ]
 
 
 @every_notebook
@@ -100,7 +116,9 @@ def test_what_is_committed_can_be_read(path):
     notebook = read(path)
     nbformat.validate(notebook)
     code = of_code(notebook)
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, top to bottom
+    assert [cell.execution_count for cell in code] == list(
+        range(1, len(code) + 1)
+    )  # run once, top to bottom
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert not list(faults(notebook))
     assert path.stat().st_size < LARGEST
@@ -119,14 +137,19 @@ def test_every_section_has_an_assert_that_looks_at_something(path):
     for heading, source in sections(read(path)).items():
         assert asserts(source) or heading == "the beginning", heading
         for node in asserts(source):
-            assert any(isinstance(part, ast.Name) for part in ast.walk(node.test)), ast.unparse(node)
+            assert any(isinstance(part, ast.Name) for part in ast.walk(node.test)), ast.unparse(
+                node
+            )
 
 
 @every_notebook
 def test_links_lead_to_notebooks(path):
     for cell in read(path).cells:
         if cell.cell_type == "markdown":
-            assert all((FOLDER / name).exists() for name in re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source))
+            assert all(
+                (FOLDER / name).exists()
+                for name in re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source)
+            )
 
 
 def test_the_same_small_networks_are_those_of_notebook_1():
@@ -139,7 +162,7 @@ def training(path):
     return source[source.index("def trained") : source.index("models =")]
 
 
-# -- executed ------------------------------------------------------------------------------------------------------------
+# -- executed --------------------------------------------------------------------------------------
 
 
 @every_notebook
@@ -150,28 +173,39 @@ def test_it_runs_top_to_bottom(path, fresh):
 
 
 def steady(notebook, words_only):
-    """What another machine must print, too: without rounding errors; of whole runs, which they grow in, no numbers, and no verdicts."""
+    """What another machine must print, too: without rounding errors; of whole runs, which they grow
+    in, no numbers, and no verdicts.
+    """
     for cell in notebook.cells:
         if words_only and cell.source.startswith("## Claims"):
             return
         for output in cell.get("outputs", []):
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
-            yield re.sub(r"[-\s\d.]+", " ", text) if words_only else re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
+            yield (
+                re.sub(r"[-\s\d.]+", " ", text)
+                if words_only
+                else re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
+            )
 
 
 @every_notebook
 def test_what_is_committed_is_what_it_prints(path, fresh):
-    committed, executed = (list(steady(notebook, path == FOUR)) for notebook in (read(path), fresh(path)[0]))
+    committed, executed = (
+        list(steady(notebook, path == FOUR)) for notebook in (read(path), fresh(path)[0])
+    )
     assert committed == executed
 
 
 def test_executed_twice_it_is_the_same(tmp_path):
     cells = [
         "from ipywidgets import FloatSlider, IntSlider, interact\nimport matplotlib.pyplot as plt",
-        "def draw(t):\n    plt.plot([0, t])\n    plt.show()\n\n\ninteract(draw, t=FloatSlider(1.0));",
+        "def draw(t):\n    plt.plot([0, t])\n    plt.show()\n\n\ninteract(draw, "
+        "t=FloatSlider(1.0));",
         "interact(lambda t: print(t), t=IntSlider(3));",
     ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, id=f"cell{i}") for i, source in enumerate(cells)])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source, id=f"cell{i}") for i, source in enumerate(cells)]
+    )
     once = nbformat.writes(executed(notebook, tmp_path))
     assert nbformat.writes(executed(nbformat.reads(once, as_version=4), tmp_path)) == once
     assert once.count(VIEW) == 2 and '"value": 3' in once
@@ -179,13 +213,25 @@ def test_executed_twice_it_is_the_same(tmp_path):
 
 def test_widgets_are_numbered_in_order_of_appearance():
     def planted(first, second, inner, lost):
-        views = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": name}}) for name in (first, second)]
-        states = {first: {"layout": f"IPY_MODEL_{inner}"}, second: {"layout": f"IPY_MODEL_{inner}"}, inner: {"width": 3}, lost: {}}
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", id="one", outputs=views)])
+        views = [
+            nbformat.v4.new_output("display_data", {VIEW: {"model_id": name}})
+            for name in (first, second)
+        ]
+        states = {
+            first: {"layout": f"IPY_MODEL_{inner}"},
+            second: {"layout": f"IPY_MODEL_{inner}"},
+            inner: {"width": 3},
+            lost: {},
+        }
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell("", id="one", outputs=views)]
+        )
         notebook.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": states}}
         return nbformat.from_dict(notebook)
 
-    one, other = (renumbered(planted(*(letter * 32 for letter in letters))) for letters in ("abcd", "dcba"))
+    one, other = (
+        renumbered(planted(*(letter * 32 for letter in letters))) for letters in ("abcd", "dcba")
+    )
     assert nbformat.writes(one) == nbformat.writes(other)
     states = one.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     assert {int(name, 16): state for name, state in states.items()} == {
@@ -195,30 +241,47 @@ def test_widgets_are_numbered_in_order_of_appearance():
     }
 
 
-# -- what they claim can fail --------------------------------------------------------------------------------------------
+# -- what they claim can fail ----------------------------------------------------------------------
 
 WRONG = {
     "labels drawn in place of all": (
         ONE,
-        "_right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: _right(*given, labels='sampled', **named)",
+        "_right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: _right(*given, "
+        "labels='sampled', **named)",
         "by_func",
     ),
     "other initial weights": (
         ONE,
-        "_right = mlp; mlp = lambda *given, seed, **named: _right(*given, seed=int(named['activation'] == 'elu'), **named)",
+        "_right = mlp; mlp = lambda *given, seed, **named: _right(*given, "
+        "seed=int(named['activation'] == 'elu'), **named)",
         "the same initial weights",
     ),
-    "the poster's k": (TWO, "_right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: _right(fisher) - 1)", "third way"),
-    "hooks that stay": (THREE, "from biasshift.tracking import logs; logs.Log.remove = lambda log: None", "leave behind"),
+    "the poster's k": (
+        TWO,
+        "_right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: _right(fisher) - "
+        "1)",
+        "third way",
+    ),
+    "hooks that stay": (
+        THREE,
+        "from biasshift.tracking import logs; logs.Log.remove = lambda log: None",
+        "leave behind",
+    ),
     "random numbers that are used up": (
         THREE,
-        "_right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), _right(*given, **named))[1]",
+        "_right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), "
+        "_right(*given, **named))[1]",
         "as before the watching",
     ),
-    "inputs that are not known": (FOUR, "_right = layer_inputs; layer_inputs = lambda runs: _right(runs) * float('nan')", "enough_samples"),
+    "inputs that are not known": (
+        FOUR,
+        "_right = layer_inputs; layer_inputs = lambda runs: _right(runs) * float('nan')",
+        "enough_samples",
+    ),
     "verdicts turned around": (
         FOUR,
-        "_right = bs.claims; turned = {'supported': 'not supported', 'not supported': 'supported'}\n"
+        "_right = bs.claims; turned = {'supported': 'not supported', 'not supported': "
+        "'supported'}\n"
         "bs.claims = lambda runs: _right(runs).replace({'verdict': turned})",
         "side[decided.index]",
     ),
@@ -233,11 +296,17 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_found_by_its_assert(what, fresh, tmp_path):
     path, mutation, where = WRONG[what]
-    notebook = read(path) if path != FOUR else on_runs(next(fresh(FOUR)[1].glob("tmp*/elu-0")).parent)
+    notebook = (
+        read(path) if path != FOUR else on_runs(next(fresh(FOUR)[1].glob("tmp*/elu-0")).parent)
+    )
     notebook.cells.insert(2, nbformat.v4.new_code_cell(mutation))  # behind the imports
     with pytest.raises(CellExecutionError, match="AssertionError"):
         executed(notebook, tmp_path)
-    (failed,) = (cell for cell in of_code(notebook) if any(output.output_type == "error" for output in cell.outputs))
+    (failed,) = (
+        cell
+        for cell in of_code(notebook)
+        if any(output.output_type == "error" for output in cell.outputs)
+    )
     assert where in failed.source
 
 
@@ -253,7 +322,12 @@ def test_notebook_4_reads_other_runs(tmp_path):
     demo = Demo(smoke=True, out=tmp_path)
     images = demo.load()
     for setting in demo.settings():  # four activation functions, one seed, another depth and width
-        run([demo.trial(setting, images)], [tmp_path / "runs" / setting.activation], "refuse", lambda progress: None)
+        run(
+            [demo.trial(setting, images)],
+            [tmp_path / "runs" / setting.activation],
+            "refuse",
+            lambda progress: None,
+        )
     notebook = executed(on_runs(tmp_path / "runs"), tmp_path)
     assert [fault for fault in faults(notebook) if "path" not in fault] == []
     assert "lrelu" in "".join(text for output in outputs(notebook) for text in texts(output))
@@ -268,4 +342,6 @@ def test_a_false_assert_would_be_found(tmp_path):
 
 def test_a_path_of_a_machine_would_be_found():
     output = nbformat.v4.new_output("stream", name="stdout", text="written to /home/somebody/runs")
-    assert list(faults(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])]))) == ["a path: /home/"]
+    assert list(
+        faults(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])]))
+    ) == ["a path: /home/"]

@@ -18,13 +18,29 @@ from biasshift.runs.writer import Run
 FOLDER = Path(__file__).parent.parent / "paper_figs"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 NAMES = {script: script.removeprefix("fig") for script in SCRIPTS}
-CONFIG = ("experiment", "dataset", "activation", "seed", "epochs", "steps", "lr", "batch_norm", "update", "constant", "width")
+CONFIG = (
+    "experiment",
+    "dataset",
+    "activation",
+    "seed",
+    "epochs",
+    "steps",
+    "lr",
+    "batch_norm",
+    "update",
+    "constant",
+    "width",
+)
 SEEDS = [{"activation": name, "seed": seed} for name in ("elu", "relu") for seed in (0, 1)]
 RATES = [{**setting, "lr": lr} for setting in SEEDS for lr in (0.1, 0.01)]
 
 
 def digits() -> pd.DataFrame:
-    planted = table(Planted(name, seed, along=lambda step, layer: {}) for name in ("elu", "relu") for seed in (0, 1))
+    planted = table(
+        Planted(name, seed, along=lambda step, layer: {})
+        for name in ("elu", "relu")
+        for seed in (0, 1)
+    )
     return planted.assign(k=np.where(planted["coupling"].notna(), 0.5, np.nan))
 
 
@@ -61,7 +77,10 @@ LONG = {  # of the paper's length, with its numbers as marks
 def write_runs(runs: pd.DataFrame, folder: Path) -> None:
     for name, rows in runs.groupby("run"):
         firsts = rows[[key for key in CONFIG if key in rows]].iloc[0]
-        config = {key: value.item() if isinstance(value, np.generic) else value for key, value in firsts.items()}
+        config = {
+            key: value.item() if isinstance(value, np.generic) else value
+            for key, value in firsts.items()
+        }
         with Run.create(folder / str(name), config) as run:
             run.append(rows.drop(columns=["run", *config]))
 
@@ -69,20 +88,46 @@ def write_runs(runs: pd.DataFrame, folder: Path) -> None:
 def lines(figure) -> list[np.ndarray]:
     """What every line and cloud of dots shows."""
     found = [np.asarray(line.get_xydata(), float) for ax in figure.axes for line in ax.lines]
-    found += [np.asarray(dots.get_offsets(), float) for ax in figure.axes for dots in ax.collections]
+    found += [
+        np.asarray(dots.get_offsets(), float) for ax in figure.axes for dots in ax.collections
+    ]
     return [line for line in found if len(line)]
 
 
 def words(figure) -> list[str]:
     """All that stands on a figure's face, with the marks of what the legends name."""
-    found = [figure.get_suptitle(), *(text.get_text() for legend in figure.legends for text in legend.get_texts())]
+    found = [
+        figure.get_suptitle(),
+        *(text.get_text() for legend in figure.legends for text in legend.get_texts()),
+    ]
     for ax in figure.axes:
-        found += [ax.get_title(), ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()]
-        found += [text.get_text() for text in (ax.get_legend().get_texts() if ax.get_legend() else ())]
-        found += [f"{line.get_label()} {line.get_color()} {line.get_marker()} {line.get_linestyle()}" for line in ax.lines]
-        found += [f"{bars.get_label()} {[bar.get_height() for bar in bars]}" for bars in ax.containers if hasattr(bars, "patches")]
+        found += [
+            ax.get_title(),
+            ax.get_title(loc="left"),
+            ax.get_xlabel(),
+            ax.get_ylabel(),
+            ax.get_xscale(),
+            ax.get_yscale(),
+        ]
+        found += [
+            text.get_text() for text in (ax.get_legend().get_texts() if ax.get_legend() else ())
+        ]
+        found += [
+            f"{line.get_label()} {line.get_color()} {line.get_marker()} {line.get_linestyle()}"
+            for line in ax.lines
+        ]
+        found += [
+            f"{bars.get_label()} {[bar.get_height() for bar in bars]}"
+            for bars in ax.containers
+            if hasattr(bars, "patches")
+        ]
         formatters = (axis.get_major_formatter() for axis in (ax.xaxis, ax.yaxis))
-        found += [name for formatter in formatters if isinstance(formatter, FixedFormatter) for name in formatter.seq]  # no numbers
+        found += [
+            name
+            for formatter in formatters
+            if isinstance(formatter, FixedFormatter)
+            for name in formatter.seq
+        ]  # no numbers
     return found
 
 
@@ -95,7 +140,10 @@ def test_a_script_is_short(script):
     assert len(SCRIPTS[script].read_text(encoding="utf-8").splitlines()) <= 40
 
 
-@pytest.mark.parametrize(("script", "length"), [*((script, "short") for script in SCRIPTS), *((f"fig{name}", "full") for name in LONG)])
+@pytest.mark.parametrize(
+    ("script", "length"),
+    [*((script, "short") for script in SCRIPTS), *((f"fig{name}", "full") for name in LONG)],
+)
 def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeypatch, capsys):
     name = NAMES[script]
     paths = []
@@ -107,7 +155,9 @@ def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeyp
     drawn = runpy.run_path(str(SCRIPTS[script]))
     shown = capsys.readouterr().out
     for kind in ("png", "pdf"):
-        assert (tmp_path / "figures" / f"figure_{name}.{kind}").stat().st_size > 1000 and f"figure_{name}.{kind}" in shown
+        assert (
+            tmp_path / "figures" / f"figure_{name}.{kind}"
+        ).stat().st_size > 1000 and f"figure_{name}.{kind}" in shown
     small = figures.data(name, *paths)
     picture = figures.picture(name, small)
     expected = lines(picture)
@@ -117,13 +167,22 @@ def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeyp
     for one, other in zip(lines(drawn["figure"]), expected, strict=True):
         np.testing.assert_array_equal(one, other)
     assert small is None or figures.said(name, small) in shown
-    assert small is None or name == "bench" or figures.described(small) in drawn["figure"].get_suptitle()
+    assert (
+        small is None
+        or name == "bench"
+        or figures.described(small) in drawn["figure"].get_suptitle()
+    )
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        ("fig6", [], r"Figure 6 shows runs, and none come with this version: make them with `biasshift train imagenet`"),
+        (
+            "fig6",
+            [],
+            r"Figure 6 shows runs, and none come with this version: make them with `biasshift "
+            r"train imagenet`",
+        ),
         ("fig6", ["--quick"], r"'--quick' is no folder of runs"),
         ("fig2", ["nowhere"], r"'nowhere' is no folder"),
         ("fig3", ["."], r"no runs in \."),
@@ -132,13 +191,20 @@ def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeyp
         ("fig1", ["nowhere"], r"Figure 1 shows functions, and no runs"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(script, arguments, says, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_drawn_is_one_sentence(
+    script, arguments, says, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS[script]), *arguments])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPTS[script]))
     errors = capsys.readouterr().err
-    assert caught.value.code == 2 and errors.count("\n") == 1 and errors.endswith(".\n") and errors.startswith(f"{script}.py: ")
+    assert (
+        caught.value.code == 2
+        and errors.count("\n") == 1
+        and errors.endswith(".\n")
+        and errors.startswith(f"{script}.py: ")
+    )
     assert re.search(says, errors) and not list(tmp_path.iterdir())
 
 
@@ -149,7 +215,9 @@ def test_a_figure_without_runs_has_a_caption(tmp_path, monkeypatch):
     assert b"The activation functions." in (tmp_path / "figures" / "figure_1.png").read_bytes()
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.parquet")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((FOLDER / "results").glob("*.parquet")), ids=lambda path: path.stem
+)
 def test_a_committed_table_is_small_and_can_be_drawn(path):
     assert path.stem in figures.FIGURES and path.stat().st_size < 2_000_000
     small = figures.data(path.stem)

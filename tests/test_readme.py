@@ -29,9 +29,13 @@ def test_the_pictures_of_the_readme_exist_and_are_drawn_from_committed_tables():
     pictures = re.findall(r'(?:\]\(|src=")([^)"]+\.png)', README)
     assert len(pictures) >= 10 and all((ROOT / path).is_file() for path in pictures)
     tables = set(re.findall(r"<code>biasshift figure (\w+)</code>", README)) - {"1"}
-    assert tables and all((ROOT / "paper_figs" / "results" / f"{name}.parquet").is_file() for name in tables)
+    assert tables and all(
+        (ROOT / "paper_figs" / "results" / f"{name}.parquet").is_file() for name in tables
+    )
 
 
 def test_the_make_targets_of_the_readme_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets

@@ -53,7 +53,14 @@ def make(seed: int, spread: float = 1.0) -> Problem:
 
     root = draw(UNITS, INPUTS, INPUTS + 3)
     V = root @ root.mT / INPUTS + 0.1 * torch.eye(INPUTS, dtype=torch.float64)
-    return Problem(draw(UNITS).exp(), spread * draw(INPUTS), spread * draw(UNITS, INPUTS), V, draw(UNITS, INPUTS), draw(UNITS))
+    return Problem(
+        draw(UNITS).exp(),
+        spread * draw(INPUTS),
+        spread * draw(UNITS, INPUTS),
+        V,
+        draw(UNITS, INPUTS),
+        draw(UNITS),
+    )
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -66,11 +73,13 @@ def far(actual: Tensor, expected: Tensor, by: float = 1e-2) -> None:
 
 
 problems = pytest.mark.parametrize(
-    "p", [make(0), make(1), make(2, spread=0.1), make(3, spread=3.0)], ids=["a", "b", "small-means", "large-means"]
+    "p",
+    [make(0), make(1), make(2, spread=0.1), make(3, spread=3.0)],
+    ids=["a", "b", "small-means", "large-means"],
 )
 
 
-# -- Theorem 1 ---------------------------------------------------------------------------------------------------------
+# -- Theorem 1 -------------------------------------------------------------------------------------
 
 
 @problems
@@ -87,13 +96,18 @@ def test_s_is_the_corner_of_the_inverse_in_both_forms(p: Problem) -> None:
     corner = spd_inverse(p.full)[:, -1, -1]
     close(theory.s_from_blocks(p.A, p.b, p.c), corner)
     close(theory.s_from_center(p.c, p.m, p.V), corner)
-    far(theory.s_from_center(p.c, p.mean_p.expand_as(p.m), p.V), corner)  # the p-mean in place of the q-mean
+    far(
+        theory.s_from_center(p.c, p.mean_p.expand_as(p.m), p.V), corner
+    )  # the p-mean in place of the q-mean
 
 
 @problems
 def test_natural_gradient_block_form_centered_form_and_dense_inverse_agree(p: Problem) -> None:
     dw, dw0 = p.dense_step
-    for step in (theory.natural_gradient_blocks(p.A, p.b, p.c, p.g, p.g0), theory.centered_update(p.c, p.m, p.V, p.g, p.g0)):
+    for step in (
+        theory.natural_gradient_blocks(p.A, p.b, p.c, p.g, p.g0),
+        theory.centered_update(p.c, p.m, p.V, p.g, p.g0),
+    ):
         close(step[0], dw)
         close(step[1], dw0)
     wrong = theory.natural_gradient_blocks(p.A, -p.b, p.c, p.g, p.g0)  # the sign of the coupling
@@ -104,7 +118,9 @@ def test_natural_gradient_block_form_centered_form_and_dense_inverse_agree(p: Pr
 def test_bias_first_is_not_bias_last(p: Problem) -> None:
     """The same matrix read with the bias in front gives another step."""
     dw, _ = p.dense_step
-    wrong, _ = theory.natural_gradient_blocks(p.full[:, 1:, 1:], p.full[:, 1:, 0], p.full[:, 0, 0], p.g, p.g0)
+    wrong, _ = theory.natural_gradient_blocks(
+        p.full[:, 1:, 1:], p.full[:, 1:, 0], p.full[:, 0, 0], p.g, p.g0
+    )
     far(wrong, dw)
 
 
@@ -137,12 +153,14 @@ def test_center_p_is_the_unit_block_of_kfac(p: Problem) -> None:
 
 @problems
 def test_center_none_is_block_diagonal(p: Problem) -> None:
-    dw, dw0 = theory.centered_update(p.c, torch.zeros_like(p.m), p.A / p.c[:, None, None], p.g, p.g0)
+    dw, dw0 = theory.centered_update(
+        p.c, torch.zeros_like(p.m), p.A / p.c[:, None, None], p.g, p.g0
+    )
     close(dw, matvec(spd_inverse(p.A), p.g))
     close(dw0, p.g0 / p.c)
 
 
-# -- Theorem 2 ---------------------------------------------------------------------------------------------------------
+# -- Theorem 2 -------------------------------------------------------------------------------------
 
 
 @problems
@@ -156,14 +174,20 @@ def test_theorem_2_is_the_bias_shift_of_the_natural_gradient(p: Problem) -> None
 
 @problems
 def test_theorem_2_written_out_with_k(p: Problem) -> None:
-    """`(μ − k m)ᵀ A⁻¹ g + k₀ g₀`, with the package's k; the poster's k in its place is another number."""
+    """`(μ − k m)ᵀ A⁻¹ g + k₀ g₀`, with the package's k; the poster's k in its place is another
+    number.
+    """
     dw, dw0 = p.dense_step
     shift = dot(p.mean_p, dw) + dw0
     A_inverse_g = matvec(spd_inverse(p.A), p.g)
     k = theory.k_published(p.mean_p, p.m, p.V)
     close(dot(p.mean_p - k[:, None] * p.m, A_inverse_g) + theory.k0(k, p.c) * p.g0, shift)
     poster = theory.k_poster(p.A, p.b, p.c, p.mean_p)
-    close(dot(p.mean_p - (1 + poster)[:, None] * p.m, A_inverse_g) + theory.k0(1 + poster, p.c) * p.g0, shift)
+    close(
+        dot(p.mean_p - (1 + poster)[:, None] * p.m, A_inverse_g)
+        + theory.k0(1 + poster, p.c) * p.g0,
+        shift,
+    )
     wrong = dot(p.mean_p - poster[:, None] * p.m, A_inverse_g) + theory.k0(poster, p.c) * p.g0
     far(wrong, shift)
 
@@ -180,7 +204,9 @@ def test_k_in_every_print(p: Problem) -> None:
     close(k, 1 + poster)
     close(theory.k0(k, p.c), k / p.c)
     close(theory.k0_from_blocks(p.A, p.b, p.c, p.mean_p), k / p.c)
-    assert bool(((theory.k_poster(p.A, p.b, p.c, p.mean_p) - k).abs() > 0.5).all())  # the poster's k is not k
+    assert bool(
+        ((theory.k_poster(p.A, p.b, p.c, p.mean_p) - k).abs() > 0.5).all()
+    )  # the poster's k is not k
 
 
 @problems
@@ -191,45 +217,71 @@ def test_without_covariance_k_is_one_and_the_effective_mean_vanishes(p: Problem)
     close(k, torch.ones(UNITS, dtype=torch.float64))
     close(mean - k[:, None] * even.m, torch.zeros_like(even.m))
     close(theory.k_poster(even.A, even.b, even.c, mean), torch.zeros(UNITS, dtype=torch.float64))
-    close(theory.theorem2_shift(even.A, even.b, even.c, mean, p.g, p.g0), p.g0 / p.c)  # a shift remains
+    close(
+        theory.theorem2_shift(even.A, even.b, even.c, mean, p.g, p.g0), p.g0 / p.c
+    )  # a shift remains
     assert bool(((theory.k_published(p.mean_p, p.m, p.V) - 1).abs() > 1e-3).all())
 
 
 @problems
 def test_variance_of_the_bias_shift_under_fisher_noise(p: Problem) -> None:
-    """With g ~ N(0, F) it is `(1 + (m−μ)ᵀV⁻¹(m−μ))/c`; read off by applying the shift to the columns of a root of F."""
+    """With g ~ N(0, F) it is `(1 + (m−μ)ᵀV⁻¹(m−μ))/c`; read off by applying the shift to the
+    columns of a root of F.
+    """
     root = torch.stack([torch.linalg.cholesky(full) for full in p.full])
-    columns = [theory.theorem2_shift(p.A, p.b, p.c, p.mean_p, root[:, :-1, j], root[:, -1, j]) for j in range(INPUTS + 1)]
+    columns = [
+        theory.theorem2_shift(p.A, p.b, p.c, p.mean_p, root[:, :-1, j], root[:, -1, j])
+        for j in range(INPUTS + 1)
+    ]
     apart = p.m - p.mean_p
-    close(torch.stack(columns).square().sum(0), (1 + dot(apart, matvec(spd_inverse(p.V), apart))) / p.c)
+    close(
+        torch.stack(columns).square().sum(0),
+        (1 + dot(apart, matvec(spd_inverse(p.V), apart))) / p.c,
+    )
 
 
-# -- invariance --------------------------------------------------------------------------------------------------------
+# -- invariance ------------------------------------------------------------------------------------
 
 
-def function_change(p: Problem, center: str, damping: float, shift: Tensor | None, points: Tensor) -> Tensor:
-    """Change of the net inputs at `points` after one step; with `shift`, in the coordinates `a + shift`."""
+def function_change(
+    p: Problem, center: str, damping: float, shift: Tensor | None, points: Tensor
+) -> Tensor:
+    """Change of the net inputs at `points` after one step; with `shift`, in the coordinates `a +
+    shift`.
+    """
     if shift is not None:
         p = Problem(p.c, p.mean_p + shift, p.m + shift, p.V, p.g + p.g0[:, None] * shift, p.g0)
         points = points + shift
     cov_p = 1.5 * p.V
-    r, W = {"q": (p.m, p.V), "p": (p.mean_p.expand_as(p.m), cov_p), "none": (torch.zeros_like(p.m), p.A / p.c[:, None, None])}[center]
+    r, W = {
+        "q": (p.m, p.V),
+        "p": (p.mean_p.expand_as(p.m), cov_p),
+        "none": (torch.zeros_like(p.m), p.A / p.c[:, None, None]),
+    }[center]
     dw, dw0 = theory.centered_update(p.c, r, theory.damp(W, damping), p.g, p.g0)
     return points @ dw.T + dw0
 
 
 @problems
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_shifting_the_inputs_changes_nothing_for_centered_members_only(p: Problem, damping: float) -> None:
+def test_shifting_the_inputs_changes_nothing_for_centered_members_only(
+    p: Problem, damping: float
+) -> None:
     generator = torch.Generator().manual_seed(9)
     points = torch.randn(7, INPUTS, generator=generator, dtype=torch.float64)
     shift = 2 + torch.randn(INPUTS, generator=generator, dtype=torch.float64)
     for center in ("q", "p"):
-        close(function_change(p, center, damping, shift, points), function_change(p, center, damping, None, points))
-    far(function_change(p, "none", damping, shift, points), function_change(p, "none", damping, None, points))
+        close(
+            function_change(p, center, damping, shift, points),
+            function_change(p, center, damping, None, points),
+        )
+    far(
+        function_change(p, "none", damping, shift, points),
+        function_change(p, "none", damping, None, points),
+    )
 
 
-# -- the coupling index, damping, the correction for finite samples ----------------------------------------------------
+# -- the coupling index, damping, the correction for finite samples --------------------------------
 
 
 @problems
@@ -259,7 +311,10 @@ def test_coupling_is_the_share_of_the_constant_that_the_activations_explain() ->
 def test_damp_adds_a_share_of_the_mean_variance_of_each_unit(p: Problem, damping: float) -> None:
     damped = theory.damp(p.V, damping)
     for before, after in zip(p.V, damped, strict=True):
-        close(after, before + damping * before.diagonal().mean() * torch.eye(INPUTS, dtype=torch.float64))
+        close(
+            after,
+            before + damping * before.diagonal().mean() * torch.eye(INPUTS, dtype=torch.float64),
+        )
     close(theory.damp(7 * p.V, damping), 7 * damped)  # scale free
 
 
@@ -283,8 +338,12 @@ def test_hotelling_removes_the_bias_of_few_samples() -> None:
     V = (a - m[:, None]).mT @ (a - m[:, None]) / samples
     L = torch.stack([torch.linalg.cholesky(one) for one in V])
     raw = torch.linalg.solve_triangular(L, m[:, :, None], upper=False).square().sum((1, 2))
-    corrected = torch.as_tensor(theory.hotelling(raw, torch.full((draws,), float(samples), dtype=torch.float64), inputs))
-    tolerance = 5 * float(corrected.std()) / draws**0.5 + 2 / samples  # noise, and the convention for V (1/n or 1/(n−1))
+    corrected = torch.as_tensor(
+        theory.hotelling(raw, torch.full((draws,), float(samples), dtype=torch.float64), inputs)
+    )
+    tolerance = (
+        5 * float(corrected.std()) / draws**0.5 + 2 / samples
+    )  # noise, and the convention for V (1/n or 1/(n−1))
     assert float(corrected.mean()) == pytest.approx(1.0, abs=tolerance)
     assert tolerance < 0.1
     assert float(raw.mean()) > 1.5
@@ -294,4 +353,10 @@ def test_hotelling_removes_the_bias_of_few_samples() -> None:
 def test_single_precision_stays_single(p: Problem) -> None:
     c, m, V, g, g0 = (t.float() for t in (p.c, p.m, p.V, p.g, p.g0))
     dw, dw0 = theory.centered_update(c, m, V, g, g0)
-    assert dw.dtype == dw0.dtype == theory.coupling(m, V).dtype == theory.damp(V, 0.1).dtype == torch.float32
+    assert (
+        dw.dtype
+        == dw0.dtype
+        == theory.coupling(m, V).dtype
+        == theory.damp(V, 0.1).dtype
+        == torch.float32
+    )

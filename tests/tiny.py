@@ -1,4 +1,6 @@
-"""An experiment of seconds: in a module of its own, because worker processes must be able to import it."""
+"""An experiment of seconds: in a module of its own, because worker processes must be able to import
+it.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -58,4 +60,8 @@ class Tiny(Demo):
     def trial(self, setting: Setting, data: DataSet) -> Trial:
         made = trial(setting, data)
         lost = Phase(5, math.inf)
-        return replace(made, phases=(*made.phases, lost)) if setting.activation in self.diverging else made
+        return (
+            replace(made, phases=(*made.phases, lost))
+            if setting.activation in self.diverging
+            else made
+        )

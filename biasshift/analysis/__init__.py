@@ -1,7 +1,19 @@
 """From recorded runs to numbers, and from numbers to verdicts on the claims of the theory."""
 
-from biasshift.analysis.formatting import claims_markdown, footnote, reading_table, sentences, sweep_table
-from biasshift.analysis.per_run import SAMPLES_PER_INPUT, enough_samples, fed_layers, layer_inputs, per_run
+from biasshift.analysis.formatting import (
+    claims_markdown,
+    footnote,
+    reading_table,
+    sentences,
+    sweep_table,
+)
+from biasshift.analysis.per_run import (
+    SAMPLES_PER_INPUT,
+    enough_samples,
+    fed_layers,
+    layer_inputs,
+    per_run,
+)
 
 __all__ = [
     "SAMPLES_PER_INPUT",

@@ -1,4 +1,6 @@
-"""One claim with what was found about it, before its verdict; the wording and the effect that claims share."""
+"""One claim with what was found about it, before its verdict; the wording and the effect that
+claims share.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ NO_UNITS = "No two runs with one seed came down to the equal loss with enough ef
 class Claim:
     """A statement with a direction, and the effect that these runs show.
 
-    ``predicted`` is the sign that the statement predicts for the effect. Claims of one ``family`` are one statement with its
+    ``predicted`` is the sign that the statement predicts for the effect. Claims of one ``family``
+    are one statement with its
     variants: their p values are corrected together.
     """
 
@@ -37,9 +40,16 @@ class Claim:
     unsure: bool = False  # undecided whatever the tests say, for a reason that the caveat gives
 
 
-def differences(numbers: "pd.DataFrame", column: str, first: str, second: str, transform: Callable = lambda x: x) -> "pd.Series":
-    """First minus second activation function, for every seed that both were trained with; NaN where one of them has no number."""
+def differences(
+    numbers: "pd.DataFrame", column: str, first: str, second: str, transform: Callable = lambda x: x
+) -> "pd.Series":
+    """First minus second activation function, for every seed that both were trained with; NaN where
+    one of them has no number.
+    """
     by_seed = numbers.set_index("seed")
-    one, other = (by_seed.loc[(by_seed["activation"] == name).to_numpy(), column].astype(float) for name in (first, second))
+    one, other = (
+        by_seed.loc[(by_seed["activation"] == name).to_numpy(), column].astype(float)
+        for name in (first, second)
+    )
     seeds = one.index.intersection(other.index)
     return transform(one.loc[seeds]) - transform(other.loc[seeds])

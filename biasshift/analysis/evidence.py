@@ -1,4 +1,6 @@
-"""What the claims are judged by: every run reduced to its numbers, its learning curve and what was measured of its layers."""
+"""What the claims are judged by: every run reduced to its numbers, its learning curve and what was
+measured of its layers.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,14 @@ from biasshift.analysis.per_run import REFERENCE_DAMPING, per_run
 if TYPE_CHECKING:
     import pandas as pd
 
-TO_STEPS, TO_SECONDS = "ln of the steps to training loss {:g}", "ln of the seconds to training loss {:g}"
-AT_THE_END, AT_EQUAL_TIME = "ln of the training loss at the end", "ln of the training loss at equal time"
+TO_STEPS, TO_SECONDS = (
+    "ln of the steps to training loss {:g}",
+    "ln of the seconds to training loss {:g}",
+)
+AT_THE_END, AT_EQUAL_TIME = (
+    "ln of the training loss at the end",
+    "ln of the training loss at equal time",
+)
 PROBES, DAMPINGS = 2, 3
 EQUAL = 1.1  # losses that differ by less than this factor are called equal
 REPEATED = "The sign is the same on two disjoint probes and at dampings {}."
@@ -34,7 +42,9 @@ class Repetition(NamedTuple):
     sure: bool
 
 
-def repeated(points: "pd.DataFrame", effects: Callable[["pd.DataFrame"], "pd.Series"], expected: float) -> Repetition:
+def repeated(
+    points: "pd.DataFrame", effects: Callable[["pd.DataFrame"], "pd.Series"], expected: float
+) -> Repetition:
     """Repeats an effect at equal loss, probe by probe and damping by damping.
 
     Args:
@@ -55,8 +65,12 @@ def repeated(points: "pd.DataFrame", effects: Callable[["pd.DataFrame"], "pd.Ser
 
 
 def at_equal_losses(points: "pd.DataFrame", first: str, second: str) -> Repetition:
-    """Whether two activation functions were examined at losses that are equal: each is looked at now and then, and not at the same time."""
-    losses = points.groupby("activation")["loss"].agg(lambda loss: float(np.exp(np.log(loss.astype(float)).mean())))
+    """Whether two activation functions were examined at losses that are equal: each is looked at
+    now and then, and not at the same time.
+    """
+    losses = points.groupby("activation")["loss"].agg(
+        lambda loss: float(np.exp(np.log(loss.astype(float)).mean()))
+    )
     one, other = (float(losses.get(name, np.nan)) for name in (first, second))
     if not abs(np.log(one / other)) > np.log(EQUAL):  # nor where it is not recorded
         return Repetition("At equal training loss.", True)
@@ -90,7 +104,11 @@ class Evidence:
         for name, run in table.groupby("run", observed=True, sort=False):
             curves[str(name)] = curve_of(run)
             if name in paper:
-                points.append(points_of(run).assign(run=name, activation=run["activation"].iloc[0], seed=run["seed"].iloc[0]))
+                points.append(
+                    points_of(run).assign(
+                        run=name, activation=run["activation"].iloc[0], seed=run["seed"].iloc[0]
+                    )
+                )
         measured = [some for some in points if len(some)]
         layers = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
         examined = exam_points(table)
@@ -106,17 +124,26 @@ class Evidence:
         return self.exam_points[self.exam_points["exam_damping"] == REFERENCE_DAMPING]
 
     def seeds(self, *activations: str) -> list[int]:
-        """Those that all of these activation functions were trained with; without any, those of all runs of the paper's kind."""
+        """Those that all of these activation functions were trained with; without any, those of all
+        runs of the paper's kind.
+        """
         runs = self.paper
-        both = [set(runs.loc[(runs["activation"] == name).to_numpy(), "seed"]) for name in activations]
+        both = [
+            set(runs.loc[(runs["activation"] == name).to_numpy(), "seed"]) for name in activations
+        ]
         return sorted(set.intersection(*both) if both else set(runs["seed"]))
 
     @cached_property
     def cells(self) -> set[Cell]:
-        return {cell_of(runs) for _, runs in self.numbers.groupby(["activation", "update", "constant", "batch_norm"])}
+        return {
+            cell_of(runs)
+            for _, runs in self.numbers.groupby(["activation", "update", "constant", "batch_norm"])
+        }
 
     def best(self, cells: Sequence[Cell]) -> dict[Cell, "pd.DataFrame"]:
-        """The runs of every cell at its best learning rate of those that all of these cells were trained at, by seed."""
+        """The runs of every cell at its best learning rate of those that all of these cells were
+        trained at, by seed.
+        """
         runs, rates = {cell: self._runs(cell) for cell in cells}, self._rates(cells)
         found = {}
         for cell, some in runs.items():
@@ -135,7 +162,9 @@ class Evidence:
         return self.numbers.loc[same]
 
     def edges(self, cells: Sequence[Cell]) -> list[str]:
-        """Names of the cells whose best learning rate is the first or the last of several: a better one may lie outside."""
+        """Names of the cells whose best learning rate is the first or the last of several: a better
+        one may lie outside.
+        """
         found, rates = [], self._rates(cells)
         for cell, runs in self.best(cells).items():
             if len(rates) > 1 and len(runs) and runs["lr"].iloc[0] in (rates[0], rates[-1]):
@@ -143,30 +172,54 @@ class Evidence:
         return found
 
     def speeds(self, cells: Sequence[Cell], levels: int) -> dict[str, "pd.DataFrame"]:
-        """How fast cells learn at their best rates: measure → (seed, cell), smaller is faster, seeds that all cells have.
+        """How fast cells learn at their best rates: measure → (seed, cell), smaller is faster,
+        seeds that all cells have.
 
-        Steps and seconds to the lowest losses that all of these runs reach, the loss at the end, and that after the seconds of
-        the quickest of the runs of a seed.
+        Steps and seconds to the lowest losses that all of these runs reach, the loss at the end,
+        and that after the seconds of the quickest of the runs of a seed.
         """
         import pandas as pd
 
         best = self.best(cells)
         seeds = sorted(set.intersection(*(set(runs.index) for runs in best.values())))
-        curves = {cell: {seed: self.curves[str(runs.loc[seed, "run"])] for seed in seeds} for cell, runs in best.items()}
-        finished = [by_seed[seed] for cell, by_seed in curves.items() for seed in seeds if best[cell].loc[seed, "train_loss"] >= 0]
+        curves = {
+            cell: {seed: self.curves[str(runs.loc[seed, "run"])] for seed in seeds}
+            for cell, runs in best.items()
+        }
+        finished = [
+            by_seed[seed]
+            for cell, by_seed in curves.items()
+            for seed in seeds
+            if best[cell].loc[seed, "train_loss"] >= 0
+        ]
         found = {}
         for axis, name in (("step", TO_STEPS), ("seconds", TO_SECONDS)):
             for level in common_levels(finished, levels):
-                found[name.format(level)] = {cell: [reached(some[seed], level, axis) for seed in seeds] for cell, some in curves.items()}
-        found[AT_THE_END] = {cell: [best[cell].loc[seed, "train_loss"] for seed in seeds] for cell in cells}
-        quickest = {seed: min(float(some[seed]["seconds"].max()) for some in curves.values()) for seed in seeds}
-        found[AT_EQUAL_TIME] = {cell: [loss_after(some[seed], quickest[seed]) for seed in seeds] for cell, some in curves.items()}
-        return {name: np.log(pd.DataFrame(by_cell, index=pd.Index(seeds)).clip(lower=1e-300)) for name, by_cell in found.items()}
+                found[name.format(level)] = {
+                    cell: [reached(some[seed], level, axis) for seed in seeds]
+                    for cell, some in curves.items()
+                }
+        found[AT_THE_END] = {
+            cell: [best[cell].loc[seed, "train_loss"] for seed in seeds] for cell in cells
+        }
+        quickest = {
+            seed: min(float(some[seed]["seconds"].max()) for some in curves.values())
+            for seed in seeds
+        }
+        found[AT_EQUAL_TIME] = {
+            cell: [loss_after(some[seed], quickest[seed]) for seed in seeds]
+            for cell, some in curves.items()
+        }
+        return {
+            name: np.log(pd.DataFrame(by_cell, index=pd.Index(seeds)).clip(lower=1e-300))
+            for name, by_cell in found.items()
+        }
 
 
 def _refuse_negative_losses(table: "pd.DataFrame") -> None:
     if "train_loss" in table and (below := table.loc[table["train_loss"] < 0, "run"]).size:
         raise ValueError(
-            f"The training loss of run '{below.iloc[0]}' falls below 0: claims compare logarithms of losses, and steps to losses. "
+            f"The training loss of run '{below.iloc[0]}' falls below 0: claims compare logarithms "
+            "of losses, and steps to losses. "
             "Give runs whose loss cannot be negative, such as a cross-entropy or a squared error."
         )

@@ -1,4 +1,6 @@
-"""The paper's claims, held against runs: a number, its interval over paired seeds, and a verdict that may be *undecided*."""
+"""The paper's claims, held against runs: a number, its interval over paired seeds, and a verdict
+that may be *undecided*.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,11 @@ from biasshift.analysis.statistics import LEVEL, seeds_needed
 if TYPE_CHECKING:
     import pandas as pd
 
-SAID = {"supported": "Supported", "not supported": "Not supported, the contrary holds", "undecided": "Undecided"}
+SAID = {
+    "supported": "Supported",
+    "not supported": "Not supported, the contrary holds",
+    "undecided": "Undecided",
+}
 
 
 # column of `per_run` → its name in the table for reading
@@ -32,9 +38,11 @@ Units with fewer than ten effective samples per incoming activation are excluded
 
 
 def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over seeds.
+    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over
+    seeds.
 
-    Of runs of several updates and learning rates, those that the paper compared: plain gradient descent at one rate.
+    Of runs of several updates and learning rates, those that the paper compared: plain gradient
+    descent at one rate.
     """
     import pandas as pd
 
@@ -50,10 +58,12 @@ def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate, as text.
+    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate,
+    as text.
 
-    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged at, and in column ``plain`` the
-    one at which plain runs are compared where the claim is not about speed.
+    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged
+    at, and in column ``plain`` the one at which plain runs are compared where the claim is not
+    about speed.
     """
     import pandas as pd
 
@@ -61,7 +71,10 @@ def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
     rows = {}
     for _, cell in numbers.groupby(list(CELL), sort=False):
         kind, chosen = cell_of(cell), best_rate(cell)
-        texts = {f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen) for rate, group in cell.groupby("lr")}
+        texts = {
+            f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen)
+            for rate, group in cell.groupby("lr")
+        }
         rows[kind.name] = {**texts, "plain": f"{common:g}" if kind.update == "plain" else ""}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
@@ -74,12 +87,17 @@ def mean_and_sd(values: "pd.Series") -> str:
     size = found.abs().mean()
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     sd = f" ± {found.std():.{digits}f}" if len(found) > 1 else ""
-    return f"{found.mean():.{digits}f}{sd}" + (f" (n = {len(found)})" if len(found) < len(values) else "")
+    return f"{found.mean():.{digits}f}{sd}" + (
+        f" (n = {len(found)})" if len(found) < len(values) else ""
+    )
 
 
 def sentences(found: "pd.DataFrame") -> list[str]:
     """One plain sentence per claim, with its number, interval and caveat."""
-    return [f"{SAID[row.verdict]}: {row.statement} ({row.source}). {_number(row)}{row.caveat}" for row in found.itertuples()]
+    return [
+        f"{SAID[row.verdict]}: {row.statement} ({row.source}). {_number(row)}{row.caveat}"
+        for row in found.itertuples()
+    ]
 
 
 def _number(row: Any) -> str:
@@ -123,7 +141,8 @@ def claims_markdown(found: "pd.DataFrame") -> str:
         row: Any = row
         shown = f"{effect(row)}, {row.predicted}" if row.n else f"–, {row.predicted}"
         cells = [
-            f"{row.number} {row.claim}", row.verdict, f"{row.statement} ({row.source})", row.statistic, shown, str(row.n),
+            f"{row.number} {row.claim}", row.verdict, f"{row.statement} "
+                                                      f"({row.source})", row.statistic, shown, str(row.n),
             _p(row.p), _p(row.p_holm), _p(row.p_contrary), row.caveat,
         ]  # fmt: skip
         lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
@@ -135,10 +154,16 @@ def footnote(found: "pd.DataFrame") -> str:
     tested = found[found["p"].notna()]
     families, seeds = tested["family"].nunique(), int(tested["n"].max()) if len(tested) else 0
     strict = int(((tested["verdict"] == "supported") & (tested["p_holm_all"] < LEVEL)).sum())
-    possible = "" if len(tested) / 2**seeds < LEVEL else f"; with {seeds} seeds none could: {seeds_needed(len(tested))} are needed"
+    possible = (
+        ""
+        if len(tested) / 2**seeds < LEVEL
+        else f"; with {seeds} seeds none could: {seeds_needed(len(tested))} are needed"
+    )
     return (
-        f"{len(tested)} tests in {families} families of variants; Holm's correction is within families. If nothing held, about "
-        f"{families * LEVEL / 2:.1f} families would be called supported, and as many not supported, by chance. "
+        f"{len(tested)} tests in {families} families of variants; Holm's correction is within "
+        "families. If nothing held, about "
+        f"{families * LEVEL / 2:.1f} families would be called supported, and as many not "
+        "supported, by chance. "
         f"Corrected over all tests at once {strict} supported claims remain{possible}."
     )
 

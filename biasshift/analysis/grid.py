@@ -1,7 +1,8 @@
 """What runs of one experiment may differ in, and which learning rate each kind of run is judged at.
 
-A *cell* is an activation function, an update, a constant that is added to the activations, and whether there is batch
-normalization. Every cell is trained at the same learning rates with the same seeds, and one rule chooses for all of them.
+A *cell* is an activation function, an update, a constant that is added to the activations, and
+whether there is batch normalization. Every cell is trained at the same learning rates with the same
+seeds, and one rule chooses for all of them.
 """
 
 from collections.abc import Iterable
@@ -35,18 +36,26 @@ class Cell(NamedTuple):
 
 
 def cells_of(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per run: ``run``, ``seed``, ``lr`` and the columns of its cell; what older runs do not record is the default.
+    """One row per run: ``run``, ``seed``, ``lr`` and the columns of its cell; what older runs do
+    not record is the default.
 
     Raises:
-        ValueError: for two runs of one cell, learning rate and seed, or cells that were not trained at the same learning rates.
+        ValueError: for two runs of one cell, learning rate and seed, or cells that were not trained
+            at the same learning rates.
     """
     import pandas as pd
 
     runs = table.drop_duplicates("run")
-    columns = {"run": runs["run"], "seed": runs["seed"], "lr": runs["lr"].astype(float).fillna(UNKNOWN) if "lr" in runs else UNKNOWN}
+    columns = {
+        "run": runs["run"],
+        "seed": runs["seed"],
+        "lr": runs["lr"].astype(float).fillna(UNKNOWN) if "lr" in runs else UNKNOWN,
+    }
     for name, default in zip(CELL, Cell(""), strict=True):
         values = [default] * len(runs) if name not in runs else list(runs[name])
-        columns[name] = [default if _is_missing(value) else type(default)(value) for value in values]
+        columns[name] = [
+            default if _is_missing(value) else type(default)(value) for value in values
+        ]
     found = pd.DataFrame(columns).reset_index(drop=True)
     _refuse_twice(found)
     _refuse_unequal_rates(found)
@@ -60,19 +69,29 @@ def _is_missing(value: Any) -> bool:
 def _refuse_twice(runs: "pd.DataFrame") -> None:
     twice = runs.loc[runs.duplicated([*CELL, "lr", "seed"])]
     if len(twice):
-        raise ValueError(f"There are two runs of '{_said(cell_of(twice))}' with seed {twice['seed'].iloc[0]}: give one of them.")
+        raise ValueError(
+            f"There are two runs of '{_said(cell_of(twice))}' with seed {twice['seed'].iloc[0]}: "
+            "give one of them."
+        )
 
 
 def _refuse_unequal_rates(runs: "pd.DataFrame") -> None:
-    """Cells with a constant or batch norm may have been tried at fewer rates than others, but equally among themselves."""
+    """Cells with a constant or batch norm may have been tried at fewer rates than others, but
+    equally among themselves.
+    """
     for _, group in runs.groupby(["constant", "batch_norm"]):
-        rates = {cell_of(cell): tuple(sorted(cell["lr"].unique())) for _, cell in group.groupby(list(CELL))}
+        rates = {
+            cell_of(cell): tuple(sorted(cell["lr"].unique()))
+            for _, cell in group.groupby(list(CELL))
+        }
         (first, expected), *others = rates.items()
         for cell, found in others:
             if found != expected:
                 raise ValueError(
-                    f"The learning rates are not the same for all: '{_said(first)}' was trained at {_listed(expected)}, '{_said(cell)}' at "
-                    f"{_listed(found)}. A rate that was searched for one of them only would decide: complete the grid."
+                    f"The learning rates are not the same for all: '{_said(first)}' was trained at "
+                    f"{_listed(expected)}, '{_said(cell)}' at "
+                    f"{_listed(found)}. A rate that was searched for one of them only would "
+                    "decide: complete the grid."
                 )
 
 
@@ -90,21 +109,26 @@ def _listed(rates: Iterable[float]) -> str:
 
 
 def paper_runs(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """The runs of plain gradient descent, nothing added, at one learning rate for all: what the paper compared.
+    """The runs of plain gradient descent, nothing added, at one learning rate for all: what the
+    paper compared.
 
-    The rate is that of `best_rate` over these runs together. Without batch normalization, unless all networks have it.
+    The rate is that of `best_rate` over these runs together. Without batch normalization, unless
+    all networks have it.
     """
-    plain = numbers.loc[(numbers["update"] == "plain").to_numpy() & (numbers["constant"] == 0).to_numpy()]
+    plain = numbers.loc[
+        (numbers["update"] == "plain").to_numpy() & (numbers["constant"] == 0).to_numpy()
+    ]
     normed = plain["batch_norm"].to_numpy(bool)
     plain = plain if normed.all() else plain.loc[~normed]
     return plain.loc[(plain["lr"] == best_rate(plain)).to_numpy()] if len(plain) else plain
 
 
 def best_rate(numbers: "pd.DataFrame") -> float:
-    """The learning rate to judge runs at: `RULE`. Activations count alike: logarithms of losses are averaged.
+    """The learning rate to judge runs at: `RULE`. Activations count alike: logarithms of losses are
+    averaged.
 
-    A run that diverged stopped early, and so did one that is not there although its seed is at another rate: no rate is chosen for
-    the runs that survived it.
+    A run that diverged stopped early, and so did one that is not there although its seed is at
+    another rate: no rate is chosen for the runs that survived it.
     """
     import numpy as np
 

@@ -8,11 +8,15 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVELS = tuple(digit * 10.0**power for power in range(1, -9, -1) for digit in (5, 2, 1))  # nats, the same for all runs
+LEVELS = tuple(
+    digit * 10.0**power for power in range(1, -9, -1) for digit in (5, 2, 1)
+)  # nats, the same for all runs
 
 
 def curve_of(run: "pd.DataFrame") -> "pd.DataFrame":
-    """``step``, ``train_loss`` and ``seconds`` of a run's scores, in the order of steps; seconds NaN where they are not recorded."""
+    """``step``, ``train_loss`` and ``seconds`` of a run's scores, in the order of steps; seconds
+    NaN where they are not recorded.
+    """
     rows = run[run["train_loss"].notna()].sort_values("step").drop_duplicates("step", keep="last")
     seconds = rows["seconds"].astype(float) if "seconds" in rows else np.nan
     return rows[["step", "train_loss"]].astype(float).assign(seconds=seconds)
@@ -28,7 +32,9 @@ def common_levels(curves: Iterable["pd.DataFrame"], count: int) -> list[float]:
 
 
 def reached(curve: "pd.DataFrame", level: float, axis: str = "step") -> float:
-    """The step, or second, at which a run first gets to a loss; between two scores the logarithm of the loss is a straight line."""
+    """The step, or second, at which a run first gets to a loss; between two scores the logarithm of
+    the loss is a straight line.
+    """
     loss, at = curve["train_loss"].to_numpy(), curve[axis].to_numpy()
     there = np.flatnonzero(loss <= level)
     if not len(there):
@@ -41,7 +47,9 @@ def reached(curve: "pd.DataFrame", level: float, axis: str = "step") -> float:
 
 
 def loss_after(curve: "pd.DataFrame", seconds: float) -> float:
-    """The loss after so many seconds of training; NaN where they are not recorded, or later than the run's end."""
+    """The loss after so many seconds of training; NaN where they are not recorded, or later than
+    the run's end.
+    """
     at, loss = curve["seconds"].to_numpy(), curve["train_loss"].to_numpy()
     if not len(at) or not seconds <= at.max():
         return float("nan")

@@ -1,18 +1,22 @@
 """Paired effects → interval, exact test, correction, verdict.
 
-Every claim predicts the sign of its effect before it sees a run, so that tests are one-sided in that direction. The interval is a
-two-sided 95 % t interval (a bootstrap over so few seeds covers less): a verdict needs both, and so errs in either direction in at
-most 2.5 % of normal worlds without effect.
-*Not supported* says that the contrary holds, by the same two tests turned around; what shows neither is *undecided*.
+Every claim predicts the sign of its effect before it sees a run, so that tests are one-sided in
+that direction. The interval is a two-sided 95 % t interval (a bootstrap over so few seeds covers
+less): a verdict needs both, and so errs in either direction in at most 2.5 % of normal worlds
+without effect. *Not supported* says that the contrary holds, by the same two tests turned around;
+what shows neither is *undecided*.
 
-**Pairs without a number.** A run that never came down to a loss, or diverged, is missing for a reason that may be the effect. The exact
-tests count each such pair as the strongest evidence against what they test, so that a verdict holds whatever it would have been.
+**Pairs without a number.** A run that never came down to a loss, or diverged, is missing for a
+reason that may be the effect. The exact tests count each such pair as the strongest evidence
+against what they test, so that a verdict holds whatever it would have been.
 
-**Correction.** A family is one statement with its variants: against several activations, at several losses, or within several groups.
-Holm's correction is within families, and decides. Different statements are different questions, each reported by itself
-with its number, and are not corrected for each other: of N families without any effect about N/40 would be called supported.
-``p_holm_all`` is corrected over all rows, for readers who take the table as one question. With n seeds no exact test of paired
-signs gets below 2⁻ⁿ: six seeds (1/64) can decide families of up to three, over which m/2ⁿ < .05; `seeds_needed` says more.
+**Correction.** A family is one statement with its variants: against several activations, at several
+losses, or within several groups. Holm's correction is within families, and decides. Different
+statements are different questions, each reported by itself with its number, and are not corrected
+for each other: of N families without any effect about N/40 would be called supported.
+``p_holm_all`` is corrected over all rows, for readers who take the table as one question. With n
+seeds no exact test of paired signs gets below 2⁻ⁿ: six seeds (1/64) can decide families of up to
+three, over which m/2ⁿ < .05; `seeds_needed` says more.
 """
 
 from collections.abc import Sequence
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-FEWEST_SEEDS = 6  # below, nothing is decided: a two-sided exact test of paired signs cannot reach .05
+FEWEST_SEEDS = (
+    6  # below, nothing is decided: a two-sided exact test of paired signs cannot reach .05
+)
 CONFIDENCE = 0.95
 LEVEL = 1 - CONFIDENCE
 ALL_SIGNS = 2**16  # up to so many assignments of signs are gone through where there are ties
@@ -32,7 +38,8 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Found:
-    """An effect, its 95 % interval, the number of paired seeds, and exact p values of the predicted sign and of the contrary.
+    """An effect, its 95 % interval, the number of paired seeds, and exact p values of the predicted
+    sign and of the contrary.
 
     ``left_out`` pairs have no number; the p values count them as evidence against.
     """
@@ -47,7 +54,8 @@ class Found:
 
 
 def paired(effects: "pd.Series", predicted: int = -1) -> Found:
-    """Mean, t interval and exact one-sided Wilcoxon signed-rank tests of paired differences; ``predicted`` is their sign, ±1.
+    """Mean, t interval and exact one-sided Wilcoxon signed-rank tests of paired differences;
+    ``predicted`` is their sign, ±1.
 
     Pairs that are not finite are left out of mean and interval, and count against both tests.
     """
@@ -65,7 +73,8 @@ def paired(effects: "pd.Series", predicted: int = -1) -> Found:
 
 
 def signed_rank(values: "np.ndarray", predicted: int, left_out: int = 0) -> tuple[float, float]:
-    """Exact p of the predicted sign, and of the contrary, also with ties and zeros: then every assignment of signs is gone through.
+    """Exact p of the predicted sign, and of the contrary, also with ties and zeros: then every
+    assignment of signs is gone through.
 
     Each test counts what was ``left_out`` as larger than all values, and of the other sign.
     """
@@ -79,7 +88,11 @@ def signed_rank(values: "np.ndarray", predicted: int, left_out: int = 0) -> tupl
 
     def p(side: str, x: "np.ndarray") -> float:
         tied = len(set(np.abs(x))) < len(x) or not x.all()
-        method: Any = stats.PermutationMethod(n_resamples=ALL_SIGNS, rng=np.random.default_rng(0)) if tied else "exact"
+        method: Any = (
+            stats.PermutationMethod(n_resamples=ALL_SIGNS, rng=np.random.default_rng(0))
+            if tied
+            else "exact"
+        )
         found: Any = stats.wilcoxon(x, zero_method="zsplit", alternative=side, method=method)
         return float(found.pvalue)
 
@@ -87,10 +100,11 @@ def signed_rank(values: "np.ndarray", predicted: int, left_out: int = 0) -> tupl
 
 
 def share(part: "pd.Series", whole: "pd.Series") -> Found:
-    """``Σ part / Σ whole`` in per cent, with Fieller's 95 % interval; the tests are of ``part > 0``.
+    """``Σ part / Σ whole`` in per cent, with Fieller's 95 % interval; the tests are of ``part >
+    0``.
 
-    Fieller's interval is the t interval of a ratio of two paired means. It is unbounded, here NaN, where the whole is not clearly
-    different from 0: then there is nothing to have a share of.
+    Fieller's interval is the t interval of a ratio of two paired means. It is unbounded, here NaN,
+    where the whole is not clearly different from 0: then there is nothing to have a share of.
     """
     import numpy as np
     from scipy import stats
@@ -108,7 +122,9 @@ def share(part: "pd.Series", whole: "pd.Series") -> Found:
     if a > 0:  # (x − ρ y)² ≤ t² var(x − ρ y) for ρ between two roots
         half = max(b**2 - a * c, 0.0) ** 0.5
         low, high = (b - half) / a, (b + half) / a
-    return Found(100 * x / y, 100 * low, 100 * high, n, *signed_rank(both[0], 1, left_out), left_out)
+    return Found(
+        100 * x / y, 100 * low, 100 * high, n, *signed_rank(both[0], 1, left_out), left_out
+    )
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -121,8 +137,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(low: float, high: float, n: int, p: float, p_contrary: float, predicted: int = -1) -> str:
-    """*supported* or *not supported* where interval and corrected exact test agree on the sign, else *undecided*."""
+def verdict(
+    low: float, high: float, n: int, p: float, p_contrary: float, predicted: int = -1
+) -> str:
+    """*supported* or *not supported* where interval and corrected exact test agree on the sign,
+    else *undecided*.
+    """
     if n < FEWEST_SEEDS:
         return "undecided"
     below, above = high < 0, low > 0
@@ -133,7 +153,9 @@ def verdict(low: float, high: float, n: int, p: float, p_contrary: float, predic
 
 
 def seeds_needed(variants: int) -> int:
-    """The fewest paired seeds at which the smallest exact p survives Holm's correction over so many variants."""
+    """The fewest paired seeds at which the smallest exact p survives Holm's correction over so many
+    variants.
+    """
     n = FEWEST_SEEDS
     while variants / 2**n >= LEVEL:
         n += 1

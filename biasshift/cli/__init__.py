@@ -1,4 +1,6 @@
-"""The command line: `biasshift demo | train | sweep | figure | claims | runs | report`, generated from typed dataclasses."""
+"""The command line: `biasshift demo | train | sweep | figure | claims | runs | report`, generated
+from typed dataclasses.
+"""
 
 import os
 import sys
@@ -27,11 +29,19 @@ from biasshift.experiments.sweep import Sweep
 from biasshift.report import report
 from biasshift.runs.reader import read_runs, run_states
 
-EXPERIMENTS = {"mnist": Mnist, "autoencoder": Autoencoder, "cifar11": Cifar11, "cifar18": Cifar18, "imagenet": Imagenet}
+EXPERIMENTS = {
+    "mnist": Mnist,
+    "autoencoder": Autoencoder,
+    "cifar11": Cifar11,
+    "cifar18": Cifar18,
+    "imagenet": Imagenet,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program `biasshift`. Exit status 0; 2 for bad input, with one sentence; 130 when interrupted."""
+    """The program `biasshift`. Exit status 0; 2 for bad input, with one sentence; 130 when
+    interrupted.
+    """
     if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"biasshift {metadata.version('biasshift')}")
         return
@@ -39,14 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started()
         _carry_out(_parsed(arguments))
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains once more while it ends
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"biasshift: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "biasshift: interrupted. Finished runs are complete, the others are readable up to their last flush; "
+            "biasshift: interrupted. Finished runs are complete, the others are readable up to "
+            "their last flush; "
             "the same command with --resume goes on.",
             file=sys.stderr,
         )
@@ -55,22 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parsed(arguments: Sequence[str] | None) -> Any:
     words = sys.argv[1:] if arguments is None else arguments
-    if {"--replace", "--resume"} <= {*words}:  # here: where one of them is the default, the parsed options no longer tell
+    if {"--replace", "--resume"} <= {
+        *words
+    }:  # here: where one of them is the default, the parsed options no longer tell
         raise ValueError(REPLACE_OR_RESUME)
-    experiments: Any = tyro.extras.SubcommandApp()  # Any: its overloads leave out the classes that it takes
+    experiments: Any = (
+        tyro.extras.SubcommandApp()
+    )  # Any: its overloads leave out the classes that it takes
     for name, experiment in EXPERIMENTS.items():
         experiments.command(name=name)(experiment)
     app: Any = tyro.extras.SubcommandApp()
     app.command(name="demo")(Demo)
-    app.command(experiments, name="train", help="Train the networks of one of the paper's experiments, instrumented.")
+    app.command(
+        experiments,
+        name="train",
+        help="Train the networks of one of the paper's experiments, instrumented.",
+    )
     app.command(name="sweep")(Sweep)
-    for name, command in {"figure": Figure, "claims": Claims, "runs": Runs, "report": Report}.items():
+    for name, command in {
+        "figure": Figure,
+        "claims": Claims,
+        "runs": Runs,
+        "report": Report,
+    }.items():
         app.command(name=name)(command)
-    return app.cli(prog="biasshift", description="Measure, test and exploit bias shift and the unit natural gradient.", args=arguments)
+    return app.cli(
+        prog="biasshift",
+        description="Measure, test and exploit bias shift and the unit natural gradient.",
+        args=arguments,
+    )
 
 
 def _carry_out(options: Any) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)  # a path may hold brackets and colons
+    console = Console(
+        highlight=False, markup=False, emoji=False
+    )  # a path may hold brackets and colons
     if launched() and int(os.environ.get("RANK", "0")) > 0:
         console.quiet = True
     if isinstance(options, Figure):

@@ -1,4 +1,6 @@
-"""`biasshift claims`: the verdicts on runs as a table with its caveats, on the terminal and as files."""
+"""`biasshift claims`: the verdicts on runs as a table with its caveats, on the terminal and as
+files.
+"""
 
 import textwrap
 from pathlib import Path
@@ -46,7 +48,10 @@ def judge(console: Console, options: Claims) -> None:
         _write(found, f"{claims_markdown(found)}\n{origin_said(made_by)}\n", options.out)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"the table of claims cannot be written into '{options.out}' ({reason}): choose another --out.") from error
+        raise OSError(
+            f"the table of claims cannot be written into '{options.out}' ({reason}): choose "
+            "another --out."
+        ) from error
     console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 
@@ -59,7 +64,9 @@ def _write(found: "pd.DataFrame", words: str, out: Path) -> None:
 
 
 def say_claims(console: Console, found: "pd.DataFrame") -> None:
-    """One row per claim, and below the caveats, each said once; a narrow terminal gets the numbers of a claim under each other."""
+    """One row per claim, and below the caveats, each said once; a narrow terminal gets the numbers
+    of a claim under each other.
+    """
     console.print(f"\n{JUDGED}", style="bold")
     if not len(found):
         console.print("Nothing: no claim is about runs of these kinds.")
@@ -69,7 +76,9 @@ def say_claims(console: Console, found: "pd.DataFrame") -> None:
     wide = console.width >= WIDE
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=0 if wide else 1)
     for column in COLUMNS[wide]:
-        shown.add_column(column, justify="right" if column in ("n", "p", "note") else "left", overflow="fold")
+        shown.add_column(
+            column, justify="right" if column in ("n", "p", "note") else "left", overflow="fold"
+        )
     rows: list[Any] = list(found.itertuples())
     for row in rows:
         shown.add_row(*(_wide if wide else _narrow)(row, notes[row.caveat]))
@@ -78,13 +87,26 @@ def say_claims(console: Console, found: "pd.DataFrame") -> None:
         console.print(CONTRARY)
     for caveat, number in notes.items():
         first = f"{number:>3}  "
-        note = textwrap.fill(printable(caveat), console.width, initial_indent=first, subsequent_indent=" " * len(first))
+        note = textwrap.fill(
+            printable(caveat),
+            console.width,
+            initial_indent=first,
+            subsequent_indent=" " * len(first),
+        )
         console.print(Text(note), soft_wrap=True)
     console.print(f"\n{footnote(found)}")
 
 
 def _wide(row: Any, note: int) -> tuple[Text, ...]:
-    return _name(row), _verdict(row), _statement(row), Text(_effect(row)), Text(str(row.n)), Text(_p(row)), Text(str(note))
+    return (
+        _name(row),
+        _verdict(row),
+        _statement(row),
+        Text(_effect(row)),
+        Text(str(row.n)),
+        Text(_p(row)),
+        Text(str(note)),
+    )
 
 
 def _narrow(row: Any, note: int) -> tuple[Text, ...]:
@@ -103,7 +125,9 @@ def _verdict(row: Any) -> Text:
 
 
 def _statement(row: Any) -> Text:
-    return Text(printable(f"{row.statement} ({row.source})")).append(f"\n{printable(row.statistic)}", style="dim")
+    return Text(printable(f"{row.statement} ({row.source})")).append(
+        f"\n{printable(row.statistic)}", style="dim"
+    )
 
 
 def _effect(row: Any) -> str:

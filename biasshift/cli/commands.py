@@ -1,4 +1,6 @@
-"""The commands that read runs, as typed dataclasses; those that make runs are the experiments themselves."""
+"""The commands that read runs, as typed dataclasses; those that make runs are the experiments
+themselves.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +8,30 @@ from typing import Annotated, Literal
 
 import tyro
 
-Name = Literal["1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench", "gap", "all"]
+Name = Literal[
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "table1",
+    "theory1",
+    "theory2",
+    "theory3",
+    "theory4",
+    "bench",
+    "gap",
+    "all",
+]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Draw a figure of the paper, or of the theory, and say the numbers that it shows beside the paper's."""
+    """Draw a figure of the paper, or of the theory, and say the numbers that it shows beside the
+    paper's.
+    """
 
     name: Annotated[tyro.conf.Positional[Name], tyro.conf.arg(metavar="NAME")]
     """1 (activation functions), 2 (MNIST: means and losses),
@@ -21,11 +41,15 @@ class Figure:
     theory2 (k), theory3 (parts of the bias shift),
     theory4 (is it causal?), bench (speed), or all."""
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders, or folders that contain them. Figure 1 needs none; without any, the tables that come with the package are drawn."""
+    """Run folders, or folders that contain them. Figure 1 needs none; without any, the tables that
+    come with the package are drawn.
+    """
     out: Path = Path("figures")
     """PNG and PDF are written here."""
     quick: bool = False
-    """First train a shortened version, into the folder quick-NAME in --out. The figure says that it is one."""
+    """First train a shortened version, into the folder quick-NAME in --out. The figure says that it
+    is one.
+    """
     smoke: bool = False
     """With --quick: seconds, on synthetic data."""
     data: Path | None = None

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from biasshift.analysis.formatting import READING, SAID, effect, reading_table, sweep_table
@@ -50,7 +57,9 @@ def sentence(error: Exception) -> str:
 def say_comparison(console: Console, table: "pd.DataFrame") -> None:
     """Means and spreads over seeds, activation by activation."""
     found = reading_table(per_run(table))
-    shown = Table(title="Mean ± SD over seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title="Mean ± SD over seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in ("", *found.columns):
         shown.add_column(column, justify="right" if column else "left", overflow="fold")
     for quantity, row in found.iterrows():
@@ -64,7 +73,9 @@ def say_identities(console: Console, table: "pd.DataFrame") -> None:
     """How exact the exact identities are."""
     if not set(IDENTITIES) <= set(table):
         return
-    console.print("\nExact identities (largest relative residual over all runs, float64)", style="bold")
+    console.print(
+        "\nExact identities (largest relative residual over all runs, float64)", style="bold"
+    )
     for column, name in IDENTITIES.items():
         console.print(f"  {table[column].max():.1e}  {name}")
 
@@ -75,7 +86,9 @@ def say_paths(console: Console, paths: list[Path]) -> None:
 
 
 def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
-    """The claims by verdict, a line or two each; what speaks against taking them for more is in their caveats, which `claims` shows."""
+    """The claims by verdict, a line or two each; what speaks against taking them for more is in
+    their caveats, which `claims` shows.
+    """
     found: Any = claims(table)
     console.print(f"\n{JUDGED}", style="bold")
     console.print(HOW_JUDGED)
@@ -85,15 +98,25 @@ def say_verdicts(console: Console, table: "pd.DataFrame") -> None:
             console.print(f"{words} ({len(rows)})")
         for row in rows.itertuples():
             line = f"{row.statement} ({row.source}). {row.statistic}: {effect(row) if row.n else 'not measured'}, n = {row.n}."
-            console.print(textwrap.fill(printable(line), console.width, initial_indent="  ", subsequent_indent="    "), soft_wrap=True)
+            console.print(
+                textwrap.fill(
+                    printable(line), console.width, initial_indent="  ", subsequent_indent="    "
+                ),
+                soft_wrap=True,
+            )
     console.print("Their caveats: biasshift claims FOLDER")
 
 
 def say_sweep(console: Console, table: "pd.DataFrame") -> None:
-    """The training losses at all learning rates, those that each kind of run is judged at marked by a star."""
+    """The training losses at all learning rates, those that each kind of run is judged at marked by
+    a star.
+    """
     found = sweep_table(per_run(table))
     shown = Table(
-        title="Training loss at every learning rate, mean ± SD over seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title="Training loss at every learning rate, mean ± SD over seeds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     for column in ("", *found.columns):
         shown.add_column(str(column), justify="right" if column else "left", overflow="fold")
@@ -110,14 +133,18 @@ def say_runs(console: Console, states: Any, table: Any) -> None:
     when = ["written (UTC)"] if console.width >= 100 else []
     for column in ("run", "state", "step", *(SCORES[name] for name in names), *when):
         left = column in ("run", "state")
-        shown.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column != "run")  # numbers stay whole
+        shown.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=column != "run"
+        )  # numbers stay whole
     for row in states.itertuples():
         own = table[table["run"] == row.run].sort_values("step")
         last = {name: own[name].dropna().tail(1) for name in names}
         numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last.values()]
         step = "–" if str(row.last_step) == "<NA>" else f"{row.last_step:,}"
         written = "–" if str(row.updated) == "NaT" else f"{row.updated:%m-%d %H:%M}"
-        shown.add_row(printable(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)])
+        shown.add_row(
+            printable(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)]
+        )
     console.print(shown)
 
 
@@ -157,10 +184,19 @@ def progress(console: Console, total: int) -> Iterator[Callable[[trials.Progress
         yield _lines(console, counter)
         return
     said = TextColumn("{task.fields[said]}")
-    columns = (BarColumn(), TaskProgressColumn(), said, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        said,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, speed_estimate_period=120) as bar:
         task = bar.add_task("training", total=total, said="")
-        yield lambda report: bar.update(task, completed=counter.add(report), said=_said(report, counter))
+        yield lambda report: bar.update(
+            task, completed=counter.add(report), said=_said(report, counter)
+        )
 
 
 def _lines(console: Console, counter: Counter) -> Callable[[trials.Progress], None]:

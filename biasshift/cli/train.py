@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from biasshift.cli.console import progress, say_comparison, say_identities, say_paths, say_runs, say_sweep, say_verdicts, sentence
+from biasshift.cli.console import (
+    progress,
+    say_comparison,
+    say_identities,
+    say_paths,
+    say_runs,
+    say_sweep,
+    say_verdicts,
+    sentence,
+)
 from biasshift.distributed import joined, launched, rank, together
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
@@ -26,9 +35,11 @@ Group = list[Any]  # of settings that one job trains
 
 
 def train(console: Console, experiment: Experiment) -> None:
-    """Trains all runs of an experiment, then shows what they say: table, identities, figures, claims.
+    """Trains all runs of an experiment, then shows what they say: table, identities, figures,
+    claims.
 
-    Runs that are finished stay so, whatever cannot be said or drawn of them: a sentence tells why not.
+    Runs that are finished stay so, whatever cannot be said or drawn of them: a sentence tells why
+    not.
 
     Raises:
         ValueError: for options that do not fit, or folders that hold something else.
@@ -76,9 +87,14 @@ def _grouped(experiment: Experiment, settings: list[Any]) -> list[Group]:
     return list(groups.values())
 
 
-def _announce(console: Console, experiment: Experiment, runs: int, workers: int, device: torch.device) -> None:
+def _announce(
+    console: Console, experiment: Experiment, runs: int, workers: int, device: torch.device
+) -> None:
     processes = f"{workers} process{'es' if workers > 1 else ''}"
-    console.print(f"{runs} run{'s' if runs > 1 else ''} on {device} in {processes} → {experiment.out}", soft_wrap=True)
+    console.print(
+        f"{runs} run{'s' if runs > 1 else ''} on {device} in {processes} → {experiment.out}",
+        soft_wrap=True,
+    )
 
 
 def _work(console: Console, experiment: Experiment, groups: list[Group], workers: int) -> None:
@@ -87,7 +103,9 @@ def _work(console: Console, experiment: Experiment, groups: list[Group], workers
             _run(experiment, group, lambda report: None)
         return
     data = _data(experiment)
-    total = sum(experiment.trial(group[0], data).steps * len(group) for group in groups[:1]) * len(groups)
+    total = sum(experiment.trial(group[0], data).steps * len(group) for group in groups[:1]) * len(
+        groups
+    )
     with progress(console, max(total, 1)) as report:
         if experiment.small and not together():
             run_jobs([(_run, (experiment, group)) for group in groups], workers, report)
@@ -118,11 +136,18 @@ def _refuse_taken(folders: list[Path], settings: list[Any], experiment: Experime
         if not is_run(folder):
             continue
         if experiment.exist() == "refuse":
-            raise ValueError(f"'{folder}' already holds a run: choose another --out, or give --resume or --replace.")
+            raise ValueError(
+                f"'{folder}' already holds a run: choose another --out, or give --resume or "
+                "--replace."
+            )
         if (other := read_config(folder).get("experiment")) != experiment.name:
-            raise ValueError(f"'{folder}' holds a run of another experiment ('{other}'): choose another --out.")
+            raise ValueError(
+                f"'{folder}' holds a run of another experiment ('{other}'): choose another --out."
+            )
         if experiment.exist() == "resume":
-            Run.is_finished(folder, setting)  # refuses runs of other options: now, and not when the runs before it are trained
+            Run.is_finished(
+                folder, setting
+            )  # refuses runs of other options: now, and not when the runs before it are trained
 
 
 def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
@@ -151,13 +176,16 @@ def _say(console: Console, experiment: Experiment, folders: list[Path]) -> None:
 def _when_all_are_done(experiment: Experiment) -> str:
     """A part is not judged: what it is compared with may be another job's."""
     out = shlex.quote(str(experiment.out))
-    drawn = "".join(f", and `biasshift figure {name} {out}` draws them" for name in experiment.figures)
+    drawn = "".join(
+        f", and `biasshift figure {name} {out}` draws them" for name in experiment.figures
+    )
     return f"These are a part of the runs: when all parts are done, `biasshift claims {out}` judges them{drawn}."
 
 
 @contextmanager
 def _finished(console: Console, what: str) -> Iterator[None]:
-    """Of finished runs: what cannot be said or drawn is told in a sentence, for the training itself has not failed.
+    """Of finished runs: what cannot be said or drawn is told in a sentence, for the training itself
+    has not failed.
 
     Defects of the program are not among it, nor a reader who has seen enough.
     """

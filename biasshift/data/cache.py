@@ -1,4 +1,6 @@
-"""Arrays that take minutes to compute, kept in a folder under the hash of what they were computed from."""
+"""Arrays that take minutes to compute, kept in a folder under the hash of what they were computed
+from.
+"""
 
 import contextlib
 import hashlib
@@ -15,7 +17,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder(root: str | Path | None = None) -> Path:
-    """Where computed arrays are kept: `$BIASSHIFT_CACHE`, else `cache/` below the folder of the data sets, see `data_root`."""
+    """Where computed arrays are kept: `$BIASSHIFT_CACHE`, else `cache/` below the folder of the
+    data sets, see `data_root`.
+    """
     return Path(os.environ.get("BIASSHIFT_CACHE") or data_root(root) / "cache").expanduser()
 
 
@@ -36,10 +40,17 @@ def content_key(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def cached(kind: str, key: str, shapes: Mapping[str, tuple[int, ...]], compute: Callable[[], Arrays], cache: Path) -> Arrays:
+def cached(
+    kind: str,
+    key: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    compute: Callable[[], Arrays],
+    cache: Path,
+) -> Arrays:
     """The float64 arrays that `compute` returns, from the cache where they are there and whole.
 
-    A damaged file is computed anew and replaced. A cache that cannot be written is done without: the result is the same.
+    A damaged file is computed anew and replaced. A cache that cannot be written is done without:
+    the result is the same.
 
     Args:
         kind: the beginning of the file's name.
@@ -55,7 +66,9 @@ def cached(kind: str, key: str, shapes: Mapping[str, tuple[int, ...]], compute: 
 
 
 def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
-    """The arrays, or none if anything is wrong with the file; the zip format keeps a checksum of each."""
+    """The arrays, or none if anything is wrong with the file; the zip format keeps a checksum of
+    each.
+    """
     most = sum(8 * int(np.prod(shape)) + 1024 for shape in shapes.values()) + 1024
     try:
         if not path.is_file() or path.stat().st_size > most:
@@ -64,7 +77,10 @@ def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
             found = {name: arrays[name] for name in shapes}
     except Exception:  # which one depends on the byte that is wrong
         return None
-    right = all(found[name].shape == tuple(shape) and found[name].dtype == np.float64 for name, shape in shapes.items())
+    right = all(
+        found[name].shape == tuple(shape) and found[name].dtype == np.float64
+        for name, shape in shapes.items()
+    )
     return found if right and all(np.isfinite(array).all() for array in found.values()) else None
 
 

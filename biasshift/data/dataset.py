@@ -14,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A data set in three splits: `x` in float32, or in uint8 with pixels as stored; `y` the class numbers 0 … `classes` − 1."""
+    """A data set in three splits: `x` in float32, or in uint8 with pixels as stored; `y` the class
+    numbers 0 … `classes` − 1.
+    """
 
     name: str
     classes: int
@@ -24,11 +26,17 @@ class DataSet:
     y_valid: Int[Tensor, " valid"]
     x_test: Real[Tensor, "test *inputs"]
     y_test: Int[Tensor, " test"]
-    views: int = 1  # x_train holds every example this many times, all examples once, then all again; an epoch shows each once
+    # x_train holds every example this many times, all examples once, then all again; an epoch shows
+    # each once
+    views: int = 1
 
     def to(self, device: torch.device | str) -> "DataSet":
         """The same data set with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name[:2] in ("x_", "y_")}
+        tensors = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if f.name[:2] in ("x_", "y_")
+        }
         return replace(self, **tensors)
 
 
@@ -41,12 +49,19 @@ def data_root(root: str | Path | None = None) -> Path:
 
 
 def obtain(
-    name: str, folder: Path, files: Sequence[str], fetch: Callable[[Path], Path], download: bool, layout: str, extra: Sequence[str] = ()
+    name: str,
+    folder: Path,
+    files: Sequence[str],
+    fetch: Callable[[Path], Path],
+    download: bool,
+    layout: str,
+    extra: Sequence[str] = (),
 ) -> None:
     """Make sure that `files` are in `folder`, or say in one sentence why they are not.
 
     Args:
-        fetch: downloads into the folder it is given, checks what came, and returns the folder with the files.
+        fetch: downloads into the folder it is given, checks what came, and returns the folder with
+            the files.
         layout: what the folder named with `--data` has to hold.
         extra: files that are put in place too when others are downloaded, but may be missing.
 
@@ -59,12 +74,22 @@ def obtain(
     absent = f"{name} is not complete in '{folder}' (missing: {', '.join(missing)})"
     remedy = f"name the folder that holds {layout} with --data or $BIASSHIFT_DATA"
     if not download:
-        raise FileNotFoundError(f"{absent}, and downloading is off: {remedy}, or allow the download.")
+        raise FileNotFoundError(
+            f"{absent}, and downloading is off: {remedy}, or allow the download."
+        )
     try:
-        _download(folder, [*missing, *(file for file in extra if not (folder / file).exists())], fetch)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision tried every mirror, or what came is damaged
+        _download(
+            folder, [*missing, *(file for file in extra if not (folder / file).exists())], fetch
+        )
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torchvision tried every mirror, or what came is damaged
         reason = getattr(error, "strerror", None) or "no server answered"
-        raise FileNotFoundError(f"{absent}, and it cannot be downloaded ({reason}): {remedy}, or try again with a network.") from error
+        raise FileNotFoundError(
+            f"{absent}, and it cannot be downloaded ({reason}): {remedy}, or try again with a "
+            "network."
+        ) from error
 
 
 def _download(folder: Path, files: Sequence[str], fetch: Callable[[Path], Path]) -> None:

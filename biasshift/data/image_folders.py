@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from biasshift.data.dataset import data_root
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
-MAPPING = "LOC_synset_mapping.txt"  # ImageNet's 1,000 classes in order: "n01440764 tench, Tinca tinca"
+MAPPING = (
+    "LOC_synset_mapping.txt"  # ImageNet's 1,000 classes in order: "n01440764 tench, Tinca tinca"
+)
 MAPPING_BYTES = 2**20
-MAX_PIXELS = 100_000_000  # a few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million
+# a few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million
+MAX_PIXELS = 100_000_000
 WORKERS = min(4, os.cpu_count() or 1)
 FORMATS = ("JPEG", "PNG")  # one of ImageNet's .JPEG files is a PNG
 
@@ -44,12 +47,17 @@ class Images:
         """
         if not 0 < count <= len(self):
             raise ValueError(f"{count} images cannot be taken from {len(self)}.")
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        chosen = (
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+            .sort()
+            .values
+        )
         return Images(tuple(self.paths[i] for i in chosen.tolist()), self.y[chosen])
 
 
 def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
-    """The image in red, green and blue, squeezed to `side` × `side` pixels; grey ones have three equal channels.
+    """The image in red, green and blue, squeezed to `side` × `side` pixels; grey ones have three
+    equal channels.
 
     Raises:
         RuntimeError: the file cannot be read, or is no whole JPEG or PNG image.
@@ -60,21 +68,32 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
         raise RuntimeError(f"'{path}' is no file, or has been deleted.")
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")  # of damaged notes about the camera; the size is looked at below
+            warnings.simplefilter(
+                "ignore"
+            )  # of damaged notes about the camera; the size is looked at below
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise RuntimeError(f"'{path}' is an image of {image.width} × {image.height} pixels, more than is safe to unpack.")
-                pixels = np.array(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+                    raise RuntimeError(
+                        f"'{path}' is an image of {image.width} × {image.height} pixels, more than "
+                        "is safe to unpack."
+                    )
+                pixels = np.array(
+                    image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+                )
     except RuntimeError:
         raise
     except Exception as error:  # which one depends on the byte that is wrong
         reason = getattr(error, "strerror", None) or "it is damaged, cut short, or something else"
-        raise RuntimeError(f"'{path}' is no image that can be read ({reason}): delete the file or copy it anew.") from error
+        raise RuntimeError(
+            f"'{path}' is no image that can be read ({reason}): delete the file or copy it anew."
+        ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class _Files(Dataset):
-    """What the worker processes do. Errors travel as text: raised there, they would arrive as a page of two processes' lines."""
+    """What the worker processes do. Errors travel as text: raised there, they would arrive as a
+    page of two processes' lines.
+    """
 
     def __init__(self, paths: Sequence[str], side: int):
         self.paths, self.side = paths, side
@@ -92,7 +111,11 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
 
 
 def photographs(
-    images: Images, batches: list[list[int]], side: int, workers: int, device: torch.device | str = "cpu"
+    images: Images,
+    batches: list[list[int]],
+    side: int,
+    workers: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[UInt8[Tensor, "batch 3 {side} {side}"], Int[Tensor, " batch"]]]:
     """The batches (x, y) of the images with the given numbers, on `device`, in the given order.
 
@@ -108,22 +131,31 @@ def photographs(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # the workers' seeds, which nobody uses; else the global generator is drawn from
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # the workers' seeds, which nobody uses; else the global generator is drawn from
     )
     try:
         for numbers, x in zip(batches, loader, strict=True):
             if isinstance(x, str):
                 raise RuntimeError(x)
-            yield x.to(device, non_blocking=True), images.y[torch.as_tensor(numbers)].to(device, non_blocking=True)
+            yield (
+                x.to(device, non_blocking=True),
+                images.y[torch.as_tensor(numbers)].to(device, non_blocking=True),
+            )
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise RuntimeError("a process that loads images was killed, perhaps for want of memory: take fewer workers.") from error
+        raise RuntimeError(
+            "a process that loads images was killed, perhaps for want of memory: take fewer "
+            "workers."
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
 class ImageNet:
-    """Two splits of image files. ImageNet's validation images are the paper's test set: nobody else has labels for the real one.
+    """Two splits of image files. ImageNet's validation images are the paper's test set: nobody else
+    has labels for the real one.
 
     Args:
         classes: how many outputs a network for them has.
@@ -139,25 +171,34 @@ class ImageNet:
     valid: Images
 
 
-def imagenet(root: str | Path | None = None, numbering: Literal["folders", "mapping"] = "folders") -> ImageNet:
-    """The images below `train/<class>/` and `val/<class>/`. Only folders are read; a file that is no image is found when it is loaded.
+def imagenet(
+    root: str | Path | None = None, numbering: Literal["folders", "mapping"] = "folders"
+) -> ImageNet:
+    """The images below `train/<class>/` and `val/<class>/`. Only folders are read; a file that is
+    no image is found when it is loaded.
 
     Args:
-        root: the folder that holds `train/` and `val/`, or one that holds them in `imagenet/`. Default: `$BIASSHIFT_DATA`, else `./data`.
-        numbering: "folders" numbers the classes that are there, so that ten folders make ten classes: in the order of
-            `LOC_synset_mapping.txt` where it lies beside `train/`, else by name, which is ImageNet's order too. "mapping" gives
-            every class its number in that file.
+        root: the folder that holds `train/` and `val/`, or one that holds them in `imagenet/`.
+            Default: `$BIASSHIFT_DATA`, else `./data`.
+        numbering: "folders" numbers the classes that are there, so that ten folders make ten
+            classes: in the order of `LOC_synset_mapping.txt` where it lies beside `train/`, else by
+            name, which is ImageNet's order too. "mapping" gives every class its number in that
+            file.
 
     Raises:
         FileNotFoundError: the folders are not there, or the mapping that was asked for.
-        RuntimeError: the two splits have other classes, a class has no images, or the mapping is not one.
+        RuntimeError: the two splits have other classes, a class has no images, or the mapping is
+            not one.
     """
     base = data_root(root)
     folder = base if (base / "train").is_dir() else base / "imagenet"
     train, valid = (_class_folders(folder / split) for split in ("train", "val"))
     if alone := sorted(train ^ valid):
         there, missing = ("train", "val") if alone[0] in train else ("val", "train")
-        raise RuntimeError(f"'{folder}' has the class '{alone[0]}' in {there}/ and not in {missing}/: copy both splits anew.")
+        raise RuntimeError(
+            f"'{folder}' has the class '{alone[0]}' in {there}/ and not in {missing}/: copy both "
+            "splits anew."
+        )
     order, names = _order(folder, train, numbering)
     number = {name: place for place, name in enumerate(order)}
     here = {name: number[name] for name in train}
@@ -168,14 +209,19 @@ def imagenet(root: str | Path | None = None, numbering: Literal["folders", "mapp
 def _class_folders(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            found = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            found = {
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            }
     except OSError as error:
         raise FileNotFoundError(
             f"there are no images in '{folder}' ({error.strerror}): "
             f"name the folder that holds train/ and val/ with --data or $BIASSHIFT_DATA."
         ) from error
     if not found:
-        raise RuntimeError(f"'{folder}' has no folder per class: ImageNet's validation images come in one, sort them into folders first.")
+        raise RuntimeError(
+            f"'{folder}' has no folder per class: ImageNet's validation images come in one, sort "
+            "them into folders first."
+        )
     return found
 
 
@@ -184,11 +230,17 @@ def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], 
     path = folder / MAPPING
     if not path.is_file():
         if numbering == "mapping":
-            raise FileNotFoundError(f"there is no '{path}' to number the classes by: put it there, or number them by folders.")
+            raise FileNotFoundError(
+                f"there is no '{path}' to number the classes by: put it there, or number them by "
+                "folders."
+            )
         return sorted(present), sorted(present)
     listed = _read_mapping(path)
     if unknown := sorted(present - set(listed)):
-        raise RuntimeError(f"the class folder '{unknown[0]}' in '{folder}' is not listed in {MAPPING}: rename or remove one of them.")
+        raise RuntimeError(
+            f"the class folder '{unknown[0]}' in '{folder}' is not listed in {MAPPING}: rename or "
+            "remove one of them."
+        )
     order = [name for name in listed if numbering == "mapping" or name in present]
     return order, [listed[name] for name in order]
 
@@ -198,7 +250,9 @@ def _read_mapping(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             lines = file.read(MAPPING_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RuntimeError(f"'{path}' cannot be read as text: delete it or copy it anew.") from error
+        raise RuntimeError(
+            f"'{path}' cannot be read as text: delete it or copy it anew."
+        ) from error
     pairs = [line.strip().partition(" ") for line in lines if line.strip()]
     listed = {wnid: name or wnid for wnid, _, name in pairs}
     if len(listed) != len(pairs):
@@ -211,10 +265,17 @@ def _images(folder: Path, number: dict[str, int]) -> Images:
 
     try:
         found = make_dataset(str(folder), number, extensions=EXTENSIONS)
-    except FileNotFoundError as error:  # torchvision's, which lists the classes; and a folder that vanished meanwhile
+    except (
+        FileNotFoundError
+    ) as error:  # torchvision's, which lists the classes; and a folder that vanished meanwhile
         empty = [name for name in sorted(number) if not any((folder / name).rglob("*.*"))]
         which = f"the class '{empty[0]}'" if empty else "a class"
-        raise RuntimeError(f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}): copy it anew, or remove the folder.") from error
+        raise RuntimeError(
+            f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}): copy it anew, or "
+            "remove the folder."
+        ) from error
     except OSError as error:
-        raise RuntimeError(f"'{error.filename or folder}' cannot be read: {error.strerror}.") from error
+        raise RuntimeError(
+            f"'{error.filename or folder}' cannot be read: {error.strerror}."
+        ) from error
     return Images(tuple(path for path, _ in found), torch.tensor([label for _, label in found]))

@@ -1,4 +1,6 @@
-"""Minibatches of image files: random crops to train on, center crops to test on, and the mean image that both subtract."""
+"""Minibatches of image files: random crops to train on, center crops to test on, and the mean image
+that both subtract.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -21,17 +23,20 @@ CHUNK = 64  # images at a time for the mean
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """Shuffled minibatches of image files, decoded by worker processes; a `Stream` as `TensorStream` is one.
+    """Shuffled minibatches of image files, decoded by worker processes; a `Stream` as
+    `TensorStream` is one.
 
-    Files are squeezed to `crop.side` pixels, prepared on the device, then cropped and flipped there: so a mean per pixel can be
-    subtracted. All crops of an epoch are drawn beforehand, one for each image from the seed and the epoch: which worker loads
-    it, and when, does not matter.
+    Files are squeezed to `crop.side` pixels, prepared on the device, then cropped and flipped
+    there: so a mean per pixel can be subtracted. All crops of an epoch are drawn beforehand, one
+    for each image from the seed and the epoch: which worker loads it, and when, does not matter.
 
     Args:
         batch_size: over all processes.
-        prepare: bytes (batch, 3, side, side) to numbers, before the crop, such as ``Scale(mean=mean_image(images))``.
+        prepare: bytes (batch, 3, side, side) to numbers, before the crop, such as
+            ``Scale(mean=mean_image(images))``.
         workers: processes that decode; 0 decodes here.
-        rank: the number of this process; it loads its own contiguous share of each minibatch alone, see `Batching`.
+        rank: the number of this process; it loads its own contiguous share of each minibatch alone,
+            see `Batching`.
 
     Raises:
         ValueError: there is no minibatch for every process.
@@ -64,7 +69,8 @@ class ImageStream:
         return len(self._batching)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches of epoch `number`, from 1, but for the first `start`, whose files are not opened.
+        """The minibatches of epoch `number`, from 1, but for the first `start`, whose files are not
+        opened.
 
         Raises:
             ValueError: epoch 0, or a `start` behind the end.
@@ -78,17 +84,25 @@ class ImageStream:
         order = epoch_order(len(self.images), 1, generator)
         draws = self.crop.draw(len(order), generator)
         chosen = [order[share] for share in shares]
-        loaded = photographs(self.images, [part.tolist() for part in chosen], self.crop.side, self.workers, self.device)
+        loaded = photographs(
+            self.images,
+            [part.tolist() for part in chosen],
+            self.crop.side,
+            self.workers,
+            self.device,
+        )
         for part, (x, y) in zip(chosen, loaded, strict=True):
             yield self.crop.apply(self.prepare(x), draws[part].to(x.device)), y
 
 
 @dataclass(frozen=True, eq=False)
 class CenterCrops:
-    """Batches (x, y) of the middle of every image, in order, for testing; may be iterated any number of times.
+    """Batches (x, y) of the middle of every image, in order, for testing; may be iterated any
+    number of times.
 
     Args:
-        rank: the number of this process; of several, each has a contiguous share of the images, which may be empty.
+        rank: the number of this process; of several, each has a contiguous share of the images,
+            which may be empty.
     """
 
     images: Images
@@ -118,10 +132,12 @@ def mean_image(
     root: str | Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Float32[Tensor, "3 {side} {side}"]:
-    """The mean of every pixel over the images, squeezed to `side` × `side`, in [0, 1]; ``.mean((1, 2), keepdim=True)`` is that per channel.
+    """The mean of every pixel over the images, squeezed to `side` × `side`, in [0, 1]; ``.mean((1,
+    2), keepdim=True)`` is that per channel.
 
-    All images are decoded, hours of one core for ImageNet: ``images.sample(100_000)`` gives each pixel to ± 0.001. The result is
-    kept under the names, times and sizes of the files, see `cache_folder`.
+    All images are decoded, hours of one core for ImageNet: ``images.sample(100_000)`` gives each
+    pixel to ± 0.001. The result is kept under the names, times and sizes of the files, see
+    `cache_folder`.
 
     Args:
         root: the folder of the data sets.

@@ -1,7 +1,8 @@
 """Read the pickles that data sets come in without letting them do what pickles can: anything.
 
-Unpickling calls whatever the file names. Here the file may name three things, none of which is what it seems: stand-ins that
-keep the numbers of an array of bytes. Not even numpy's own functions are called, since their arguments would be the file's.
+Unpickling calls whatever the file names. Here the file may name three things, none of which is what
+it seems: stand-ins that keep the numbers of an array of bytes. Not even numpy's own functions are
+called, since their arguments would be the file's.
 """
 
 import io
@@ -14,15 +15,50 @@ from typing import Any
 import numpy as np
 
 MAX_BYTES = 256 * 2**20  # CIFAR-100's training file, the largest, has 155 MB
-# Containers, numbers, strings, memo, and the three calls that rebuild an array. The originals were written by Python 2.
+# Containers, numbers, strings, memo, and the three calls that rebuild an array. The originals were
+# written by Python 2.
 PLAIN = {
-    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"),
-    *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE"),
+    *(
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+    ),
+    *(
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+    ),
+    *(
+        "EMPTY_LIST",
+        "LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "DICT",
+        "SETITEM",
+        "SETITEMS",
+        "EMPTY_TUPLE",
+    ),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
 }
 FEW = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
-MANY = 100  # an array needs ten of the few; a tuple in a tuple, a million deep, would overflow the stack when it is hashed
+# an array needs ten of the few; a tuple in a tuple, a million deep, would overflow the stack when
+# it is hashed
+MANY = 100
 
 
 class Refused(Exception):
@@ -39,8 +75,12 @@ class _Array:
             case (int(), tuple(shape), _Dtype(), bool() | int() as fortran, bytes(content)):
                 sizes = [size for size in shape if isinstance(size, int) and size >= 0]
                 if len(sizes) != len(shape) or math.prod(sizes) != len(content):
-                    raise Refused(f"an array of shape {shape!r:.80} cannot have {len(content)} bytes")
-                self.values = np.frombuffer(content, np.uint8).reshape(sizes, order="F" if fortran else "C")
+                    raise Refused(
+                        f"an array of shape {shape!r:.80} cannot have {len(content)} bytes"
+                    )
+                self.values = np.frombuffer(content, np.uint8).reshape(
+                    sizes, order="F" if fortran else "C"
+                )
             case _:
                 raise Refused("it holds an array whose content is not plain bytes")
 
@@ -88,22 +128,29 @@ STAND_INS = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) not in STAND_INS:
-            raise Refused(f"it names {f'{module_name}.{global_name}'!r:.80}, which no data set needs and which is not called")
+            raise Refused(
+                f"it names {f'{module_name}.{global_name}'!r:.80}, which no data set needs and "
+                "which is not called"
+            )
         return STAND_INS[module_name, global_name]
 
 
 def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The dictionary that a file holds: numbers, strings (in bytes where Python 2 wrote them), lists, and arrays of bytes.
+    """The dictionary that a file holds: numbers, strings (in bytes where Python 2 wrote them),
+    lists, and arrays of bytes.
 
     Raises:
-        RuntimeError: the file cannot be read, is too large, damaged, or holds anything else. Nothing in it is executed.
+        RuntimeError: the file cannot be read, is too large, damaged, or holds anything else.
+            Nothing in it is executed.
     """
     remedy = "the file is damaged or not what its name says: delete it and run again with a network, or copy it anew."
     try:
         if not path.is_file():  # a pipe would be waited for
             raise RuntimeError(f"'{path}' is no file.")
         if (size := path.stat().st_size) > max_bytes:
-            raise RuntimeError(f"'{path}' has {size} bytes where at most {max_bytes} are expected: {remedy}")
+            raise RuntimeError(
+                f"'{path}' has {size} bytes where at most {max_bytes} are expected: {remedy}"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise RuntimeError(f"'{path}' cannot be read: {error.strerror}.") from error
@@ -112,7 +159,10 @@ def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         if not isinstance(found, dict):
             raise Refused("it holds no dictionary")
-        return {_text(key): value.values if isinstance(value, _Array) else value for key, value in found.items()}
+        return {
+            _text(key): value.values if isinstance(value, _Array) else value
+            for key, value in found.items()
+        }
     except Refused as refusal:
         raise RuntimeError(f"'{path}' is refused, since {refusal}: {remedy}") from refusal
     except Exception as error:  # which one depends on the byte that is wrong
@@ -120,13 +170,18 @@ def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def _inspect(content: bytes) -> None:
-    """Look through the instructions before any is carried out: their kinds, and what would take memory or depth without bound."""
+    """Look through the instructions before any is carried out: their kinds, and what would take
+    memory or depth without bound.
+    """
     count = few = 0
     for opcode, argument, _ in pickletools.genops(content):
         count += 1
         few += opcode.name in FEW
         if opcode.name not in PLAIN | FEW or few > MANY:
-            raise Refused(f"it contains the instruction {opcode.name}, which no data set needs{' so often' * (few > MANY)}")
+            raise Refused(
+                f"it contains the instruction {opcode.name}, which no data set "
+                f"needs{' so often' * (few > MANY)}"
+            )
         # A place in the memo takes memory for all places before it.
         if opcode.name.endswith("PUT") and int(argument or 0) > count:
             raise Refused("it counts its parts as no program does")

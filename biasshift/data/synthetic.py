@@ -1,4 +1,6 @@
-"""Little data sets that nobody has to download, in the shapes of the real ones: to try a program, not a claim."""
+"""Little data sets that nobody has to download, in the shapes of the real ones: to try a program,
+not a claim.
+"""
 
 import tempfile
 from pathlib import Path
@@ -24,18 +26,30 @@ def synthetic_mnist(train: int = 400, valid: int = 100, test: int = 100, seed: i
     return _split("synthetic-mnist", 10, x.flatten(1), y, [train, valid, test])
 
 
-def synthetic_cifar(classes: int = 10, train: int = 400, valid: int = 100, test: int = 100, seed: int = 0) -> DataSet:
+def synthetic_cifar(
+    classes: int = 10, train: int = 400, valid: int = 100, test: int = 100, seed: int = 0
+) -> DataSet:
     """As many patterns of colored blobs in noise as there are classes, 3×32×32 bytes.
 
     >>> synthetic_cifar(classes=100).x_train.shape
     torch.Size([400, 3, 32, 32])
     """
     x, y = _blobs((3, 32, 32), classes, train + valid + test, seed)
-    return _split(f"synthetic-cifar{classes}", classes, (255 * x).to(torch.uint8), y, [train, valid, test])
+    return _split(
+        f"synthetic-cifar{classes}", classes, (255 * x).to(torch.uint8), y, [train, valid, test]
+    )
 
 
-def synthetic_imagenet(folder: str | Path, classes: int = 3, train: int = 8, valid: int = 4, side: int = 64, seed: int = 0) -> ImageNet:
-    """A folder of JPEG files in ImageNet's layout, with `train` and `valid` images of `side` × `side` pixels for each class.
+def synthetic_imagenet(
+    folder: str | Path,
+    classes: int = 3,
+    train: int = 8,
+    valid: int = 4,
+    side: int = 64,
+    seed: int = 0,
+) -> ImageNet:
+    """A folder of JPEG files in ImageNet's layout, with `train` and `valid` images of `side` ×
+    `side` pixels for each class.
 
     Args:
         folder: is made, whole or not at all.
@@ -57,7 +71,9 @@ def synthetic_imagenet(folder: str | Path, classes: int = 3, train: int = 8, val
 def _blobs(
     shape: tuple[int, int, int], classes: int, images: int, seed: int
 ) -> tuple[Float[Tensor, "images channels height width"], Int[Tensor, " images"]]:
-    """Images in [0, 1], the pattern of their class under noise, and the classes, of which all have as many up to one."""
+    """Images in [0, 1], the pattern of their class under noise, and the classes, of which all have
+    as many up to one.
+    """
     generator = torch.Generator().manual_seed(seed)
     spots = torch.rand(classes, shape[0], SPOTS, SPOTS, generator=generator)
     patterns = torch.nn.functional.interpolate(spots, size=shape[1:], mode="bilinear")
@@ -75,6 +91,13 @@ def _write(folder: Path, x: Tensor, y: Tensor, train: int) -> None:
 
     for label in range(int(y.max()) + 1):
         for number, image in enumerate(x[y == label]):
-            path = folder / ("train" if number < train else "val") / f"n{label:08d}" / f"n{label:08d}_{number}.JPEG"
+            path = (
+                folder
+                / ("train" if number < train else "val")
+                / f"n{label:08d}"
+                / f"n{label:08d}_{number}.JPEG"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(path, quality=95)
+            Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(
+                path, quality=95
+            )

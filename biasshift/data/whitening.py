@@ -1,8 +1,9 @@
-"""Global contrast normalization and ZCA whitening, the preprocessing of the paper's CIFAR experiments.
+"""Global contrast normalization and ZCA whitening, the preprocessing of the paper's CIFAR
+experiments.
 
-The paper names the two and no constants [open]. These are those of the Maxout networks (Goodfellow et al. 2013, section 5.2),
-which the papers it compares with share: every image scaled to the Euclidean norm 55 around its own mean, and 0.1 added
-to the covariance's diagonal.
+The paper names the two and no constants [open]. These are those of the Maxout networks (Goodfellow
+et al. 2013, section 5.2), which the papers it compares with share: every image scaled to the
+Euclidean norm 55 around its own mean, and 0.1 added to the covariance's diagonal.
 """
 
 from dataclasses import dataclass, replace
@@ -19,13 +20,16 @@ from biasshift.data.dataset import DataSet
 
 SCALE = 55.0  # Maxout's: with 3,072 pixels their standard deviation becomes 0.99
 DIAGONAL = 0.1  # Maxout's
-FLAT = 1e-8  # an image whose pixels are all equal has no contrast to normalize; it becomes 0 and stays so
+# an image whose pixels are all equal has no contrast to normalize; it becomes 0 and stays so
+FLAT = 1e-8
 CHUNK = 1000  # images at a time in float64
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """What contrast normalization takes away from each image: the mean of its pixels, and their norm around it."""
+    """What contrast normalization takes away from each image: the mean of its pixels, and their
+    norm around it.
+    """
 
     mean: Float64[Tensor, "images 1"]
     norm: Float64[Tensor, "images 1"]
@@ -39,7 +43,9 @@ class Contrast:
         return cls(mean, torch.where(norm < FLAT, torch.ones_like(norm), norm))
 
 
-def normalize_contrast(x: Real[Tensor, "images *inputs"], scale: float = SCALE) -> Float64[Tensor, "images inputs"]:
+def normalize_contrast(
+    x: Real[Tensor, "images *inputs"], scale: float = SCALE
+) -> Float64[Tensor, "images inputs"]:
     """Every image with mean 0 and Euclidean norm `scale`, flat.
 
     >>> normalize_contrast(torch.tensor([[1, 2, 3]]), scale=2**0.5).tolist()
@@ -51,10 +57,12 @@ def normalize_contrast(x: Real[Tensor, "images *inputs"], scale: float = SCALE) 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Contrast normalization, then ``(x − mean) (C + diagonal · I)^(−1/2)`` with the covariance ``C`` of the training images.
+    """Contrast normalization, then ``(x − mean) (C + diagonal · I)^(−1/2)`` with the covariance
+    ``C`` of the training images.
 
-    Directions in which the images vary by much more than `diagonal` come out with variance 1; those of eigenvalue λ with
-    ``λ / (λ + diagonal)``. Among all whitening matrices the symmetric one changes the images least, so that they stay images.
+    Directions in which the images vary by much more than `diagonal` come out with variance 1; those
+    of eigenvalue λ with ``λ / (λ + diagonal)``. Among all whitening matrices the symmetric one
+    changes the images least, so that they stay images.
 
     Args:
         mean: of the normalized training images.
@@ -70,33 +78,53 @@ class Whitening:
 
     @classmethod
     def fit(
-        cls, x: Real[Tensor, "images *inputs"], scale: float = SCALE, diagonal: float = DIAGONAL, root: str | Path | None = None
+        cls,
+        x: Real[Tensor, "images *inputs"],
+        scale: float = SCALE,
+        diagonal: float = DIAGONAL,
+        root: str | Path | None = None,
     ) -> "Whitening":
-        """Fitted on the training images `x`: a minute on one CPU core for CIFAR, kept under the hash of the images.
+        """Fitted on the training images `x`: a minute on one CPU core for CIFAR, kept under the
+        hash of the images.
 
         Args:
-            root: the folder of the data sets; the result is kept in `$BIASSHIFT_CACHE`, else in `cache/` below it.
+            root: the folder of the data sets; the result is kept in `$BIASSHIFT_CACHE`, else in
+                `cache/` below it.
 
         Raises:
-            ValueError: there are no images, a pixel is not finite, or `scale` or `diagonal` is not positive.
+            ValueError: there are no images, a pixel is not finite, or `scale` or `diagonal` is not
+                positive.
         """
         _refuse_unfit(x, scale, diagonal)
         inputs = x[0].numel()
         shapes = {"mean": (inputs,), "values": (inputs,), "vectors": (inputs, inputs)}
         key = content_key(x.cpu().numpy(), scale)  # the diagonal is added when the result is used
         arrays = cached("whitening", key, shapes, lambda: _spectrum(x, scale), cache_folder(root))
-        return cls(**{name: torch.from_numpy(array).to(x.device) for name, array in arrays.items()}, scale=scale, diagonal=diagonal)
+        return cls(
+            **{name: torch.from_numpy(array).to(x.device) for name, array in arrays.items()},
+            scale=scale,
+            diagonal=diagonal,
+        )
 
     def apply(self, x: Real[Tensor, "images *inputs"]) -> Float32[Tensor, "images *inputs"]:
         """The whitened images, in the shape of `x`; computed in float64 on the device of `x`."""
         mean, root = self.mean.to(x.device), self._inverse_root.to(x.device)
-        parts = [((normalize_contrast(part, self.scale) - mean) @ root).to(torch.float32) for part in x.split(CHUNK)]
+        parts = [
+            ((normalize_contrast(part, self.scale) - mean) @ root).to(torch.float32)
+            for part in x.split(CHUNK)
+        ]
         return torch.cat(parts).view(x.shape)
 
-    def invert(self, z: Float[Tensor, "images *inputs"], contrast: Contrast | None = None) -> Float32[Tensor, "images *inputs"]:
-        """The images that `z` was whitened from, normalized in contrast; with their `contrast`, as they were before that."""
+    def invert(
+        self, z: Float[Tensor, "images *inputs"], contrast: Contrast | None = None
+    ) -> Float32[Tensor, "images *inputs"]:
+        """The images that `z` was whitened from, normalized in contrast; with their `contrast`, as
+        they were before that.
+        """
         mean, root = self.mean.to(z.device), self._root(0.5).to(z.device)
-        images = torch.cat([part.flatten(1).to(torch.float64) @ root + mean for part in z.split(CHUNK)])
+        images = torch.cat(
+            [part.flatten(1).to(torch.float64) @ root + mean for part in z.split(CHUNK)]
+        )
         if contrast is not None:
             images = images * (contrast.norm / self.scale) + contrast.mean
         return images.to(torch.float32).view(z.shape)
@@ -125,16 +153,23 @@ def _refuse_unfit(x: Tensor, scale: float, diagonal: float) -> None:
     if not len(x):
         raise ValueError("there are no images to fit the whitening on.")
     if not (0 < scale < float("inf") and 0 < diagonal < float("inf")):
-        raise ValueError(f"scale and diagonal must be positive and finite, got {scale} and {diagonal}.")
+        raise ValueError(
+            f"scale and diagonal must be positive and finite, got {scale} and {diagonal}."
+        )
     if not bool(x.isfinite().all()):
         raise ValueError("an image to fit the whitening on has a pixel that is infinite or NaN.")
 
 
 def _spectrum(x: Tensor, scale: float) -> Arrays:
-    """The mean of the normalized images, and the eigenvalues and eigenvectors of their covariance, in float64."""
+    """The mean of the normalized images, and the eigenvalues and eigenvectors of their covariance,
+    in float64.
+    """
 
     inputs = x[0].numel()
-    mean, covariance = (torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in ((inputs,), (inputs, inputs)))
+    mean, covariance = (
+        torch.zeros(shape, dtype=torch.float64, device=x.device)
+        for shape in ((inputs,), (inputs, inputs))
+    )
     for part in x.split(CHUNK):
         mean += normalize_contrast(part, scale).sum(0) / len(x)
     for part in x.split(CHUNK):  # a second time: centering first, nothing cancels

@@ -1,4 +1,5 @@
-"""The MNIST autoencoder 784-1000-500-250-30-250-500-1000-784: the experiment of Figure 3 (section 4.1 of the paper).
+"""The MNIST autoencoder 784-1000-500-250-30-250-500-1000-784: the experiment of Figure 3 (section
+4.1 of the paper).
 
 The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
 """
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
 from biasshift.distributed import rank, world
 from biasshift.experiments.convnet_trial import share
-from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
+from biasshift.experiments.experiment import (
+    Activation,
+    Experiment,
+    at_least_one,
+    distinct,
+    not_negative,
+    positive,
+    shares,
+)
 from biasshift.nets import autoencoder
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Phase, Quantity, Trial, Watching
@@ -28,7 +37,8 @@ LEARNING_RATES = (1e-2, 1e-3, 1e-4, 1e-5)  # fixed, and compared
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 SEEDS = 5  # open: "medians over several runs"
 MOMENTUM = 0.0  # open: the paper names none for this experiment
-# Open. Half the squared error, summed over pixels: with it the paper's learning rates span from too small to large, as in its figure.
+# Open. Half the squared error, summed over pixels: with it the paper's learning rates span from too
+# small to large, as in its figure.
 # The cross-entropy of Martens 2010, summed over pixels, diverges at 1e-2.
 LOSS = "squared"
 CODE = "linear"  # open: Martens 2010
@@ -66,13 +76,17 @@ class Autoencoder(Experiment):
     epochs: int = EPOCHS
     lr: tuple[float, ...] = LEARNING_RATES
     data: Path | None = None
-    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is missing."""
+    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
+    missing.
+    """
     out: Path = Path("runs/autoencoder")
     """Run folders are written below."""
     batch_size: int = BATCH_SIZE
     momentum: float = MOMENTUM
     loss: Literal["cross-entropy", "squared"] = LOSS
-    """Of the logistic outputs, summed over pixels. The errors recorded are squared, means over pixels, whatever this is."""
+    """Of the logistic outputs, summed over pixels. The errors recorded are squared, means over
+    pixels, whatever this is.
+    """
     code: Literal["linear", "activation"] = CODE
     init: Literal["normal", "uniform"] = "normal"
     instrument: tuple[Quantity, ...] = ("activations", "bias_shift")
@@ -82,8 +96,9 @@ class Autoencoder(Experiment):
     probe: int = 2_000
     """Training examples that it is measured on."""
     units: int = 8
-    """Units of every layer in the unit Fisher matrices: those of Bernoulli pixels, whose labels are sampled, for 784 outputs would
-    take 784 backward passes."""
+    """Units of every layer in the unit Fisher matrices: those of Bernoulli pixels, whose labels are
+    sampled, for 784 outputs would take 784 backward passes.
+    """
     damping: float = 1e-3
 
     name: ClassVar[str] = "autoencoder"
@@ -112,7 +127,11 @@ class Autoencoder(Experiment):
             for lr in self.lr
             for activation in self.activation
         ]  # fmt: skip
-        return [replace(s, epochs=2, width=0.02, probe_size=100) for s in found if s.seed < 1] if self.smoke else found
+        return (
+            [replace(s, epochs=2, width=0.02, probe_size=100) for s in found if s.seed < 1]
+            if self.smoke
+            else found
+        )
 
     def folder(self, setting: Setting) -> Path:
         """The folder of a run."""
@@ -126,10 +145,21 @@ class Autoencoder(Experiment):
 def _trial(setting: Setting, data: DataSet) -> Trial:
     code: Literal["linear", "activation"] = "linear" if setting.code == "linear" else "activation"
     init: Literal["normal", "uniform"] = "normal" if setting.init == "normal" else "uniform"
-    model = autoencoder(setting.activation, setting.seed, init, code=code, width=setting.width).to(data.x_train.device)
-    stream = TensorStream(data.x_train, data.x_train, setting.batch_size, setting.seed, rank=rank(), world=world())
+    model = autoencoder(setting.activation, setting.seed, init, code=code, width=setting.width).to(
+        data.x_train.device
+    )
+    stream = TensorStream(
+        data.x_train, data.x_train, setting.batch_size, setting.seed, rank=rank(), world=world()
+    )
     quantities: tuple[Quantity, ...] = setting.quantities  # pyright: ignore[reportAssignmentType]
-    watching = Watching(quantities, setting.every * len(stream), setting.probe_size, setting.units_measured, setting.damping, 1000)
+    watching = Watching(
+        quantities,
+        setting.every * len(stream),
+        setting.probe_size,
+        setting.units_measured,
+        setting.damping,
+        1000,
+    )
     probe = data.x_train[: setting.probe_size], data.x_train[: setting.probe_size]
     return Trial(
         setting,
@@ -145,7 +175,9 @@ def _trial(setting: Setting, data: DataSet) -> Trial:
     )
 
 
-def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]
+) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
 
 
@@ -163,11 +195,18 @@ LOSSES = {"cross-entropy": cross_entropy, "squared": squared}
 
 
 def _scores(model: nn.Module, data: DataSet, loss) -> dict[str, float]:
-    """The loss, and the reconstruction error: the mean squared error of a pixel; on the training, validation and test images."""
+    """The loss, and the reconstruction error: the mean squared error of a pixel; on the training,
+    validation and test images.
+    """
     found = {}
     for name, x in (("train", data.x_train), ("valid", data.x_valid), ("test", data.x_test)):
         own, _ = share(x, x)
-        for kind, function in (("loss", loss), ("error", lambda outputs, x: 2 * squared(outputs, x) / x.shape[1])):
+        for kind, function in (
+            ("loss", loss),
+            ("error", lambda outputs, x: 2 * squared(outputs, x) / x.shape[1]),
+        ):
             batches = lambda own=own: ((part, part) for part in own.split(1000))  # noqa: E731
-            found[f"{name}_{kind}"] = evaluate_batches(model, batches, top=(), loss=function)["loss"]
+            found[f"{name}_{kind}"] = evaluate_batches(model, batches, top=(), loss=function)[
+                "loss"
+            ]
     return found

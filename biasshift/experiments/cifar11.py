@@ -1,7 +1,7 @@
 """CIFAR-100, the 11-layer network: the experiments of Figures 4 and 5 (section 4.2 of the paper).
 
-The constants are the paper's; those that it shares with the 18 layers stand in `biasshift.experiments.cifar`. Figure 5 has every
-activation with and without ``--batch-norm``.
+The constants are the paper's; those that it shares with the 18 layers stand in
+`biasshift.experiments.cifar`. Figure 5 has every activation with and without ``--batch-norm``.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,12 @@ from biasshift.nets import cifar11
 from biasshift.training.trial import Phase
 
 STEPS = 165_000
-SCHEDULE = ((35_000, 1.0), (50_000, 0.5), (50_000, 0.05), (30_000, 0.005))  # updates, share of the learning rate
+SCHEDULE = (
+    (35_000, 1.0),
+    (50_000, 0.5),
+    (50_000, 0.05),
+    (30_000, 0.005),
+)  # updates, share of the learning rate
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "srelu", "lrelu", "relu")
 SEEDS = 10
 

@@ -1,7 +1,9 @@
-"""CIFAR-10 and CIFAR-100, the 18-layer network (its list has 19): the experiment of Table 1 (section 4.3 of the paper).
+"""CIFAR-10 and CIFAR-100, the 18-layer network (its list has 19): the experiment of Table 1
+(section 4.3 of the paper).
 
-The constants are the paper's; those that it shares with the 11 layers stand in `biasshift.experiments.cifar`. Training has three
-parts: dropout behind the last layer of every stack; behind all layers; behind all, with rates half as large again.
+The constants are the paper's; those that it shares with the 11 layers stand in
+`biasshift.experiments.cifar`. Training has three parts: dropout behind the last layer of every
+stack; behind all layers; behind all, with rates half as large again.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +16,12 @@ from biasshift.experiments.experiment import Activation
 from biasshift.nets import cifar18
 from biasshift.training.trial import Phase
 
-SCHEDULE = ((35_000, 1.0), (35_000, 0.1), (50_000, 0.1), (40_000, 0.1))  # updates, share of the learning rate
+SCHEDULE = (
+    (35_000, 1.0),
+    (35_000, 0.1),
+    (50_000, 0.1),
+    (40_000, 0.1),
+)  # updates, share of the learning rate
 # Open: how long the first part goes on after the rate is divided by ten. As long again as before.
 DROPOUT = (("last", 1.0), ("last", 1.0), ("all", 1.0), ("all", 1.5))
 STEPS = sum(updates for updates, _ in SCHEDULE)
@@ -24,7 +31,9 @@ SEEDS = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar18(Pictures):
-    """Train the paper's 18-layer network on CIFAR-10 or CIFAR-100, with its fine-tuning, instrumented."""
+    """Train the paper's 18-layer network on CIFAR-10 or CIFAR-100, with its fine-tuning,
+    instrumented.
+    """
 
     activation: tuple[Activation, ...] = ACTIVATIONS
     seeds: int = SEEDS
@@ -43,7 +52,10 @@ class Cifar18(Pictures):
 
     def folder(self, setting: Setting) -> Path:
         """The folder of a run."""
-        return self.out / f"{setting.activation}-{setting.dataset}{'-bn' if setting.batch_norm else ''}-{setting.seed}"
+        return (
+            self.out
+            / f"{setting.activation}-{setting.dataset}{'-bn' if setting.batch_norm else ''}-{setting.seed}"
+        )
 
 
 def _with_dropout(number: int, phase: Phase) -> Phase:

@@ -1,4 +1,6 @@
-"""What the experiments have in common: where runs go, what computes them, and how they are begun, resumed and replaced."""
+"""What the experiments have in common: where runs go, what computes them, and how they are begun,
+resumed and replaced.
+"""
 
 import math
 from collections.abc import Callable, Hashable
@@ -51,7 +53,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _refuse_unless(options: Any, names: tuple[str, ...], said: str, test: Callable[[float], bool]) -> None:
+def _refuse_unless(
+    options: Any, names: tuple[str, ...], said: str, test: Callable[[float], bool]
+) -> None:
     for name in names:
         if not test(getattr(options, name)):
             raise ValueError(f"{flag(name)} must be {said}, got {getattr(options, name)}.")
@@ -66,11 +70,15 @@ class Experiment:
     replace: bool = False
     """Replace runs that are already there."""
     resume: bool = False
-    """Go on where an interrupted command stopped: finished runs stay, the others continue from their last checkpoint."""
+    """Go on where an interrupted command stopped: finished runs stay, the others continue from
+    their last checkpoint.
+    """
     workers: int | None = None
     """Processes, of small networks alone: by default one per core. Results do not depend on it."""
     ensemble: bool = False
-    """Train all seeds of a setting at once, as one vmapped program: nearly free on a GPU, for small networks."""
+    """Train all seeds of a setting at once, as one vmapped program: nearly free on a GPU, for small
+    networks.
+    """
     device: str = "auto"
     """"auto" is the GPU where there is one; or cpu, cuda, cuda:1, …"""
     precision: Precision = "float32"
@@ -78,9 +86,13 @@ class Experiment:
     compile: bool = False
     """Train through torch.compile."""
     graph: bool = False
-    """Record training steps as CUDA graphs and replay them: for small networks on a GPU, by plain gradient descent."""
+    """Record training steps as CUDA graphs and replay them: for small networks on a GPU, by plain
+    gradient descent.
+    """
     channels_last: bool = False
-    """Keep the maps of convolutions with their channels innermost: faster on GPUs with Tensor Cores."""
+    """Keep the maps of convolutions with their channels innermost: faster on GPUs with Tensor
+    Cores.
+    """
     keep_weights: bool = False
     """Leave a finished run's last checkpoint in its folder."""
     checkpoint_seconds: float = 30.0
@@ -93,7 +105,9 @@ class Experiment:
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]] = ()
     sweeps: ClassVar[bool] = False  # runs differ in more than activation and seed
-    small: ClassVar[bool] = False  # one core is enough for a run, so that runs are computed side by side
+    small: ClassVar[bool] = (
+        False  # one core is enough for a run, so that runs are computed side by side
+    )
 
     @property
     def whole(self) -> bool:
@@ -101,7 +115,9 @@ class Experiment:
         return True
 
     def settings(self) -> list[Any]:
-        """One dataclass per run: what its folder records. Has ``experiment``, ``activation`` and ``seed``."""
+        """One dataclass per run: what its folder records. Has ``experiment``, ``activation`` and
+        ``seed``.
+        """
         raise NotImplementedError
 
     def load(self) -> Any:
@@ -117,7 +133,9 @@ class Experiment:
         return self.out / f"{setting.activation}-{setting.seed}"
 
     def alike(self, setting: Any) -> Hashable:
-        """Equal for the runs that an ensemble trains together: those that differ in nothing but their seed."""
+        """Equal for the runs that an ensemble trains together: those that differ in nothing but
+        their seed.
+        """
         return tuple(value for name, value in vars(setting).items() if name != "seed")
 
     def where(self) -> torch.device:
@@ -126,14 +144,21 @@ class Experiment:
         Raises:
             ValueError: there is no such device here.
         """
-        name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        name = (
+            self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ValueError(f"--device: there is no kind of device '{name}'; try cpu or cuda.") from None
-        if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
             raise ValueError(
-                f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use; leave the option out."
+                f"--device: there is no kind of device '{name}'; try cpu or cuda."
+            ) from None
+        if device.type == "cuda" and not (
+            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        ):
+            raise ValueError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch "
+                "can use; leave the option out."
             )
         return local_device(device)
 
@@ -144,7 +169,13 @@ class Experiment:
     def execution(self) -> Execution:
         """How trials are computed."""
         return Execution(
-            self.precision, self.compile, self.graph, self.channels_last, self.checkpoint_seconds, self.keep_weights, self.tensorboard
+            self.precision,
+            self.compile,
+            self.graph,
+            self.channels_last,
+            self.checkpoint_seconds,
+            self.keep_weights,
+            self.tensorboard,
         )
 
     def check(self) -> None:
@@ -157,20 +188,39 @@ class Experiment:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}.")
         if (self.workers or 1) > 1 and not self.small:
-            raise ValueError(f"--workers: a run of {self.name} takes all cores, and runs follow each other; leave it out.")
+            raise ValueError(
+                f"--workers: a run of {self.name} takes all cores, and runs follow each other; "
+                "leave it out."
+            )
         if self.replace and self.resume:
             raise ValueError(REPLACE_OR_RESUME)
         if self.channels_last and self.small:
-            raise ValueError("--channels-last is about convolutions, and these networks have none: leave it out.")
+            raise ValueError(
+                "--channels-last is about convolutions, and these networks have none: leave it out."
+            )
         if self.precision == "tf32" and self.where().type != "cuda":
             raise ValueError("--precision tf32 needs a GPU: leave it out.")
         if self.ensemble and (self.precision != "float32" or self.compile):
-            raise ValueError("--ensemble trains in float32 and uncompiled: leave --precision and --compile out.")
+            raise ValueError(
+                "--ensemble trains in float32 and uncompiled: leave --precision and --compile out."
+            )
         if self.precision == "float16" and (self.where().type != "cuda" or self.graph):
-            raise ValueError("--precision float16 needs a GPU, and no --graph: choose bfloat16 or float32.")
+            raise ValueError(
+                "--precision float16 needs a GPU, and no --graph: choose bfloat16 or float32."
+            )
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out.")
-        if self.graph and (self.where().type != "cuda" or self.ensemble or self.compile or launched()):
-            raise ValueError("--graph needs a GPU, and one process that trains one network, uncompiled: leave it out.")
+            raise ValueError(
+                "--tensorboard needs TensorBoard: pip install tensorboard, or leave it out."
+            )
+        if self.graph and (
+            self.where().type != "cuda" or self.ensemble or self.compile or launched()
+        ):
+            raise ValueError(
+                "--graph needs a GPU, and one process that trains one network, uncompiled: leave "
+                "it out."
+            )
         if launched() and (self.ensemble or (self.workers or 1) > 1):
-            raise ValueError("Under torchrun all processes train one network: leave --ensemble and --workers out.")
+            raise ValueError(
+                "Under torchrun all processes train one network: leave --ensemble and --workers "
+                "out."
+            )

@@ -1,7 +1,9 @@
-"""ImageNet, the 15-layer network with spatial pyramid pooling: the experiment of Figure 6 (section 4.4 of the paper).
+"""ImageNet, the 15-layer network with spatial pyramid pooling: the experiment of Figure 6 (section
+4.4 of the paper).
 
-The constants are the paper's; those that it leaves open are marked, with the reason for the choice. Runs on any folder of images
-sorted into classes: a few classes of ImageNet make a small version of it.
+The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
+Runs on any folder of images sorted into classes: a few classes of ImageNet make a small version of
+it.
 """
 
 from dataclasses import dataclass, replace
@@ -12,10 +14,27 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from biasshift.data import CenterCrops, Crop, ImageNet, ImageStream, Scale, imagenet, mean_image, synthetic_imagenet
+from biasshift.data import (
+    CenterCrops,
+    Crop,
+    ImageNet,
+    ImageStream,
+    Scale,
+    imagenet,
+    mean_image,
+    synthetic_imagenet,
+)
 from biasshift.distributed import rank, world
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, schedule
-from biasshift.experiments.experiment import Activation, Experiment, at_least_one, distinct, not_negative, positive, shares
+from biasshift.experiments.experiment import (
+    Activation,
+    Experiment,
+    at_least_one,
+    distinct,
+    not_negative,
+    positive,
+    shares,
+)
 from biasshift.nets import imagenet15
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Quantity, Trial, Watching
@@ -27,7 +46,11 @@ VALID_IMAGES = 5_000  # random ones, for the curves
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu")
 SEEDS = 1
 STEPS = 250_000  # open: the curves of Figure 6 end about there
-SCHEDULE = ((100_000, 1.0), (100_000, 0.1), (50_000, 0.01))  # open: updates, share of the learning rate
+SCHEDULE = (
+    (100_000, 1.0),
+    (100_000, 0.1),
+    (50_000, 0.01),
+)  # open: updates, share of the learning rate
 LEARNING_RATE = 0.01  # open
 BATCH_SIZE = 64  # open
 MOMENTUM = 0.9  # open
@@ -84,7 +107,9 @@ class Imagenet(Experiment):
     steps: int = STEPS
     """Updates. The learning rate's schedule is shortened or stretched with them."""
     data: Path | None = None
-    """Folder that holds train/ and val/ with a folder per class. Default: imagenet/ in $BIASSHIFT_DATA, else in ./data."""
+    """Folder that holds train/ and val/ with a folder per class. Default: imagenet/ in
+    $BIASSHIFT_DATA, else in ./data.
+    """
     out: Path = Path("runs/imagenet")
     """Run folders are written below."""
     loaders: int = 4
@@ -99,7 +124,9 @@ class Imagenet(Experiment):
     """Of the 6×6 layer."""
     batch_norm: bool = False
     mean: Literal["pixel", "channel"] = "pixel"
-    """What is subtracted from the images: the training images' mean at every pixel, or of every channel."""
+    """What is subtracted from the images: the training images' mean at every pixel, or of every
+    channel.
+    """
     init: Literal["normal", "uniform"] = "normal"
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
@@ -120,9 +147,16 @@ class Imagenet(Experiment):
     name: ClassVar[str] = "imagenet"
 
     def load(self) -> Loaded:
-        """The folders, checked, and the mean image, which takes a look at every training image once."""
+        """The folders, checked, and the mean image, which takes a look at every training image
+        once.
+        """
         images = self._images()
-        mean = mean_image(images.train, SIDE, 0 if self.smoke else self.loaders, root=self.out if self.smoke else self.data)
+        mean = mean_image(
+            images.train,
+            SIDE,
+            0 if self.smoke else self.loaders,
+            root=self.out if self.smoke else self.data,
+        )
         mean = mean if self.mean == "pixel" else mean.mean((1, 2), keepdim=True)
         return Loaded(images, Scale(mean=mean.to(self.where())), self.where())
 
@@ -138,7 +172,8 @@ class Imagenet(Experiment):
         images = self._images()
         found = [
             Setting(
-                self.name, f"{images.name} ({images.classes} classes)", activation, seed, self.steps,
+                self.name, f"{images.name} ({images.classes} "
+                           "classes)", activation, seed, self.steps,
                 self.steps / epoch_steps(len(images.train), self.batch_size), self.batch_size, self.lr, self.momentum, self.weight_decay,
                 self.dropout, self.stride, CROP, self.batch_norm, self.mean, self.init, self.width, self.score_every, self.valid_images,
                 self.probe, self.every, self.instrument, self.units, self.damping,
@@ -146,8 +181,21 @@ class Imagenet(Experiment):
             for seed in range(self.seeds)
             for activation in self.activation
         ]  # fmt: skip
-        small = {"steps": 4, "epochs": 1.0, "batch_size": 6, "width": 0.01, "stride": 2, "crop": 112, "score_every": 2, "every": 2}
-        return [replace(s, **small, probe_size=6, valid_images=6) for s in found if s.seed < 1] if self.smoke else found
+        small = {
+            "steps": 4,
+            "epochs": 1.0,
+            "batch_size": 6,
+            "width": 0.01,
+            "stride": 2,
+            "crop": 112,
+            "score_every": 2,
+            "every": 2,
+        }
+        return (
+            [replace(s, **small, probe_size=6, valid_images=6) for s in found if s.seed < 1]
+            if self.smoke
+            else found
+        )
 
     def trial(self, setting: Setting, data: Loaded) -> Trial:
         """The network of a setting, and what is measured of it."""
@@ -155,7 +203,18 @@ class Imagenet(Experiment):
 
     def _check(self) -> None:
         self.check()
-        at_least_one(self, "seeds", "steps", "batch_size", "stride", "score_every", "valid_images", "every", "probe", "units")
+        at_least_one(
+            self,
+            "seeds",
+            "steps",
+            "batch_size",
+            "stride",
+            "score_every",
+            "valid_images",
+            "every",
+            "probe",
+            "units",
+        )
         positive(self, "lr", "width")
         shares(self, "momentum", "dropout")
         not_negative(self, "weight_decay", "damping", "loaders")
@@ -172,7 +231,14 @@ def _trial(setting: Setting, data: Loaded, loaders: int) -> Trial:
         setting.activation, setting.seed, data.images.classes, setting.stride, BINS, setting.batch_norm, setting.dropout, setting.init,
         width=setting.width,
     )  # fmt: skip
-    watching = Watching(setting.quantities, setting.every, setting.probe_size, setting.units_measured, setting.damping, 16)
+    watching = Watching(
+        setting.quantities,
+        setting.every,
+        setting.probe_size,
+        setting.units_measured,
+        setting.damping,
+        16,
+    )
     return Trial(
         setting,
         model.to(data.device),
@@ -189,13 +255,25 @@ def _trial(setting: Setting, data: Loaded, loaders: int) -> Trial:
 def _crops(setting: Setting, data: Loaded, crop: Crop, loaders: int) -> CenterCrops:
     valid = data.images.valid
     some = valid.sample(min(setting.valid_images, len(valid)))
-    return CenterCrops(some, 50, prepare=data.prepare, crop=crop, workers=loaders, device=data.device, rank=rank(), world=world())
+    return CenterCrops(
+        some,
+        50,
+        prepare=data.prepare,
+        crop=crop,
+        workers=loaders,
+        device=data.device,
+        rank=rank(),
+        world=world(),
+    )
 
 
 def _probe(setting: Setting, data: Loaded, crop: Crop) -> tuple[Tensor, Tensor]:
     """The middles of random training images, the same for every run."""
     some = data.images.train.sample(min(setting.probe_size, len(data.images.train)))
-    xs, ys = zip(*CenterCrops(some, prepare=data.prepare, crop=crop, workers=0, device=data.device), strict=True)
+    xs, ys = zip(
+        *CenterCrops(some, prepare=data.prepare, crop=crop, workers=0, device=data.device),
+        strict=True,
+    )
     return torch.cat(xs), torch.cat(ys)
 
 

@@ -26,13 +26,19 @@ UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNat
     "full": {"center": "q", "scale": "full"},
 }
 DECAY = 0.99  # of the running sums that the updates center and scale by
-LOOK_EVERY = 23  # steps, an epoch of the digits: within the 782 of MNIST's first epoch the losses of two networks part by far
-LOOKED_AT = 5_000  # training examples, the first ones, on which the way down to the equal loss is followed
+# steps, an epoch of the digits: within the 782 of MNIST's first epoch the losses of two networks
+# part by far
+LOOK_EVERY = 23
+LOOKED_AT = (
+    5_000  # training examples, the first ones, on which the way down to the equal loss is followed
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. Runs with the same seed start from the same weights and see the same batches, whatever their activation."""
+    """One run. Runs with the same seed start from the same weights and see the same batches,
+    whatever their activation.
+    """
 
     experiment: str
     activation: str
@@ -45,23 +51,35 @@ class Setting:
     width: int
     init: Literal["normal", "uniform"]
     probe_size: int  # training examples on which everything is measured along the run
-    exam_size: int  # training examples in each of the two disjoint probes of the examination at equal loss
+    exam_size: (
+        int  # training examples in each of the two disjoint probes of the examination at equal loss
+    )
     means_every: int  # epochs between measurements of activation means and bias shift
-    fisher_every: int  # epochs between measurements of the unit Fisher matrices and the gradient gap; 0: never
-    equal_loss: float  # nats: the network is examined when its training loss, looked at every 23 steps, first gets here
+    # epochs between measurements of the unit Fisher matrices and the gradient gap; 0: never
+    fisher_every: int
+    # nats: the network is examined when its training loss, looked at every 23 steps, first gets
+    # here
+    equal_loss: float
     units_measured: int  # of every hidden layer, evenly spaced; the output layer is measured whole
     damping: float
-    skip_input_layer: bool  # from the unit Fisher matrices: its incoming activations are the data, for every activation function
+    # from the unit Fisher matrices: its incoming activations are the data, for every activation
+    # function
+    skip_input_layer: bool
     update: Update = "plain"
     constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
     batch_norm: bool = False  # of every hidden layer, before its activation
     update_damping: float = 0.1  # λ of the updates that have a scale
-    update_unit_damping: float = 1.0  # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
+    update_unit_damping: float = (
+        1.0  # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
+    )
     update_kl_clip: float = 1e-3
-    update_every: int = 20  # steps between two looks at the curvature of the full update; the others look at every step
+    # steps between two looks at the curvature of the full update; the others look at every step
+    update_every: int = 20
     scores_per_epoch: int = 1
     scored: int = 0  # training examples that the training loss is measured on; 0: all
-    examined: bool = True  # whether there are an examination at the equal loss and residuals at the end
+    examined: bool = (
+        True  # whether there are an examination at the equal loss and residuals at the end
+    )
 
 
 def trial(setting: Setting, data: DataSet) -> Trial:
@@ -82,7 +100,9 @@ def trial(setting: Setting, data: DataSet) -> Trial:
         LOOK_EVERY,
         setting.equal_loss,
         loss=partial(_followed_loss, data=data),
-        examine=lambda model, step: examine(model, exam_probes, measured[1 - setting.skip_input_layer :], units, step),
+        examine=lambda model, step: examine(
+            model, exam_probes, measured[1 - setting.skip_input_layer :], units, step
+        ),
     )
     return Trial(
         setting,
@@ -95,11 +115,19 @@ def trial(setting: Setting, data: DataSet) -> Trial:
         score_every=max(1, len(stream) // setting.scores_per_epoch),
         watches=_watches(setting, probe, len(stream), measured, units),
         exam=exam if setting.examined else None,
-        closing=(lambda model, step: residuals(model, probe, units, step)) if setting.examined else None,
+        closing=(lambda model, step: residuals(model, probe, units, step))
+        if setting.examined
+        else None,
     )
 
 
-def _watches(setting: Setting, probe: Probe, epoch_steps: int, measured: list[str], units: dict[str, list[int]]) -> list[Watch]:
+def _watches(
+    setting: Setting,
+    probe: Probe,
+    epoch_steps: int,
+    measured: list[str],
+    units: dict[str, list[int]],
+) -> list[Watch]:
     watches = [Watch(probe, setting.means_every * epoch_steps, ("activations", "bias_shift"))]
     if setting.fisher_every:
         options = {"layers": measured, "units": units, "damping": setting.damping}
@@ -107,8 +135,12 @@ def _watches(setting: Setting, probe: Probe, epoch_steps: int, measured: list[st
     return watches
 
 
-def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    if setting.update == "plain":  # the same steps as the family's plain member, without its looks at the forward passes
+def _optimizer(
+    setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]
+) -> torch.optim.Optimizer:
+    if (
+        setting.update == "plain"
+    ):  # the same steps as the family's plain member, without its looks at the forward passes
         return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
     kind, scaled = UPDATES[setting.update], UPDATES[setting.update]["scale"] != "none"
     return UnitNaturalGradient(
@@ -121,8 +153,12 @@ def _optimizer(setting: Setting, model: nn.Module, parameters: Iterator[nn.Param
 
 
 def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe, Probe]]:
-    """A random part of the training population, and two disjoint ones for the examination: the same for every run."""
-    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(data.x_train.device)
+    """A random part of the training population, and two disjoint ones for the examination: the same
+    for every run.
+    """
+    order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(
+        data.x_train.device
+    )
     exam_size = min(exam_size, len(order) // 2)
     parts = (order[:size], order[:exam_size], order[exam_size : 2 * exam_size])
     along, first, second = ((data.x_train[part], data.y_train[part]) for part in parts)
@@ -135,8 +171,15 @@ def _followed_loss(model: nn.Module, data: DataSet) -> float:
 
 
 def _scores(model: nn.Module, data: DataSet, scored: int) -> dict[str, float]:
-    """Losses and errors of the whole network in eval mode, on one view of every training example and on the validation set."""
+    """Losses and errors of the whole network in eval mode, on one view of every training example
+    and on the validation set.
+    """
     examples = min(len(data.x_train) // data.views, scored or len(data.x_train))
     train_loss, train_error = evaluate(model, data.x_train[:examples], data.y_train[:examples])
     valid_loss, valid_error = evaluate(model, data.x_valid, data.y_valid)
-    return {"train_loss": train_loss, "train_error": train_error, "valid_loss": valid_loss, "valid_error": valid_error}
+    return {
+        "train_loss": train_loss,
+        "train_error": train_error,
+        "valid_loss": valid_loss,
+        "valid_error": valid_error,
+    }

@@ -1,4 +1,5 @@
-"""Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots` → PNG and PDF.
+"""Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots`
+→ PNG and PDF.
 
 spec        what a figure consists of
 selection   which of the given runs it is about
@@ -16,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biasshift import plots
-from biasshift.figures import benchmarks as speed, convnets as pictures, mlp as connected, sweep as causal, theory
+from biasshift.figures import (
+    benchmarks as speed,
+    convnets as pictures,
+    mlp as connected,
+    sweep as causal,
+    theory,
+)
 from biasshift.figures.captions import described
 from biasshift.figures.files import in_a_sentence, write_both
 from biasshift.figures.selection import chosen, read, refuse_mixture, with_length
@@ -47,21 +54,41 @@ __all__ = [
     "write",
 ]
 
-_ORDER = ("1", "2", "3", "4", "5", "6", "7", "table1", "theory1", "theory2", "theory3", "theory4", "bench")
+_ORDER = (
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "table1",
+    "theory1",
+    "theory2",
+    "theory3",
+    "theory4",
+    "bench",
+)
 _FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
 FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
 ALIASES = {"gap": "theory1"}
 
 
 def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
-    """Returns the small table that a figure shows: of the given runs, or else the one that comes with the package.
+    """Returns the small table that a figure shows: of the given runs, or else the one that comes
+    with the package.
 
     Raises:
         ValueError: no such figure or table; runs that lack what it shows.
     """
     drawing = _drawing(name)
-    if options := [str(path) for path in paths if str(path).startswith("-") and not os.path.exists(path)]:
-        raise ValueError(f"'{options[0]}' is no folder of runs: `biasshift figure` takes options, this takes folders.")
+    if options := [
+        str(path) for path in paths if str(path).startswith("-") and not os.path.exists(path)
+    ]:
+        raise ValueError(
+            f"'{options[0]}' is no folder of runs: `biasshift figure` takes options, this takes "
+            "folders."
+        )
     if name == "1":
         if paths:
             raise ValueError("Figure 1 shows functions, and no runs: leave the folders out.")
@@ -112,7 +139,9 @@ def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
 
 
 def caption(name: str, table: pd.DataFrame | None) -> str:
-    """Returns what the figure is, what runs it shows, which of the given ones it leaves out, and what the paper's shows."""
+    """Returns what the figure is, what runs it shows, which of the given ones it leaves out, and
+    what the paper's shows.
+    """
     drawing = _drawing(name)
     parts = [drawing.title]
     if table is not None:
@@ -120,20 +149,26 @@ def caption(name: str, table: pd.DataFrame | None) -> str:
         parts += [f"Left out: {', '.join(left)}"] if (left := table.attrs.get("left_out")) else []
     parts += [f"Paper: {drawing.paper}"] if drawing.paper else []
     if table is not None and not drawing.fits(table):
-        parts.append("These runs are of another kind or length than the paper's, so that its numbers do not stand beside theirs")
+        parts.append(
+            "These runs are of another kind or length than the paper's, so that its numbers do not "
+            "stand beside theirs"
+        )
     return " ".join(f"{part}." for part in parts)
 
 
 def said(name: str, table: pd.DataFrame | None) -> str:
     """Returns the caption, and a line for every number that the figure shows, beside the paper's."""
     lines = [
-        f"  {number.quantity}: {number.here}" + (f"  (paper: {number.paper})" if number.paper != NOTHING else "")
+        f"  {number.quantity}: {number.here}"
+        + (f"  (paper: {number.paper})" if number.paper != NOTHING else "")
         for number in numbers(name, table)
     ]
     return "\n".join([caption(name, table), *lines])
 
 
-def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = "") -> list[Path]:
+def write(
+    name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = ""
+) -> list[Path]:
     """Writes a figure as PNG and PDF, with its caption in the files; returns the paths.
 
     Raises:
@@ -142,12 +177,15 @@ def write(name: str, figure: Figure, folder: str | os.PathLike[str] = "figures",
     """
     _drawing(name)
     if not hasattr(figure, "savefig"):
-        raise ValueError(f"A figure is what `biasshift.figures.picture` returns, not {type(figure).__name__}.")
+        raise ValueError(
+            f"A figure is what `biasshift.figures.picture` returns, not {type(figure).__name__}."
+        )
     return write_both(name, figure, Path(folder), words)
 
 
 def script(name: str, *paths: str) -> Figure:
-    """What a script of `paper_figs` does: returns a figure, of run folders or of the package's table, and prints files and numbers.
+    """What a script of `paper_figs` does: returns a figure, of run folders or of the package's
+    table, and prints files and numbers.
 
     Raises:
         SystemExit: with one sentence and status 2, where the runs cannot be drawn.
@@ -171,8 +209,12 @@ def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
     return write(name, picture(name, small), folder, caption(name, small))
 
 
-def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.DataFrame | None], dict[str, str]]:
-    """Returns the small tables of all figures that the given runs, or without runs the package, can draw; and why not the others."""
+def drawable(
+    paths: Sequence[str | os.PathLike[str]],
+) -> tuple[dict[str, pd.DataFrame | None], dict[str, str]]:
+    """Returns the small tables of all figures that the given runs, or without runs the package, can
+    draw; and why not the others.
+    """
     found: dict[str, pd.DataFrame | None] = {}
     left: dict[str, str] = {}
     table = read(*paths) if paths else None
@@ -181,7 +223,9 @@ def drawable(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, pd.Data
             if table is None or name == "1":
                 found[name] = data(name)
             elif name == "bench":
-                left[name] = "It shows no runs: give it a folder that `python -m benchmarks` wrote into."
+                left[name] = (
+                    "It shows no runs: give it a folder that `python -m benchmarks` wrote into."
+                )
             else:
                 found[name] = condensed(name, table)
         except ValueError as error:
@@ -193,11 +237,16 @@ def _there(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
     if table is None:
         raise ValueError(f"Figure '{name}' shows runs, and there are none.")
     if not hasattr(table, "columns"):
-        raise ValueError(f"Figure '{name}' is drawn of a table, as `biasshift.figures.data` returns it, not of {type(table).__name__}.")
+        raise ValueError(
+            f"Figure '{name}' is drawn of a table, as `biasshift.figures.data` returns it, not of "
+            f"{type(table).__name__}."
+        )
     return table
 
 
 def _drawing(name: str) -> Drawing:
     if (found := FIGURES.get(ALIASES.get(name, name))) is None:
-        raise ValueError(f"There is no figure '{name}': choose one of {', '.join([*FIGURES, *ALIASES])}.")
+        raise ValueError(
+            f"There is no figure '{name}': choose one of {', '.join([*FIGURES, *ALIASES])}."
+        )
     return found

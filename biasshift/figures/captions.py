@@ -1,4 +1,6 @@
-"""What a figure says about the runs that it shows, and whether they are such as the paper's numbers are of."""
+"""What a figure says about the runs that it shows, and whether they are such as the paper's numbers
+are of.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,19 @@ from biasshift.experiments import cifar11, cifar18
 if TYPE_CHECKING:
     import pandas as pd
 
-MADE = {"smoke": "Smoke run: a tiny version, which shows only that it works.", "quick": "Quick version, which decides nothing."}
-STEPS = {"cifar11": ("the paper's ", cifar11.STEPS), "cifar18": ("", cifar18.STEPS)}  # of the latter, the paper leaves some open
+MADE = {
+    "smoke": "Smoke run: a tiny version, which shows only that it works.",
+    "quick": "Quick version, which decides nothing.",
+}
+STEPS = {
+    "cifar11": ("the paper's ", cifar11.STEPS),
+    "cifar18": ("", cifar18.STEPS),
+}  # of the latter, the paper leaves some open
 EMBEDDED = "digits"  # whose images a smoke run has, too
-TESTED = {"test_images": (10_000, "test images"), "valid_images": (5_000, "validation images")}  # of the paper's errors
+TESTED = {
+    "test_images": (10_000, "test images"),
+    "valid_images": (5_000, "validation images"),
+}  # of the paper's errors
 WITHIN = 0.01  # of the paper's length
 
 
@@ -20,7 +31,12 @@ def described(table: pd.DataFrame) -> str:
     """Which runs a figure shows, as far as they say it: "digits: 60 epochs, 6 seeds, cpu (x86_64)"."""
     kinds = [_listed(table, "experiment"), _data(table), _shape(table), _unusual(table)]
     seeds = table["seed"].nunique() if "seed" in table else 0
-    facts = [_length(table), _tested(table), f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "", _listed(table, "device")]
+    facts = [
+        _length(table),
+        _tested(table),
+        f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "",
+        _listed(table, "device"),
+    ]
     what, rest = ", ".join(filter(None, kinds)), ", ".join(filter(None, facts))
     made = [MADE[name] for name in MADE if "made" in table and (table["made"] == name).any()]
     return " ".join([*made, ": ".join(filter(None, [what, rest]))])
@@ -36,12 +52,18 @@ def over_seeds(table: pd.DataFrame, text: str = "Mean ± SD over seeds") -> str:
 def synthetic(table: pd.DataFrame) -> bool:
     """Whether some of the runs were trained on something of a data set's shape."""
     smoke = table["made"] == "smoke" if "made" in table else None
-    return smoke is not None and bool((smoke & (table["experiment"] != EMBEDDED) if "experiment" in table else smoke).any())
+    return smoke is not None and bool(
+        (smoke & (table["experiment"] != EMBEDDED) if "experiment" in table else smoke).any()
+    )
 
 
 def like_the_papers(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
-    """Whether runs are what the paper's numbers are of: its data, networks of its size without batch norm, and its length."""
-    other_data = synthetic(table) or "dataset" not in table or bool((table["dataset"] != dataset).any())
+    """Whether runs are what the paper's numbers are of: its data, networks of its size without
+    batch norm, and its length.
+    """
+    other_data = (
+        synthetic(table) or "dataset" not in table or bool((table["dataset"] != dataset).any())
+    )
     normed = "batch_norm" in table and bool((table["batch_norm"] == True).any())  # noqa: E712
     other_size = "width" in table and bool((table["width"] != 1).any())
     last = table.groupby("run", observed=True)["step"].max() if steps else None
@@ -52,7 +74,9 @@ def like_the_papers(table: pd.DataFrame, dataset: str, steps: int | None = None)
 def _data(table: pd.DataFrame) -> str:
     if synthetic(table):
         return "synthetic data"
-    swept = "experiment" in table and len(table) > 0 and bool((table["experiment"] == "sweep").all())
+    swept = (
+        "experiment" in table and len(table) > 0 and bool((table["experiment"] == "sweep").all())
+    )
     return "MNIST at half resolution" if swept else _listed(table, "dataset")
 
 
@@ -80,8 +104,16 @@ def _shape(table: pd.DataFrame) -> str:
 
 def _unusual(table: pd.DataFrame) -> str:
     """What the reader would not expect of all of these networks."""
-    scales = sorted(table["width"].dropna().unique()) if "width" in table and "depth" not in table else []
-    scaled = f"units × {' and '.join(f'{scale:g}' for scale in scales)}" if scales and scales != [1] else ""
+    scales = (
+        sorted(table["width"].dropna().unique())
+        if "width" in table and "depth" not in table
+        else []
+    )
+    scaled = (
+        f"units × {' and '.join(f'{scale:g}' for scale in scales)}"
+        if scales and scales != [1]
+        else ""
+    )
     normed = "batch_norm" in table and bool((table["batch_norm"] == True).all()) and len(table) > 0  # noqa: E712
     updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
     other = f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else ""
@@ -91,19 +123,29 @@ def _unusual(table: pd.DataFrame) -> str:
 def _length(table: pd.DataFrame) -> str:
     """What the runs were meant to be, and how far they got if that is less."""
     by_steps = "steps" in table and table["steps"].notna().any()
-    planned, got, unit = ("steps", "last_step", "step") if by_steps else ("epochs", "reached", "epoch")
+    planned, got, unit = (
+        ("steps", "last_step", "step") if by_steps else ("epochs", "reached", "epoch")
+    )
     if planned not in table or not table[planned].notna().any():
         return ""
     whole = f"{_range(table[planned])} {unit}{'s' if table[planned].max() != 1 else ''}"
     if got in table and (table[got] < table[planned] - 1e-6).any():
         whole = f"{_range(table[got])} of {whole} (some ended early)"
     whose, usual = STEPS.get(_listed(table, "experiment") if by_steps else "", ("", 0))
-    # The schedule of the learning rate is shortened with the run: it is no beginning of the paper's.
+    # The schedule of the learning rate is shortened with the run: it is no beginning of the
+    # paper's.
     share = table[planned].max() / usual if usual else 1
     made = "shortened" if share < 1 else "stretched"
-    return f"{whole} (schedule {made} from {whose}{usual:,} updates)" if abs(share - 1) > WITHIN else whole
+    return (
+        f"{whole} (schedule {made} from {whose}{usual:,} updates)"
+        if abs(share - 1) > WITHIN
+        else whole
+    )
 
 
 def _range(values: pd.Series) -> str:
     known = values.dropna()
-    return "–".join(f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in sorted({known.min(), known.max()}))
+    return "–".join(
+        f"{number:,.3g}" if number < 1000 else f"{number:,.0f}"
+        for number in sorted({known.min(), known.max()})
+    )

@@ -26,11 +26,16 @@ def write_both(name: str, figure: Figure, folder: Path, words: str) -> list[Path
     Raises:
         OSError: one of them cannot be written; then the other one is as it was before, too.
     """
-    drawn = {folder / f"figure_{name}.{kind}": _drawn(figure, kind, f"Figure {name}", words) for kind in CAPTION}
+    drawn = {
+        folder / f"figure_{name}.{kind}": _drawn(figure, kind, f"Figure {name}", words)
+        for kind in CAPTION
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (png, pdf), contents = drawn, list(drawn.values())
     if png.is_dir():  # before the PDF has taken its place
-        raise IsADirectoryError(EISDIR, "is a folder: remove it, or choose another one with --out", str(png))
+        raise IsADirectoryError(
+            EISDIR, "is a folder: remove it, or choose another one with --out", str(png)
+        )
     try:
         with replacing(png) as first, replacing(pdf) as second:
             first.write_bytes(contents[0])
@@ -50,7 +55,9 @@ def _drawn(figure: Figure, kind: str, title: str, words: str) -> bytes:
 
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
-    """Ends a script with one sentence and status 2 where its runs cannot be drawn: `with figures.in_a_sentence(): …`."""
+    """Ends a script with one sentence and status 2 where its runs cannot be drawn: `with
+    figures.in_a_sentence(): …`.
+    """
     try:
         yield
     except (ValueError, OSError) as error:

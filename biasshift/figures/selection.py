@@ -22,16 +22,37 @@ RUN_COLUMNS = (
 )  # fmt: skip
 
 
-# Options that no figure shows the effect of: what examinations at equal loss look at, and which runs have one.
-UNSHOWN = ("run", "activation", "seed", "device", "made", "reached", "last_step", "examined", "exam_size", "equal_loss")
+# Options that no figure shows the effect of: what examinations at equal loss look at, and which
+# runs have one.
+UNSHOWN = (
+    "run",
+    "activation",
+    "seed",
+    "device",
+    "made",
+    "reached",
+    "last_step",
+    "examined",
+    "exam_size",
+    "equal_loss",
+)
 
 
 # Those of measurements along the run, which curves of losses and errors do not depend on.
-MEASURED = ("probe_size", "means_every", "fisher_every", "every", "units_measured", "damping", "skip_input_layer")
+MEASURED = (
+    "probe_size",
+    "means_every",
+    "fisher_every",
+    "every",
+    "units_measured",
+    "damping",
+    "skip_input_layer",
+)
 
 
 def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
-    """Returns the table of `read_runs` with each run's `device`, and whether it was `made` by --quick or --smoke.
+    """Returns the table of `read_runs` with each run's `device`, and whether it was `made` by
+    --quick or --smoke.
 
     Its `attrs` say which columns are options of the runs.
     """
@@ -46,14 +67,20 @@ def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     for name, values in (("device", devices), ("made", made)):
         if name not in table:
             table[name] = pd.Categorical(np.array(values, dtype=object)[which])
-    table.attrs["options"] = list(dict.fromkeys(name for folder in folders for name in read_config(folder) if name in table))
+    table.attrs["options"] = list(
+        dict.fromkeys(name for folder in folders for name in read_config(folder) if name in table)
+    )
     return table
 
 
-def chosen(table: pd.DataFrame, experiments: Sequence[str], prefer: Mapping[str, object], remedy: str) -> pd.DataFrame:
-    """The rows of the first of `experiments` that is there, of its preferred setting where it has such runs.
+def chosen(
+    table: pd.DataFrame, experiments: Sequence[str], prefer: Mapping[str, object], remedy: str
+) -> pd.DataFrame:
+    """The rows of the first of `experiments` that is there, of its preferred setting where it has
+    such runs.
 
-    Somebody's own runs, of an experiment that is none of ours, are taken as they are. The `attrs` say what was left out.
+    Somebody's own runs, of an experiment that is none of ours, are taken as they are. The `attrs`
+    say what was left out.
 
     Raises:
         ValueError: all runs are of our other experiments.
@@ -61,11 +88,19 @@ def chosen(table: pd.DataFrame, experiments: Sequence[str], prefer: Mapping[str,
     left = []
     if "experiment" in table:
         there = [str(name) for name in table["experiment"].dropna().unique()]
-        wanted = [name for name in experiments if name in there][:1] or [name for name in there if name not in OURS]
+        wanted = [name for name in experiments if name in there][:1] or [
+            name for name in there if name not in OURS
+        ]
         if there and not wanted:
-            raise ValueError(f"These runs are of {', '.join(sorted(there))}; this figure shows others: {remedy}")
+            raise ValueError(
+                f"These runs are of {', '.join(sorted(there))}; this figure shows others: {remedy}"
+            )
         if there:
-            left = [f"{_runs(table.loc[table['experiment'] == name])} of {name}" for name in there if name not in wanted]
+            left = [
+                f"{_runs(table.loc[table['experiment'] == name])} of {name}"
+                for name in there
+                if name not in wanted
+            ]
             table = table.loc[table["experiment"].isin(wanted)]
     for name, value in prefer.items():
         like = table[name] == value if name in table else None
@@ -82,8 +117,11 @@ def _runs(table: pd.DataFrame) -> str:
     return f"{count} run{'s' if count != 1 else ''}"
 
 
-def refuse_mixture(table: pd.DataFrame, name: str, apart: Sequence[str], unshown: Sequence[str] = ()) -> None:
-    """Refuses runs that differ in what a figure does not tell apart, and would be taken for seeds of one setting.
+def refuse_mixture(
+    table: pd.DataFrame, name: str, apart: Sequence[str], unshown: Sequence[str] = ()
+) -> None:
+    """Refuses runs that differ in what a figure does not tell apart, and would be taken for seeds
+    of one setting.
 
     Args:
         apart: the options that the figure tells apart, besides activation and seed.
@@ -96,14 +134,29 @@ def refuse_mixture(table: pd.DataFrame, name: str, apart: Sequence[str], unshown
     updates = [option for option in runs if str(option).startswith("update_")]
     for option in dict.fromkeys([*RUN_COLUMNS, *SHARED, *updates, *table.attrs.get("options", ())]):
         if option in runs and option not in {*UNSHOWN, *apart, *unshown}:
-            values = sorted(runs[option].dropna().astype(object).unique(), key=lambda value: (isinstance(value, str), value))
+            values = sorted(
+                runs[option].dropna().astype(object).unique(),
+                key=lambda value: (isinstance(value, str), value),
+            )
             if len(values) > 1:
-                said = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-                raise ValueError(f"Figure {name} would take runs that differ in '{option}' ({said}) for one: give runs of one setting.")
+                said = ", ".join(
+                    f"{value:g}" if isinstance(value, float) else str(value) for value in values
+                )
+                raise ValueError(
+                    f"Figure {name} would take runs that differ in '{option}' ({said}) for one: "
+                    "give runs of one setting."
+                )
     keys = [option for option in ("activation", "seed", *apart) if option in runs]
-    twice = runs.loc[runs.duplicated(keys, keep=False) & runs["seed"].notna(), "run"] if {"activation", "seed"} <= set(runs) else []
+    twice = (
+        runs.loc[runs.duplicated(keys, keep=False) & runs["seed"].notna(), "run"]
+        if {"activation", "seed"} <= set(runs)
+        else []
+    )
     if len(twice):
-        raise ValueError(f"Figure {name} would take the runs {', '.join(map(str, twice[:2]))} of one seed for two: give one of them.")
+        raise ValueError(
+            f"Figure {name} would take the runs {', '.join(map(str, twice[:2]))} of one seed for "
+            "two: give one of them."
+        )
 
 
 def with_length(table: pd.DataFrame) -> pd.DataFrame:
@@ -111,8 +164,15 @@ def with_length(table: pd.DataFrame) -> pd.DataFrame:
     if "run" not in table:
         return table
     runs = table.groupby("run", observed=True)
-    found = {"last_step": runs["step"].max()} | ({"reached": runs["epoch"].max()} if "epoch" in table else {})
-    return table.assign(**{name: table["run"].astype(object).map(values).astype(float) for name, values in found.items()})
+    found = {"last_step": runs["step"].max()} | (
+        {"reached": runs["epoch"].max()} if "epoch" in table else {}
+    )
+    return table.assign(
+        **{
+            name: table["run"].astype(object).map(values).astype(float)
+            for name, values in found.items()
+        }
+    )
 
 
 def kept(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -124,4 +184,6 @@ def kept(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 def with_settings(rows: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Rows that know their run, and nothing else of it, with the run's columns."""
     settings = table.drop_duplicates("run")[[name for name in RUN_COLUMNS if name in table]]
-    return rows.astype({"run": object}).merge(settings.astype({"run": object}), on="run", how="left")
+    return rows.astype({"run": object}).merge(
+        settings.astype({"run": object}), on="run", how="left"
+    )

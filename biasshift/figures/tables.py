@@ -1,4 +1,6 @@
-"""Small tables that stand for many runs: written with where they come from, and read from the package."""
+"""Small tables that stand for many runs: written with where they come from, and read from the
+package.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,14 @@ MOST_BYTES = 2_000_000
 KEY = b"biasshift"
 
 
-def save(name: str, table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
-    """Writes a figure's small table as `<name>.parquet`, with its origin as JSON in the schema's metadata; returns the path.
+def save(
+    name: str,
+    table: pd.DataFrame,
+    paths: Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+) -> Path:
+    """Writes a figure's small table as `<name>.parquet`, with its origin as JSON in the schema's
+    metadata; returns the path.
 
     Raises:
         ValueError: the table is larger than 2 MB.
@@ -30,13 +38,18 @@ def save(name: str, table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]
     import pyarrow.parquet as pq
 
     found = pa.Table.from_pandas(table, preserve_index=False)
-    found = found.replace_schema_metadata({KEY: json.dumps({"figure": name, **origin(table, paths)}, ensure_ascii=False).encode()})
+    found = found.replace_schema_metadata(
+        {KEY: json.dumps({"figure": name, **origin(table, paths)}, ensure_ascii=False).encode()}
+    )
     path = Path(folder) / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         pq.write_table(found, temporary, compression="zstd")
         if (size := temporary.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"The table of figure {name} has {size:,} bytes, more than {MOST_BYTES:,}: give fewer runs.")
+            raise ValueError(
+                f"The table of figure {name} has {size:,} bytes, more than {MOST_BYTES:,}: give "
+                "fewer runs."
+            )
     return path
 
 
@@ -62,7 +75,10 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
                 raise ValueError("it says of no figure that it belongs to")
             return file.read().to_pandas(ignore_metadata=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"'{path}' is no table of a figure ({first_line(error)}): make it anew with `biasshift figure`.") from error
+        raise ValueError(
+            f"'{path}' is no table of a figure ({first_line(error)}): make it anew with `biasshift "
+            "figure`."
+        ) from error
 
 
 def load_origin(path: str | os.PathLike[str]) -> dict[str, Any]:

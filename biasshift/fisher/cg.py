@@ -1,4 +1,6 @@
-"""Conjugate gradients for all units of a layer at once: one product serves them all, and converged units leave the batch."""
+"""Conjugate gradients for all units of a layer at once: one product serves them all, and converged
+units leave the batch.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -8,7 +10,9 @@ from torch import Tensor
 from biasshift.fisher.convolution import Maps
 from biasshift.fisher.samples import ImplicitSums
 
-RIDGE = 0.15  # times inputs / effective samples: so much less varies the q of one unit than the mean of all, and in fewer directions
+# times inputs / effective samples: so much less varies the q of one unit than the mean of all, and
+# in fewer directions
+RIDGE = 0.15
 RIDGE_OF_MAPS = 3.0  # their positions depend on each other
 LARGEST = 2**28  # bytes of one matrix in float64: 5792 channels
 
@@ -19,7 +23,8 @@ LARGEST = 2**28  # bytes of one matrix in float64: 5792 channels
 class Preconditioner:
     """``D⁻¹ (C + λ mean(diag C) I)⁻¹ D⁻¹``: C for all units, D from the variances of one.
 
-    C is over channels, and the same at all places of a kernel. Where it would be too large, D does alone.
+    C is over channels, and the same at all places of a kernel. Where it would be too large, D does
+    alone.
     """
 
     def __init__(self, sums: ImplicitSums, usable: Tensor, damping: float, dtype: torch.dtype):
@@ -53,7 +58,11 @@ class Preconditioner:
         z = r * scale
         if self.inverse is not None:
             channels = len(self.inverse)
-            z = z @ self.inverse if channels == z.shape[1] else self._over_channels(z.unflatten(1, (channels, -1))).flatten(1)
+            z = (
+                z @ self.inverse
+                if channels == z.shape[1]
+                else self._over_channels(z.unflatten(1, (channels, -1))).flatten(1)
+            )
         return z.mul_(scale)
 
     def _over_channels(self, z: Tensor) -> Tensor:
@@ -76,7 +85,9 @@ class State:
     done: Tensor
 
     def keep(self, mask: Tensor) -> "State":
-        return replace(self, **{field.name: getattr(self, field.name)[mask] for field in fields(self)})
+        return replace(
+            self, **{field.name: getattr(self, field.name)[mask] for field in fields(self)}
+        )
 
 
 class ConjugateGradients:
@@ -85,11 +96,26 @@ class ConjugateGradients:
     def __init__(self, preconditioner: Preconditioner, dtype: torch.dtype):
         self.preconditioner, self.dtype = preconditioner, dtype
 
-    def solve(self, sums: ImplicitSums, r: Tensor, goal: Tensor, ridge: Tensor, variances: Tensor, most: int) -> tuple[Tensor, int]:
-        """An x with ``|W x − r| ≤ goal``, by the recurrence of the residual, and the number of iterations."""
+    def solve(
+        self,
+        sums: ImplicitSums,
+        r: Tensor,
+        goal: Tensor,
+        ridge: Tensor,
+        variances: Tensor,
+        most: int,
+    ) -> tuple[Tensor, int]:
+        """An x with ``|W x − r| ≤ goal``, by the recurrence of the residual, and the number of
+        iterations.
+        """
         size = r.norm(dim=1)
         floor = 10 * torch.finfo(self.dtype).eps  # below, the recurrence has lost the residual
-        state = self._start(r / size[:, None], (goal / size).clamp(min=floor), ridge, self.preconditioner.scale(variances))
+        state = self._start(
+            r / size[:, None],
+            (goal / size).clamp(min=floor),
+            ridge,
+            self.preconditioner.scale(variances),
+        )
         x = torch.zeros_like(state.x)
         product = Product(sums, self.dtype)
         for iteration in range(1, most + 1):
@@ -109,10 +135,22 @@ class ConjugateGradients:
         r = r.to(self.dtype)
         z = self.preconditioner(r, scale)
         n = torch.arange(len(r), device=r.device)
-        return State(n, torch.zeros_like(r), r, z, inner(r, z), goal, ridge, scale, torch.zeros_like(n, dtype=torch.bool))
+        return State(
+            n,
+            torch.zeros_like(r),
+            r,
+            z,
+            inner(r, z),
+            goal,
+            ridge,
+            scale,
+            torch.zeros_like(n, dtype=torch.bool),
+        )
 
     def _descended(self, s: State, Wp: Tensor) -> State:
-        """To the minimum along p. What is done stays where it is; so does what has met rounding in place of curvature."""
+        """To the minimum along p. What is done stays where it is; so does what has met rounding in
+        place of curvature.
+        """
         curvature = inner(s.p, Wp)
         going = ~s.done & (curvature > 0)
         alpha = torch.where(going, s.rz / curvature, 0.0).to(self.dtype)[:, None]
@@ -130,7 +168,11 @@ class Product:
     """``W p`` in the working precision, for the units that are left."""
 
     def __init__(self, sums: ImplicitSums, dtype: torch.dtype):
-        self.sums, self.offset, self.share = sums, sums.offset_q.to(dtype), (1 / sums.weight).to(dtype)[:, None]
+        self.sums, self.offset, self.share = (
+            sums,
+            sums.offset_q.to(dtype),
+            (1 / sums.weight).to(dtype)[:, None],
+        )
 
     def __call__(self, p: Tensor, ridge: Tensor) -> Tensor:
         out = self.sums.product(p).mul_(self.share)

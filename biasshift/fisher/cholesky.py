@@ -1,4 +1,6 @@
-"""``(V + λ mean(diag V) I)⁻¹`` applied to vectors, for all units of a layer, with an answer for every singular case."""
+"""``(V + λ mean(diag V) I)⁻¹`` applied to vectors, for all units of a layer, with an answer for
+every singular case.
+"""
 
 from collections.abc import Iterator
 
@@ -8,7 +10,9 @@ from torch import Tensor
 from biasshift.fisher.moments import Sums, WeightedSums
 from biasshift.theory import damp
 
-FACTOR_BYTES = 2**28  # Cholesky factors are kept for the next solve up to this size, and formed in pieces of it beyond
+FACTOR_BYTES = (
+    2**28
+)  # Cholesky factors are kept for the next solve up to this size, and formed in pieces of it beyond
 
 
 class Singular(Exception):
@@ -25,25 +29,34 @@ def variances(sums: Sums) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Below this share of a second moment a variance is rounding: the samples' own precision, not that of the sums."""
+    """Below this share of a second moment a variance is rounding: the samples' own precision, not
+    that of the sums.
+    """
     return 100 * torch.finfo(dtype).eps
 
 
 def without_variance(sums: Sums, dtype: torch.dtype) -> Tensor:
-    """(units,): live units whose q sits on one point, V = 0 up to rounding. Relative damping cannot help them."""
+    """(units,): live units whose q sits on one point, V = 0 up to rounding. Relative damping cannot
+    help them.
+    """
     variance = variances(sums).sum(1)
     scale = variance + (sums.offset_q**2).sum(1)
     return (sums.weight > 0) & (variance <= rounding(dtype) * scale)
 
 
 class Factors:
-    """Cholesky factors of the damped covariances of all units (or of ``A / c`` with ``centered=False``), made when needed.
+    """Cholesky factors of the damped covariances of all units (or of ``A / c`` with
+    ``centered=False``), made when needed.
 
-    A unit is usable when it is alive, has some variance, and, with damping, when its matrix is positive definite in spite of
-    rounding: a unit whose q sits on hardly more than one sample may have less variance than its samples have digits.
+    A unit is usable when it is alive, has some variance, and, with damping, when its matrix is
+    positive definite in spite of
+    rounding: a unit whose q sits on hardly more than one sample may have less variance than its
+        samples have digits.
     """
 
-    def __init__(self, sums: WeightedSums, damping: float, dtype: torch.dtype, centered: bool = True):
+    def __init__(
+        self, sums: WeightedSums, damping: float, dtype: torch.dtype, centered: bool = True
+    ):
         self.sums, self.damping, self.dtype, self.centered = sums, damping, dtype, centered
         self.units, self.inputs = sums.first.shape
         self._usable = (sums.weight > 0) & ~without_variance(sums, dtype)
@@ -56,7 +69,9 @@ class Factors:
 
     @property
     def usable(self) -> Tensor:
-        """(units,) bool. Factors everything once if there is damping; without, only units without variance are left out."""
+        """(units,) bool. Factors everything once if there is damping; without, only units without
+        variance are left out.
+        """
         for units in self._chunks():
             if self.damping > 0 and units.start not in self._seen:
                 self._factor(units)
@@ -80,11 +95,21 @@ class Factors:
         W = self._matrices(units)
         factor, info = torch.linalg.cholesky_ex(W)
         failed = info > 0
-        if self.damping == 0:  # a pivot is what the inputs before leave unexplained of this one: rounding means nothing is left
+        if (
+            self.damping == 0
+            # a pivot is what the inputs before leave unexplained of this one: rounding means
+            # nothing is
+            # left
+        ):
             pivots = factor.diagonal(dim1=1, dim2=2) ** 2
-            failed |= (pivots <= self.inputs * torch.finfo(self.dtype).eps * W.diagonal(dim1=1, dim2=2)).any(1)
+            failed |= (
+                pivots <= self.inputs * torch.finfo(self.dtype).eps * W.diagonal(dim1=1, dim2=2)
+            ).any(1)
             if failed.any():
-                raise Singular(int(failed.sum()), (variances(self.sums)[self._usable] <= 0).all(0).nonzero().flatten().tolist())
+                raise Singular(
+                    int(failed.sum()),
+                    (variances(self.sums)[self._usable] <= 0).all(0).nonzero().flatten().tolist(),
+                )
         elif failed.any():
             factor[failed] = torch.eye(self.inputs, dtype=W.dtype, device=W.device)
             self._usable[units] &= ~failed

@@ -1,7 +1,8 @@
 """Sums over samples, and every expectation of the theory read off them.
 
-Sums are shifted by a reference mean (that of the first batch), because ``E(a aᵀ) − m mᵀ`` cancels when means are large
-against the spread. Two sums with different references merge exactly: the shift moves through first and zeroth moments.
+Sums are shifted by a reference mean (that of the first batch), because ``E(a aᵀ) − m mᵀ`` cancels
+when means are large against the spread. Two sums with different references merge exactly: the shift
+moves through first and zeroth moments.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ AnySums = TypeVar("AnySums", bound="Sums")
 
 @dataclass(frozen=True)
 class Sums:
-    """Moments of the incoming activations under p and under δ², up to first order, and the expectations read off them.
+    """Moments of the incoming activations under p and under δ², up to first order, and the
+    expectations read off them.
 
-    ``reference`` and ``total`` are (inputs,) when all units see the same inputs, else (units, inputs). float64 throughout.
+    ``reference`` and ``total`` are (inputs,) when all units see the same inputs, else (units,
+    inputs). float64 throughout.
     """
 
     examples: int  # the number that E_p divides by
@@ -33,14 +36,23 @@ class Sums:
     first: Float[Tensor, "units inputs"]  # Σ δ² (a − reference)
 
     def with_inputs(self: AnySums, examples: int, positions: int, total: Tensor) -> AnySums:
-        """These sums and incoming activations under p: ``total`` is Σ (a − reference) over all positions."""
-        return replace(self, examples=self.examples + examples, positions=self.positions + positions, total=self.total + total)
+        """These sums and incoming activations under p: ``total`` is Σ (a − reference) over all
+        positions.
+        """
+        return replace(
+            self,
+            examples=self.examples + examples,
+            positions=self.positions + positions,
+            total=self.total + total,
+        )
 
     def about(self: AnySums, reference: Tensor) -> AnySums:
         """The same sums about another reference."""
         d = self.reference - reference
         first = self.first + self.weight[:, None] * d.expand_as(self.first)
-        return replace(self, reference=reference, total=self.total + self.positions * d, first=first)
+        return replace(
+            self, reference=reference, total=self.total + self.positions * d, first=first
+        )
 
     def plus(self: AnySums, other: "Sums") -> AnySums:
         """Sums over both sets of samples, when both are about the same reference."""
@@ -54,7 +66,7 @@ class Sums:
             first=self.first + other.first,
         )
 
-    # -- expectations, float64 -----------------------------------------------------------------------------------------
+    # -- expectations, float64 ---------------------------------------------------------------------
 
     @property
     def mean_delta2(self) -> Tensor:
@@ -106,33 +118,61 @@ class WeightedSums(Sums):
 
     @classmethod
     def empty(cls, units: int, reference: Float[Tensor, " inputs"]) -> "WeightedSums":
-        """Sums over no samples. ``reference`` should be near the mean, and representable in the dtype of the samples."""
+        """Sums over no samples. ``reference`` should be near the mean, and representable in the
+        dtype of the samples.
+        """
         wide, inputs = reference.double(), len(reference)
         zero = wide.new_zeros(units)
         second = triangle.zeros(units, inputs, reference.device)
-        return cls(0, 0, wide, torch.zeros_like(wide), zero, zero.clone(), wide.new_zeros(units, inputs), second)
+        return cls(
+            0,
+            0,
+            wide,
+            torch.zeros_like(wide),
+            zero,
+            zero.clone(),
+            wide.new_zeros(units, inputs),
+            second,
+        )
 
-    def with_weights(self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]) -> "WeightedSums":
-        """These sums and a batch in which a sample has one weight per unit. Reuses (and spoils) the memory of ``self``."""
+    def with_weights(
+        self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]
+    ) -> "WeightedSums":
+        """These sums and a batch in which a sample has one weight per unit. Reuses (and spoils) the
+        memory of ``self``.
+        """
         triangle.add_weighted(self.second, shifted, delta2)
         weight, squares = delta2.sum(0, dtype=torch.float64), delta2.double().square().sum(0)
         return self._weighted(weight, squares, delta2.T @ shifted)
 
-    def with_vectors(self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]) -> "WeightedSums":
-        """The same for shared weights, class by class: ``vectors`` are Σ_t δ_t (a_t − reference), ``delta`` Σ_t δ_t.
+    def with_vectors(
+        self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]
+    ) -> "WeightedSums":
+        """The same for shared weights, class by class: ``vectors`` are Σ_t δ_t (a_t − reference),
+        ``delta`` Σ_t δ_t.
 
-        The squared weights are those of whole examples, all classes together, and come by `with_weight_squares`.
+        The squared weights are those of whole examples, all classes together, and come by
+        `with_weight_squares`.
         """
         triangle.add_outer(self.second, vectors)
         weight = delta.double().square().sum(0)
-        return self._weighted(weight, torch.zeros_like(weight), torch.einsum("nu,uni->ui", delta, vectors))
+        return self._weighted(
+            weight, torch.zeros_like(weight), torch.einsum("nu,uni->ui", delta, vectors)
+        )
 
     def with_weight_squares(self, delta2: Float[Tensor, "samples units"]) -> "WeightedSums":
-        """What `with_vectors` could not know: the sum over examples of the squared ``Σ_y p_y (Σ_t δ_t)²``."""
+        """What `with_vectors` could not know: the sum over examples of the squared ``Σ_y p_y (Σ_t
+        δ_t)²``.
+        """
         return replace(self, weight_squares=self.weight_squares + delta2.double().square().sum(0))
 
     def _weighted(self, weight: Tensor, squares: Tensor, first: Tensor) -> "WeightedSums":
-        return replace(self, weight=self.weight + weight, weight_squares=self.weight_squares + squares, first=self.first + first.double())
+        return replace(
+            self,
+            weight=self.weight + weight,
+            weight_squares=self.weight_squares + squares,
+            first=self.first + first.double(),
+        )
 
     def moved(self, reference: Tensor) -> "WeightedSums":
         """The same sums about another reference; memory of its own."""
@@ -150,7 +190,9 @@ class WeightedSums(Sums):
 
     @staticmethod
     def stacked(parts: Sequence["WeightedSums"]) -> "WeightedSums":
-        """One layer whose units see different inputs (groups): the units of every part, one part after the other."""
+        """One layer whose units see different inputs (groups): the units of every part, one part
+        after the other.
+        """
         first = parts[0]
         per_unit = [(p.reference.expand_as(p.first), p.total.expand_as(p.first)) for p in parts]
         return WeightedSums(
@@ -164,11 +206,14 @@ class WeightedSums(Sums):
             triangle.stack([p.second for p in parts]),
         )
 
-    # -- expectations of second order, float64 ---------------------------------------------------------------------------
+    # -- expectations of second order, float64 -----------------------------------------------------
 
     @property
     def squares_q(self) -> Tensor:
-        return torch.cat([block.diagonal(dim1=1, dim2=2) for block in self.second], dim=1).double() / self.weight[:, None]
+        return (
+            torch.cat([block.diagonal(dim1=1, dim2=2) for block in self.second], dim=1).double()
+            / self.weight[:, None]
+        )
 
     def second_q(self, units: slice | Tensor) -> Tensor:
         """``E_q (a − reference)(a − reference)ᵀ`` of some units."""

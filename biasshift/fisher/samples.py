@@ -1,8 +1,9 @@
-"""Sums that keep the samples instead of the blocks: ``V v`` for all units of a layer at once, without any ``V``.
+"""Sums that keep the samples instead of the blocks: ``V v`` for all units of a layer at once,
+without any ``V``.
 
-``V v = E_q[(a − r)(a − r)ᵀ v] − o oᵀ v`` with ``o = m − r``: the first term is two matrix products over the samples, which are
-kept about the reference mean ``r``, and the mean part is folded in exactly. Memory grows with samples × (inputs + units),
-where blocks take units × inputs².
+``V v = E_q[(a − r)(a − r)ᵀ v] − o oᵀ v`` with ``o = m − r``: the first term is two matrix products
+over the samples, which are kept about the reference mean ``r``, and the mean part is folded in
+exactly. Memory grows with samples × (inputs + units), where blocks take units × inputs².
 """
 
 from collections.abc import Callable, Iterator
@@ -23,23 +24,31 @@ Pieces = tuple[Tensor, Tensor, Tensor]
 
 
 class Work(NamedTuple):
-    """What decides how to solve, per unit: terms of rank one in the block, places that a product goes through, errors."""
+    """What decides how to solve, per unit: terms of rank one in the block, places that a product
+    goes through, errors.
+    """
 
     rows: int
     positions: int
     errors: int
 
     def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Work(self.rows + other.rows, self.positions + other.positions, self.errors + other.errors)
+        return Work(
+            self.rows + other.rows, self.positions + other.positions, self.errors + other.errors
+        )
 
 
 @runtime_checkable
 class Part(Protocol):
-    """One batch of one layer, as something that can be multiplied. Its activations ``a`` are about the reference of the sums."""
+    """One batch of one layer, as something that can be multiplied. Its activations ``a`` are about
+    the reference of the sums.
+    """
 
     @property
     def bytes(self) -> int:
-        """What it holds in memory; 0 where nothing is held, and every look at it costs passes through the model."""
+        """What it holds in memory; 0 where nothing is held, and every look at it costs passes
+        through the model.
+        """
         ...
 
     @property
@@ -71,7 +80,9 @@ class Part(Protocol):
         ...
 
     def spread(self, share: Float[Tensor, " units"]) -> Pieces:
-        """``Σ w``, ``Σ w a``, ``Σ w a aᵀ`` with the one weight ``w = Σᵤ shareᵤ δᵤ²`` for all units; over channels, for maps."""
+        """``Σ w``, ``Σ w a``, ``Σ w a aᵀ`` with the one weight ``w = Σᵤ shareᵤ δᵤ²`` for all units;
+        over channels, for maps.
+        """
         ...
 
 
@@ -80,7 +91,9 @@ class Samples:
     """Samples with one weight per unit: a linear layer, or positions that count as samples."""
 
     a: Float[Tensor, "samples inputs"]
-    delta2: Float[Tensor, "units samples"]  # the weights of one unit lie together: units leave without a look at the others
+    delta2: Float[
+        Tensor, "units samples"
+    ]  # the weights of one unit lie together: units leave without a look at the others
 
     @property
     def bytes(self) -> int:
@@ -117,14 +130,19 @@ class Samples:
 
     def spread(self, share: Float[Tensor, " units"]) -> Pieces:
         w = share.to(self.a.dtype) @ self.delta2
-        return w.sum(dtype=torch.float64), (w @ self.a).double(), ((w[:, None] * self.a).T @ self.a).double()
+        return (
+            w.sum(dtype=torch.float64),
+            (w @ self.a).double(),
+            ((w[:, None] * self.a).T @ self.a).double(),
+        )
 
     def moments(self) -> Moments:
         fourth = first = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
         for n in chunks(len(self.a), max(self.a.shape[1], len(self.delta2))):
             wide = self.delta2[:, n].double()
             fourth = fourth + wide.square().sum(1)
-            # In float64 from what is held: V v = S v − o oᵀv, and where V is nearly singular the two parts must agree to the last digit.
+            # In float64 from what is held: V v = S v − o oᵀv, and where V is nearly singular the
+            # two parts must agree to the last digit.
             first = first + wide @ self.a[n].double()
             squares = squares + (self.delta2[:, n] @ self.a[n].square()).double()
         return self.delta2.sum(1, dtype=torch.float64), fourth, first, squares
@@ -132,7 +150,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Again:
-    """Parts that did not fit into memory: the probe and the model are run again whenever they are needed."""
+    """Parts that did not fit into memory: the probe and the model are run again whenever they are
+    needed.
+    """
 
     read: Callable[[], Iterator[Part]]
     channels: int
@@ -180,7 +200,9 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class ImplicitSums(Sums):
-    """What the unit Fisher matrices of a layer are made of, with the samples in place of the blocks."""
+    """What the unit Fisher matrices of a layer are made of, with the samples in place of the
+    blocks.
+    """
 
     squares: Float[Tensor, "units inputs"]  # Σ δ² (a − reference)²
     parts: tuple[Part, ...]
@@ -191,7 +213,18 @@ class ImplicitSums(Sums):
         """Sums over no samples, about a reference near the mean."""
         wide = reference.double()
         first = wide.new_zeros(units, wide.shape[-1])
-        return cls(0, 0, wide, torch.zeros_like(wide), first[:, 0].clone(), first[:, 0].clone(), first, first.clone(), (), memory_budget)
+        return cls(
+            0,
+            0,
+            wide,
+            torch.zeros_like(wide),
+            first[:, 0].clone(),
+            first[:, 0].clone(),
+            first,
+            first.clone(),
+            (),
+            memory_budget,
+        )
 
     def with_part(self, moments: Moments, part: Part | None) -> "ImplicitSums":
         """These sums and a batch's weighted activations, which are kept or not."""
@@ -213,19 +246,29 @@ class ImplicitSums(Sums):
         d = self.reference - reference
         step = d.expand_as(self.first)
         squares = self.squares + step * (2 * self.first + self.weight[:, None] * step)
-        return replace(super().about(reference), squares=squares, parts=tuple(part.moved(d) for part in self.parts))
+        return replace(
+            super().about(reference),
+            squares=squares,
+            parts=tuple(part.moved(d) for part in self.parts),
+        )
 
     def __add__(self, other: "ImplicitSums") -> "ImplicitSums":
         other = other.about(self.reference)
-        return replace(self.plus(other), squares=self.squares + other.squares, parts=self.parts + other.parts)
+        return replace(
+            self.plus(other), squares=self.squares + other.squares, parts=self.parts + other.parts
+        )
 
     def select(self, units: Tensor) -> "ImplicitSums":
         """Some of the units, by index."""
         names = ["weight", "weight_squares", "first", "squares"]
         names += ["reference", "total"] if self.reference.dim() == 2 else []
-        return replace(self, parts=tuple(p.select(units) for p in self.parts), **{name: getattr(self, name)[units] for name in names})
+        return replace(
+            self,
+            parts=tuple(p.select(units) for p in self.parts),
+            **{name: getattr(self, name)[units] for name in names},
+        )
 
-    # -- expectations of second order ------------------------------------------------------------------------------------
+    # -- expectations of second order --------------------------------------------------------------
 
     @property
     def squares_q(self) -> Tensor:
@@ -257,11 +300,15 @@ class ImplicitSums(Sums):
     def covariances(self, units: Tensor) -> Float[Tensor, "units inputs inputs"]:
         """`var_q` without a look at the budget."""
         few = self.select(units)
-        second = triangle.dense(_added([part.blocks() for part in few.parts])).div_(few.weight[:, None, None])
+        second = triangle.dense(_added([part.blocks() for part in few.parts])).div_(
+            few.weight[:, None, None]
+        )
         return torch.baddbmm(second, few.offset_q[:, :, None], few.offset_q[:, None, :], alpha=-1)
 
     def spread(self, share: Float[Tensor, " units"]) -> Float[Tensor, "channels channels"]:
-        """The covariance of the activations under ``Σᵤ shareᵤ qᵤ``, one for all units: what preconditions them."""
+        """The covariance of the activations under ``Σᵤ shareᵤ qᵤ``, one for all units: what
+        preconditions them.
+        """
         share = torch.where(share > 0, share / self.weight, 0)
         weight, first, second = _total(part.spread(share) for part in self.parts)
         mean = first / weight
@@ -269,7 +316,9 @@ class ImplicitSums(Sums):
 
 
 def chunks(samples: int, width: int) -> Iterator[slice]:
-    """Slices of the samples, such that a temporary of ``width`` elements per sample stays within bounds."""
+    """Slices of the samples, such that a temporary of ``width`` elements per sample stays within
+    bounds.
+    """
     step = max(1, TEMPORARY // max(width, 1))
     return (slice(i, i + step) for i in range(0, samples, step))
 

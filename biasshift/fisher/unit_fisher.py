@@ -1,4 +1,6 @@
-"""The unit Fisher information matrix of every unit of a layer, and the terms of Theorems 1 and 2 read off it."""
+"""The unit Fisher information matrix of every unit of a layer, and the terms of Theorems 1 and 2
+read off it.
+"""
 
 import math
 import warnings
@@ -32,14 +34,17 @@ SINGLE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class UnitFisher:
-    """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)``, ``ã = (a, 1)``, of all units of one layer, and what follows from them.
+    """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)``, ``ã = (a, 1)``, of all units of one layer, and
+    what follows from them.
 
-    Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming activation under the data p and
-    under ``q ∝ δ² p``, and its covariance under q. Make one with `from_samples` or `biasshift.unit_fisher`. Results have the
-    dtype and device of the samples; sums and solves are float64 inside.
+    Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming
+    activation under the data p and under ``q ∝ δ² p``, and its covariance under q. Make one with
+    `from_samples` or `biasshift.unit_fisher`. Results have the dtype and device of the samples;
+    sums and solves are float64 inside.
 
-    A unit with ``c = 0`` is ``dead``, a live one with ``V = 0`` is ``singular``: both have NaN where their numbers are
-    undefined. Where V is singular otherwise, reading an inverse quantity with ``damping = 0`` raises ValueError.
+    A unit with ``c = 0`` is ``dead``, a live one with ``V = 0`` is ``singular``: both have NaN
+    where their numbers are undefined. Where V is singular otherwise, reading an inverse quantity
+    with ``damping = 0`` raises ValueError.
 
     Source: section 3 and appendix of the ELU paper.
     """
@@ -49,16 +54,28 @@ class UnitFisher:
     bias: bool = True
     dtype: torch.dtype = torch.float64
     name: str = ""
-    labels: str = "given"  # the rule that made δ²: "expected", "sampled", "empirical" (which is another matrix), or given
-    label_noise: Tensor | None = field(default=None, repr=False)  # the variance of Σ δ² from drawing labels, (units,), float64
-    tolerance: float | None = None  # of the relative residuals of the implicit storage; None for that of the dtype
+    # the rule that made δ²: "expected", "sampled", "empirical" (which is another matrix), or given
+    labels: str = "given"
+    label_noise: Tensor | None = field(
+        default=None, repr=False
+    )  # the variance of Σ δ² from drawing labels, (units,), float64
+    tolerance: float | None = (
+        None  # of the relative residuals of the implicit storage; None for that of the dtype
+    )
     max_iterations: int = MAX_ITERATIONS
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, int | float) and math.isfinite(self.damping) and self.damping >= 0):
+        if not (
+            isinstance(self.damping, int | float)
+            and math.isfinite(self.damping)
+            and self.damping >= 0
+        ):
             raise ValueError(f"damping must be a finite number ≥ 0, got {self.damping!r}.")
         if not (self.tolerance is None or 0 < self.tolerance < 1) or self.max_iterations < 1:
-            raise ValueError(f"tolerance must lie in (0, 1) and max_iterations be ≥ 1, got {self.tolerance!r} and {self.max_iterations!r}.")
+            raise ValueError(
+                f"tolerance must lie in (0, 1) and max_iterations be ≥ 1, got {self.tolerance!r} "
+                f"and {self.max_iterations!r}."
+            )
 
     @classmethod
     def from_samples(
@@ -74,19 +91,23 @@ class UnitFisher:
         max_iterations: int = MAX_ITERATIONS,
         memory_budget: int = MEMORY_BUDGET,
     ) -> "UnitFisher":
-        """The unit Fisher matrices of a layer from its incoming activations and the mean squared errors of its units.
+        """The unit Fisher matrices of a layer from its incoming activations and the mean squared
+        errors of its units.
 
         Args:
             a: (samples, inputs), the incoming activations.
             delta2: (samples, units), ``δ̄² = E_y δ²`` of every example and unit, ≥ 0.
-            damping: λ, relative to the mean variance of the inputs; enters the inverse quantities only.
+            damping: λ, relative to the mean variance of the inputs; enters the inverse quantities
+                only.
             bias: whether the units have a bias to correct with.
             name: the layer's name in error messages.
-            storage: ``"dense"`` keeps the blocks, ``"implicit"`` the samples, and solves by iteration; ``"auto"`` is dense unless
-                the blocks would pass ``memory_budget``.
-            tolerance: the relative residual of every solve by iteration; 1e-8 in double precision and 1e-5 in single by default.
+            storage: ``"dense"`` keeps the blocks, ``"implicit"`` the samples, and solves by
+                iteration; ``"auto"`` is dense unless the blocks would pass ``memory_budget``.
+            tolerance: the relative residual of every solve by iteration; 1e-8 in double precision
+                and 1e-5 in single by default.
             max_iterations: after these, a unit that has not converged gets NaN, and a warning.
-            memory_budget: bytes for blocks; with the implicit storage, for the blocks of the few units that are asked for.
+            memory_budget: bytes for blocks; with the implicit storage, for the blocks of the few
+                units that are asked for.
 
         Raises:
             ValueError: when shapes or dtypes do not fit, or a number is negative or not finite.
@@ -104,11 +125,25 @@ class UnitFisher:
         shifted = wide - reference
         units, inputs, total = delta2.shape[1], a.shape[1], shifted.sum(0, dtype=torch.float64)
         if not is_implicit(storage, block_bytes(units, inputs), memory_budget):
-            sums = WeightedSums.empty(units, reference).with_inputs(len(a), len(a), total).with_weights(shifted, weights)
+            sums = (
+                WeightedSums.empty(units, reference)
+                .with_inputs(len(a), len(a), total)
+                .with_weights(shifted, weights)
+            )
             return cls(sums, damping, bias, a.dtype, name)
         part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
-        sums = ImplicitSums.empty(units, reference, memory_budget).with_inputs(len(a), len(a), total)
-        return cls(sums.with_part(part.moments(), part), damping, bias, a.dtype, name, tolerance=tolerance, max_iterations=max_iterations)
+        sums = ImplicitSums.empty(units, reference, memory_budget).with_inputs(
+            len(a), len(a), total
+        )
+        return cls(
+            sums.with_part(part.moments(), part),
+            damping,
+            bias,
+            a.dtype,
+            name,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
 
     def __add__(self, other: "UnitFisher") -> "UnitFisher":
         """The matrices of both sets of samples together, exactly."""
@@ -116,20 +151,29 @@ class UnitFisher:
             return NotImplemented
         mine, theirs = ((f.sums.first.shape, f.damping, f.bias, f.labels) for f in (self, other))
         if mine != theirs:
-            raise ValueError(f"Only layers of equal shape, damping, bias and labels can be added: {mine} and {theirs}; see damped().")
+            raise ValueError(
+                f"Only layers of equal shape, damping, bias and labels can be added: {mine} and "
+                f"{theirs}; see damped()."
+            )
         if isinstance(self.sums, WeightedSums) and isinstance(other.sums, WeightedSums):
             sums = self.sums + other.sums
         elif isinstance(self.sums, ImplicitSums) and isinstance(other.sums, ImplicitSums):
             sums = self.sums + other.sums
         else:
             raise ValueError(
-                f"Only layers of equal storage can be added, not {self.storage} and {other.storage}: choose storage= for both."
+                f"Only layers of equal storage can be added, not {self.storage} and "
+                f"{other.storage}: choose storage= for both."
             )
-        noise = None if self.label_noise is None or other.label_noise is None else self.label_noise + other.label_noise
+        noise = (
+            None
+            if self.label_noise is None or other.label_noise is None
+            else self.label_noise + other.label_noise
+        )
         return replace(self, sums=sums, label_noise=noise)
 
     def all_reduce(self, group: "ProcessGroup | None" = None) -> "UnitFisher":
-        """The matrices of the samples of all processes together, on every process, exactly. All of them must call it.
+        """The matrices of the samples of all processes together, on every process, exactly. All of
+        them must call it.
 
         Raises:
             RuntimeError: when torch.distributed is not initialized.
@@ -145,10 +189,12 @@ class UnitFisher:
 
     @property
     def storage(self) -> str:
-        """``"dense"``: the blocks are kept. ``"implicit"``: the samples are, and inverse quantities come by iteration."""
+        """``"dense"``: the blocks are kept. ``"implicit"``: the samples are, and inverse quantities
+        come by iteration.
+        """
         return "implicit" if isinstance(self.sums, ImplicitSums) else "dense"
 
-    # -- as measured ---------------------------------------------------------------------------------------------------
+    # -- as measured -------------------------------------------------------------------------------
 
     @property
     def mean_delta2(self) -> Scalars:
@@ -159,7 +205,9 @@ class UnitFisher:
 
     @property
     def mean_p(self) -> Tensor:
-        """``μ = E_p(a)``: (inputs,), or (units, inputs) where units see different inputs (grouped convolutions)."""
+        """``μ = E_p(a)``: (inputs,), or (units, inputs) where units see different inputs (grouped
+        convolutions).
+        """
         return self._out(self.sums.mean_p)
 
     @property
@@ -169,7 +217,9 @@ class UnitFisher:
 
     @cached_property
     def var_q(self) -> Float[Tensor, "units inputs inputs"]:
-        """``V = Var_q(a)``, undamped. Refused for more units than the memory budget holds, as are `A` and `matrix`."""
+        """``V = Var_q(a)``, undamped. Refused for more units than the memory budget holds, as are
+        `A` and `matrix`.
+        """
         return self._out(self._blocks())
 
     @property
@@ -198,10 +248,14 @@ class UnitFisher:
         return torch.cat([upper, lower[:, None, :]], dim=1)
 
     def matvec(self, v: Tensor, v0: Tensor | None = None) -> tuple[Vectors, Scalars | None]:
-        """``F [v; v₀]`` for every unit: (units, inputs) and (units,); without a bias ``(A v, None)``."""
+        """``F [v; v₀]`` for every unit: (units, inputs) and (units,); without a bias ``(A v,
+        None)``.
+        """
         v, v0 = self._arguments(v, v0)
         m, c, wide = self.sums.mean_q.nan_to_num(nan=0.0), self.sums.mean_delta2, v.double()
-        Av = c[:, None] * (self.sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None])
+        Av = c[:, None] * (
+            self.sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None]
+        )
         if v0 is None:
             return self._out(Av), None
         c_v0 = c * v0.double()
@@ -214,15 +268,23 @@ class UnitFisher:
 
     @cached_property
     def singular(self) -> Bool[Tensor, " units"]:
-        """Live units whose incoming activations do not vary under q, up to rounding: relative damping cannot help them."""
-        factors = self._uncentered_factors if isinstance(self.sums, WeightedSums) and not self.bias else self._factors
+        """Live units whose incoming activations do not vary under q, up to rounding: relative
+        damping cannot help them.
+        """
+        factors = (
+            self._uncentered_factors
+            if isinstance(self.sums, WeightedSums) and not self.bias
+            else self._factors
+        )
         return ~(self.dead | factors.usable)
 
     @property
     def converged(self) -> Bool[Tensor, " units"]:
-        """Units that s, k, k0, coupling and the corrected mean were found for; others have NaN there although neither dead nor singular.
+        """Units that s, k, k0, coupling and the corrected mean were found for; others have NaN
+        there although neither dead nor singular.
 
-        With the dense storage that is every unit. `natural_gradient` is a solve of its own, and says so by NaN and a warning.
+        With the dense storage that is every unit. `natural_gradient` is a solve of its own, and
+        says so by NaN and a warning.
         """
         if isinstance(self.sums, WeightedSums):
             return torch.ones_like(self.dead)
@@ -232,21 +294,26 @@ class UnitFisher:
     def effective_samples(self) -> Scalars:
         """``(Σ δ²)² / Σ δ⁴``: how many equally weighted examples q is worth; 0 for a dead unit.
 
-        The bias of s, k and h is of order inputs / effective_samples: below 10 × inputs they should carry no claim.
+        The bias of s, k and h is of order inputs / effective_samples: below 10 × inputs they should
+        carry no claim.
         """
         return self._out(self.sums.effective_samples)
 
     @property
     def standard_error(self) -> Scalars:
-        """The standard error of ``mean_delta2`` from drawing labels, from the spread between draws on the same examples.
+        """The standard error of ``mean_delta2`` from drawing labels, from the spread between draws
+        on the same examples.
 
-        0 where nothing was drawn; NaN for one draw, which does not show it: ``unit_fisher(…, labels="sampled", draws=8)``.
+        0 where nothing was drawn; NaN for one draw, which does not show it: ``unit_fisher(…,
+        labels="sampled", draws=8)``.
         """
         if self.label_noise is not None:
             return self._out(self.label_noise.sqrt() / self.sums.examples)
-        return self._out(torch.full_like(self.sums.weight, torch.nan if self.labels == "sampled" else 0.0))
+        return self._out(
+            torch.full_like(self.sums.weight, torch.nan if self.labels == "sampled" else 0.0)
+        )
 
-    # -- with the inverse, hence with damping ----------------------------------------------------------------------------
+    # -- with the inverse, hence with damping ------------------------------------------------------
 
     @property
     def s(self) -> Scalars:
@@ -255,7 +322,9 @@ class UnitFisher:
 
     @property
     def k(self) -> Scalars:
-        """``1 + (m − μ)ᵀV⁻¹m``: Theorem 2 corrects the incoming mean by ``−k m``. NaN without a bias."""
+        """``1 + (m − μ)ᵀV⁻¹m``: Theorem 2 corrects the incoming mean by ``−k m``. NaN without a
+        bias.
+        """
         return self._with_bias(self._k)
 
     @property
@@ -265,30 +334,42 @@ class UnitFisher:
 
     @property
     def coupling(self) -> Scalars:
-        """``h = mᵀ(V + m mᵀ)⁻¹m`` in [0, 1): how far the incoming activations act as a second bias. ``s c = 1/(1 − h)``."""
+        """``h = mᵀ(V + m mᵀ)⁻¹m`` in [0, 1): how far the incoming activations act as a second bias.
+        ``s c = 1/(1 − h)``.
+        """
         q = self._whitened_mean[0]
         return self._out(q / (1 + q))
 
     @property
     def corrected_mean(self) -> Vectors:
-        """``μ − k m``, the effective incoming mean after Theorem 2's correction. NaN without a bias."""
+        """``μ − k m``, the effective incoming mean after Theorem 2's correction. NaN without a
+        bias.
+        """
         return self._with_bias(self.sums.mean_p - self._k[:, None] * self.sums.mean_q)
 
     def natural_gradient(
-        self, g: Tensor, g0: Tensor | None = None, *, tolerance: float | None = None, max_iterations: int | None = None
+        self,
+        g: Tensor,
+        g0: Tensor | None = None,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
     ) -> tuple[Vectors, Scalars | None]:
-        """``F⁻¹ (g, g₀)``, the unit natural gradient, in centered form: ``Δw = (cV)⁻¹(g − g₀m)``, ``Δw₀ = g₀/c − mᵀΔw``.
+        """``F⁻¹ (g, g₀)``, the unit natural gradient, in centered form: ``Δw = (cV)⁻¹(g − g₀m)``,
+        ``Δw₀ = g₀/c − mᵀΔw``.
 
-        The step moves the mean net input under q by exactly ``g₀/c``: the weights' part of it is nothing on average.
+        The step moves the mean net input under q by exactly ``g₀/c``: the weights' part of it is
+        nothing on average.
 
         Args:
             g: (units, inputs), the gradient of the weights.
-            g0: (units,), the gradient of the biases; left out for a layer without a bias, which gets ``(A⁻¹g, None)``.
+            g0: (units,), the gradient of the biases; left out for a layer without a bias, which
+                gets ``(A⁻¹g, None)``.
             tolerance, max_iterations: of the implicit storage, in place of those of this object.
 
         Returns:
-            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units, and, with a RuntimeWarning, for those that an
-            iteration did not converge for.
+            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units, and, with a
+            RuntimeWarning, for those that an iteration did not converge for.
 
         Raises:
             ValueError: when shapes do not fit, or V has no inverse and damping is 0.
@@ -304,7 +385,7 @@ class UnitFisher:
         dw = self._solve(g.double() - wide0[:, None] * m, self._factors, effort) / c[:, None]
         return self._out(dw), self._out(wide0 / c - dot(m, dw))
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     @cached_property
     def _factors(self) -> Factors | Solver:
@@ -328,27 +409,35 @@ class UnitFisher:
     def _k(self) -> Tensor:
         return 1 + self._whitened_mean[1]
 
-    def _solve(self, rhs: Tensor, factors: Factors | Solver, effort: tuple[float | None, int]) -> Tensor:
+    def _solve(
+        self, rhs: Tensor, factors: Factors | Solver, effort: tuple[float | None, int]
+    ) -> Tensor:
         rhs, (tolerance, iterations) = rhs.nan_to_num(nan=0.0), effort
         try:
             if isinstance(factors, Factors):
                 return factors.solve(rhs[:, :, None])[:, :, 0]
-            x = factors.solve(rhs, tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE), iterations)
+            x = factors.solve(
+                rhs, tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE), iterations
+            )
         except Singular as singular:
             raise ValueError(self._explain(singular)) from None
         failed = int((factors.usable & x.isnan().any(1)).sum())
         if failed:
             warnings.warn(
-                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within {iterations} iterations at "
+                f"Layer '{self.name}': {failed} of {len(x)} units did not converge within "
+                f"{iterations} iterations at "
                 f"damping={self.damping}, "
-                'and have NaN. Use more damping, a larger tolerance= or max_iterations=, or storage="dense" with fewer units=.',
+                "and have NaN. Use more damping, a larger tolerance= or max_iterations=, or "
+                'storage="dense" with fewer units=.',
                 RuntimeWarning,
                 stacklevel=3,
             )
         return x
 
     def _solve_uncentered(self, g: Tensor, effort: tuple[float | None, int]) -> Tensor:
-        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form (Sherman–Morrison), since a large mean would drown the products."""
+        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form (Sherman–Morrison), since a large mean
+        would drown the products.
+        """
         if isinstance(self.sums, WeightedSums):
             return self._solve(g, self._uncentered_factors, effort)
         m = self.sums.mean_q
@@ -360,7 +449,8 @@ class UnitFisher:
             return self.sums.var_q()
         except TooLarge as large:
             raise ValueError(
-                f"Layer '{self.name}': the blocks of {large.units} units take {large.bytes / 2**20:.0f} MiB, more than "
+                f"Layer '{self.name}': the blocks of {large.units} units take "
+                f"{large.bytes / 2**20:.0f} MiB, more than "
                 "memory_budget. They are "
                 "kept implicitly: measure a few units with units=, or raise memory_budget."
             ) from None
@@ -369,24 +459,39 @@ class UnitFisher:
         units, inputs = self.sums.first.shape
         causes = []
         if singular.constant_inputs:
-            shown = ", ".join(map(str, singular.constant_inputs[:5])) + (", …" if len(singular.constant_inputs) > 5 else "")
-            causes.append(f"{len(singular.constant_inputs)} of {inputs} inputs never vary (inputs {shown})")
+            shown = ", ".join(map(str, singular.constant_inputs[:5])) + (
+                ", …" if len(singular.constant_inputs) > 5 else ""
+            )
+            causes.append(
+                f"{len(singular.constant_inputs)} of {inputs} inputs never vary (inputs {shown})"
+            )
         fewest = self.sums.effective_samples[self._factors.usable].min().item()
         if fewest <= inputs:
-            causes.append(f"{self.sums.positions} samples, as few as {fewest:.1f} effective ones, stand against {inputs} inputs")
+            causes.append(
+                f"{self.sums.positions} samples, as few as {fewest:.1f} effective ones, stand "
+                f"against {inputs} inputs"
+            )
         why = "; ".join(causes) or "some inputs are linear combinations of others"
         return (
-            f"Layer '{self.name}': the covariance of the incoming activations is singular for {singular.units} of {units} units "
-            f"at damping={self.damping}: {why}. Use damping > 0, for example fisher.damped(1e-4), or measure more samples."
+            f"Layer '{self.name}': the covariance of the incoming activations is singular for "
+            f"{singular.units} of {units} units "
+            f"at damping={self.damping}: {why}. Use damping > 0, for example fisher.damped(1e-4), "
+            "or measure more samples."
         )
 
     def _arguments(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         units, inputs = self.sums.first.shape
         if (v0 is not None) != self.bias:
-            raise ValueError(f"Layer '{self.name}' has {'a' if self.bias else 'no'} bias: give {'both vectors' if self.bias else 'one'}.")
+            raise ValueError(
+                f"Layer '{self.name}' has {'a' if self.bias else 'no'} bias: give "
+                f"{'both vectors' if self.bias else 'one'}."
+            )
         if v.shape != (units, inputs) or (v0 is not None and v0.shape != (units,)):
             got = tuple(v.shape) if v0 is None else (tuple(v.shape), tuple(v0.shape))
-            raise ValueError(f"Layer '{self.name}' has {units} units with {inputs} inputs: shapes {got} do not fit ({units}, {inputs}).")
+            raise ValueError(
+                f"Layer '{self.name}' has {units} units with {inputs} inputs: shapes {got} do not "
+                f"fit ({units}, {inputs})."
+            )
         return v, v0
 
     def _with_bias(self, x: Tensor) -> Tensor:
@@ -399,7 +504,9 @@ class UnitFisher:
 def is_implicit(storage: str, bytes_of_blocks: int, memory_budget: int) -> bool:
     """Whether a layer keeps its samples instead of its blocks."""
     if storage not in STORAGES:
-        raise ValueError(f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}.")
+        raise ValueError(
+            f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}."
+        )
     return storage == "implicit" or (storage == "auto" and bytes_of_blocks > memory_budget)
 
 
@@ -409,8 +516,13 @@ def _check_samples(a: Tensor, delta2: Tensor) -> None:
             got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a non-empty floating tensor {axes}, got {got}.")
         if not x.isfinite().all():
-            raise ValueError(f"{name} must be finite: it holds NaN or infinity in {int((~x.isfinite()).any(1).sum())} samples.")
+            raise ValueError(
+                f"{name} must be finite: it holds NaN or infinity in "
+                f"{int((~x.isfinite()).any(1).sum())} samples."
+            )
     if len(a) != len(delta2):
-        raise ValueError(f"a and delta2 must have the same samples, got {len(a)} and {len(delta2)}.")
+        raise ValueError(
+            f"a and delta2 must have the same samples, got {len(a)} and {len(delta2)}."
+        )
     if (delta2 < 0).any():
         raise ValueError("delta2 must be ≥ 0: it is a mean of squares (pass δ², not δ).")

@@ -1,4 +1,6 @@
-"""Solving for some units at a time by a Cholesky factor in float64, where the samples say that this is cheaper than iterating."""
+"""Solving for some units at a time by a Cholesky factor in float64, where the samples say that this
+is cheaper than iterating.
+"""
 
 from collections.abc import Iterator
 
@@ -17,9 +19,11 @@ Ridges = Float[Tensor, " units"]
 
 
 class Woodbury:
-    """``(YᵀY + τ I)⁻¹ b = (b − Yᵀ (YYᵀ + τ I)⁻¹ Y b)/τ``, where the rows of Y are samples times the root of their weight under q.
+    """``(YᵀY + τ I)⁻¹ b = (b − Yᵀ (YYᵀ + τ I)⁻¹ Y b)/τ``, where the rows of Y are samples times the
+    root of their weight under q.
 
-    For fewer samples than inputs. The Gram matrix of the samples is that of all units: ``YYᵀ`` is read off it.
+    For fewer samples than inputs. The Gram matrix of the samples is that of all units: ``YYᵀ`` is
+    read off it.
     """
 
     def __init__(self, sums: ImplicitSums):
@@ -44,7 +48,9 @@ class Woodbury:
 
 
 class Rows:
-    """The same where every unit has rows of its own: shared weights with fewer examples × label seeds than inputs."""
+    """The same where every unit has rows of its own: shared weights with fewer examples × label
+    seeds than inputs.
+    """
 
     def solve(self, sums: ImplicitSums, b: Sides, ridge: Ridges) -> Tensor:
         x = torch.empty_like(b)
@@ -54,7 +60,9 @@ class Rows:
             found = [part.rows() for part in some.parts if isinstance(part, Maps)]
             weights = torch.cat([w for _, w in found], 1).double()
             Y = torch.cat([y for y, _ in found], 1).double()
-            Y = (Y - weights[:, :, None] * some.offset_q[:, None, :]) / some.weight.sqrt()[:, None, None]
+            Y = (Y - weights[:, :, None] * some.offset_q[:, None, :]) / some.weight.sqrt()[
+                :, None, None
+            ]
             z = _cholesky_solved(Y @ Y.mT, ridge[units], (Y @ b[units, :, None])[:, :, 0])
             x[units] = (b[units] - (z[:, None, :] @ Y)[:, 0]) / ridge[units, None]
         return x

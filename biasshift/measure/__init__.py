@@ -1,1 +1,3 @@
-"""Measurements of a model on a probe: Fisher matrices, gradient gap, bias shift and activation moments of every layer."""
+"""Measurements of a model on a probe: Fisher matrices, gradient gap, bias shift and activation
+moments of every layer.
+"""

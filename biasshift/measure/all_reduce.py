@@ -1,4 +1,6 @@
-"""What several processes have measured on their shares of one probe, as if one of them had measured all of it."""
+"""What several processes have measured on their shares of one probe, as if one of them had measured
+all of it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +21,10 @@ T = TypeVar("T")
 def merged_moments(found: Mapping[str, ActivationMoments]) -> dict[str, ActivationMoments]:
     """The sums over all processes, exactly."""
     parts = _gathered({name: _moved(moments, "cpu") for name, moments in found.items()})
-    return {name: _moved(reduce(add, (part[name] for part in parts)), found[name].total.device) for name in found}
+    return {
+        name: _moved(reduce(add, (part[name] for part in parts)), found[name].total.device)
+        for name in found
+    }
 
 
 def merged_means(found: Mapping[str, NetMeans]) -> dict[str, NetMeans]:
@@ -41,7 +46,9 @@ def merged_measurements(found: Mapping[str, Measured]) -> dict[str, Measured]:
 
 def _merged(own: Measured) -> Measured:
     fisher = own.fisher.all_reduce()
-    count = torch.tensor(float(own.fisher.sums.examples), dtype=torch.float64, device=own.fisher.sums.first.device)
+    count = torch.tensor(
+        float(own.fisher.sums.examples), dtype=torch.float64, device=own.fisher.sums.first.device
+    )
     total = count.clone()
     dist.all_reduce(total)
     return Measured(fisher, *(_mean(g, count, total) for g in (own.g, own.g0)))
@@ -56,7 +63,12 @@ def _mean(g: Tensor | None, count: Tensor, total: Tensor) -> Tensor | None:
 
 
 def _moved(moments: ActivationMoments, device: Any) -> ActivationMoments:
-    return replace(moments, reference=moments.reference.to(device), total=moments.total.to(device), squares=moments.squares.to(device))
+    return replace(
+        moments,
+        reference=moments.reference.to(device),
+        total=moments.total.to(device),
+        squares=moments.squares.to(device),
+    )
 
 
 def _gathered(own: T) -> list[T]:

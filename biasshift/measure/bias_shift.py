@@ -1,4 +1,6 @@
-"""The bias shift of an update that really happened: what moved every unit's mean net input, and by how much."""
+"""The bias shift of an update that really happened: what moved every unit's mean net input, and by
+how much.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from biasshift.theory import shift_parts
 
 @dataclass(frozen=True)
 class BiasShift:
-    """One layer's change of the mean net input, unit by unit; ``total`` is measured and equals the sum of the parts."""
+    """One layer's change of the mean net input, unit by unit; ``total`` is measured and equals the
+    sum of the parts.
+    """
 
     total: Float[Tensor, " units"]
     own: Float[Tensor, " units"]  # this unit's weights moved
@@ -30,7 +34,9 @@ class BiasShift:
     @property
     def inherited_share(self) -> float:
         """``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the units."""
-        own, incoming, second = (x.abs().sum().item() for x in (self.own, self.incoming, self.second_order))
+        own, incoming, second = (
+            x.abs().sum().item() for x in (self.own, self.incoming, self.second_order)
+        )
         return incoming / (own + incoming + second) if own + incoming + second > 0 else float("nan")
 
 
@@ -42,7 +48,10 @@ class Shifts(Mapping[str, BiasShift]):
 
     def _measured(self) -> dict[str, BiasShift]:
         if self._layers is None:
-            raise RuntimeError("The bias shift is measured when the block of bias_shift ends: read it after the block.")
+            raise RuntimeError(
+                "The bias shift is measured when the block of bias_shift ends: read it after the "
+                "block."
+            )
         return self._layers
 
     def __getitem__(self, layer: str) -> BiasShift:
@@ -56,11 +65,15 @@ class Shifts(Mapping[str, BiasShift]):
 
 
 @contextmanager
-def bias_shift(model: nn.Module, x: Probe, *, layers: Selection = None, batch_size: int | None = None) -> Iterator[Shifts]:
-    """Measures, before and after the block, how the update inside it moves the mean net input of every unit on the probe.
+def bias_shift(
+    model: nn.Module, x: Probe, *, layers: Selection = None, batch_size: int | None = None
+) -> Iterator[Shifts]:
+    """Measures, before and after the block, how the update inside it moves the mean net input of
+    every unit on the probe.
 
-    ``Δ(mean net) = (Δwᵀμ + Δw₀) + wᵀΔμ + ΔwᵀΔμ``: own, incoming, second order. An identity for any update whatsoever, so it
-    tests the measurement before anything is claimed about trends. The model is measured in eval mode and left as found.
+    ``Δ(mean net) = (Δwᵀμ + Δw₀) + wᵀΔμ + ΔwᵀΔμ``: own, incoming, second order. An identity for any
+    update whatsoever, so it tests the measurement before anything is claimed about trends. The
+    model is measured in eval mode and left as found.
 
     Args:
         x: a tensor of examples, or an iterable of batches x or (x, y).
@@ -97,8 +110,12 @@ class NetMeans:
     positions: int  # that the means are over
 
 
-def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None) -> dict[str, NetMeans]:
-    """Weights, mean incoming activations and mean net inputs of every layer on a probe, in eval mode."""
+def net_means(
+    model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None
+) -> dict[str, NetMeans]:
+    """Weights, mean incoming activations and mean net inputs of every layer on a probe, in eval
+    mode.
+    """
     model = underlying(model)
     modules = weight_layers(model, layers)
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -110,19 +127,31 @@ def net_means(model: nn.Module, x: Probe, layers: Selection = None, batch_size: 
         positions = output.numel() // kinds.unit_count(modules[name])
         incoming = kinds.summed_patch(modules[name], a, output.shape)
         old = sums.get(name, (0.0, 0.0, 0))
-        sums[name] = (old[0] + incoming, old[1] + kinds.summed_output(modules[name], output), old[2] + positions)
+        sums[name] = (
+            old[0] + incoming,
+            old[1] + kinds.summed_output(modules[name], output),
+            old[2] + positions,
+        )
         dtypes[name] = output.dtype
 
     with undisturbed(model, evaluate=True), watching(modules, watch, raw=True):
         for a, _ in batches(model, x, None, batch_size):
             model(a)
-        return {name: _net_means(modules[name], *sums[name], dtypes[name]) for name in modules if name in sums}
+        return {
+            name: _net_means(modules[name], *sums[name], dtypes[name])
+            for name in modules
+            if name in sums
+        }
 
 
-def _net_means(module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype) -> NetMeans:
+def _net_means(
+    module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype
+) -> NetMeans:
     w = kinds.weights(module).detach().double().clone()
     w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
-    return NetMeans(w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype, positions)
+    return NetMeans(
+        w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype, positions
+    )
 
 
 def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> dict[str, BiasShift]:
@@ -135,26 +164,39 @@ def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> di
     return shifts
 
 
-# -- the gradient that a step uses ---------------------------------------------------------------------------------------
+# -- the gradient that a step uses -----------------------------------------------------------------
 
 
 def used_gradients(
-    optimizer: torch.optim.Optimizer, modules: Mapping[str, WeightLayer], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    optimizer: torch.optim.Optimizer,
+    modules: Mapping[str, WeightLayer],
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What ``.grad`` holds as a step begins: by layer (units, inputs) and (units,), None for a bias that is not trained. float64.
+    """What ``.grad`` holds as a step begins: by layer (units, inputs) and (units,), None for a bias
+    that is not trained. float64.
 
-    Whatever filled it: several backward passes, an average over processes, clipping. The scale of a gradient scaler that leaves
-    the division to the optimizer is divided out, and with ``maximize`` the sign turned. A layer is left out where its weight has no
-    gradient or is not the optimizer's (frozen, parametrized, a copy in another precision). So are all layers when the step makes its
+    Whatever filled it: several backward passes, an average over processes, clipping. The scale of a
+    gradient scaler that leaves the division to the optimizer is divided out, and with ``maximize``
+    the sign turned. A layer is left out where its weight has no gradient or is not the optimizer's
+    (frozen, parametrized, a copy in another precision). So are all layers when the step makes its
     gradients itself, by a closure, or takes the scaler as an argument.
 
     Args:
         args, kwargs: of ``step``, the optimizer first, as a hook before it gets them.
     """
     given = dict(kwargs or {})
-    if any(x is not None for x in args[1:]) or given.get("closure") is not None or "grad_scaler" in given:
+    if (
+        any(x is not None for x in args[1:])
+        or given.get("closure") is not None
+        or "grad_scaler" in given
+    ):
         return {}
-    factors = {p: -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
+    factors = {
+        p: -1.0 if group.get("maximize") else 1.0
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     scale = getattr(optimizer, "grad_scale", None)
     found = {}
     for name, module in modules.items():
@@ -182,10 +224,19 @@ def _used(p: Tensor | None, factors: Mapping[Tensor, float], scale: Tensor | Non
 
 
 def _stack_of(p: Tensor, stacks: Iterable[Tensor]) -> tuple[Tensor | None, int]:
-    """The parameter that ``p`` is a slice of, and which: the networks of an ensemble are views into what its optimizer trains."""
+    """The parameter that ``p`` is a slice of, and which: the networks of an ensemble are views into
+    what its optimizer trains.
+    """
     for stack in stacks:
-        if type(stack) is nn.Parameter and stack.shape[1:] == p.shape and stack.stride()[1:] == p.stride() and stack.numel():
-            place, rest = divmod(int(p.storage_offset() - stack.storage_offset()), max(int(stack.stride(0)), 1))
+        if (
+            type(stack) is nn.Parameter
+            and stack.shape[1:] == p.shape
+            and stack.stride()[1:] == p.stride()
+            and stack.numel()
+        ):
+            place, rest = divmod(
+                int(p.storage_offset() - stack.storage_offset()), max(int(stack.stride(0)), 1)
+            )
             one_storage = stack.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
             if one_storage and rest == 0 and 0 <= place < len(stack):
                 return stack, place

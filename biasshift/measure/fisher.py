@@ -1,4 +1,6 @@
-"""Model and probe → the unit Fisher matrices of every layer, exact over the labels, in one traced pass per batch."""
+"""Model and probe → the unit Fisher matrices of every layer, exact over the labels, in one traced
+pass per batch.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,7 +12,14 @@ from biasshift.fisher.samples import block_bytes
 from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
 from biasshift.measure import layer_types as kinds, likelihoods as label_rules
 from biasshift.measure.accumulators import LayerBatch, LayerState, passes_at_once
-from biasshift.measure.coverage import check_outputs, refuse, refuse_coupled, refuse_unusable, tied, unsound
+from biasshift.measure.coverage import (
+    check_outputs,
+    refuse,
+    refuse_coupled,
+    refuse_unusable,
+    tied,
+    unsound,
+)
 from biasshift.measure.hooks import errors, traced
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Labels, Likelihood
@@ -40,44 +49,54 @@ def unit_fisher(
     tolerance: float | None = None,
     max_iterations: int = MAX_ITERATIONS,
 ) -> dict[str, UnitFisher]:
-    """The unit Fisher matrices of every weight layer of a model on probe data, by PyTorch's module names.
+    """The unit Fisher matrices of every weight layer of a model on probe data, by PyTorch's module
+    names.
 
-    ``F = E_p(δ̄² ã ãᵀ)`` for every unit, ``ã = (a, 1)``: how the model's own uncertainty weights the incoming activations.
-    The model is measured in its present mode and left as found.
+    ``F = E_p(δ̄² ã ãᵀ)`` for every unit, ``ã = (a, 1)``: how the model's own uncertainty weights
+    the incoming activations. The model is measured in its present mode and left as found.
 
     Args:
         x: a tensor of examples, an iterable of batches x or (x, y), or a function that returns one.
         y: the examples' labels, for a tensor x; only ``labels="empirical"`` reads them.
-        labels: ``"expected"`` is exact over the model's labels, ``"sampled"`` draws one label per example from the model,
-            ``"empirical"`` takes the data's labels and is another matrix.
-        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last), ``"gaussian"`` (unit variance)
-            or ``"bernoulli"`` (logits).
-        weight_sharing: for convolutions and sequences, ``"per_example"`` is the Fisher matrix of the shared weights,
-            ``"expand"`` sums over positions as if they were independent (the K-FAC term).
+        labels: ``"expected"`` is exact over the model's labels, ``"sampled"`` draws one label per
+            example from the model, ``"empirical"`` takes the data's labels and is another matrix.
+        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last),
+            ``"gaussian"`` (unit variance) or ``"bernoulli"`` (logits).
+        weight_sharing: for convolutions and sequences, ``"per_example"`` is the Fisher matrix of
+            the shared weights, ``"expand"`` sums over positions as if they were independent (the
+            K-FAC term).
         layers: names, or a predicate ``(name, module) → bool``.
-        units: increasing indices of the units to keep, for all layers or per layer ``{name: indices}``.
+        units: increasing indices of the units to keep, for all layers or per layer ``{name:
+            indices}``.
         damping: λ of the inverse quantities.
-        batch_size: examples per forward pass, for a probe that does not fit at once. Results do not depend on it.
+        batch_size: examples per forward pass, for a probe that does not fit at once. Results do not
+            depend on it.
         generator: draws the labels of ``"sampled"``; by default one with a fixed seed.
         max_passes: refuse ``"expected"`` beyond this number of backward passes per batch.
-        memory_budget: bytes that the backward passes of several classes at once may take, and those of a layer's blocks or samples.
-        draws: labels drawn per example by ``"sampled"``, a backward pass each; from 2 on `UnitFisher.standard_error` is known.
-        storage: ``"dense"`` forms the blocks, units × inputs² numbers; ``"implicit"`` holds the samples instead, and what takes an
-            inverse comes by iteration, batched over units. ``"auto"`` is dense unless the blocks of a layer would pass
-            ``memory_budget``. Where its samples pass it too, the probe is read and the model run again for every iteration.
-        tolerance: the relative residual of the iterations; 1e-8 in double precision and 1e-5 in single by default.
+        memory_budget: bytes that the backward passes of several classes at once may take, and those
+            of a layer's blocks or samples.
+        draws: labels drawn per example by ``"sampled"``, a backward pass each; from 2 on
+            `UnitFisher.standard_error` is known.
+        storage: ``"dense"`` forms the blocks, units × inputs² numbers; ``"implicit"`` holds the
+            samples instead, and what takes an inverse comes by iteration, batched over units.
+            ``"auto"`` is dense unless the blocks of a layer would pass ``memory_budget``. Where its
+            samples pass it too, the probe is read and the model run again for every iteration.
+        tolerance: the relative residual of the iterations; 1e-8 in double precision and 1e-5 in
+            single by default.
         max_iterations: after these a unit has NaN, and there is a warning.
 
     Raises:
-        ValueError: for a layer that cannot be measured (the sentence names it and says why), coupled examples (BatchNorm or
-            dropout in training mode), an iterator that would have to be read again, or arguments that do not fit.
+        ValueError: for a layer that cannot be measured (the sentence names it and says why),
+            coupled examples (BatchNorm or dropout in training mode), an iterator that would have to
+            be read again, or arguments that do not fit.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2)).requires_grad_(False)
     >>> fishers = unit_fisher(model, torch.eye(3))
     >>> {name: tuple(fisher.mean_q.shape) for name, fisher in fishers.items()}
     {'0': (4, 3), '2': (2, 4)}
 
-    Source: section 3 of the ELU paper; label rules and weight sharing as in Kunstner et al. 2019 and Eschenhagen et al. 2023.
+    Source: section 3 of the ELU paper; label rules and weight sharing as in Kunstner et al. 2019
+        and Eschenhagen et al. 2023.
     """
     options = Options(
         labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator, max_passes, memory_budget, draws,
@@ -86,18 +105,26 @@ def unit_fisher(
     return {name: measured.fisher for name, measured in measure(model, x, y, options).items()}
 
 
-def measure(model: nn.Module, x: Source, y: Tensor | None, options: Options, gradient: bool = False) -> dict[str, Measured]:
-    """`unit_fisher`, with the gradient of the mean negative log-likelihood at the data's labels from the same traced pass."""
+def measure(
+    model: nn.Module, x: Source, y: Tensor | None, options: Options, gradient: bool = False
+) -> dict[str, Measured]:
+    """`unit_fisher`, with the gradient of the mean negative log-likelihood at the data's labels
+    from the same traced pass.
+    """
     model = underlying(model)
     modules = weight_layers(model, options.layers)
     refuse(modules, tied(model, modules))
     refuse_coupled(model)
     refuse_unusable(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if options.labels == "sampled" and options.generator is None:  # one for all batches, so that their labels differ
+    if (
+        options.labels == "sampled" and options.generator is None
+    ):  # one for all batches, so that their labels differ
         options = replace(options, generator=torch.Generator(device).manual_seed(0))
     reader = Reader(_add_batch, model, modules, x, y, options)
-    states = States(options, Room.on(device, options.memory_budget), one_shot=isinstance(x, Iterator))
+    states = States(
+        options, Room.on(device, options.memory_budget), one_shot=isinstance(x, Iterator)
+    )
     with undisturbed(model, gradients=True):
         for a, b in batches(model, fresh(x), y, options.batch_size):
             _add_batch(model, modules, a, b, options, states, gradient)
@@ -109,19 +136,30 @@ def measure(model: nn.Module, x: Source, y: Tensor | None, options: Options, gra
 
 
 class States(dict[str, LayerState]):
-    """What gathers every layer's batches; the kind of a layer's storage is decided at its first batch, small layers first."""
+    """What gathers every layer's batches; the kind of a layer's storage is decided at its first
+    batch, small layers first.
+    """
 
     def __init__(self, options: Options, room: Room, one_shot: bool):
         super().__init__()
         self.options, self.room, self.one_shot = options, room, one_shot
 
     def meet(self, batch: list[LayerBatch]) -> None:
-        sizes = {layer.name: block_bytes(len(layer.units), kinds.input_count(layer.module)) for layer in batch}
+        sizes = {
+            layer.name: block_bytes(len(layer.units), kinds.input_count(layer.module))
+            for layer in batch
+        }
         for layer in sorted(batch, key=lambda layer: sizes[layer.name]):
             if layer.name not in self:
                 storage = self.options.storage
-                implicit = storage == "implicit" or (storage == "auto" and not self.room.take(sizes[layer.name]))
-                self[layer.name] = ImplicitState(layer, self.room, self.one_shot) if implicit else LayerState(layer)
+                implicit = storage == "implicit" or (
+                    storage == "auto" and not self.room.take(sizes[layer.name])
+                )
+                self[layer.name] = (
+                    ImplicitState(layer, self.room, self.one_shot)
+                    if implicit
+                    else LayerState(layer)
+                )
 
 
 def _add_batch(
@@ -136,14 +174,23 @@ def _add_batch(
     tape, returned = traced(model, modules, x)
     outputs = check_outputs(returned, len(x))
     expand, categorical = options.weight_sharing == "expand", options.likelihood == "categorical"
-    refuse(modules, unsound(model, tape, modules, x, outputs, expand, categorical, first_batch=not states))
-    rule = label_rules.seeds(outputs, options.likelihood, options.labels, y, options.generator, options.draws)
+    refuse(
+        modules,
+        unsound(model, tape, modules, x, outputs, expand, categorical, first_batch=not states),
+    )
+    rule = label_rules.seeds(
+        outputs, options.likelihood, options.labels, y, options.generator, options.draws
+    )
     if options.labels == "expected" and rule.count > options.max_passes:
         raise ValueError(
-            f'labels="expected" takes {rule.count} backward passes on outputs {tuple(outputs.shape)}, more than max_passes='
+            f'labels="expected" takes {rule.count} backward passes on outputs '
+            f"{tuple(outputs.shape)}, more than max_passes="
             f'{options.max_passes}. Use labels="sampled", or raise max_passes.'
         )
-    batch = [LayerBatch(name, modules[name], calls, len(x), options) for name, calls in tape.calls.items()]
+    batch = [
+        LayerBatch(name, modules[name], calls, len(x), options)
+        for name, calls in tape.calls.items()
+    ]
     if isinstance(states, States):
         states.meet(batch)
     for layer in batch:
@@ -164,18 +211,27 @@ def _add_batch(
         states[layer.name].finish_batch(layer)
 
 
-def _backward(batch: list["LayerBatch"], outputs: Tensor, seeds: Tensor, keep: bool) -> Iterator[tuple["LayerBatch", Tensor]]:
+def _backward(
+    batch: list["LayerBatch"], outputs: Tensor, seeds: Tensor, keep: bool
+) -> Iterator[tuple["LayerBatch", Tensor]]:
     """The errors of every layer, (passes, batch, positions, units), from one stack of seeds."""
-    found = iter(errors(outputs, [call.edge for layer in batch for call in layer.calls], seeds, keep))
+    found = iter(
+        errors(outputs, [call.edge for layer in batch for call in layer.calls], seeds, keep)
+    )
     for layer in batch:
         deltas = [(call, next(found)) for call in layer.calls]
-        zero = [d if d is not None else seeds.new_zeros(len(seeds), *call.shape) for call, d in deltas]
+        zero = [
+            d if d is not None else seeds.new_zeros(len(seeds), *call.shape) for call, d in deltas
+        ]
         yield layer, layer.positions([kinds.errors(layer.module, d) for d in zero], axis=1)
 
 
-def _refuse_uncalled(modules: Mapping[str, nn.Module], states: Mapping[str, object], select: Selection) -> None:
+def _refuse_uncalled(
+    modules: Mapping[str, nn.Module], states: Mapping[str, object], select: Selection
+) -> None:
     uncalled = [name for name in modules if name not in states]
     if uncalled and (not states or (select is not None and not callable(select))):
         raise ValueError(
-            f"Layer {', '.join(map(repr, uncalled))} was not called in the forward pass: nothing comes in. Leave it out with layers=."
+            f"Layer {', '.join(map(repr, uncalled))} was not called in the forward pass: nothing "
+            "comes in. Leave it out with layers=."
         )

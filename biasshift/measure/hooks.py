@@ -1,7 +1,9 @@
-"""One forward pass, watched: what went into every layer, and the edge through which its error will come back.
+"""One forward pass, watched: what went into every layer, and the edge through which its error will
+come back.
 
-Gradient edges are used instead of backward hooks or the output tensors: a layer's output may be overwritten by an in-place
-activation, while the edge still leads to the net input. The only file with hooks on modules.
+Gradient edges are used instead of backward hooks or the output tensors: a layer's output may be
+overwritten by an in-place activation, while the edge still leads to the net input. The only file
+with hooks on modules.
 """
 
 from collections import Counter
@@ -16,12 +18,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from biasshift.measure import layer_types as kinds
 
-Watcher = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]  # may return something else for the module to have returned
+Watcher = Callable[
+    [str, nn.Module, Tensor, Tensor], Tensor | None
+]  # may return something else for the module to have returned
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], watcher: Watcher, *, raw: bool = False) -> Iterator[None]:
-    """Calls ``watcher(name, module, first input, output)`` after each forward of the modules, within the block only.
+def watching(
+    modules: Mapping[str, nn.Module], watcher: Watcher, *, raw: bool = False
+) -> Iterator[None]:
+    """Calls ``watcher(name, module, first input, output)`` after each forward of the modules,
+    within the block only.
 
     ``raw`` shows the module's own output, before the user's forward hooks may replace it.
     """
@@ -33,25 +40,39 @@ def watching(modules: Mapping[str, nn.Module], watcher: Watcher, *, raw: bool = 
             handle.remove()
 
 
-def watch(name: str, module: nn.Module, watcher: Watcher, *, raw: bool = False) -> torch.utils.hooks.RemovableHandle:
+def watch(
+    name: str, module: nn.Module, watcher: Watcher, *, raw: bool = False
+) -> torch.utils.hooks.RemovableHandle:
     """One hook on one module, until its handle is removed."""
-    return module.register_forward_hook(partial(_call_watcher, name, watcher), with_kwargs=True, prepend=raw)
+    return module.register_forward_hook(
+        partial(_call_watcher, name, watcher), with_kwargs=True, prepend=raw
+    )
 
 
-def _call_watcher(name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object) -> Tensor | None:
+def _call_watcher(
+    name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object
+) -> Tensor | None:
     a = args[0] if args else next(iter(kwargs.values()), None)
-    return watcher(name, module, a if isinstance(a, Tensor) else output, output) if isinstance(output, Tensor) else None
+    return (
+        watcher(name, module, a if isinstance(a, Tensor) else output, output)
+        if isinstance(output, Tensor)
+        else None
+    )
 
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often every module of the model is called inside the block, by name; modules that return no tensor count too."""
+    """How often every module of the model is called inside the block, by name; modules that return
+    no tensor count too.
+    """
     counts: Counter[str] = Counter()
 
     def count(name: str, *_: object) -> None:
         counts[name] += 1
 
-    handles = [module.register_forward_hook(partial(count, name)) for name, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(partial(count, name)) for name, module in model.named_modules()
+    ]
     try:
         yield counts
     finally:
@@ -59,7 +80,9 @@ def counting(model: nn.Module) -> Iterator[Counter[str]]:
             handle.remove()
 
 
-def followed_by(model: nn.Module, function: Callable[[Tensor], Tensor]) -> torch.utils.hooks.RemovableHandle:
+def followed_by(
+    model: nn.Module, function: Callable[[Tensor], Tensor]
+) -> torch.utils.hooks.RemovableHandle:
     """Has the model return a function of its outputs, under the same names of its modules."""
 
     def follow(module: nn.Module, args: tuple, outputs: Tensor) -> Tensor:
@@ -73,14 +96,17 @@ class Call:
     """One call of one layer: its incoming activations, and the gradient edge of its net inputs."""
 
     a: Tensor
-    version: int  # of ``a`` at the call: a later in-place change would make it somebody else's activations
+    # of ``a`` at the call: a later in-place change would make it somebody else's activations
+    version: int
     edge: GradientEdge
     shape: torch.Size  # of the net inputs
 
 
 @dataclass
 class Tape:
-    """The calls of every layer in one forward pass, in order, and the layers whose calls could not be recorded."""
+    """The calls of every layer in one forward pass, in order, and the layers whose calls could not
+    be recorded.
+    """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # why, by name
@@ -88,26 +114,34 @@ class Tape:
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
         if not (torch.is_grad_enabled() and output.requires_grad):
             self.refused[name] = (
-                "it ran without gradients, inside torch.no_grad or a reentrant checkpoint, which autograd does not follow "
+                "it ran without gradients, inside torch.no_grad or a reentrant checkpoint, which "
+                "autograd does not follow "
                 "(use_reentrant=False would do)"
             )
             return None
-        view = output._is_view()  # an in-place change would give it another node, and the edge would lead nowhere
+        view = (
+            output._is_view()
+        )  # an in-place change would give it another node, and the edge would lead nowhere
         output = output.clone() if view else output
         a = a.detach()
-        self.calls.setdefault(name, []).append(Call(a, a._version, get_gradient_edge(output), output.shape))
+        self.calls.setdefault(name, []).append(
+            Call(a, a._version, get_gradient_edge(output), output.shape)
+        )
         return output if view else None
 
     def overwritten(self) -> bool:
         """Whether an incoming activation was changed in place after its layer had read it."""
-        return any(call.a._version != call.version for calls in self.calls.values() for call in calls)
+        return any(
+            call.a._version != call.version for calls in self.calls.values() for call in calls
+        )
 
 
 def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[Tape, object]:
     """Runs the model once and returns the tape and the model's outputs.
 
-    Hooks are gone when the forward pass returns, so that a checkpoint's recomputation is not recorded a second time. Where
-    an activation was overwritten after a layer had read it, the pass is repeated with every layer reading a copy.
+    Hooks are gone when the forward pass returns, so that a checkpoint's recomputation is not
+    recorded a second time. Where an activation was overwritten after a layer had read it, the pass
+    is repeated with every layer reading a copy.
     """
     tape = Tape()
     with watching(modules, tape.record, raw=True):
@@ -122,8 +156,13 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tup
 @contextmanager
 def _reading_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     def copy(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        return tuple(value.clone() if isinstance(value, Tensor) else value for value in args), copied
+        copied = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+        }
+        return tuple(
+            value.clone() if isinstance(value, Tensor) else value for value in args
+        ), copied
 
     handles = [module.register_forward_pre_hook(copy, with_kwargs=True) for module in modules]
     try:
@@ -133,23 +172,40 @@ def _reading_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def errors(outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
-    """The gradients at every edge for a stack of seeds: (passes, batch, …) each. ``keep`` leaves the graph for more.
+def errors(
+    outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients at every edge for a stack of seeds: (passes, batch, …) each. ``keep`` leaves
+    the graph for more.
 
     None stands for a layer without influence on the outputs: its units are dead.
     """
-    # Convolutions have no batched backward pass: vmap loops over the seeds all the same, and copies more.
+    # Convolutions have no batched backward pass: vmap loops over the seeds all the same, and copies
+    # more.
     if len(seeds) > 1 and not any("Convolution" in edge.node.name() for edge in edges):
-        # The graph stays, for a backward pass of the user's own (a custom autograd.Function) may not run for all seeds at once.
+        # The graph stays, for a backward pass of the user's own (a custom autograd.Function) may
+        # not run for all seeds at once.
         with suppress(Exception):
-            return torch.autograd.grad(outputs, edges, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True)
+            return torch.autograd.grad(
+                outputs, edges, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
     stacks: list[Tensor | None] = [None] * len(edges)
     for i, seed in enumerate(seeds):
         retain = keep or i + 1 < len(seeds)
-        for k, delta in enumerate(torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)):
+        for k, delta in enumerate(
+            torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
+        ):
             if delta is not None:
-                stack = stacks[k]  # passes behind examples in memory, which is how the sums over both will read them
-                stacks[k] = stack = delta.new_empty(len(delta), len(seeds), *delta.shape[1:]) if stack is None else stack
+                stack = stacks[
+                    k
+                    # passes behind examples in memory, which is how the sums over both will read
+                    # them
+                ]
+                stacks[k] = stack = (
+                    delta.new_empty(len(delta), len(seeds), *delta.shape[1:])
+                    if stack is None
+                    else stack
+                )
                 stack[:, i] = delta
     return tuple(None if stack is None else stack.transpose(0, 1) for stack in stacks)
 
@@ -177,21 +233,28 @@ def underlying(model: nn.Module) -> nn.Module:
 
 @dataclass
 class Feeding:
-    """Watches one forward pass. Storage addresses identify tensors, through views and in-place changes alike."""
+    """Watches one forward pass. Storage addresses identify tensors, through views and in-place
+    changes alike.
+    """
 
     kinds_of: dict[str, str] = field(default_factory=dict)
     units: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
     fed_by: dict[str, str] = field(default_factory=dict)
     writer: dict[int, str] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)  # an address is reused once its tensor is gone
+    alive: list[Tensor] = field(
+        default_factory=list
+    )  # an address is reused once its tensor is gone
 
     def watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         """A watcher for `biasshift.measure.hooks.watching`."""
         self.kinds_of[name] = type(module).__name__
         self.fed_by.setdefault(name, self.writer.get(_address(a), ""))
         if kinds.is_covered(module):
-            self.units[name], self.inputs[name] = kinds.unit_count(module), kinds.input_count(module)
+            self.units[name], self.inputs[name] = (
+                kinds.unit_count(module),
+                kinds.input_count(module),
+            )
         self.writer[_address(output)] = name
         self.alive += [a.detach(), output.detach()]
 

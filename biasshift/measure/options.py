@@ -17,7 +17,9 @@ SHARING = ("per_example", "expand")
 
 @dataclass(frozen=True)
 class Options:
-    """How δ̄² and the matrices are formed; one object for `unit_fisher`, `gradient_gap` and `instrument`."""
+    """How δ̄² and the matrices are formed; one object for `unit_fisher`, `gradient_gap` and
+    `instrument`.
+    """
 
     labels: Labels = "expected"
     likelihood: Likelihood = "categorical"
@@ -38,14 +40,21 @@ class Options:
         label_rules.check(self.likelihood, self.labels)
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"draws must be a whole number of draws ≥ 1, got {self.draws!r}.")
-        for name, value, known in (("weight_sharing", self.weight_sharing, SHARING), ("storage", self.storage, STORAGES)):
+        for name, value, known in (
+            ("weight_sharing", self.weight_sharing, SHARING),
+            ("storage", self.storage, STORAGES),
+        ):
             if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}."
+                )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One layer: its unit Fisher matrices, and the gradient of the mean negative log-likelihood where it was asked for."""
+    """One layer: its unit Fisher matrices, and the gradient of the mean negative log-likelihood
+    where it was asked for.
+    """
 
     fisher: UnitFisher
     g: Tensor | None = None  # (units, inputs)

@@ -15,10 +15,12 @@ Probe = Tensor | Iterable  # a tensor of examples, or batches x or (x, y)
 Selection = Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
-# -- choosing layers -----------------------------------------------------------------------------------------------------
+# -- choosing layers -------------------------------------------------------------------------------
 
 
-def weight_layers(model: nn.Module, select: Selection = None, required: bool = True) -> dict[str, WeightLayer]:
+def weight_layers(
+    model: nn.Module, select: Selection = None, required: bool = True
+) -> dict[str, WeightLayer]:
     """The layers whose units can be measured, by PyTorch's module names.
 
     Raises:
@@ -27,14 +29,23 @@ def weight_layers(model: nn.Module, select: Selection = None, required: bool = T
     chosen = _selected(model, select)
     for name, module in chosen.items():
         why = kinds.why_uncovered(module)
-        if why is None and select is not None and not callable(select) and not kinds.is_covered(module):
+        if (
+            why is None
+            and select is not None
+            and not callable(select)
+            and not kinds.is_covered(module)
+        ):
             why = "it has no units with weights"
         if why:
-            raise ValueError(f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out with layers=.")
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out "
+                "with layers=."
+            )
     covered = {name: module for name, module in chosen.items() if kinds.is_covered(module)}
     if not covered and required:
         raise ValueError(
-            "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, called as modules."
+            "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or "
+            "nn.ConvTranspose1d/2d/3d, called as modules."
         )
     return covered
 
@@ -49,14 +60,21 @@ def _selected(model: nn.Module, select: Selection) -> dict[str, nn.Module]:
     unknown = [name for name in names if name not in named]
     if unknown:
         first = {module: name for name, module in named.items()}
-        again = [f"'{name}' is '{first[m]}'" for name, m in model.named_modules(remove_duplicate=False) if name in unknown]
+        again = [
+            f"'{name}' is '{first[m]}'"
+            for name, m in model.named_modules(remove_duplicate=False)
+            if name in unknown
+        ]
         known = ", ".join(f"'{name}'" for name, module in named.items() if kinds.is_covered(module))
         hint = f" ({'; '.join(again)} under another name)" if again else ""
-        raise ValueError(f"The model has no layer {', '.join(map(repr, unknown))}{hint}. Its measurable layers are {known}.")
+        raise ValueError(
+            f"The model has no layer {', '.join(map(repr, unknown))}{hint}. Its measurable layers "
+            f"are {known}."
+        )
     return {name: named[name] for name in names}
 
 
-# -- reading the probe ---------------------------------------------------------------------------------------------------
+# -- reading the probe -----------------------------------------------------------------------------
 
 
 def iterable(x: Any) -> Iterable:
@@ -66,7 +84,10 @@ def iterable(x: Any) -> Iterable:
         ValueError: they cannot.
     """
     if not isinstance(x, Iterable):
-        raise ValueError(f"The probe must be a tensor of examples, or an iterable of batches x or (x, y), got {type(x).__name__}.")
+        raise ValueError(
+            "The probe must be a tensor of examples, or an iterable of batches x or (x, y), got "
+            f"{type(x).__name__}."
+        )
     return x
 
 
@@ -79,25 +100,35 @@ def rereadable(x: Probe) -> Tensor | list:
     return x if isinstance(x, Tensor) else list(iterable(x))
 
 
-def batches(model: nn.Module, x: Probe, y: Tensor | None = None, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def batches(
+    model: nn.Module, x: Probe, y: Tensor | None = None, batch_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches ``(x, y or None)`` on the model's device, in order.
 
     Raises:
-        ValueError: when there is nothing to read, x and y do not match, or an example holds NaN or infinity.
+        ValueError: when there is nothing to read, x and y do not match, or an example holds NaN or
+            infinity.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     empty = True
     for a, b in _split(x, y, batch_size):
         if not isinstance(a, Tensor):
-            raise ValueError(f"A batch must be a tensor x or a pair (x, y), got {type(a).__name__}.")
+            raise ValueError(
+                f"A batch must be a tensor x or a pair (x, y), got {type(a).__name__}."
+            )
         if a.is_floating_point() and not a.isfinite().all():
             raise ValueError("The probe must be finite: x holds NaN or infinity.")
         empty = empty and len(a) == 0
         if len(a):
-            a = a.clone() if a.is_inference() else a  # made inside torch.inference_mode, where autograd cannot use it
+            a = (
+                a.clone() if a.is_inference() else a
+            )  # made inside torch.inference_mode, where autograd cannot use it
             yield a.to(device), None if b is None else b.to(device)
     if empty:
-        raise ValueError("The probe is empty: give at least one example (an iterator that was read before is empty).")
+        raise ValueError(
+            "The probe is empty: give at least one example (an iterator that was read before is "
+            "empty)."
+        )
 
 
 def _pair(batch: object) -> tuple[Any, Tensor | None]:
@@ -109,7 +140,9 @@ def _pair(batch: object) -> tuple[Any, Tensor | None]:
     return batch[0], batch[1] if len(batch) > 1 else None
 
 
-def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _split(
+    x: Probe, y: Tensor | None, batch_size: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if isinstance(x, Tensor):
@@ -120,7 +153,10 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
             yield x[i : i + size], None if y is None else y[i : i + size]
         return
     if isinstance(x, tuple):
-        raise ValueError("A tuple may be (x, y) or two batches: give x and y as two arguments, or a list of batches.")
+        raise ValueError(
+            "A tuple may be (x, y) or two batches: give x and y as two arguments, or a list of "
+            "batches."
+        )
     if y is not None:
         raise ValueError("y goes with a tensor x; give an iterable as batches (x, y).")
     for batch in iterable(x):
@@ -131,4 +167,13 @@ def _split(x: Probe, y: Tensor | None, batch_size: int | None) -> Iterator[tuple
             yield from _split(a, b, batch_size)
 
 
-__all__ = ["Probe", "Selection", "batches", "iterable", "rereadable", "underlying", "undisturbed", "weight_layers"]
+__all__ = [
+    "Probe",
+    "Selection",
+    "batches",
+    "iterable",
+    "rereadable",
+    "underlying",
+    "undisturbed",
+    "weight_layers",
+]

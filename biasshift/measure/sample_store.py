@@ -1,4 +1,6 @@
-"""Layers whose samples are held instead of their blocks: what one batch leaves behind, and how much of it there is room for."""
+"""Layers whose samples are held instead of their blocks: what one batch leaves behind, and how much
+of it there is room for.
+"""
 
 import math
 import os
@@ -18,12 +20,16 @@ from biasshift.measure.probe import Probe, batches, iterable
 from biasshift.measure.sandbox import undisturbed
 
 Source = Probe | Callable[[], Iterable]
-SAME = 1e-4  # relative difference of Σ δ² between two readings: far above rounding, far below other labels or other data
+# relative difference of Σ δ² between two readings: far above rounding, far below other labels or
+# other data
+SAME = 1e-4
 
 
 @dataclass
 class Room:
-    """Bytes for the blocks, or the held samples, of one layer; and those for all layers together: half of what is free, if that is more."""
+    """Bytes for the blocks, or the held samples, of one layer; and those for all layers together:
+    half of what is free, if that is more.
+    """
 
     budget: int
     left: int
@@ -50,7 +56,9 @@ def _free(device: torch.device) -> int:
 
 
 class Collector:
-    """The parts of one layer from one batch: activations about a reference, then the errors, some label seeds at a time."""
+    """The parts of one layer from one batch: activations about a reference, then the errors, some
+    label seeds at a time.
+    """
 
     def __init__(self, reference: Tensor | None = None):
         self.reference = reference  # of every channel; that of the first batch
@@ -60,10 +68,20 @@ class Collector:
         maps = _maps(layer)
         axis = -1 if _are_samples(layer) else 1
         if self.reference is None:
-            self.reference = maps[0].mean([i for i in range(maps[0].dim()) if i != axis % maps[0].dim()])
-        reference = self.reference if axis == -1 else self.reference.view(-1, *[1] * (maps[0].dim() - 2))
-        self.maps, self.delta, self.delta2 = [a - reference for a in maps], list[Tensor](), torch.zeros((), device=layer.units.device)
-        self.places = [] if axis == -1 else [math.prod(_geometry(layer.module).places(a)) for a in maps]
+            self.reference = maps[0].mean(
+                [i for i in range(maps[0].dim()) if i != axis % maps[0].dim()]
+            )
+        reference = (
+            self.reference if axis == -1 else self.reference.view(-1, *[1] * (maps[0].dim() - 2))
+        )
+        self.maps, self.delta, self.delta2 = (
+            [a - reference for a in maps],
+            list[Tensor](),
+            torch.zeros((), device=layer.units.device),
+        )
+        self.places = (
+            [] if axis == -1 else [math.prod(_geometry(layer.module).places(a)) for a in maps]
+        )
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Errors (passes, batch, positions, units)."""
@@ -76,31 +94,45 @@ class Collector:
 
     def finish_batch(self, layer: LayerBatch) -> None:
         if layer.shares_weights:
-            self.parts = [Maps(_geometry(layer.module), tuple(self.maps), tuple(self.delta), False, layer.units)]
+            self.parts = [
+                Maps(
+                    _geometry(layer.module), tuple(self.maps), tuple(self.delta), False, layer.units
+                )
+            ]
         elif _are_samples(layer):
             delta2 = self.delta2.flatten(0, 1).T.clone(memory_format=torch.contiguous_format)
             self.parts = [Samples(self.maps[0], delta2)]
         else:
             self.parts = [
-                Maps(_geometry(layer.module), (a,), (delta2.contiguous(),), True, layer.units) for a, delta2 in self._by_call(self.delta2)
+                Maps(_geometry(layer.module), (a,), (delta2.contiguous(),), True, layer.units)
+                for a, delta2 in self._by_call(self.delta2)
             ]
         self.maps, self.delta, self.delta2 = [], [], torch.zeros(())
 
     def weighted(self, layer: LayerBatch, delta: Tensor) -> Tensor:
-        """``Σ δ (a − reference)``, (units, inputs), for errors (batch, positions, units) of one label."""
+        """``Σ δ (a − reference)``, (units, inputs), for errors (batch, positions, units) of one
+        label.
+        """
         own = delta[..., layer.units].to(self.maps[0].dtype)
         if _are_samples(layer):
             return own.flatten(0, 1).T @ self.maps[0]
         geometry = _geometry(layer.module)
-        products = [Maps(geometry, (a,), (y,), True, layer.units).backward(y, slice(None)) for a, y in self._by_call(own)]
+        products = [
+            Maps(geometry, (a,), (y,), True, layer.units).backward(y, slice(None))
+            for a, y in self._by_call(own)
+        ]
         return torch.stack(products).sum(0)
 
     def _by_call(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every map, and what (batch, positions, units) says about it as (batch of the call, units, positions of the call)."""
+        """Every map, and what (batch, positions, units) says about it as (batch of the call, units,
+        positions of the call).
+        """
         if len(self.maps) == 1:
             yield self.maps[0], x.reshape(len(self.maps[0]), -1, x.shape[-1]).transpose(1, 2)
             return
-        shares = [len(a) * places // len(x) for a, places in zip(self.maps, self.places, strict=True)]
+        shares = [
+            len(a) * places // len(x) for a, places in zip(self.maps, self.places, strict=True)
+        ]
         for a, own in zip(self.maps, x.split(shares, 1), strict=True):
             yield a, own.reshape(len(a), -1, x.shape[-1]).transpose(1, 2)
 
@@ -110,11 +142,16 @@ def _are_samples(layer: LayerBatch) -> bool:
 
 
 def _maps(layer: LayerBatch) -> list[Tensor]:
-    """Incoming activations, (samples, inputs), or (batch, channels, …) and padded. A sequence is a map of one row."""
+    """Incoming activations, (samples, inputs), or (batch, channels, …) and padded. A sequence is a
+    map of one row.
+    """
     if isinstance(layer.module, nn.Linear):
         a = layer.patches()[:, :, 0]
         return [a.flatten(0, 1) if _are_samples(layer) else a.transpose(1, 2).contiguous()]
-    return [kinds.padded(layer.module, call.a, call.shape).to(kinds.dtype_of_sums(call.a)) for call in layer.calls]
+    return [
+        kinds.padded(layer.module, call.a, call.shape).to(kinds.dtype_of_sums(call.a))
+        for call in layer.calls
+    ]
 
 
 def _geometry(module: WeightLayer) -> Geometry:
@@ -122,11 +159,15 @@ def _geometry(module: WeightLayer) -> Geometry:
     if isinstance(module, nn.Linear):
         return Geometry(units, 1, (1,), (1,), (1,), False)
     kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-    return Geometry(units, module.groups, kernel, kinds.stride_of_patches(module), dilation, module.transposed)
+    return Geometry(
+        units, module.groups, kernel, kinds.stride_of_patches(module), dilation, module.transposed
+    )
 
 
 class ImplicitState(LayerState):
-    """The sums of one layer whose samples are held, until there is no room for more: then none are, and the probe is read again."""
+    """The sums of one layer whose samples are held, until there is no room for more: then none are,
+    and the probe is read again.
+    """
 
     def __init__(self, layer: LayerBatch, room: Room, one_shot: bool):
         super().__init__(layer)
@@ -171,9 +212,11 @@ class ImplicitState(LayerState):
             return
         if self.one_shot:
             raise ValueError(
-                f"Layer '{self.name}': its samples pass memory_budget={self.budget} bytes, and the probe is an iterator "
+                f"Layer '{self.name}': its samples pass memory_budget={self.budget} bytes, and the "
+                "probe is an iterator "
                 "that can be read only "
-                "once. Give a list or a DataLoader, which are read again instead, raise memory_budget, or choose units=."
+                "once. Give a list or a DataLoader, which are read again instead, raise "
+                "memory_budget, or choose units=."
             )
         assert self.implicit is not None
         self.full = True
@@ -188,12 +231,17 @@ class ImplicitState(LayerState):
         assert self.implicit is not None
         g0 = delta[..., layer.units].sum((0, 1), dtype=torch.float64)
         g = self.collector.weighted(layer, delta).double() + g0[:, None] * self.implicit.reference
-        self.g, self.g0 = (-g, -g0) if self.g is None or self.g0 is None else (self.g - g, self.g0 - g0)
+        self.g, self.g0 = (
+            (-g, -g0) if self.g is None or self.g0 is None else (self.g - g, self.g0 - g0)
+        )
 
 
 # -- reading the probe again -------------------------------------------------------------------
 
-AddBatch = Callable[[nn.Module, Mapping[str, WeightLayer], Tensor, Tensor | None, Options, Mapping[str, Collector]], None]
+AddBatch = Callable[
+    [nn.Module, Mapping[str, WeightLayer], Tensor, Tensor | None, Options, Mapping[str, Collector]],
+    None,
+]
 
 
 def fresh(x: Source) -> Probe:
@@ -205,9 +253,22 @@ class Reader:
     """What a measurement has to remember to be repeated for one layer at a time."""
 
     def __init__(
-        self, add_batch: AddBatch, model: nn.Module, modules: Mapping[str, WeightLayer], x: Source, y: Tensor | None, options: Options
+        self,
+        add_batch: AddBatch,
+        model: nn.Module,
+        modules: Mapping[str, WeightLayer],
+        x: Source,
+        y: Tensor | None,
+        options: Options,
     ):
-        self.add_batch, self.model, self.modules, self.x, self.y, self.options = add_batch, model, modules, x, y, options
+        self.add_batch, self.model, self.modules, self.x, self.y, self.options = (
+            add_batch,
+            model,
+            modules,
+            x,
+            y,
+            options,
+        )
         self.parameters = [(p, p._version, p.data_ptr()) for p in model.parameters()]
         self.modes = [(module, module.training) for module in model.modules()]
         self.random_state = options.generator.get_state() if options.generator is not None else None
@@ -237,16 +298,21 @@ class Reader:
                         yield part
         if read != examples or abs(found - weight) > SAME * abs(weight):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that the probe is read again, and it was not the "
+                f"Layer '{name}' does not fit into memory_budget, so that the probe is read again, "
+                "and it was not the "
                 f"same: {read} examples "
-                f"with a summed δ² of {found:g}, after {examples} with {weight:g}. Turn off random augmentation; with "
+                f"with a summed δ² of {found:g}, after {examples} with {weight:g}. Turn off random "
+                "augmentation; with "
                 "labels='sampled', shuffling too."
             )
 
     def _refuse_changes(self, name: str) -> None:
-        if any(p._version != version or p.data_ptr() != place for p, version, place in self.parameters):
+        if any(
+            p._version != version or p.data_ptr() != place for p, version, place in self.parameters
+        ):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that its numbers need the model as it was measured, "
+                f"Layer '{name}' does not fit into memory_budget, so that its numbers need the "
+                "model as it was measured, "
                 "but its parameters "
                 "have changed. Read them before the next step, or raise memory_budget."
             )

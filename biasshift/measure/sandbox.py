@@ -13,12 +13,16 @@ from biasshift.precision import full_precision
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, evaluate: bool = False, gradients: bool = False) -> Iterator[None]:
-    """Leaves the model and the process as found: modes, requires_grad, buffers, hooks, random state, precision flags.
+def undisturbed(
+    model: nn.Module, *, evaluate: bool = False, gradients: bool = False
+) -> Iterator[None]:
+    """Leaves the model and the process as found: modes, requires_grad, buffers, hooks, random
+    state, precision flags.
 
     Args:
         evaluate: switch to eval mode inside the block.
-        gradients: have every parameter require gradients inside the block, so that every layer is on the graph.
+        gradients: have every parameter require gradients inside the block, so that every layer is
+            on the graph.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
@@ -48,7 +52,9 @@ def _same_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """A model may keep running statistics, a count of its calls, or a cache: in place, or as a new tensor under the old name."""
+    """A model may keep running statistics, a count of its calls, or a cache: in place, or as a new
+    tensor under the old name.
+    """
     found = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -67,9 +73,19 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
-    """Frozen parameters require gradients too. The user's own backward hooks rest: they may change gradients, and are no part of F."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
-    hooks = [(m, m._backward_hooks, m._backward_pre_hooks) for m in model.modules() if m._backward_hooks or m._backward_pre_hooks]
+    """Frozen parameters require gradients too. The user's own backward hooks rest: they may change
+    gradients, and are no part of F.
+    """
+    frozen = [
+        p
+        for p in model.parameters()
+        if not p.requires_grad and (p.is_floating_point() or p.is_complex())
+    ]
+    hooks = [
+        (m, m._backward_hooks, m._backward_pre_hooks)
+        for m in model.modules()
+        if m._backward_hooks or m._backward_pre_hooks
+    ]
     try:
         for p in frozen:
             p.requires_grad_(True)
@@ -89,7 +105,9 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is compiled before dynamo was imported."""
+    """Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is
+    compiled before dynamo was imported.
+    """
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -99,9 +117,15 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Two warnings say what is right here: operations without a batching rule are looped over, and nothing trains through a checkpoint."""
+    """Two warnings say what is right here: operations without a batching rule are looped over, and
+    nothing trains through a checkpoint.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
+        warnings.filterwarnings(
+            "ignore",
+            message="There is a performance drop because we have not yet implemented the batching "
+            "rule",
+        )
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         yield
 

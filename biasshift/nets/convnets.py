@@ -1,4 +1,6 @@
-"""The two networks of the CIFAR experiments: 11 layers for comparing activations, 18 for the lowest error."""
+"""The two networks of the CIFAR experiments: 11 layers for comparing activations, 18 for the lowest
+error.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,7 +9,15 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from biasshift.nets.convolution_stacks import Dropout, Geometry, NormAt, Stack, Style, convolutions, stacks
+from biasshift.nets.convolution_stacks import (
+    Dropout,
+    Geometry,
+    NormAt,
+    Stack,
+    Style,
+    convolutions,
+    stacks,
+)
 from biasshift.nets.initialization import Init, linear, shrunk
 from biasshift.nets.modules import SpatialPyramidPooling
 
@@ -36,8 +46,10 @@ CIFAR18: tuple[Stack, ...] = (
 )
 
 
-# The same seven rates for both networks, whose eighth stack, if there is one, has none: it gives the logits. The seventh of
-# the 18-layer net then has the rate 0 printed last; that a rate between .5 and 0 was left out is as likely (give `rates`).
+# The same seven rates for both networks, whose eighth stack, if there is one, has none: it gives
+# the logits. The seventh of
+# the 18-layer net then has the rate 0 printed last; that a rate between .5 and 0 was left out is as
+# likely (give `rates`).
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 
 
@@ -59,10 +71,12 @@ def cifar11(
     rates: Sequence[float] = RATES,
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 11-layer network of Figures 4 and 5: (batch, 3, 32, 32) → (batch, classes) logits; 1,669,028 parameters.
+    """The 11-layer network of Figures 4 and 5: (batch, 3, 32, 32) → (batch, classes) logits;
+    1,669,028 parameters.
 
-    Arguments and module names are those of `stacks`. The geometry is not in the paper. "same" gives maps of 32-16-8-4-2-1-1-1,
-    and the last two poolings do nothing; "caffe", probably the original, 32-16-8-5-3-2-1-1.
+    Arguments and module names are those of `stacks`. The geometry is not in the paper. "same" gives
+    maps of 32-16-8-4-2-1-1-1, and the last two poolings do nothing; "caffe", probably the original,
+    32-16-8-5-3-2-1-1.
 
     >>> sum(p.numel() for p in cifar11().parameters())
     1669028
@@ -86,10 +100,12 @@ def cifar18(
     rates: Sequence[float] = RATES,
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 18-layer network of Table 1: (batch, 3, 32, 32) → (batch, classes) logits; 39,330,404 parameters.
+    """The 18-layer network of Table 1: (batch, 3, 32, 32) → (batch, classes) logits; 39,330,404
+    parameters.
 
-    Arguments and module names are those of `stacks`. Maps are 32-16-8-4-2-1-1-1-1 ("same") or 32-16-10-7-5-4-3-2-1 ("caffe",
-    where even the logits are pooled, from 2×2). For fine-tuning, `set_dropout` puts dropout behind all layers.
+    Arguments and module names are those of `stacks`. Maps are 32-16-8-4-2-1-1-1-1 ("same") or
+    32-16-10-7-5-4-3-2-1 ("caffe", where even the logits are pooled, from 2×2). For fine-tuning,
+    `set_dropout` puts dropout behind all layers.
 
     >>> [name for name, _ in cifar18(width=0.01).named_children()][-4:]
     ['pool7', 'conv8_1', 'pool8', 'flatten']
@@ -120,17 +136,21 @@ def imagenet15(
     norm_at: NormAt = "before",
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes) logits; 55.9 M parameters in its convolutions.
+    """The 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes) logits; 55.9 M
+    parameters in its convolutions.
 
-    Four stacks of convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each; spatial pyramid pooling, "pyramid"; two
-    layers of 4096 units with dropout, "fc5_1" and "fc5_2"; the logits, "fc6_1". Normalization and activations are named alike.
-    Images of other sizes work, as long as the last maps can be cut into the pyramid's bins.
+    Four stacks of convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each; spatial
+    pyramid pooling, "pyramid"; two layers of 4096 units with dropout, "fc5_1" and "fc5_2"; the
+    logits, "fc6_1". Normalization and activations are named alike. Images of other sizes work, as
+    long as the last maps can be cut into the pyramid's bins.
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
-        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are zero.
-        stride: of the 6×6 layer, not in the paper. Stride 2 gives maps of 112, then 56, 28, 14 and 7 behind the poolings, and
-            41 billion multiplications per image; stride 4 gives 56, 28, 14, 7 and 4, and 10 billion.
+        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
+            zero.
+        stride: of the 6×6 layer, not in the paper. Stride 2 gives maps of 112, then 56, 28, 14 and
+            7 behind the poolings, and 41 billion multiplications per image; stride 4 gives 56, 28,
+            14, 7 and 4, and 10 billion.
         bins: of the pyramid's three levels, not in the paper.
         batch_norm: normalizes every hidden layer, ``norm_at`` "before" or "after" its activation.
         dropout: the rate in both 4096 layers; 0 builds no dropout modules.
@@ -145,12 +165,18 @@ def imagenet15(
     (Linear(in_features=210, out_features=41, bias=True), torch.Size([1, 5]))
     """
     if classes < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"there must be classes, and a dropout rate from 0 to below 1; got classes {classes}, dropout {dropout}.")
+        raise ValueError(
+            f"there must be classes, and a dropout rate from 0 to below 1; got classes {classes}, "
+            f"dropout {dropout}."
+        )
     style = Style(activation, init, "same", batch_norm, norm_at, "all", width)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(convolutions(IMAGENET15, style, generator, stride=stride))
     modules["pyramid"] = pyramid = SpatialPyramidPooling(bins)
-    hidden = [pyramid.outputs(shrunk(IMAGENET15[-1][-1][1], width)), *(shrunk(units, width) for units in CONNECTED)]
+    hidden = [
+        pyramid.outputs(shrunk(IMAGENET15[-1][-1][1], width)),
+        *(shrunk(units, width) for units in CONNECTED),
+    ]
     for place, (fan_in, units) in enumerate(pairwise(hidden), start=1):
         modules[f"fc5_{place}"] = linear(fan_in, units, init, generator)
         modules.update(style.behind(f"5_{place}", nn.BatchNorm1d(units), dropout, last=True))

@@ -1,4 +1,6 @@
-"""Stacks of convolutions with a max-pooling behind each, built from the lists that the paper prints."""
+"""Stacks of convolutions with a max-pooling behind each, built from the lists that the paper
+prints.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -20,12 +22,17 @@ Named = Iterator[tuple[str, nn.Module]]
 
 
 class Flattened(nn.Module):
-    """(batch, classes, 1, 1) → (batch, classes). Larger maps are refused: their pixels would pass for more classes."""
+    """(batch, classes, 1, 1) → (batch, classes). Larger maps are refused: their pixels would pass
+    for more classes.
+    """
 
-    def forward(self, x: Float[Tensor, "batch classes height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(
+        self, x: Float[Tensor, "batch classes height width"]
+    ) -> Float[Tensor, "batch classes"]:
         if x.shape[2:] != (1, 1):
             raise ValueError(
-                f"{x.shape[2]} × {x.shape[3]} pixels are left of the maps where one should be: give smaller images, or more stacks."
+                f"{x.shape[2]} × {x.shape[3]} pixels are left of the maps where one should be: "
+                "give smaller images, or more stacks."
             )
         return x.flatten(1)
 
@@ -45,10 +52,16 @@ class Style:
     def __post_init__(self) -> None:
         activation_named(self.activation)
         shrunk(1, self.width)
-        known = {"geometry": ("same", "caffe"), "norm_at": ("before", "after"), "dropout": ("none", "last", "all")}
+        known = {
+            "geometry": ("same", "caffe"),
+            "norm_at": ("before", "after"),
+            "dropout": ("none", "last", "all"),
+        }
         for option, values in known.items():
             if getattr(self, option) not in values:
-                raise ValueError(f"unknown {option} '{getattr(self, option)}'; known are {', '.join(values)}.")
+                raise ValueError(
+                    f"unknown {option} '{getattr(self, option)}'; known are {', '.join(values)}."
+                )
 
     def behind(self, layer: str, norm: nn.Module, rate: float, last: bool) -> Named:
         """What follows the weights of a hidden layer: normalization, activation and dropout."""
@@ -74,34 +87,41 @@ def stacks(
     width: float = 1.0,
     channels: int = 3,
 ) -> nn.Sequential:
-    """A convolutional classifier as a list of stacks, each (layers, units, receptive field); the last layer gives the logits.
+    """A convolutional classifier as a list of stacks, each (layers, units, receptive field); the
+    last layer gives the logits.
 
-    Modules are named by stack and layer: "conv2_1", "bn2_1", "act2_1", "drop2_1", and "pool2" behind stack 2. Names and weights
-    do not depend on the activation, nor on which other modules there are: state dicts load across activations, dropout and
-    phases of training. No normalization, activation or dropout follows the last layer; its maps are pooled, and must be
-    down to one pixel then.
-    Convolutions keep their bias before a normalization, which makes it idle, so that the weights are those of the net without.
-    Paddings, poolings and dropout count as activations in `biasshift.activation_moments`; for the activation functions alone,
+    Modules are named by stack and layer: "conv2_1", "bn2_1", "act2_1", "drop2_1", and "pool2"
+    behind stack 2. Names and weights do not depend on the activation, nor on which other modules
+    there are: state dicts load across activations, dropout and phases of training. No
+    normalization, activation or dropout follows the last layer; its maps are pooled, and must be
+    down to one pixel then. Convolutions keep their bias before a normalization, which makes it
+    idle, so that the weights are those of the net without. Paddings, poolings and dropout count as
+    activations in `biasshift.activation_moments`; for the activation functions alone,
     ``layers=lambda name, module: name.startswith("act")``.
 
     Args:
-        specification: the stacks; the last one ends with a layer of as many units as there are classes.
+        specification: the stacks; the last one ends with a layer of as many units as there are
+            classes.
         activation: a name in `biasshift.activations.ACTIVATIONS`.
-        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are zero.
-        rates: dropout rate of each stack, 0 for those beyond the list. The paper does not say on which side of the pooling it
-            drops; here it is directly behind the activation.
-        geometry: "same" keeps the size of the maps (2×2 kernels get their row of zeros at the end), so only pooling halves it.
-            "caffe" pads half the kernel, rounded down, on *every* side: a 2×2 kernel adds a row and a column. Pooling rounds
-            sizes up in both; maps of 1×1 it leaves alone.
-        batch_norm: normalizes every hidden layer. Where is not in the paper: ``norm_at`` "before" or "after" the activation.
-        dropout: behind the "last" or "all" layers of each stack (`set_dropout` changes it later), or "none": no such modules.
+        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
+            zero.
+        rates: dropout rate of each stack, 0 for those beyond the list. The paper does not say on
+            which side of the pooling it drops; here it is directly behind the activation.
+        geometry: "same" keeps the size of the maps (2×2 kernels get their row of zeros at the end),
+            so only pooling halves it. "caffe" pads half the kernel, rounded down, on *every* side:
+            a 2×2 kernel adds a row and a column. Pooling rounds sizes up in both; maps of 1×1 it
+            leaves alone.
+        batch_norm: normalizes every hidden layer. Where is not in the paper: ``norm_at`` "before"
+            or "after" the activation.
+        dropout: behind the "last" or "all" layers of each stack (`set_dropout` changes it later),
+            or "none": no such modules.
         init: "normal" or "uniform", as in `mlp`.
         width: multiplies the units of every hidden layer, for a quick look.
         channels: of the images.
 
     Raises:
-        ValueError: a name that is unknown, a specification with a size below 1, or rates that do not fit it; on a call, images
-            so large that more than a pixel is left.
+        ValueError: a name that is unknown, a specification with a size below 1, or rates that do
+            not fit it; on a call, images so large that more than a pixel is left.
 
     >>> net = stacks([[(1, 8, 3)], [(2, 16, 2)], [(1, 10, 1)]], rates=[0.0, 0.1], geometry="caffe")
     >>> " ".join(name for name, _ in net.named_children())
@@ -109,7 +129,9 @@ def stacks(
     """
     style = Style(activation, init, geometry, batch_norm, norm_at, dropout, width)
     generator = torch.Generator().manual_seed(seed)
-    modules = OrderedDict(convolutions(specification, style, generator, rates=rates, channels=channels, logits=True))
+    modules = OrderedDict(
+        convolutions(specification, style, generator, rates=rates, channels=channels, logits=True)
+    )
     return nn.Sequential(modules | {"flatten": Flattened()})
 
 
@@ -123,7 +145,9 @@ def convolutions(
     stride: int = 1,
     logits: bool = False,
 ) -> Named:
-    """The modules of all stacks by name. ``stride`` is that of the first layer; with ``logits`` the last layer is the output's."""
+    """The modules of all stacks by name. ``stride`` is that of the first layer; with ``logits`` the
+    last layer is the output's.
+    """
     _refuse(specification, rates, channels, stride, logits)
     for number, stack in enumerate(specification, start=1):
         layers = [(units, field) for count, units, field in stack for _ in range(count)]
@@ -139,24 +163,49 @@ def convolutions(
         yield f"pool{number}", nn.MaxPool2d(2, 2, ceil_mode=True)
 
 
-def _padded(layer: str, channels: int, units: int, field: int, stride: int, style: Style, generator: torch.Generator) -> Named:
+def _padded(
+    layer: str,
+    channels: int,
+    units: int,
+    field: int,
+    stride: int,
+    style: Style,
+    generator: torch.Generator,
+) -> Named:
     """One convolution, behind a padding of its own where the zeros of two opposite sides differ."""
     total = 2 * (field // 2) if style.geometry == "caffe" else max(field - stride, 0)
     if total % 2:  # padding="same" would do, but warns on every even kernel, and knows no strides
         before, after = total // 2, total - total // 2
         yield f"pad{layer}", nn.ZeroPad2d((before, after, before, after))
     padding = 0 if total % 2 else total // 2
-    yield f"conv{layer}", convolution(channels, units, field, style.init, generator, stride=stride, padding=padding)
+    yield (
+        f"conv{layer}",
+        convolution(channels, units, field, style.init, generator, stride=stride, padding=padding),
+    )
 
 
-def _refuse(specification: Sequence[Stack], rates: Sequence[float], channels: int, stride: int, logits: bool) -> None:
+def _refuse(
+    specification: Sequence[Stack], rates: Sequence[float], channels: int, stride: int, logits: bool
+) -> None:
     if not specification or not all(specification):
         raise ValueError("a network needs at least one stack, and a stack at least one layer.")
-    if min(min(sizes) for stack in specification for sizes in stack) < 1 or min(channels, stride) < 1:
-        raise ValueError(f"layers, units and receptive fields must be positive, got {specification}, channels {channels}, stride {stride}.")
+    if (
+        min(min(sizes) for stack in specification for sizes in stack) < 1
+        or min(channels, stride) < 1
+    ):
+        raise ValueError(
+            f"layers, units and receptive fields must be positive, got {specification}, channels "
+            f"{channels}, stride {stride}."
+        )
     if len(rates) > len(specification):
-        raise ValueError(f"{len(rates)} dropout rates for {len(specification)} stacks: give at most one per stack.")
+        raise ValueError(
+            f"{len(rates)} dropout rates for {len(specification)} stacks: give at most one per "
+            "stack."
+        )
     if not all(0 <= rate < 1 for rate in rates):
         raise ValueError(f"dropout rates lie from 0 to below 1, got {tuple(rates)}.")
     if logits and len(rates) == len(specification) and rates[-1] > 0:
-        raise ValueError(f"the last stack gives the logits, which are not dropped: its rate must be 0, not {rates[-1]}.")
+        raise ValueError(
+            "the last stack gives the logits, which are not dropped: its rate must be 0, not "
+            f"{rates[-1]}."
+        )

@@ -10,14 +10,20 @@ from torch import Tensor, nn
 
 from biasshift.nets.initialization import Init, activation_named, linear, shrunk
 
-CODER = (1000, 500, 250, 30)  # the encoder's layers and, mirrored, the decoder's (Desjardins et al. 2015)
+CODER = (
+    1000,
+    500,
+    250,
+    30,
+)  # the encoder's layers and, mirrored, the decoder's (Desjardins et al. 2015)
 
 
 class Shifted(nn.Module):
-    """``activation(x) + constant``: moves the mean activation and nothing else, an intervention on what the theory talks about.
+    """``activation(x) + constant``: moves the mean activation and nothing else, an intervention on
+    what the theory talks about.
 
-    The next layer can absorb it: with its bias lowered by ``constant · Σ_j w_j`` the network computes the same function.
-    What learning does differently from there on, the constant caused.
+    The next layer can absorb it: with its bias lowered by ``constant · Σ_j w_j`` the network
+    computes the same function. What learning does differently from there on, the constant caused.
 
     Raises:
         ValueError: an activation with parameters, or a constant that is not finite.
@@ -29,10 +35,16 @@ class Shifted(nn.Module):
     def __init__(self, activation: nn.Module, constant: float):
         super().__init__()
         if any(True for _ in activation.parameters()):
-            raise ValueError(f"{type(activation).__name__} has parameters, which Shifted would hide from the optimizer.")
+            raise ValueError(
+                f"{type(activation).__name__} has parameters, which Shifted would hide from the "
+                "optimizer."
+            )
         if not math.isfinite(constant):
-            raise ValueError(f"the constant added to every activation must be finite, got {constant}.")
-        # In a tuple it is no child: measurements take the childless module, constant included, for the activation.
+            raise ValueError(
+                f"the constant added to every activation must be finite, got {constant}."
+            )
+        # In a tuple it is no child: measurements take the childless module, constant included, for
+        # the activation.
         self.inner = (activation,)
         self.constant = constant
 
@@ -54,23 +66,27 @@ def mlp(
     constant: float = 0.0,
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    """The fully connected classifier of Figure 2: `depth` hidden layers of `hidden` units, then `classes` logits.
+    """The fully connected classifier of Figure 2: `depth` hidden layers of `hidden` units, then
+    `classes` logits.
 
-    Weights follow He et al. 2015 for every activation: variance 2/fan_in; biases are zero. Equal seeds give equal
-    weights whatever the activation, so runs of one number differ in nothing else. The layers are "0", "2", …, "2·depth",
-    the activations between them "1", "3", ….
+    Weights follow He et al. 2015 for every activation: variance 2/fan_in; biases are zero. Equal
+    seeds give equal weights whatever the activation, so runs of one number differ in nothing else.
+    The layers are "0", "2", …, "2·depth", the activations between them "1", "3", ….
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
-        seed: of the weights. They are drawn from a generator of their own: the global random state is untouched.
-        init: "normal" draws from N(0, 2/fan_in), "uniform" from U(±√(6/fan_in)). The paper leaves it open; the
-            authors' own library drew uniformly.
-        constant: added to every activation's output (`Shifted`); names and weights stay the same. Not in the paper.
-        batch_norm: normalizes every hidden layer before its activation, in "norm0", "norm2", …; the other names and the weights
-            stay the same. Not in the paper for this network.
+        seed: of the weights. They are drawn from a generator of their own: the global random state
+            is untouched.
+        init: "normal" draws from N(0, 2/fan_in), "uniform" from U(±√(6/fan_in)). The paper leaves
+            it open; the authors' own library drew uniformly.
+        constant: added to every activation's output (`Shifted`); names and weights stay the same.
+            Not in the paper.
+        batch_norm: normalizes every hidden layer before its activation, in "norm0", "norm2", …; the
+            other names and the weights stay the same. Not in the paper for this network.
 
     Raises:
-        ValueError: an unknown activation or init, a size below 1 (`depth` may be 0), or a constant that is not finite.
+        ValueError: an unknown activation or init, a size below 1 (`depth` may be 0), or a constant
+            that is not finite.
 
     >>> net = mlp(784, activation="relu")
     >>> len(net), net[0], net[1]
@@ -78,7 +94,10 @@ def mlp(
     """
     activation_named(activation)  # refused also where there is no hidden layer
     if min(inputs, hidden, classes) < 1 or depth < 0:
-        raise ValueError(f"sizes must be positive, got inputs {inputs}, hidden {hidden}, classes {classes}, depth {depth}.")
+        raise ValueError(
+            f"sizes must be positive, got inputs {inputs}, hidden {hidden}, classes {classes}, "
+            f"depth {depth}."
+        )
     generator = torch.Generator().manual_seed(seed)
     widths = [inputs, *[hidden] * depth, classes]
     modules: OrderedDict[str, nn.Module] = OrderedDict()
@@ -102,38 +121,47 @@ def autoencoder(
     output: Literal["logits", "logistic"] = "logits",
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The deep autoencoder of Figure 3: 784-1000-500-250-30-250-500-1000-784, (batch, 784) → (batch, 784) **logits**.
+    """The deep autoencoder of Figure 3: 784-1000-500-250-30-250-500-1000-784, (batch, 784) →
+    (batch, 784) **logits**.
 
-    The layers are "fc1" … "fc8", the activations behind them "act1" … "act7"; the 30 code units come out of "fc4". Equal seeds
-    give equal weights whatever the activation.
+    The layers are "fc1" … "fc8", the activations behind them "act1" … "act7"; the 30 code units
+    come out of "fc4". Equal seeds give equal weights whatever the activation.
 
-    The paper says nothing of loss, code and output unit. The defaults are Martens 2010's: a linear code, logistic outputs and
-    the cross-entropy, ``F.binary_cross_entropy_with_logits(net(x), x, reduction="none").sum(1).mean()``, measured with
-    ``likelihood="bernoulli"``. The reconstruction is ``net(x).sigmoid()``, and the paper's *reconstruction error* read as its
-    squared distance from x. For linear outputs with a squared error, the same net's output is the reconstruction.
+    The paper says nothing of loss, code and output unit. The defaults are Martens 2010's: a linear
+    code, logistic outputs and the cross-entropy, ``F.binary_cross_entropy_with_logits(net(x), x,
+    reduction="none").sum(1).mean()``, measured with ``likelihood="bernoulli"``. The reconstruction
+    is ``net(x).sigmoid()``, and the paper's *reconstruction error* read as its squared distance
+    from x. For linear outputs with a squared error, the same net's output is the reconstruction.
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
         seed: of the weights, drawn from a generator of their own.
         init: "normal" or "uniform", as in `mlp`.
         code: "activation" puts "act4" behind the code layer.
-        output: "logistic" appends the sigmoid, "reconstruct", for a squared error on the reconstruction (``"gaussian"``).
+        output: "logistic" appends the sigmoid, "reconstruct", for a squared error on the
+            reconstruction (``"gaussian"``).
         width: multiplies the units of every hidden layer, the code's too.
 
     Raises:
-        ValueError: an unknown activation, init, code or output, fewer inputs than 1, or a width that is not positive.
+        ValueError: an unknown activation, init, code or output, fewer inputs than 1, or a width
+            that is not positive.
 
     >>> [layer.out_features for layer in autoencoder() if isinstance(layer, nn.Linear)]
     [1000, 500, 250, 30, 250, 500, 1000, 784]
     """
     if code not in ("linear", "activation") or output not in ("logits", "logistic"):
-        raise ValueError(f"code is 'linear' or 'activation' and output 'logits' or 'logistic', got '{code}' and '{output}'.")
+        raise ValueError(
+            f"code is 'linear' or 'activation' and output 'logits' or 'logistic', got '{code}' and "
+            f"'{output}'."
+        )
     if inputs < 1:
         raise ValueError(f"an autoencoder needs at least one input, got {inputs}.")
     generator = torch.Generator().manual_seed(seed)
     hidden = [shrunk(units, width) for units in CODER]
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (fan_in, units) in enumerate(pairwise([inputs, *hidden, *hidden[-2::-1], inputs]), start=1):
+    for number, (fan_in, units) in enumerate(
+        pairwise([inputs, *hidden, *hidden[-2::-1], inputs]), start=1
+    ):
         modules[f"fc{number}"] = linear(fan_in, units, init, generator)
         if number < 2 * len(CODER) and (number != len(CODER) or code == "activation"):
             modules[f"act{number}"] = activation_named(activation)

@@ -14,14 +14,24 @@ WeightLayer = TypeVar("WeightLayer", nn.Linear, nn.Conv2d)
 
 def linear(fan_in: int, units: int, init: Init, generator: torch.Generator) -> nn.Linear:
     """A fully connected layer, weights after He et al. 2015, biases zero."""
-    # On the meta device a layer draws nothing; elsewhere it would take its own weights from the global generator first.
+    # On the meta device a layer draws nothing; elsewhere it would take its own weights from the
+    # global generator first.
     return _he(nn.Linear(fan_in, units, device="meta"), init, generator)
 
 
 def convolution(
-    channels: int, units: int, field: int, init: Init, generator: torch.Generator, *, stride: int = 1, padding: int = 0
+    channels: int,
+    units: int,
+    field: int,
+    init: Init,
+    generator: torch.Generator,
+    *,
+    stride: int = 1,
+    padding: int = 0,
 ) -> nn.Conv2d:
-    """A convolution with a square receptive field; weights and biases as in `linear`, a unit's fan-in being its patch."""
+    """A convolution with a square receptive field; weights and biases as in `linear`, a unit's
+    fan-in being its patch.
+    """
     return _he(nn.Conv2d(channels, units, field, stride, padding, device="meta"), init, generator)
 
 
@@ -59,5 +69,8 @@ def shrunk(units: int, width: float) -> int:
         ValueError: a width that is not positive.
     """
     if not 0 < width < math.inf:
-        raise ValueError(f"width {width} must be positive: it multiplies the number of units of every hidden layer.")
+        raise ValueError(
+            f"width {width} must be positive: it multiplies the number of units of every hidden "
+            "layer."
+        )
     return max(1, round(units * width))

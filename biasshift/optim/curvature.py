@@ -15,13 +15,17 @@ from biasshift.optim.update_rule import Member
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
-HALVED_ERROR = 1e-3  # of a step of a float32 model, that factors may bring in which are kept in float32: they are read twice as fast
+# of a step of a float32 model, that factors may bring in which are kept in float32: they are read
+# twice as fast
+HALVED_ERROR = 1e-3
 TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals
 ITERATIONS = 200
 
 
 class Moments(NamedTuple):
-    """First moments of every block of units: what divides its sums, (blocks, 1); the mean less the reference, the mean, the center."""
+    """First moments of every block of units: what divides its sums, (blocks, 1); the mean less the
+    reference, the mean, the center.
+    """
 
     weight: Tensor
     offset: Tensor
@@ -32,7 +36,8 @@ class Moments(NamedTuple):
 class Curvature:
     """The running sums of one layer, and what they make of its gradient.
 
-    Units that share a matrix are a block: every unit is one, except under the center p, where a group of units is.
+    Units that share a matrix are a block: every unit is one, except under the center p, where a
+    group of units is.
     """
 
     def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
@@ -41,12 +46,17 @@ class Curvature:
         self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
 
     def add(self, new: Sums, decay: float) -> None:
-        """Sums decay together with the counts that divide them: their quotients are bias-corrected running averages."""
+        """Sums decay together with the counts that divide them: their quotients are bias-corrected
+        running averages.
+        """
         self.sums.add(new, decay)
         self._kept = self._examples = None
 
-    def update(self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float) -> tuple[Tensor, Tensor | None]:
-        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where there is no scale.
+    def update(
+        self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where
+        there is no scale.
 
         ``c`` is ``E_p(δ̄²)`` plus ``unit_damping`` times its mean over the layer's units.
         """
@@ -67,18 +77,25 @@ class Curvature:
         """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
         if self.member.center == "p":
-            weight, first = reference.new_full((len(reference), 1), self.sums.positions), parts["total"][0]
+            weight, first = (
+                reference.new_full((len(reference), 1), self.sums.positions),
+                parts["total"][0],
+            )
         else:
             weight, first = parts["weight"][0][:, None], parts["first"][0]
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
         mean = (_repeated(reference, len(offset)) + offset).mul_(alive)
-        return Moments(weight, offset, mean, torch.zeros_like(mean) if self.member.center == "none" else mean)
+        return Moments(
+            weight, offset, mean, torch.zeros_like(mean) if self.member.center == "none" else mean
+        )
 
-    # -- the curvature: second moments about the center ------------------------------------------------------------------
+    # -- the curvature: second moments about the center --------------------------------------------
 
-    def _solve(self, rhs: Tensor, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, rhs: Tensor, moments: Moments, damping: float, bias: bool
+    ) -> tuple[Tensor, Tensor]:
         """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
         if "samples" in self.sums.parts:
             if self._examples is None or self._examples[0] != (damping, bias):
@@ -93,7 +110,9 @@ class Curvature:
         if factors.dim() == 2:
             solved = by_block / factors[:, None]
         else:  # cholesky_solve would copy the factors, which takes 20 times as long
-            half = torch.linalg.solve_triangular(factors, by_block.mT.to(factors.dtype), upper=False)
+            half = torch.linalg.solve_triangular(
+                factors, by_block.mT.to(factors.dtype), upper=False
+            )
             solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT.double()
         return solved.flatten(0, 1), usable[:, None].expand(by_block.shape[:2]).flatten()
 
@@ -116,7 +135,9 @@ class Curvature:
         """Cholesky factors of every block's W, formed in pieces, and which are usable."""
         weight, offset, mean, r = moments
         blocks, inputs = offset.shape
-        factors = offset.new_empty(blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping, bias))
+        factors = offset.new_empty(
+            blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping, bias)
+        )
         usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
         one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
         step = max(1, FACTOR_BYTES // (8 * inputs**2))
@@ -140,7 +161,9 @@ class Curvature:
         return factors, usable
 
     def _kept_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
-        """Damped by λ times their mean diagonal, matrices have condition numbers up to ``inputs/λ + 1``; without a bias r rᵀ is added."""
+        """Damped by λ times their mean diagonal, matrices have condition numbers up to ``inputs/λ +
+        1``; without a bias r rᵀ is added.
+        """
         exact = self.dtype != torch.float32 or damping == 0 or not bias
         exact = exact or (inputs / damping + 1) * torch.finfo(torch.float32).eps > HALVED_ERROR
         return torch.float64 if exact else torch.float32
@@ -157,8 +180,10 @@ class Curvature:
     def _refuse_singular(self, units: Tensor) -> None:
         if units.any():
             raise ValueError(
-                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of {len(units)} units at damping=0, where "
-                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for example 1e-3."
+                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of "
+                f"{len(units)} units at damping=0, where "
+                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for "
+                "example 1e-3."
             )
 
 
@@ -187,9 +212,11 @@ class Examples:
         self.solver = Solver(fisher.sums, damping, shifted.dtype)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """``V⁻¹ rhs``, and which units have a V that one can solve with; without a bias ``(V + m mᵀ)⁻¹ rhs``, both damped.
+        """``V⁻¹ rhs``, and which units have a V that one can solve with; without a bias ``(V + m
+        mᵀ)⁻¹ rhs``, both damped.
 
-        Where one example has nearly all of a unit's δ², what V there is drowns in rounding: no iteration gets anywhere.
+        Where one example has nearly all of a unit's δ², what V there is drowns in rounding: no
+        iteration gets anywhere.
         """
         found = self._centered(rhs)
         if not self.bias:  # Sherman–Morrison
@@ -204,6 +231,7 @@ class Examples:
             return self.solver.solve(rhs, self.tolerance, ITERATIONS)
         except Singular:
             raise ValueError(
-                f"Layer '{self.name}': the curvature has no inverse at damping=0, where inputs never vary, or examples are fewer than "
+                f"Layer '{self.name}': the curvature has no inverse at damping=0, where inputs "
+                "never vary, or examples are fewer than "
                 "inputs. Use damping > 0, for example 1e-3."
             ) from None

@@ -11,12 +11,15 @@ from torch import Tensor
 from biasshift.optim.running_sums import Sums
 from biasshift.optim.update_rule import Member
 
-SLACK = 0.05  # by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
+# by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
+SLACK = 0.05
 
 
 @dataclass(eq=False)
 class Heard:
-    """One call of a layer, and the error that came back. It holds no part of the graph, whose nodes hold it."""
+    """One call of a layer, and the error that came back. It holds no part of the graph, whose nodes
+    hold it.
+    """
 
     a: Tensor
     version: int
@@ -32,7 +35,9 @@ class Heard:
 
 @dataclass(eq=False)
 class Pass:
-    """One forward pass: sums already formed, or what is needed to form them once the errors are there."""
+    """One forward pass: sums already formed, or what is needed to form them once the errors are
+    there.
+    """
 
     examples: int
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -74,23 +79,33 @@ class Divisor:
         self._divides_by: str | None = None
 
     def of(self, passes: list[Pass]) -> float:
-        """The number that a mean loss divides by: the examples, or, as most losses of PyTorch do, all labels of all of them.
+        """The number that a mean loss divides by: the examples, or, as most losses of PyTorch do,
+        all labels of all of them.
 
-        Which of the two is read off the first step: the gradient of a negative log-likelihood by the outputs is prediction
-        minus target, divided by that number, and a target lies between 0 and 1. Nothing can be proven for ``gaussian``.
+        Which of the two is read off the first step: the gradient of a negative log-likelihood by
+        the outputs is prediction minus target, divided by that number, and a target lies between 0
+        and 1. Nothing can be proven for ``gaussian``.
         """
         if self.member.reduction == "sum":
             divisors = {"examples": 1.0}
         else:
-            divisors = {"labels": sum(map(self._labels, passes)), "examples": float(sum(one.examples for one in passes))}
+            divisors = {
+                "labels": sum(map(self._labels, passes)),
+                "examples": float(sum(one.examples for one in passes)),
+            }
         if self._divides_by is None and self.member.likelihood == "gaussian":
             self._divides_by = "examples"
         if self._divides_by is None:
-            self._divides_by = next((unit for unit, divisor in divisors.items() if self._is_possible(passes, divisor)), None)
+            self._divides_by = next(
+                (unit for unit, divisor in divisors.items() if self._is_possible(passes, divisor)),
+                None,
+            )
         if self._divides_by is None:
             raise ValueError(
-                f'The loss is not a {self.member.reduction} of {self.member.likelihood} negative log-likelihoods, as labels="empirical" '
-                "needs: its gradient by the outputs leads to targets outside 0 … 1. Give reduction= as in the loss, divide the losses of "
+                f"The loss is not a {self.member.reduction} of {self.member.likelihood} negative "
+                'log-likelihoods, as labels="empirical" '
+                "needs: its gradient by the outputs leads to targets outside 0 … 1. Give "
+                "reduction= as in the loss, divide the losses of "
                 'accumulated batches by their number, do not scale it, or use labels="sampled".'
             )
         return divisors[self._divides_by]
@@ -98,7 +113,11 @@ class Divisor:
     def _labels(self, one: Pass) -> float:
         assert one.outputs is not None
         outputs = one.outputs.a
-        return float(outputs.numel() // outputs.shape[-1] if self.member.likelihood == "categorical" else outputs.numel())
+        return float(
+            outputs.numel() // outputs.shape[-1]
+            if self.member.likelihood == "categorical"
+            else outputs.numel()
+        )
 
     def _is_possible(self, passes: list[Pass], divisor: float) -> bool:
         for one in passes:
@@ -106,9 +125,19 @@ class Divisor:
             outputs, gradient = one.outputs.a.double(), one.outputs.delta
             if gradient is None or one.outputs.a._version != one.outputs.version:
                 continue
-            p = outputs.softmax(-1) if self.member.likelihood == "categorical" else outputs.sigmoid()
+            p = (
+                outputs.softmax(-1)
+                if self.member.likelihood == "categorical"
+                else outputs.sigmoid()
+            )
             targets = p - divisor * gradient.double()
-            total = targets.sum(-1) if self.member.likelihood == "categorical" else targets.new_ones(())
-            if not ((targets > -SLACK).all() and (targets < 1 + SLACK).all() and ((total - 1).abs() < SLACK).all()):
+            total = (
+                targets.sum(-1) if self.member.likelihood == "categorical" else targets.new_ones(())
+            )
+            if not (
+                (targets > -SLACK).all()
+                and (targets < 1 + SLACK).all()
+                and ((total - 1).abs() < SLACK).all()
+            ):
                 return False
         return True

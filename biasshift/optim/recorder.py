@@ -1,8 +1,10 @@
-"""What an optimizer overhears of somebody's training: sums over the examples of every forward pass whose loss went backwards.
+"""What an optimizer overhears of somebody's training: sums over the examples of every forward pass
+whose loss went backwards.
 
-A pass counts when the model ran in training mode with gradients enabled, and a backward pass reached its outputs. Its incoming
-activations come from forward hooks, its errors from one backward pass of our own at labels drawn from the model, before the
-user's frees the graph (``"sampled"``), or from the user's backward pass itself (``"empirical"``).
+A pass counts when the model ran in training mode with gradients enabled, and a backward pass
+reached its outputs. Its incoming activations come from forward hooks, its errors from one backward
+pass of our own at labels drawn from the model, before the user's frees the graph (``"sampled"``),
+or from the user's backward pass itself (``"empirical"``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,17 +29,34 @@ class Listener:
     """The hooks of one optimizer on one model, and the passes since its last step."""
 
     def __init__(
-        self, root: nn.Module, layers: Mapping[str, WeightLayer], member: Member, generator: torch.Generator, distributed: bool
+        self,
+        root: nn.Module,
+        layers: Mapping[str, WeightLayer],
+        member: Member,
+        generator: torch.Generator,
+        distributed: bool,
     ) -> None:
-        self.root, self.layers, self.member, self.generator, self.distributed = root, layers, member, generator, distributed
+        self.root, self.layers, self.member, self.generator, self.distributed = (
+            root,
+            layers,
+            member,
+            generator,
+            distributed,
+        )
         self.due = True  # whether the curvature of the present step's passes is wanted
         self.references: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._tape: Tape | None = None
         self._divisor = Divisor(member)
-        # the last to register runs first, so that a layer that is the whole model is recorded before its pass ends
-        self._handles = [root.register_forward_pre_hook(Ear(self, "_start")), watch("", root, Ear(self, "_stop"), raw=True)]
-        self._handles += [watch(name, module, Ear(self, "_record"), raw=True) for name, module in layers.items()]
+        # the last to register runs first, so that a layer that is the whole model is recorded
+        # before its pass ends
+        self._handles = [
+            root.register_forward_pre_hook(Ear(self, "_start")),
+            watch("", root, Ear(self, "_stop"), raw=True),
+        ]
+        self._handles += [
+            watch(name, module, Ear(self, "_record"), raw=True) for name, module in layers.items()
+        ]
 
     def remove(self) -> None:
         while self._handles:
@@ -48,7 +67,9 @@ class Listener:
         self._passes.clear()
 
     def take(self) -> tuple[float, dict[str, Sums]]:
-        """How many examples the gradients are of, and the sums of every layer over them; a fresh start."""
+        """How many examples the gradients are of, and the sums of every layer over them; a fresh
+        start.
+        """
         passes, self._passes = self._passes, []
         if any(one.heard for one in passes):
             self._read_errors(passes)
@@ -63,7 +84,9 @@ class Listener:
                     sums[name] = new
         examples = float(sum(one.examples for one in passes))
         if self.distributed:
-            for name in (name for name in self.layers if name in sums):  # in the same order everywhere
+            for name in (
+                name for name in self.layers if name in sums
+            ):  # in the same order everywhere
                 sums[name].all_reduce()
             if self.member.reduction == "sum":  # gradients are means over the processes
                 count = torch.tensor(examples, device=next(self.root.parameters()).device)
@@ -71,22 +94,38 @@ class Listener:
                 examples = count.item() / dist.get_world_size()
         return examples, sums if _are_finite(sums) else {}
 
-    # -- hooks ---------------------------------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------
 
     def _start(self, module: nn.Module, args: object) -> None:
         if module is self.root:  # not a replica
             self._tape = Tape() if module.training and torch.is_grad_enabled() else None
 
     def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
-        """What the module returns in place of a view: the tape's copy, whose gradient edge an in-place change would not replace."""
+        """What the module returns in place of a view: the tape's copy, whose gradient edge an
+        in-place change would not replace.
+        """
         layer = self.layers[name]
-        if self._tape is not None and self.due and module is layer and layer.weight.requires_grad and output.requires_grad:
+        if (
+            self._tape is not None
+            and self.due
+            and module is layer
+            and layer.weight.requires_grad
+            and output.requires_grad
+        ):
             return self._tape.record(name, module, a, output)
         return None
 
     def _stop(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        tape, self._tape = self._tape, None  # what a checkpoint computes again in the backward pass is not recorded
-        if tape is None or module is not self.root or not output.requires_grad or not output.numel():
+        tape, self._tape = (
+            self._tape,
+            None,
+        )  # what a checkpoint computes again in the backward pass is not recorded
+        if (
+            tape is None
+            or module is not self.root
+            or not output.requires_grad
+            or not output.numel()
+        ):
             return
         found = Pass(len(output) if output.dim() else 1)
         if tape.calls:
@@ -96,15 +135,24 @@ class Listener:
         edge.node.register_prehook(partial(self._use, found, edge.output_nr))
 
     def _use(self, found: Pass, output: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """The user's backward pass has reached the outputs: only now the pass counts. Others go with their graph."""
+        """The user's backward pass has reached the outputs: only now the pass counts. Others go
+        with their graph.
+        """
         if found.outputs is not None:
             found.outputs.keep(output, gradients)
         if found not in self._passes:
             self._passes.append(found)
 
     def _hear(self, found: Pass, calls: Mapping[str, list[Call]], output: Tensor) -> None:
-        found.heard = {name: [Heard(call.a, call.version, call.shape) for call in some] for name, some in calls.items()}
-        flat = [(call.edge, heard) for name, some in calls.items() for call, heard in zip(some, found.heard[name], strict=True)]
+        found.heard = {
+            name: [Heard(call.a, call.version, call.shape) for call in some]
+            for name, some in calls.items()
+        }
+        flat = [
+            (call.edge, heard)
+            for name, some in calls.items()
+            for call, heard in zip(some, found.heard[name], strict=True)
+        ]
         if self.member.needs_errors:
             self._check_outputs(output, calls)
         if self.member.needs_errors and self.member.labels == "empirical":
@@ -113,16 +161,25 @@ class Listener:
                 edge.node.register_prehook(partial(heard.keep, edge.output_nr))
             return
         if self.member.needs_errors:
-            # no label can be drawn from NaN; a pass that overflowed has NaN errors all the same, and a gradient scaler skips it
+            # no label can be drawn from NaN; a pass that overflowed has NaN errors all the same,
+            # and a gradient scaler skips it
             drawn_from = output.detach().nan_to_num()
-            rule = label_rules.seeds(drawn_from, cast(Likelihood, self.member.likelihood), "sampled", None, self.generator)
+            rule = label_rules.seeds(
+                drawn_from,
+                cast(Likelihood, self.member.likelihood),
+                "sampled",
+                None,
+                self.generator,
+            )
             edges = [edge for edge, _ in flat]
-            deltas = torch.autograd.grad(output, edges, rule.make(0, 1)[0], retain_graph=True, allow_unused=True)
+            deltas = torch.autograd.grad(
+                output, edges, rule.make(0, 1)[0], retain_graph=True, allow_unused=True
+            )
             for (_, heard), delta in zip(flat, deltas, strict=True):
                 heard.delta = delta
         self._read(found, 1.0)
 
-    # -- from what was heard to sums -------------------------------------------------------------------------------------
+    # -- from what was heard to sums ---------------------------------------------------------------
 
     @torch.no_grad()
     def _read(self, found: Pass, factor: float) -> None:
@@ -134,12 +191,22 @@ class Listener:
             self._check_positions(name, a)
             delta = None
             if self.member.needs_errors:
-                came = [a.new_zeros(heard.shape) if heard.delta is None else heard.delta for heard in calls]
-                delta = _side_by_side([kinds.errors(module, one[None])[0] for one in came]).to(a.dtype)
+                came = [
+                    a.new_zeros(heard.shape) if heard.delta is None else heard.delta
+                    for heard in calls
+                ]
+                delta = _side_by_side([kinds.errors(module, one[None])[0] for one in came]).to(
+                    a.dtype
+                )
                 delta = delta if factor == 1 else factor * delta
             if self.member.weight_sharing == "expand":
-                a, delta = a.flatten(0, 1)[:, None], None if delta is None else delta.flatten(0, 1)[:, None]
-            found.sums[name] = batch_sums(a, delta, self._reference(name, a), self.member, found.examples)
+                a, delta = (
+                    a.flatten(0, 1)[:, None],
+                    None if delta is None else delta.flatten(0, 1)[:, None],
+                )
+            found.sums[name] = batch_sums(
+                a, delta, self._reference(name, a), self.member, found.examples
+            )
         found.heard = {}
 
     def _reference(self, name: str, a: Tensor) -> Tensor:
@@ -159,44 +226,65 @@ class Listener:
                 self._read(one, factor)
             one.outputs = None
 
-    # -- refusals --------------------------------------------------------------------------------------------------------
+    # -- refusals ----------------------------------------------------------------------------------
 
     def _check_outputs(self, output: Tensor, calls: Mapping[str, list[Call]]) -> None:
         if output.dim() < 2 or not output.is_floating_point():
             raise ValueError(
-                f"The model must return floating outputs (batch, …, classes) in training, got {tuple(output.shape)} {output.dtype}."
+                "The model must return floating outputs (batch, …, classes) in training, got "
+                f"{tuple(output.shape)} {output.dtype}."
             )
         if self.member.likelihood == "categorical" and output.dim() > 2:
             for name, some in calls.items():
                 if not isinstance(self.layers[name], nn.Linear) and some[-1].shape == output.shape:
                     raise ValueError(
-                        f"The outputs {tuple(output.shape)} look like the maps of convolution '{name}', with the classes on axis 1; here "
-                        "they must come last. Wrap the model so that it returns outputs.movedim(1, -1)."
+                        f"The outputs {tuple(output.shape)} look like the maps of convolution "
+                        f"'{name}', with the classes on axis 1; here "
+                        "they must come last. Wrap the model so that it returns outputs.movedim(1, "
+                        "-1)."
                     )
 
     def _check_positions(self, name: str, a: Tensor) -> None:
-        if self.member.keeps_examples(a.shape[3]) and a.shape[1] > 1 and self.member.weight_sharing == "per_example":
+        if (
+            self.member.keeps_examples(a.shape[3])
+            and a.shape[1] > 1
+            and self.member.weight_sharing == "per_example"
+        ):
             raise ValueError(
-                f"Layer '{name}' has {a.shape[3]} inputs a unit and sees {a.shape[1]} positions an example, whose errors add up: its "
-                'matrices would be needed. Use weight_sharing="expand", scale="diagonal", or raise max_dense_inputs.'
+                f"Layer '{name}' has {a.shape[3]} inputs a unit and sees {a.shape[1]} positions an "
+                "example, whose errors add up: its "
+                'matrices would be needed. Use weight_sharing="expand", scale="diagonal", or raise '
+                "max_dense_inputs."
             )
 
     def _check_calls(self, name: str, calls: Iterable[Heard], examples: int) -> None:
         for heard in calls:
             if heard.a._version != heard.version:
-                raise ValueError(f"Layer '{name}': what came in was changed in place after it was read. Write h = h + u for h += u.")
+                raise ValueError(
+                    f"Layer '{name}': what came in was changed in place after it was read. Write h "
+                    "= h + u for h += u."
+                )
             if not kinds.is_batched(self.layers[name], heard.a):
-                raise ValueError(f"Layer '{name}' was called without an axis of examples, on {tuple(heard.a.shape)}.")
+                raise ValueError(
+                    f"Layer '{name}' was called without an axis of examples, on "
+                    f"{tuple(heard.a.shape)}."
+                )
             if self.member.weight_sharing == "per_example" and len(heard.a) != examples:
                 raise ValueError(
-                    f"Layer '{name}' sees {len(heard.a)} rows for {examples} examples: its first axis is not that of the examples. "
+                    f"Layer '{name}' sees {len(heard.a)} rows for {examples} examples: its first "
+                    "axis is not that of the examples. "
                     'weight_sharing="expand" takes every position by itself.'
                 )
 
 
 def _are_finite(sums: Mapping[str, Sums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
-    parts = [part for one in sums.values() for name in ("total", "weight", "first", "second") for part in one.parts.get(name, ())]
+    parts = [
+        part
+        for one in sums.values()
+        for name in ("total", "weight", "first", "second")
+        for part in one.parts.get(name, ())
+    ]
     checked = [part.sum(dtype=torch.float64) for part in parts]
     return not checked or bool(torch.stack(checked).isfinite().all())
 

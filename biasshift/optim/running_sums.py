@@ -1,4 +1,6 @@
-"""Sums over the examples of a pass, uncentered: what decays from one look at the curvature to the next."""
+"""Sums over the examples of a pass, uncentered: what decays from one look at the curvature to the
+next.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +12,22 @@ from torch import Tensor
 from biasshift.fisher import packed as triangle
 from biasshift.optim.update_rule import Member
 
-VECTORS = 2**22  # elements of the errors times activations of shared weights that are formed at a time
+VECTORS = (
+    2**22
+)  # elements of the errors times activations of shared weights that are formed at a time
 
 
 @dataclass
 class Sums:
-    """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing else.
+    """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing
+    else.
 
-    ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs); ``second`` the same of the squares (units, inputs)
-    or of the outer products, as the rows of `triangle`. Under the center p there is in place of ``first`` the ``total``
-    Σ (a − reference) (groups, inputs), and ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
-    Of layers too large for outer products there is no ``second`` but ``samples``: a − reference and δ² of every example, latest look.
+    ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs); ``second`` the same of
+    the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the
+    center p there is in place of ``first`` the ``total`` Σ (a − reference) (groups, inputs), and
+    ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
+    Of layers too large for outer products there is no ``second`` but ``samples``: a − reference and
+    δ² of every example, latest look.
     """
 
     examples: float
@@ -35,37 +42,58 @@ class Sums:
         for name, theirs in other.parts.items():
             mine = self.parts[name]
             if name == "samples":
-                self.parts[name] = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)] if decay == 1 else theirs
+                self.parts[name] = (
+                    [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+                    if decay == 1
+                    else theirs
+                )
                 continue
             for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
                 mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
 
     def saved(self) -> dict[str, Any]:
-        return {"examples": self.examples, "positions": self.positions, "reference": self.reference, "parts": self.parts}
+        return {
+            "examples": self.examples,
+            "positions": self.positions,
+            "reference": self.reference,
+            "parts": self.parts,
+        }
 
     @classmethod
     def loaded(cls, saved: dict[str, Any], device: torch.device) -> "Sums":
         """With memory of their own."""
-        parts = {name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()}
-        return cls(saved["examples"], saved["positions"], saved["reference"].to(device, copy=True), parts)
+        parts = {
+            name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()
+        }
+        return cls(
+            saved["examples"], saved["positions"], saved["reference"].to(device, copy=True), parts
+        )
 
     def all_reduce(self) -> None:
         """The sums over all processes, in place; their references must agree."""
-        counts = torch.tensor([self.examples, self.positions], dtype=torch.float64, device=self.reference.device)
+        counts = torch.tensor(
+            [self.examples, self.positions], dtype=torch.float64, device=self.reference.device
+        )
         for x in [counts, *(x for part in self.parts.values() for x in part)]:
             dist.all_reduce(x)
         self.examples, self.positions = counts.tolist()
 
 
-def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Member, examples: int) -> Sums:
-    """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions, units).
+def batch_sums(
+    a: Tensor, delta: Tensor | None, reference: Tensor, member: Member, examples: int
+) -> Sums:
+    """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions,
+    units).
 
-    A sample is an example where its positions belong together, else a position: then there is one position a sample.
+    A sample is an example where its positions belong together, else a position: then there is one
+    position a sample.
     """
     shifted = a - reference.to(a.dtype)
     parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if member.center == "p" else {}
     if delta is not None:
-        delta = delta.unflatten(2, (a.shape[2], -1))  # (samples, positions, groups, units of a group)
+        delta = delta.unflatten(
+            2, (a.shape[2], -1)
+        )  # (samples, positions, groups, units of a group)
         whole = delta.sum(1)
         parts["weight"] = [whole.double().square().sum(0).flatten()]
         if member.center != "p":
@@ -73,7 +101,11 @@ def batch_sums(a: Tensor, delta: Tensor | None, reference: Tensor, member: Membe
     if delta is not None and member.keeps_examples(a.shape[3]):
         parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
     elif member.scale != "none":
-        parts["second"] = _shared_second(shifted, member) if member.center == "p" else _unit_second(shifted, delta, member)
+        parts["second"] = (
+            _shared_second(shifted, member)
+            if member.center == "p"
+            else _unit_second(shifted, delta, member)
+        )
     return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
 
 
@@ -96,7 +128,11 @@ def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[
     units, diagonal = groups * delta.shape[-1], member.scale == "diagonal"
     if positions == 1 and diagonal:
         return [_weighted(delta.square(), shifted.square())]
-    rows = [shifted.new_zeros(units, inputs, dtype=torch.float64)] if diagonal else triangle.zeros(units, inputs, shifted.device)
+    rows = (
+        [shifted.new_zeros(units, inputs, dtype=torch.float64)]
+        if diagonal
+        else triangle.zeros(units, inputs, shifted.device)
+    )
     if positions == groups == 1:
         triangle.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
         return rows

@@ -1,4 +1,6 @@
-"""Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one `torch.optim.Optimizer`."""
+"""Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one
+`torch.optim.Optimizer`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,10 +23,12 @@ from biasshift.optim.update_rule import Member, check, covered, refuse_large
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
-    """Gradient descent along a center ``r`` and a curvature ``W`` of the incoming activations of every unit.
+    """Gradient descent along a center ``r`` and a curvature ``W`` of the incoming activations of
+    every unit.
 
-    ``Δw = c⁻¹ W⁻¹ (g − g₀ r)``, ``Δw₀ = g₀/c − rᵀΔw``: center the incoming activations, whiten them, then choose the bias so that
-    the step of the weights moves nothing at the center. Hence ``rᵀΔw + Δw₀ = g₀/c``. Without a scale c and W are left out.
+    ``Δw = c⁻¹ W⁻¹ (g − g₀ r)``, ``Δw₀ = g₀/c − rᵀΔw``: center the incoming activations, whiten
+    them, then choose the bias so that the step of the weights moves nothing at the center. Hence
+    ``rᵀΔw + Δw₀ = g₀/c``. Without a scale c and W are left out.
 
     ==========  =======  =========================================  ===================================  ===========================
     center      r        scale ``"full"``                           ``"diagonal"``                       ``"none"``
@@ -34,48 +38,61 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     ``"none"``  0        W = A/c: no coupling to the bias           diagonal natural gradient            plain gradient
     ==========  =======  =========================================  ===================================  ===========================
 
-    Curvature comes from the training loop's own passes; the loop stays as it is, and has no closure. A forward pass counts when
-    the model is in training mode, called as a whole, and its loss goes backwards before the step; several of them add up.
-    BatchNorm and dropout take part as they are in training, where no example has an error of its own: an approximation.
-    ``c``, ``b`` and ``A`` (or μ and the second moment) are running sums, from which the centered quantities are formed.
+    Curvature comes from the training loop's own passes; the loop stays as it is, and has no
+    closure. A forward pass counts when the model is in training mode, called as a whole, and its
+    loss goes backwards before the step; several of them add up. BatchNorm and dropout take part as
+    they are in training, where no example has an error of its own: an approximation. ``c``, ``b``
+    and ``A`` (or μ and the second moment) are running sums, from which the centered quantities are
+    formed.
 
-    Linear layers and convolutions are covered when they are called as modules and own their weights; everything else (norms,
-    embeddings, tied weights, layers never called) takes the plain gradient. Units whose δ² is 0, or whose incoming activations do
-    not vary, have no curvature: they keep their center and lose the scale, which leaves a dead unit where it is. A layer without
-    a bias, or with a frozen one, has nothing to center with: ``Δw = c⁻¹ (W + r rᵀ)⁻¹ g``, which is ``A⁻¹ g``.
+    Linear layers and convolutions are covered when they are called as modules and own their
+    weights; everything else (norms, embeddings, tied weights, layers never called) takes the plain
+    gradient. Units whose δ² is 0, or whose incoming activations do not vary, have no curvature:
+    they keep their center and lose the scale, which leaves a dead unit where it is. A layer without
+    a bias, or with a frozen one, has nothing to center with: ``Δw = c⁻¹ (W + r rᵀ)⁻¹ g``, which is
+    ``A⁻¹ g``.
 
     Args:
-        model: whose forward passes are watched, and all of whose parameters are updated, as one group. The wrappers of
-            ``DistributedDataParallel`` are looked through: processes share their sums.
-        lr: refers to the gradient of the mean loss, whatever ``reduction`` says, and to the transformed step: with a scale, ``lr=1``
-            is a whole natural gradient step.
+        model: whose forward passes are watched, and all of whose parameters are updated, as one
+            group. The wrappers of ``DistributedDataParallel`` are looked through: processes share
+            their sums.
+        lr: refers to the gradient of the mean loss, whatever ``reduction`` says, and to the
+            transformed step: with a scale, ``lr=1`` is a whole natural gradient step.
         momentum: of the transformed updates, as in ``torch.optim.SGD``.
-        weight_decay: decoupled, ``w ← (1 − lr·weight_decay) w``, of parameters with more than one axis: biases and norms are spared.
-            Added to the gradient it would grow with 1/c, without bound as the model becomes sure.
-        damping: λ in ``W + λ mean(diag W) I``, unit by unit, which leaves the identity above as it is.
-        labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model; ``"empirical"`` the errors of the user's
-            own backward pass, which make another matrix, keep the activations until the step, and must be those of the declared
-            likelihood, unscaled: no gradient scaler.
-        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last), ``"gaussian"`` (unit variance: half
-            the squared error, summed over the outputs) or ``"bernoulli"`` (logits).
-        reduction: of the user's loss over the examples of all passes of a step. A ``"mean"`` over accumulated batches needs each
-            loss divided by their number, as ever.
+        weight_decay: decoupled, ``w ← (1 − lr·weight_decay) w``, of parameters with more than one
+            axis: biases and norms are spared. Added to the gradient it would grow with 1/c, without
+            bound as the model becomes sure.
+        damping: λ in ``W + λ mean(diag W) I``, unit by unit, which leaves the identity above as it
+            is.
+        labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model;
+            ``"empirical"`` the errors of the user's own backward pass, which make another matrix,
+            keep the activations until the step, and must be those of the declared likelihood,
+            unscaled: no gradient scaler.
+        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last),
+            ``"gaussian"`` (unit variance: half the squared error, summed over the outputs) or
+            ``"bernoulli"`` (logits).
+        reduction: of the user's loss over the examples of all passes of a step. A ``"mean"`` over
+            accumulated batches needs each loss divided by their number, as ever.
         update_every: steps between two looks at the curvature, and between two factorizations.
         decay: of the running sums from one look to the next; 0 keeps the latest.
-        max_dense_inputs: the most inputs of a unit that a full matrix is kept for. Linear layers with more keep the examples of
-            the latest look in place of V, and solve with those (by iteration where they are many); their c and center are running
-            averages as ever. With the center ``"q"``, and in one process; else, and for convolutions, they are refused.
+        max_dense_inputs: the most inputs of a unit that a full matrix is kept for. Linear layers
+            with more keep the examples of the latest look in place of V, and solve with those (by
+            iteration where they are many); their c and center are running averages as ever. With
+            the center ``"q"``, and in one process; else, and for convolutions, they are refused.
         generator: draws the sampled labels; by default one of its own, with a fixed seed.
         weight_sharing: for convolutions and sequences, as in `biasshift.unit_fisher`.
-        kl_clip: shortens a step to where ``lr² Σ gᵀΔ``, about twice the mean divergence between the model's answers before and
-            after it, is so large; none is shortened by default. With a scale, c goes to 0 as the model becomes sure and 1/c grows
-            without bound: 1e-3 to 1e-2 keeps such steps in hand.
-        unit_damping: adds so much of the layer's mean c to the c of every unit, in the update alone. Units that are hardly ever
-            active, as ReLU networks have them, would otherwise take unbounded steps. It is a learning rate for each unit: the
-            identity holds with this c, and the invariance under shifts is untouched.
+        kl_clip: shortens a step to where ``lr² Σ gᵀΔ``, about twice the mean divergence between the
+            model's answers before and after it, is so large; none is shortened by default. With a
+            scale, c goes to 0 as the model becomes sure and 1/c grows without bound: 1e-3 to 1e-2
+            keeps such steps in hand.
+        unit_damping: adds so much of the layer's mean c to the c of every unit, in the update
+            alone. Units that are hardly ever active, as ReLU networks have them, would otherwise
+            take unbounded steps. It is a learning rate for each unit: the identity holds with this
+            c, and the invariance under shifts is untouched.
 
     Raises:
-        ValueError: for arguments that do not fit, or a layer whose curvature cannot be formed (the sentence names it).
+        ValueError: for arguments that do not fit, or a layer whose curvature cannot be formed (the
+            sentence names it).
         RuntimeError: by the first ``step`` when no forward pass was seen before it.
 
     >>> model = nn.Linear(1, 1)
@@ -89,7 +106,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     >>> round(model.weight.item(), 2), round(model.bias.item())  # gradient descent at this rate diverges
     (2.0, 1)
 
-    Source: Theorem 1 of the ELU paper; Ollivier 2015 (quasi-diagonal), Raiko et al. 2012 (centering), Martens & Grosse 2015 (K-FAC).
+    Source: Theorem 1 of the ELU paper; Ollivier 2015 (quasi-diagonal), Raiko et al. 2012
+        (centering), Martens & Grosse 2015 (K-FAC).
     """
 
     def __init__(
@@ -112,19 +130,41 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         kl_clip: float | None = None,
         unit_damping: float = 0.0,
     ) -> None:
-        self.member = Member(center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs)
-        check(model, lr, momentum, weight_decay, damping, update_every, decay, max_dense_inputs, kl_clip, unit_damping)
+        self.member = Member(
+            center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs
+        )
+        check(
+            model,
+            lr,
+            momentum,
+            weight_decay,
+            damping,
+            update_every,
+            decay,
+            max_dense_inputs,
+            kl_clip,
+            unit_damping,
+        )
         root = underlying(model)
         layers = covered(root) if self.member.needs_sums else {}
-        distributed = isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
+        distributed = (
+            isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
+        )
         if scale == "full":
             refuse_large(layers, self.member, distributed)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+        }
         defaults |= {"kl_clip": kl_clip, "unit_damping": unit_damping}
         super().__init__(model.parameters(), defaults)
         self.update_every, self.decay = update_every, decay
         device = next(model.parameters()).device
-        self.generator = generator or torch.Generator(device).manual_seed(dist.get_rank() if distributed else 0)
+        self.generator = generator or torch.Generator(device).manual_seed(
+            dist.get_rank() if distributed else 0
+        )
         self._layers, self._steps = layers, 0
         self._curvatures: dict[str, Curvature] = {}
         self._listener = Listener(root, layers, self.member, self.generator, distributed)
@@ -132,15 +172,22 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The model's parameters are the only group."""
         if self.param_groups:
-            raise ValueError("All parameters of the model make up one group: another would have no forward passes. Make a new optimizer.")
+            raise ValueError(
+                "All parameters of the model make up one group: another would have no forward "
+                "passes. Make a new optimizer."
+            )
         super().add_param_group(param_group)
 
     def remove(self) -> None:
-        """Takes all hooks off the model; later steps keep the last curvature. Calling it again does nothing."""
+        """Takes all hooks off the model; later steps keep the last curvature. Calling it again does
+        nothing.
+        """
         self._listener.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and the passes they came from: those of a step that a gradient scaler has skipped."""
+        """Drops the gradients, and the passes they came from: those of a step that a gradient
+        scaler has skipped.
+        """
         super().zero_grad(set_to_none)
         self._listener.forget()
 
@@ -160,7 +207,12 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         updates, group = self._updates(factor), self.param_groups[0]
         params, lr = list(updates), float(group["lr"])
         if group["kl_clip"] is not None:
-            updates = within_trust(updates, [p.grad * factor for p in params if p.grad is not None], lr, group["kl_clip"])
+            updates = within_trust(
+                updates,
+                [p.grad * factor for p in params if p.grad is not None],
+                lr,
+                group["kl_clip"],
+            )
         steps = with_momentum(updates, group["momentum"], self.state)
         decaying = [p for p in params if p.dim() > 1]
         if group["weight_decay"] and decaying:
@@ -172,10 +224,17 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on to the same numbers: the curvature and the generator of labels, too."""
+        """What ``load_state_dict`` needs to go on to the same numbers: the curvature and the
+        generator of labels, too.
+        """
         curvature = {name: one.sums.saved() for name, one in self._curvatures.items()}
         kind = (self.member.center, self.member.scale)
-        rest = {"member": kind, "steps": self._steps, "generator": self.generator.get_state(), "curvature": curvature}
+        rest = {
+            "member": kind,
+            "steps": self._steps,
+            "generator": self.generator.get_state(),
+            "curvature": curvature,
+        }
         return {**super().state_dict(), "biasshift": rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,27 +246,43 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         rest = state_dict.get("biasshift")
         kind = (self.member.center, self.member.scale)
         if rest is None or tuple(rest["member"]) != kind:
-            of = "another optimizer" if rest is None else "center={!r}, scale={!r}".format(*rest["member"])
-            raise ValueError(f"The state is that of {of}, and this is center={kind[0]!r}, scale={kind[1]!r}.")
+            of = (
+                "another optimizer"
+                if rest is None
+                else "center={!r}, scale={!r}".format(*rest["member"])
+            )
+            raise ValueError(
+                f"The state is that of {of}, and this is center={kind[0]!r}, scale={kind[1]!r}."
+            )
         unknown = [name for name in rest["curvature"] if name not in self._layers]
         if unknown:
-            raise ValueError(f"The state has the curvature of layer '{unknown[0]}', which this model does not have.")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "biasshift"})
+            raise ValueError(
+                f"The state has the curvature of layer '{unknown[0]}', which this model does not "
+                "have."
+            )
+        super().load_state_dict(
+            {name: value for name, value in state_dict.items() if name != "biasshift"}
+        )
         self._steps = rest["steps"]
         self.generator.set_state(rest["generator"].cpu())
         self._curvatures = {
-            name: self._curvature(name, Sums.loaded(one, self._layers[name].weight.device)) for name, one in rest["curvature"].items()
+            name: self._curvature(name, Sums.loaded(one, self._layers[name].weight.device))
+            for name, one in rest["curvature"].items()
         }
-        self._listener.references = {name: one.sums.reference for name, one in self._curvatures.items()}
+        self._listener.references = {
+            name: one.sums.reference for name, one in self._curvatures.items()
+        }
         self._listener.due = self._due()
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
         return self._steps % self.update_every == 0 or not self._curvatures
 
     def _look(self) -> float:
-        """Takes in the passes since the last step. Returns what turns the gradients into those of the mean loss."""
+        """Takes in the passes since the last step. Returns what turns the gradients into those of
+        the mean loss.
+        """
         examples, sums = self._listener.take()
         for name, new in sums.items():
             if name in self._curvatures:
@@ -217,8 +292,10 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         learning = any(layer.weight.grad is not None for layer in self._layers.values())
         if not examples and ((learning and not self._curvatures) or self.member.reduction == "sum"):
             raise RuntimeError(
-                "No forward pass of the model was seen before this step: it must be called as a whole, in training mode, with gradients "
-                "enabled, and return one tensor whose loss goes backwards; the optimizer must be made before torch.compile runs the model."
+                "No forward pass of the model was seen before this step: it must be called as a "
+                "whole, in training mode, with gradients "
+                "enabled, and return one tensor whose loss goes backwards; the optimizer must be "
+                "made before torch.compile runs the model."
             )
         return examples if self.member.reduction == "sum" else 1.0
 
@@ -228,7 +305,11 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
         """The update of every parameter that has a gradient, before momentum and learning rate."""
         group = self.param_groups[0]
-        updates = {p: p.grad if factor == 1 else p.grad * factor for p in group["params"] if p.grad is not None}
+        updates = {
+            p: p.grad if factor == 1 else p.grad * factor
+            for p in group["params"]
+            if p.grad is not None
+        }
         for name, curvature in self._curvatures.items():
             layer = self._layers[name]
             weight, bias = layer.weight, layer.bias
@@ -246,8 +327,12 @@ class UnitNaturalGradient(torch.optim.Optimizer):
 # -- momentum of the transformed updates -------------------------------------------------------
 
 
-def with_momentum(updates: dict[Tensor, Tensor], momentum: float, state: dict[Any, Any]) -> list[Tensor]:
-    """The steps to take, in the order of the parameters; ``state`` is the optimizer's, and keeps their running sums."""
+def with_momentum(
+    updates: dict[Tensor, Tensor], momentum: float, state: dict[Any, Any]
+) -> list[Tensor]:
+    """The steps to take, in the order of the parameters; ``state`` is the optimizer's, and keeps
+    their running sums.
+    """
     if not momentum:
         return list(updates.values())
     for p in updates:
@@ -263,15 +348,23 @@ def with_momentum(updates: dict[Tensor, Tensor], momentum: float, state: dict[An
 # -- A trust region ----------------------------------------------------------------------------
 
 
-def within_trust(updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float) -> dict[Tensor, Tensor]:
-    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its updates as they are.
+def within_trust(
+    updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float
+) -> dict[Tensor, Tensor]:
+    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its
+    updates as they are.
 
-    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean divergence between the model's
-    answers before and after the step.
+    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean
+    divergence between the model's answers before and after the step.
 
     Source: the step clipping of Ba, Grosse & Martens 2017 (distributed K-FAC).
     """
-    moved = lr**2 * sum(torch.sum(g * update, dtype=torch.float64) for g, update in zip(gradients, updates.values(), strict=True))
+    moved = lr**2 * sum(
+        torch.sum(g * update, dtype=torch.float64)
+        for g, update in zip(gradients, updates.values(), strict=True)
+    )
     moved = torch.as_tensor(moved)
-    scale = torch.where(moved > most, (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 1.0)
+    scale = torch.where(
+        moved > most, (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 1.0
+    )
     return {p: update * scale.to(update.dtype) for p, update in updates.items()}

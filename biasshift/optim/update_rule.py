@@ -31,12 +31,19 @@ class Member:
     likelihood: str
     reduction: str
     weight_sharing: str
-    dense_inputs: int = 2**62  # beyond so many inputs of a unit, the full scale keeps the latest examples in place of its matrices
+    dense_inputs: int = (
+        2**62
+        # beyond so many inputs of a unit, the full scale keeps the latest examples in place of its
+        # matrices
+    )
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, known))}, got "
+                    f"{getattr(self, name)!r}."
+                )
 
     @property
     def needs_errors(self) -> bool:
@@ -56,20 +63,36 @@ class Member:
 
 def covered(root: nn.Module) -> dict[str, WeightLayer]:
     """The layers whose units have weights of their own, by name."""
-    found = {name: module for name, module in root.named_modules() if kinds.is_covered(module) and kinds.why_uncovered(module) is None}
+    found = {
+        name: module
+        for name, module in root.named_modules()
+        if kinds.is_covered(module) and kinds.why_uncovered(module) is None
+    }
     shared = tied(root, found)
-    return {name: module for name, module in found.items() if name not in shared and "weight" in module._parameters}
+    return {
+        name: module
+        for name, module in found.items()
+        if name not in shared and "weight" in module._parameters
+    }
 
 
 def refuse_large(layers: dict[str, WeightLayer], member: Member, distributed: bool) -> None:
-    """Linear layers of one process are solved with by their examples; others must keep the matrices of all their units."""
+    """Linear layers of one process are solved with by their examples; others must keep the matrices
+    of all their units.
+    """
     by_examples = member.center == "q" and not distributed
     for name, layer in layers.items():
         inputs, most = kinds.input_count(layer), member.dense_inputs
-        if inputs > most and layer.weight.requires_grad and not (by_examples and isinstance(layer, nn.Linear)):
+        if (
+            inputs > most
+            and layer.weight.requires_grad
+            and not (by_examples and isinstance(layer, nn.Linear))
+        ):
             raise ValueError(
-                f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: its full matrices would take "
-                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or raise max_dense_inputs.'
+                f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: "
+                "its full matrices would take "
+                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or '
+                "raise max_dense_inputs."
             )
 
 
@@ -78,13 +101,26 @@ def check(
     kl_clip: float | None, unit_damping: float,
 ) -> None:  # fmt: skip
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be the nn.Module itself, whose forward passes are watched, got {type(model).__name__}.")
+        raise ValueError(
+            "model must be the nn.Module itself, whose forward passes are watched, got "
+            f"{type(model).__name__}."
+        )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError("The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one device.")
+        raise ValueError(
+            "The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one "
+            "device."
+        )
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
-        raise ValueError(f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made.")
-    rates = {"lr": lr, "weight_decay": weight_decay, "damping": damping, "unit_damping": unit_damping}
+        raise ValueError(
+            f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made."
+        )
+    rates = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "damping": damping,
+        "unit_damping": unit_damping,
+    }
     for name, value in rates.items():
         if not 0 <= _number(value) < math.inf:
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")

@@ -1,4 +1,5 @@
-"""The pictures: `(ax, table) -> ax`. Each is a reduction of the tidy table, then lines or dots on the given axes.
+"""The pictures: `(ax, table) -> ax`. Each is a reduction of the tidy table, then lines or dots on
+the given axes.
 
 theme       one style, panels, legends, the look of every line
 reductions  pure functions from table to table: what a picture shows
@@ -9,8 +10,23 @@ comparison  numbers beside numbers: the gradient gap against the mean incoming a
 from typing import TYPE_CHECKING
 
 from biasshift.plots.comparison import gap_against_mean, published, ranking, spans, stacked
-from biasshift.plots.lines import activation_functions, coupling, curves, layer_lines, learning_curves, lines_and_ribbons, unit_means
-from biasshift.plots.reductions import gap_points, mean_and_sd_over_seeds, median_over_runs, median_over_units, need, with_epochs
+from biasshift.plots.lines import (
+    activation_functions,
+    coupling,
+    curves,
+    layer_lines,
+    learning_curves,
+    lines_and_ribbons,
+    unit_means,
+)
+from biasshift.plots.reductions import (
+    gap_points,
+    mean_and_sd_over_seeds,
+    median_over_runs,
+    median_over_units,
+    need,
+    with_epochs,
+)
 from biasshift.plots.theme import (
     LOOKS,
     OTHER_LOOKS,

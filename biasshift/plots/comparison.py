@@ -21,7 +21,9 @@ LARGEST, SMALLEST, GROWING, IN_LEGEND = 240, 45, 3.5, 60  # areas of markers
 
 
 def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str = "paper") -> Axes:
-    """Returns `ax` with published numbers (x, y, activation) as hollow marks of the activation's shape and color."""
+    """Returns `ax` with published numbers (x, y, activation) as hollow marks of the activation's
+    shape and color.
+    """
     for x, y, activation in points:
         look = looks([activation])[activation]
         ax.plot([x], [y], **(PAPER | {"marker": look.marker, "markeredgecolor": look.color}))
@@ -31,12 +33,20 @@ def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str =
 
 
 def spans(
-    ax: Axes, table: pd.DataFrame, at: str, group: str = "activation", middle: str = "mean", low: str = "low", high: str = "high"
+    ax: Axes,
+    table: pd.DataFrame,
+    at: str,
+    group: str = "activation",
+    middle: str = "mean",
+    low: str = "low",
+    high: str = "high",
 ) -> Axes:
-    """Returns `ax` with a mark and a bar from `low` to `high` for every group, side by side at the places named by `at`.
+    """Returns `ax` with a mark and a bar from `low` to `high` for every group, side by side at the
+    places named by `at`.
 
     Args:
-        table: one row per place and group; places in order of appearance. A column `n` goes into the legend.
+        table: one row per place and group; places in order of appearance. A column `n` goes into
+            the legend.
     """
     need(table, [at, group, middle, low, high], "spans")
     places = {place: number for number, place in enumerate(table[at].drop_duplicates())}
@@ -47,15 +57,34 @@ def spans(
         x = [places[place] + offset for place in rows[at]]
         seeds = f" (n = {between(rows['n'].astype(int))})" if "n" in rows else ""
         bars = [rows[middle] - rows[low], rows[high] - rows[middle]]
-        ax.errorbar(x, rows[middle], bars, fmt=look.marker, color=look.color, capsize=2, linewidth=1, label=escaped(look.label) + seeds)
-    ax.set_xticks(list(places.values()), [str(place).replace("-", "-\n") for place in places], parse_math=False)
+        ax.errorbar(
+            x,
+            rows[middle],
+            bars,
+            fmt=look.marker,
+            color=look.color,
+            capsize=2,
+            linewidth=1,
+            label=escaped(look.label) + seeds,
+        )
+    ax.set_xticks(
+        list(places.values()),
+        [str(place).replace("-", "-\n") for place in places],
+        parse_math=False,
+    )
     ax.set_xlim(-0.6, len(places) - 0.4)
     legend(ax)
     return ax
 
 
-def ranking(ax: Axes, ours: Mapping[str, float], paper: Mapping[str, float] | None = None, marks: Mapping[str, Look] | None = None) -> Axes:
-    """Returns `ax` with one row per name, the first on top: filled dots for numbers of these runs, hollow ones for the paper's.
+def ranking(
+    ax: Axes,
+    ours: Mapping[str, float],
+    paper: Mapping[str, float] | None = None,
+    marks: Mapping[str, Look] | None = None,
+) -> Axes:
+    """Returns `ax` with one row per name, the first on top: filled dots for numbers of these runs,
+    hollow ones for the paper's.
 
     Args:
         marks: the looks of rows that have one of their own.
@@ -67,7 +96,14 @@ def ranking(ax: Axes, ours: Mapping[str, float], paper: Mapping[str, float] | No
         ax.plot(list(paper.values()), [height[name] for name in paper], **PAPER, label="paper")
     alike = [name for name in ours if name not in (marks or {})]
     if alike:
-        ax.plot([ours[name] for name in alike], [height[name] for name in alike], "D", color=COLOR, markersize=5, label="these runs")
+        ax.plot(
+            [ours[name] for name in alike],
+            [height[name] for name in alike],
+            "D",
+            color=COLOR,
+            markersize=5,
+            label="these runs",
+        )
     for name, look in (marks or {}).items():
         ax.plot([ours[name]], [height[name]], look.marker, color=look.color, markersize=6)
     ax.set_yticks(list(height.values()), names, parse_math=False)
@@ -76,8 +112,11 @@ def ranking(ax: Axes, ours: Mapping[str, float], paper: Mapping[str, float] | No
     return ax
 
 
-def stacked(ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: str = "activation") -> Axes:
-    """Returns `ax` with a bar per group, of shares that add up to 1: `columns` says which, and what each is called.
+def stacked(
+    ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: str = "activation"
+) -> Axes:
+    """Returns `ax` with a bar per group, of shares that add up to 1: `columns` says which, and what
+    each is called.
 
     The legend says how large a share is at most that is too small for the eye.
     """
@@ -85,7 +124,9 @@ def stacked(ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: st
     bars = looks(table[group].unique(), group)
     rows = table.set_index(group).loc[list(bars)]
     below = rows[next(iter(columns))].to_numpy(float) * 0
-    for (column, name), grey, hatch in zip(columns.items(), ("0.35", "0.65", "0.9"), ("", "///", ""), strict=False):
+    for (column, name), grey, hatch in zip(
+        columns.items(), ("0.35", "0.65", "0.9"), ("", "///", ""), strict=False
+    ):
         shares = rows[column].to_numpy(float)
         ax.bar(
             range(len(bars)),
@@ -106,20 +147,30 @@ def stacked(ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: st
 
 def _at_most(share: float) -> str:
     """ " (< 0.1 %)" for a share that nobody sees; nothing for others."""
-    return f" (< {100 * 10.0 ** math.ceil(math.log10(share) + 1e-9):.3g} %)" if 0 < share < UNSEEN else ""
+    return (
+        f" (< {100 * 10.0 ** math.ceil(math.log10(share) + 1e-9):.3g} %)"
+        if 0 < share < UNSEEN
+        else ""
+    )
 
 
 # -- the gradient gap against what is said to cause it -----------------------------------------
 
 
 def gap_against_mean(
-    ax: Axes, table: pd.DataFrame, layers: Sequence[str] | None = None, skip_input: bool = False, group: str = "activation"
+    ax: Axes,
+    table: pd.DataFrame,
+    layers: Sequence[str] | None = None,
+    skip_input: bool = False,
+    group: str = "activation",
 ) -> Axes:
-    """Returns `ax` with the gradient gap against the mean incoming activation, a dot per run, layer and step.
+    """Returns `ax` with the gradient gap against the mean incoming activation, a dot per run, layer
+    and step.
 
-    The large marker of each group is at its medians, smaller than the ones below it: of two at one place, both are seen. `layers` and
-    `skip_input` as in `gap_points`. Where the table has a column `enough`, the share of a layer's units with enough effective
-    samples, dots below one half are hollow and take no part in the medians.
+    The large marker of each group is at its medians, smaller than the ones below it: of two at one
+    place, both are seen. `layers` and `skip_input` as in `gap_points`. Where the table has a column
+    `enough`, the share of a layer's units with enough effective samples, dots below one half are
+    hollow and take no part in the medians.
     """
     need(table, [group], "the gradient gap")
     points = gap_points(table, layers, skip_input)
@@ -128,13 +179,36 @@ def gap_against_mean(
         dots = points.loc[points[group] == name]
         enough = ~(dots["enough"] < ENOUGH_UNITS) if "enough" in dots else dots["degrees"].notna()
         sure, unsure = dots.loc[enough], dots.loc[~enough]
-        small, hollow = {"s": 9, "marker": look.marker, "rasterized": True}, {"facecolors": "none", "linewidths": 0.8}
-        ax.scatter(sure["mean_in_abs"], sure["degrees"], alpha=0.3, color=look.color, linewidths=0, **small)
+        small, hollow = (
+            {"s": 9, "marker": look.marker, "rasterized": True},
+            {"facecolors": "none", "linewidths": 0.8},
+        )
+        ax.scatter(
+            sure["mean_in_abs"], sure["degrees"], alpha=0.3, color=look.color, linewidths=0, **small
+        )
         if len(unsure):
-            ax.scatter(unsure["mean_in_abs"], unsure["degrees"], alpha=0.7, edgecolors=look.color, **hollow, **small)
+            ax.scatter(
+                unsure["mean_in_abs"],
+                unsure["degrees"],
+                alpha=0.7,
+                edgecolors=look.color,
+                **hollow,
+                **small,
+            )
         runs = sure["run"].nunique() if "run" in dots else 1
-        big: Any = {"color": look.color, "marker": look.marker, "edgecolors": "white", "linewidths": 1.2, "zorder": 3}
-        ax.scatter([sure["mean_in_abs"].median()], [sure["degrees"].median()], s=min(LARGEST, SMALLEST * GROWING**above), **big)
+        big: Any = {
+            "color": look.color,
+            "marker": look.marker,
+            "edgecolors": "white",
+            "linewidths": 1.2,
+            "zorder": 3,
+        }
+        ax.scatter(
+            [sure["mean_in_abs"].median()],
+            [sure["degrees"].median()],
+            s=min(LARGEST, SMALLEST * GROWING**above),
+            **big,
+        )
         ax.scatter([], [], s=IN_LEGEND, label=f"{escaped(look.label)} (n = {runs})", **big)
     ax.set(xlabel="incoming activations: mean over inputs of $|E_p(a)|$")
     ax.set(ylabel="angle between gradient and\nunit natural gradient (degrees)")

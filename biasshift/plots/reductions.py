@@ -1,4 +1,6 @@
-"""Reductions of the tidy table, from table to table: whoever doubts a picture can print what it shows."""
+"""Reductions of the tidy table, from table to table: whoever doubts a picture can print what it
+shows.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ if TYPE_CHECKING:
 
 
 def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table with `epoch` in every row, interpolated over the steps of the run's whole-network rows.
+    """Returns the table with `epoch` in every row, interpolated over the steps of the run's
+    whole-network rows.
 
-    Only those rows carry the epoch. Step 0 is epoch 0; beyond a run's last record its average pace goes on.
+    Only those rows carry the epoch. Step 0 is epoch 0; beyond a run's last record its average pace
+    goes on.
 
     Raises:
         ValueError: a run has no epochs.
@@ -24,7 +28,9 @@ def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
     for rows in _rows_by_run(table):
         step = table["step"].to_numpy(float)[rows]
         known = ~np.isnan(epoch[rows])
-        marks = dict(sorted({0.0: 0.0, **dict(zip(step[known], epoch[rows][known], strict=True))}.items()))
+        marks = dict(
+            sorted({0.0: 0.0, **dict(zip(step[known], epoch[rows][known], strict=True))}.items())
+        )
         x, y = np.array(list(marks)), np.array(list(marks.values()))
         pace = (y[-1] - y[0]) / (x[-1] - x[0]) if len(x) > 1 else np.nan
         between = np.where(step > x[-1], y[-1] + (step - x[-1]) * pace, np.interp(step, x, y))
@@ -35,7 +41,8 @@ def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def median_over_units(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per run and combination of `keys`: the median of `column` over all units of all layers.
+    """Returns one row per run and combination of `keys`: the median of `column` over all units of
+    all layers.
 
     Raises:
         ValueError: the table is empty, or has no such column, or no unit has a value in it.
@@ -43,29 +50,43 @@ def median_over_units(table: pd.DataFrame, column: str, keys: Sequence[str]) -> 
     need(table, ["unit", column, *keys], f"the median of '{column}'")
     units = table.loc[(table["unit"] >= 0) & table[column].notna()]
     need(units, [], f"the median of '{column}' over units")
-    return units.groupby([*keys, *_of_run(table, keys)], observed=True, sort=True)[column].median().reset_index()
+    return (
+        units.groupby([*keys, *_of_run(table, keys)], observed=True, sort=True)[column]
+        .median()
+        .reset_index()
+    )
 
 
 def mean_and_sd_over_seeds(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per combination of `keys`: mean and standard deviation (n − 1) of `column`, and n, the runs.
+    """Returns one row per combination of `keys`: mean and standard deviation (n − 1) of `column`,
+    and n, the runs.
 
     Raises:
-        ValueError: nothing to average, or runs of different settings would be averaged (one seed comes twice).
+        ValueError: nothing to average, or runs of different settings would be averaged (one seed
+            comes twice).
     """
     need(table, [column, *keys], f"the mean of '{column}'")
     rows = table.loc[table[column].notna()]
     need(rows, [], f"the mean of '{column}'")
-    run = [name for name in ("seed", "run") if name in rows and len(rows[name].dropna()) == len(rows)][:1]
+    run = [
+        name for name in ("seed", "run") if name in rows and len(rows[name].dropna()) == len(rows)
+    ][:1]
     twice = rows.loc[rows.duplicated([*keys, *run])]
     if len(twice):
         where = ", ".join(f"{key} = {twice.iloc[0][key]}" for key in [*keys, *run])
-        raise ValueError(f"two values of '{column}' at {where}: keep one setting of the runs, and one row per run and step")
-    found = rows.groupby(list(keys), observed=True, sort=True)[column].agg(mean="mean", sd="std", n="size")
+        raise ValueError(
+            f"two values of '{column}' at {where}: keep one setting of the runs, and one row per "
+            "run and step"
+        )
+    found = rows.groupby(list(keys), observed=True, sort=True)[column].agg(
+        mean="mean", sd="std", n="size"
+    )
     return found.reset_index()
 
 
 def median_over_runs(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per combination of `keys`: the median of `column` as `mean`, no `sd`, and n, the runs.
+    """Returns one row per combination of `keys`: the median of `column` as `mean`, no `sd`, and n,
+    the runs.
 
     Raises:
         ValueError: as `mean_and_sd_over_seeds`.
@@ -76,8 +97,11 @@ def median_over_runs(table: pd.DataFrame, column: str, keys: Sequence[str]) -> p
     return found.assign(mean=medians, sd=float("nan"))
 
 
-def gap_points(table: pd.DataFrame, layers: Sequence[str] | None = None, skip_input: bool = False) -> pd.DataFrame:
-    """Returns one row per run, layer and step: `mean_in_abs`, and `degrees`, the angle between the two gradients.
+def gap_points(
+    table: pd.DataFrame, layers: Sequence[str] | None = None, skip_input: bool = False
+) -> pd.DataFrame:
+    """Returns one row per run, layer and step: `mean_in_abs`, and `degrees`, the angle between the
+    two gradients.
 
     Args:
         layers: keep these only.
@@ -102,14 +126,25 @@ def gap_points(table: pd.DataFrame, layers: Sequence[str] | None = None, skip_in
 
 def need(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     if missing := [name for name in columns if name not in table]:
-        hint = "; a log's own table gets it with table.assign(...)" if missing[0] in ("activation", "seed", "run") else ""
+        hint = (
+            "; a log's own table gets it with table.assign(...)"
+            if missing[0] in ("activation", "seed", "run")
+            else ""
+        )
         raise ValueError(f"{what} needs a column '{missing[0]}', which the table lacks{hint}")
     if len(table) == 0:
-        raise ValueError(f"{what} needs rows, and the table has none: were these quantities measured, or filtered away?")
+        raise ValueError(
+            f"{what} needs rows, and the table has none: were these quantities measured, or "
+            "filtered away?"
+        )
 
 
 def _of_run(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    return [name for name in ("run", "seed") if name in table and name not in keys and len(table[name].dropna()) == len(table)]
+    return [
+        name
+        for name in ("run", "seed")
+        if name in table and name not in keys and len(table[name].dropna()) == len(table)
+    ]
 
 
 def _rows_by_run(table: pd.DataFrame) -> list:

@@ -38,7 +38,8 @@ LINE_LETTERS = 7  # that the line in front of a legend's label takes the place o
 MATH = re.compile(r"\\[,;]|[$_{}^]")  # what is no letter of a formula
 
 
-# The paper's published numbers: hollow, in grey, so that nobody takes them for something that was measured here.
+# The paper's published numbers: hollow, in grey, so that nobody takes them for something that was
+# measured here.
 PAPER: Any = {
     "linestyle": "none",
     "marker": "o",
@@ -59,7 +60,8 @@ class Look(NamedTuple):
     line: str
 
 
-# Paul Tol's "high contrast" colors: told apart by color-blind readers, and in grey print by their lightness
+# Paul Tol's "high contrast" colors: told apart by color-blind readers, and in grey print by their
+# lightness
 # (0, 29, 48 and 72 of 100).
 LOOKS = {
     "elu": Look("ELU", "#004488", "o", "-"),
@@ -70,10 +72,16 @@ LOOKS = {
 
 
 # For groups that are no activations (learning rates, optimizers), in order of appearance.
-OTHER_LOOKS = (("#117733", "v", "-"), ("#AA4499", "P", "--"), ("#44AA99", "X", "-."), ("#999933", "*", ":"))
+OTHER_LOOKS = (
+    ("#117733", "v", "-"),
+    ("#AA4499", "P", "--"),
+    ("#44AA99", "X", "-."),
+    ("#999933", "*", ":"),
+)
 
 
-# On a dark ground: the light partners of the same hues in Tol's "medium contrast", and his light green, pink, cyan and olive.
+# On a dark ground: the light partners of the same hues in Tol's "medium contrast", and his light
+# green, pink, cyan and olive.
 ON_DARK = {
     "#004488": "#6699CC",
     "#DDAA33": "#EECC66",
@@ -87,16 +95,23 @@ ON_DARK = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Returns a context in which figures are made in the project's style: `with style(): fig, ax = plt.subplots()`."""
+    """Returns a context in which figures are made in the project's style: `with style(): fig, ax =
+    plt.subplots()`.
+    """
     import matplotlib
 
     return matplotlib.rc_context(dict[Any, Any](STYLE))
 
 
 def panels(
-    count: int, rows: int = 1, width: float = 3.6, height: float = 3.2, share_y: Literal["all", "row", "none"] = "none"
+    count: int,
+    rows: int = 1,
+    width: float = 3.6,
+    height: float = 3.2,
+    share_y: Literal["all", "row", "none"] = "none",
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with `count` axes, row by row, known to no pyplot: nothing to close, no backend to choose.
+    """Returns a figure with `count` axes, row by row, known to no pyplot: nothing to close, no
+    backend to choose.
 
     Args:
         width, height: of one of the axes, in inches; beside them there is room for a legend.
@@ -111,7 +126,9 @@ def panels(
 def headed(figure: Figure, title: str) -> None:
     """A title over all panels, in lines that are no longer than the figure is wide."""
     letters = int(LETTERS_PER_INCH * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title.split("\n")), parse_math=False)
+    figure.suptitle(
+        "\n".join(textwrap.fill(line, letters) for line in title.split("\n")), parse_math=False
+    )
 
 
 def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
@@ -121,7 +138,8 @@ def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
 
 
 def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
-    """One legend below all panels, in place of theirs, no wider than the figure; a name that several panels have stands once.
+    """One legend below all panels, in place of theirs, no wider than the figure; a name that
+    several panels have stands once.
 
     Activation functions come first, in the order of the paper.
     """
@@ -130,22 +148,32 @@ def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             name, _, count = str(label).partition(" (n = ")
             handles.setdefault(name, handle)
-            counts.setdefault(name, []).extend(int(number) for number in count.rstrip(")").split("–") if number)
+            counts.setdefault(name, []).extend(
+                int(number) for number in count.rstrip(")").split("–") if number
+            )
         no_legend(ax)
     order = {LOOKS[name].label: place for place, name in enumerate(ORDER)}
     names = sorted(handles, key=lambda name: order.get(name, len(order)))
-    labels = [f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in names]
+    labels = [
+        f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in names
+    ]
     while columns > 1 and _letters(labels, columns) > LETTERS_PER_INCH * figure.get_figwidth():
         columns -= 1
-    figure.legend([handles[name] for name in names], labels, loc="outside lower center", ncols=columns)
+    figure.legend(
+        [handles[name] for name in names], labels, loc="outside lower center", ncols=columns
+    )
 
 
 def _letters(labels: list[str], columns: int) -> int:
-    """How wide a legend is, whose columns are filled from above, the first ones with one entry more."""
+    """How wide a legend is, whose columns are filled from above, the first ones with one entry
+    more.
+    """
     rows, more = divmod(len(labels), columns)
     sizes = [rows + (column < more) for column in range(columns)]
     starts = [sum(sizes[:column]) for column in range(columns)]
-    found = [labels[start : start + size] for start, size in zip(starts, sizes, strict=True) if size]
+    found = [
+        labels[start : start + size] for start, size in zip(starts, sizes, strict=True) if size
+    ]
     return sum(max(len(MATH.sub("", label)) for label in column) + LINE_LETTERS for column in found)
 
 
@@ -197,7 +225,8 @@ def in_percent(axis: Axis) -> None:
 
 
 def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
-    """A look for each name: the activations' own, in the order of the paper, or the others in order of appearance.
+    """A look for each name: the activations' own, in the order of the paper, or the others in order
+    of appearance.
 
     Names of a categorical column look the same in every part of its table.
     """
@@ -206,6 +235,10 @@ def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
     found = {name: LOOKS[name] for name in ORDER if name in names} if group == "activation" else {}
     for name in names:
         if name not in found:
-            color, marker, line = OTHER_LOOKS[(len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)]
-            found[name] = Look(str(name) if group == "activation" else f"{group} = {name}", color, marker, line)
+            color, marker, line = OTHER_LOOKS[
+                (len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)
+            ]
+            found[name] = Look(
+                str(name) if group == "activation" else f"{group} = {name}", color, marker, line
+            )
     return {name: look for name, look in found.items() if name in there}

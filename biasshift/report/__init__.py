@@ -1,6 +1,8 @@
-"""Runs → one page for looking at them: claims, learning curves, layers, units, and where the runs came from.
+"""Runs → one page for looking at them: claims, learning curves, layers, units, and where the runs
+came from.
 
-The page is one HTML file. It loads nothing, so it opens from a disk without a network, and it trusts no text of a run.
+The page is one HTML file. It loads nothing, so it opens from a disk without a network, and it
+trusts no text of a run.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Writes one HTML page about all runs in or below `runs`, and returns its path.
 
-    Runs are averaged where they differ in nothing but the seed. Large inputs are thinned until the page stays below 5 MB; the page
-    says what was left out.
+    Runs are averaged where they differ in nothing but the seed. Large inputs are thinned until the
+    page stays below 5 MB; the page says what was left out.
 
     Args:
         runs: run folders, or folders that contain them.
@@ -49,7 +51,9 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ValueError(f"'{out}' is no name of a page: choose a file that ends in .html, such as report.html")
+        raise ValueError(
+            f"'{out}' is no name of a page: choose a file that ends in .html, such as report.html"
+        )
     folders, states, table = find_runs(list(runs)), run_states(*runs), read_runs(*runs)
     series = all_series(states, _last_losses(states, table))
     found = reduced(table, states, series)
@@ -76,14 +80,24 @@ def _last_losses(states: pd.DataFrame, table: pd.DataFrame) -> pd.Series | None:
 
     if "train_loss" not in table:
         return None
-    scored = table.loc[(table["layer"] == "").to_numpy(), ["run", "step", "train_loss"]].dropna().sort_values("step", kind="stable")
+    scored = (
+        table.loc[(table["layer"] == "").to_numpy(), ["run", "step", "train_loss"]]
+        .dropna()
+        .sort_values("step", kind="stable")
+    )
     last = dict(scored.groupby("run", observed=True)["train_loss"].last())
     ended = zip(states["run"], states["state"], strict=True)
-    return pd.Series([last.get(run, math.nan) if state != "failed" else math.nan for run, state in ended], index=states.index, dtype=float)
+    return pd.Series(
+        [last.get(run, math.nan) if state != "failed" else math.nan for run, state in ended],
+        index=states.index,
+        dtype=float,
+    )
 
 
 def _intro(states: pd.DataFrame, series: Sequence[Series]) -> str:
-    counts = ", ".join(f"{count} {state}" for state, count in states["state"].value_counts().items())
+    counts = ", ".join(
+        f"{count} {state}" for state, count in states["state"].value_counts().items()
+    )
     groups = "; ".join(one.label for one in series[:MOST_SERIES]) + (
         f"; and {len(series) - MOST_SERIES} more" if len(series) > MOST_SERIES else ""
     )

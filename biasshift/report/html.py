@@ -11,13 +11,17 @@ LONGEST = 400
 
 
 def plain(value: object, longest: int = LONGEST) -> str:
-    """Returns `value` as text without control, direction and surrogate characters, cut to `longest` characters and saying so.
+    """Returns `value` as text without control, direction and surrogate characters, cut to `longest`
+    characters and saying so.
 
     >>> plain("a" * 50, 10)
     'aaaaaaaaaa… (50 characters)'
     """
     text = value if isinstance(value, str) else str(value)
-    kept = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text[:longest])
+    kept = "".join(
+        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for char in text[:longest]
+    )
     return kept if len(text) <= longest else f"{kept}… ({len(text):,} characters)"
 
 
@@ -62,7 +66,9 @@ def as_json(value: Any) -> str:
     >>> as_json({"a": "</script>"})
     '{"a":"\\\\u003c/script>"}'
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
 
 
 # -- pieces of HTML. What is called HTML here was made from `escaped` text ---------------------
@@ -80,5 +86,8 @@ def folded(summary: str, inner: str, opened: bool = False) -> str:
 def table(head: Iterable[str], rows: Iterable[Sequence[tuple[str, str]]], kind: str = "") -> str:
     """A table of (class, HTML) cells; the head is text."""
     top = "".join(f"<th>{escaped(name, 60)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f'<td class="{look}">{cell}</td>' for look, cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{look}">{cell}</td>' for look, cell in row) + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

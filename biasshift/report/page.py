@@ -13,12 +13,20 @@ from biasshift.report.html import as_json, escaped
 
 
 def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced) -> str:
-    """Returns the HTML. `sections` are (heading, HTML) behind which the charts' numbers and scripts follow."""
+    """Returns the HTML. `sections` are (heading, HTML) behind which the charts' numbers and scripts
+    follow.
+    """
     scripts = [_vega(), files("biasshift.report").joinpath("page.js").read_text(encoding="utf-8")]
     style = files("biasshift.report").joinpath("page.css").read_text(encoding="utf-8")
-    numbered = [(f"part-{position}", escaped(heading), content) for position, (heading, content) in enumerate(sections)]
+    numbered = [
+        (f"part-{position}", escaped(heading), content)
+        for position, (heading, content) in enumerate(sections)
+    ]
     links = "".join(f'<a href="#{name}">{heading}</a> ' for name, heading, _ in numbered)
-    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{content}</section>' for name, heading, content in numbered)
+    body = "".join(
+        f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
+        for name, heading, content in numbered
+    )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
@@ -33,8 +41,12 @@ def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced
 
 
 def _policy(scripts: list[str]) -> str:
-    """Nothing is loaded from anywhere, and no script runs but these two, whatever text slipped into the page."""
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    """Nothing is loaded from anywhere, and no script runs but these two, whatever text slipped into
+    the page.
+    """
+    hashes = (
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    )
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
@@ -61,8 +73,17 @@ def _data(found: Reduced) -> dict[str, Any]:
         "datasets": {
             "cells": {"names": CELL_COLUMNS, "rows": found.cells},
             "curves": {"names": CURVE_COLUMNS, "rows": found.points},
-            "labels": {"names": ["g", "label"], "rows": [[i, one.label] for i, one in enumerate(found.series)]},
-            "layers": {"names": ["l", "layer"], "rows": [[i, name] for i, name in enumerate(found.layers)]},
-            "ranges": {"names": ["q", "least", "most", "small"], "rows": [[i, *limits] for i, limits in enumerate(found.ranges)]},
+            "labels": {
+                "names": ["g", "label"],
+                "rows": [[i, one.label] for i, one in enumerate(found.series)],
+            },
+            "layers": {
+                "names": ["l", "layer"],
+                "rows": [[i, name] for i, name in enumerate(found.layers)],
+            },
+            "ranges": {
+                "names": ["q", "least", "most", "small"],
+                "rows": [[i, *limits] for i, limits in enumerate(found.ranges)],
+            },
         },
     }

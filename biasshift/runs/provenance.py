@@ -30,7 +30,9 @@ def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
         **_code_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device} ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{device} ({platform.machine()})",
         "seed": config.get("seed"),
         "started": now(),
     }
@@ -58,13 +60,21 @@ def _code_version() -> dict[str, Any]:
     def git(*args: str) -> str:
         # No optional locks: looking at a checkout must not disturb somebody's git command in it.
         return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
+            ["git", "--no-optional-locks", "-C", str(root), *args],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
 
     try:
-        # An installed package may lie below another project's checkout, whose commit says nothing about it.
+        # An installed package may lie below another project's checkout, whose commit says nothing
+        # about it.
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+            return {
+                "commit": git("rev-parse", "HEAD"),
+                "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+            }
     except (OSError, subprocess.SubprocessError):
         pass
     try:
@@ -81,12 +91,21 @@ def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict
     """What made the runs, and what made the table of them."""
     made_by = {"condensed_by": " ".join(map(shortened, sys.argv)), **_code()}
     if "run" not in table:  # benchmarks
-        return {"commands": ["python -m benchmarks"], **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")}, **made_by}
+        return {
+            "commands": ["python -m benchmarks"],
+            **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")},
+            **made_by,
+        }
     folders, shown = find_runs(paths), set(table["run"].astype(str))
-    origins = [read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)]
+    origins = [
+        read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)
+    ]
     return {
         "commands": _distinct(" ".join(map(shortened, words(origin))) for origin in origins),
-        "commits": _distinct(str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty")) for origin in origins),
+        "commits": _distinct(
+            str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty"))
+            for origin in origins
+        ),
         "devices": _distinct(str(origin.get("device")) for origin in origins),
         "seeds": sorted({int(seed) for seed in table["seed"].dropna()}) if "seed" in table else [],
         "runs": len(origins),
@@ -96,9 +115,14 @@ def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict
 
 def origin_said(found: dict[str, Any]) -> str:
     """What made the runs, in a sentence for people."""
-    known = {name: [text for text in found[name] if text not in ("", "None")] for name in ("commands", "commits", "devices")}
+    known = {
+        name: [text for text in found[name] if text not in ("", "None")]
+        for name in ("commands", "commits", "devices")
+    }
     parts = [f"Of {found['runs']} runs with the seeds {', '.join(map(str, found['seeds']))}"]
-    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(known["commands"])
+    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(
+        known["commands"]
+    )
     parts += ["at commit " + ", ".join(known["commits"])] * bool(known["commits"])
     parts += ["on " + ", ".join(known["devices"])] * bool(known["devices"])
     return ", ".join(parts) + "."
@@ -107,7 +131,11 @@ def origin_said(found: dict[str, Any]) -> str:
 def _code() -> dict[str, str]:
     """The code that condenses, and when."""
     ours = provenance({}, "cpu")
-    return {"condensed_with": str(ours.get("commit") or ours.get("version")) + "+" * bool(ours.get("dirty")), "condensed": ours["started"]}
+    return {
+        "condensed_with": str(ours.get("commit") or ours.get("version"))
+        + "+" * bool(ours.get("dirty")),
+        "condensed": ours["started"],
+    }
 
 
 def _is_among(folder: Path, runs: set[str]) -> bool:

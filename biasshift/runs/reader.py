@@ -1,4 +1,6 @@
-"""Run folders → one tidy table. The files may come from anywhere: nothing in them is executed, every defect is named."""
+"""Run folders → one tidy table. The files may come from anywhere: nothing in them is executed,
+every defect is named.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biasshift.runs.schema import KEYS, SEGMENT, STATES, conform, first_line, fits, is_run, own_file, read_config, read_json
+from biasshift.runs.schema import (
+    KEYS,
+    SEGMENT,
+    STATES,
+    conform,
+    first_line,
+    fits,
+    is_run,
+    own_file,
+    read_config,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,24 +32,32 @@ _DEPTH = 3  # how far below a folder its runs may lie
 def read_run(folder: str | os.PathLike[str]) -> pd.DataFrame:
     """Returns the table of one run folder; see `read_runs`."""
     if not is_run(Path(folder)):
-        raise ValueError(f"'{folder}' holds no run: pass the folder that contains its config.json, or use read_runs")
+        raise ValueError(
+            f"'{folder}' holds no run: pass the folder that contains its config.json, or use "
+            "read_runs"
+        )
     return read_runs(folder)
 
 
-def read_runs(*paths: str | os.PathLike[str], columns: Sequence[str] | None = None, units: bool = True) -> pd.DataFrame:
-    """Returns the rows of all runs in or below `paths` as one tidy table, with the columns of each run.
+def read_runs(
+    *paths: str | os.PathLike[str], columns: Sequence[str] | None = None, units: bool = True
+) -> pd.DataFrame:
+    """Returns the rows of all runs in or below `paths` as one tidy table, with the columns of each
+    run.
 
-    A run's columns are `run` (its folder's name, with as many parents as it takes to tell the runs apart)
-    and the scalars of its config. Text is categorical; layers keep the order of the network. What one run
-    lacks is NaN.
+    A run's columns are `run` (its folder's name, with as many parents as it takes to tell the runs
+    apart) and the scalars of its config. Text is categorical; layers keep the order of the network.
+    What one run lacks is NaN.
 
     Args:
         paths: run folders, or folders with runs at most three levels below.
-        columns: keep only these, besides step, layer, unit and run: saves memory on hundreds of runs.
+        columns: keep only these, besides step, layer, unit and run: saves memory on hundreds of
+            runs.
         units: False keeps only the rows of whole layers and networks (`unit` = -1).
 
     Raises:
-        ValueError: a folder holds no run, a file is damaged or points out of its folder, or a column is in no run.
+        ValueError: a folder holds no run, a file is damaged or points out of its folder, or a
+            column is in no run.
     """
     import numpy as np
     import pyarrow as pa
@@ -49,7 +70,10 @@ def read_runs(*paths: str | os.PathLike[str], columns: Sequence[str] | None = No
     table = rows.to_pandas(split_blocks=True, self_destruct=True, ignore_metadata=True)
     for name, values in _run_columns(folders).items():
         if name in table:
-            raise ValueError(f"column '{name}' is a config key of one run and measured in another: read them separately")
+            raise ValueError(
+                f"column '{name}' is a config key of one run and measured in another: read them "
+                "separately"
+            )
         if columns is None or name == "run" or name in columns:
             table[name] = values.take(which)
     if missing := [name for name in columns or () if name not in table]:
@@ -58,7 +82,8 @@ def read_runs(*paths: str | os.PathLike[str], columns: Sequence[str] | None = No
 
 
 def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
-    """Returns one row per run in or below `paths`: run, state, last_step, started, updated, and its config's scalars.
+    """Returns one row per run in or below `paths`: run, state, last_step, started, updated, and its
+    config's scalars.
 
     A killed run is still "running": `updated`, the time of its last flush, then lies in the past.
 
@@ -71,8 +96,13 @@ def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     states = [read_json(folder, "state.json", {"state": "running"}) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         last = state.get("last_step")
-        if state.get("state") not in STATES or not (last is None or (isinstance(last, int) and fits(last))):
-            raise ValueError(f"'{folder / 'state.json'}' tells no state and step: delete it, and the run counts as running")
+        if state.get("state") not in STATES or not (
+            last is None or (isinstance(last, int) and fits(last))
+        ):
+            raise ValueError(
+                f"'{folder / 'state.json'}' tells no state and step: delete it, and the run counts "
+                "as running"
+            )
     started = [read_json(folder, "provenance.json", {}).get("started") for folder in folders]
     columns = _run_columns(folders)
     return pd.DataFrame(
@@ -91,21 +121,35 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Returns the run folders among the given ones and below them, each once.
 
     Raises:
-        ValueError: there is none, something is no path, a path is no folder, or a folder is a link out of them.
+        ValueError: there is none, something is no path, a path is no folder, or a folder is a link
+            out of them.
     """
     if others := [path for path in paths if not isinstance(path, str | os.PathLike)]:
-        raise ValueError(f"runs are named by their folders, not by {type(others[0]).__name__}: give paths")
-    found = {folder.resolve(): folder for path in paths for folder in _runs_below(Path(path), Path(path), _DEPTH)}
+        raise ValueError(
+            f"runs are named by their folders, not by {type(others[0]).__name__}: give paths"
+        )
+    found = {
+        folder.resolve(): folder
+        for path in paths
+        for folder in _runs_below(Path(path), Path(path), _DEPTH)
+    }
     if not found:
-        raise ValueError(f"no runs in {', '.join(map(str, paths)) or 'no folder'}: a run is a folder whose config.json biasshift wrote")
+        raise ValueError(
+            f"no runs in {', '.join(map(str, paths)) or 'no folder'}: a run is a folder whose "
+            "config.json biasshift wrote"
+        )
     return list(found.values())
 
 
 def _runs_below(folder: Path, top: Path, depth: int) -> Iterator[Path]:
     if not folder.is_dir():
-        raise ValueError(f"'{folder}' is no folder: pass the folder of a run, or one that contains runs")
+        raise ValueError(
+            f"'{folder}' is no folder: pass the folder of a run, or one that contains runs"
+        )
     if folder.is_symlink() and folder != top and not folder.resolve().is_relative_to(top.resolve()):
-        raise ValueError(f"'{folder}' is a link out of '{top}': remove it, or pass its target by name")
+        raise ValueError(
+            f"'{folder}' is a link out of '{top}': remove it, or pass its target by name"
+        )
     if is_run(folder):
         yield folder
     elif depth:
@@ -118,7 +162,9 @@ def _read_segments(folder: Path, columns: Sequence[str] | None, units: bool) -> 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    numbered = sorted((int(match[1]), match[0]) for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match)
+    numbered = sorted(
+        (int(match[1]), match[0]) for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match
+    )
     parts = [_read_segment(own_file(folder, name), columns) for _, name in numbered]
     parts = parts if units else [part.filter(pc.field("unit") == -1) for part in parts]
     text = pa.dictionary(pa.int32(), pa.string())
@@ -132,29 +178,47 @@ def _read_segment(path: Path, columns: Sequence[str] | None) -> pa.Table:
 
     try:
         with pq.ParquetFile(path, read_dictionary=["layer"]) as file:
-            wanted = None if columns is None else [name for name in file.schema_arrow.names if name in {*KEYS, *columns}]
+            wanted = (
+                None
+                if columns is None
+                else [name for name in file.schema_arrow.names if name in {*KEYS, *columns}]
+            )
             return conform(file.read(wanted))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"'{path}' is no readable segment ({first_line(error)}): delete that file to read the rest of the run") from error
+        raise ValueError(
+            f"'{path}' is no readable segment ({first_line(error)}): delete that file to read the "
+            "rest of the run"
+        ) from error
 
 
 def _run_columns(folders: Sequence[Path]) -> dict[str, Any]:
-    """One value per run for `run` and for every scalar of a config: numbers as numbers, the rest categorical."""
+    """One value per run for `run` and for every scalar of a config: numbers as numbers, the rest
+    categorical.
+    """
     import numpy as np
     import pandas as pd
 
     configs = [read_config(folder) for folder in folders]
-    columns: dict[str, Any] = {"run": pd.Categorical.from_codes(range(len(folders)), categories=_run_names(folders))}
+    columns: dict[str, Any] = {
+        "run": pd.Categorical.from_codes(range(len(folders)), categories=_run_names(folders))
+    }
     for key in dict.fromkeys(key for config in configs for key in config):
-        values = [config.get(key) if isinstance(config.get(key), bool | int | float | str) else None for config in configs]
+        values = [
+            config.get(key) if isinstance(config.get(key), bool | int | float | str) else None
+            for config in configs
+        ]
         kinds = {type(value) for value in values}
         if kinds in ({int}, {bool}):
             columns[key] = np.array(values)
         elif kinds <= {int, float, type(None)} and kinds != {type(None)}:
-            columns[key] = np.array([float("nan") if value is None else value for value in values], dtype=np.float64)
+            columns[key] = np.array(
+                [float("nan") if value is None else value for value in values], dtype=np.float64
+            )
         elif kinds != {type(None)}:
             # Mixed values become text: 1 and True would be one category.
-            columns[key] = pd.Categorical([None if value is None else str(value) for value in values])
+            columns[key] = pd.Categorical(
+                [None if value is None else str(value) for value in values]
+            )
     return columns
 
 

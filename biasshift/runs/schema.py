@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 LAYOUT = 1
 STATES = ("running", "finished", "interrupted", "failed")
 KEYS = ("step", "layer", "unit")  # stored as int64, text, int32
-# Stored as float32: well-scaled quantities, for which seven digits are plenty. All other columns are float64:
-# losses differ late in their digits, 1 - coupling may be 1e-8, and c, s and k0 may leave float32's range.
+# Stored as float32: well-scaled quantities, for which seven digits are plenty. All other columns
+# are float64:
+# losses differ late in their digits, 1 - coupling may be 1e-8, and c, s and k0 may leave float32's
+# range.
 FLOAT32 = frozenset(
-    "mean var total own incoming second_order k effective_samples norm_mean_p norm_mean_q norm_corrected_mean "
+    "mean var total own incoming second_order k effective_samples norm_mean_p norm_mean_q "
+    "norm_corrected_mean "
     "cos_gradient cos_centered cos_diagonal norm_ratio mean_in_abs".split()
 )
-FLOAT64 = frozenset("mean_delta2 s k0 coupling epoch seconds train_loss batch_loss valid_loss valid_error test_loss test_error".split())
+FLOAT64 = frozenset(
+    "mean_delta2 s k0 coupling epoch seconds train_loss batch_loss valid_loss valid_error test_loss test_error".split()
+)
 RESERVED = FLOAT32 | FLOAT64 | {*KEYS, "run", "state", "last_step", "started", "updated"}
 
 SEGMENT = re.compile(r"segment-(\d{5,})\.parquet")
@@ -40,9 +45,15 @@ MAX_JSON_BYTES = 10_000_000
 def check_config(config: Mapping[Any, Any]) -> None:
     for key, value in config.items():
         if not isinstance(key, str) or key in RESERVED:
-            raise ValueError(f"config key {key!r} is no text or is a column of the table already: rename the option")
+            raise ValueError(
+                f"config key {key!r} is no text or is a column of the table already: rename the "
+                "option"
+            )
         if isinstance(value, int) and not fits(value):
-            raise ValueError(f"config key '{key}' holds {value}, which needs more than 64 bits: choose a smaller number")
+            raise ValueError(
+                f"config key '{key}' holds {value}, which needs more than 64 bits: choose a "
+                "smaller number"
+            )
 
 
 def fits(value: int) -> bool:
@@ -58,7 +69,9 @@ def own_file(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"'{path}' is a link out of its run: replace it by the file itself")
     if not path.is_file():
-        raise ValueError(f"'{path}' is missing or no ordinary file: restore it, or move the run out of the way")
+        raise ValueError(
+            f"'{path}' is missing or no ordinary file: restore it, or move the run out of the way"
+        )
     return path
 
 
@@ -70,11 +83,16 @@ def read_json(folder: Path, name: str, default: dict[str, Any] | None = None) ->
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinity and lone surrogates
+        json.dumps(
+            value, ensure_ascii=False, allow_nan=False
+        ).encode()  # refuses NaN, infinity and lone surrogates
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is no readable JSON ({first_line(error)}): restore it, or move the run out of the way") from error
+        raise ValueError(
+            f"'{path}' is no readable JSON ({first_line(error)}): restore it, or move the run out "
+            "of the way"
+        ) from error
     return value
 
 
@@ -84,7 +102,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     stored = read_json(folder, "config.json")
     config = stored.get("config")
     if stored.get("biasshift_run") != LAYOUT or not isinstance(config, dict):
-        raise ValueError(f"'{folder / 'config.json'}' is of another layout than {LAYOUT}: read it with the version that wrote it")
+        raise ValueError(
+            f"'{folder / 'config.json'}' is of another layout than {LAYOUT}: read it with the "
+            "version that wrote it"
+        )
     try:
         check_config(config)
     except ValueError as error:
@@ -93,13 +114,20 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def conform(table: pa.Table) -> pa.Table:
-    """The same columns in the types of the layout; what is stored and what is read both pass through here."""
+    """The same columns in the types of the layout; what is stored and what is read both pass
+    through here.
+    """
     import pyarrow as pa
 
     names = table.column_names
     if sorted(names) != sorted({*KEYS, *names}):
         raise ValueError("columns step, layer and unit must be there, and no column twice")
-    return pa.table({name: _column(name, table[name]) for name in [*KEYS, *(name for name in names if name not in KEYS)]})
+    return pa.table(
+        {
+            name: _column(name, table[name])
+            for name in [*KEYS, *(name for name in names if name not in KEYS)]
+        }
+    )
 
 
 def _column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -115,8 +143,12 @@ def _column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         fits = types.is_integer(kind) or (types.is_floating(kind) and name not in KEYS)
     if not fits or (name in KEYS and column.null_count):
         expected = "text" if text else "whole numbers" if name in KEYS else "numbers"
-        raise ValueError(f"column '{name}' holds {kind} ({column.null_count} gaps), expected {expected}")
-    stored = {"step": pa.int64(), "unit": pa.int32()}.get(name, pa.float32() if name in FLOAT32 else pa.float64())
+        raise ValueError(
+            f"column '{name}' holds {kind} ({column.null_count} gaps), expected {expected}"
+        )
+    stored = {"step": pa.int64(), "unit": pa.int32()}.get(
+        name, pa.float32() if name in FLOAT32 else pa.float64()
+    )
     return column.dictionary_encode() if text else column.cast(stored)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 class Run:
@@ -66,13 +66,15 @@ class Run:
         """Returns a new run in `folder`, its config and provenance already on disk.
 
         Args:
-            config: a mapping or dataclass of JSON values (and paths). Its scalars become columns of the table.
+            config: a mapping or dataclass of JSON values (and paths). Its scalars become columns of
+                the table.
             exist: "replace" deletes the files of a run that is already there, and nothing else.
             device: what the run computes on, for the provenance.
             max_rows: appended rows that may wait in memory; beyond that they are flushed.
 
         Raises:
-            FileExistsError: the folder holds a run and `exist` is "refuse", or it holds files of something else.
+            FileExistsError: the folder holds a run and `exist` is "refuse", or it holds files of
+                something else.
             ValueError: the config cannot be stored, or one of its keys is a column of the table.
 
         >>> import pandas as pd, tempfile
@@ -102,9 +104,16 @@ class Run:
 
     @classmethod
     def resume(
-        cls, folder: str | os.PathLike[str], config: Any, segments: int, *, last_step: int | None = None, max_rows: int = 200_000
+        cls,
+        folder: str | os.PathLike[str],
+        config: Any,
+        segments: int,
+        *,
+        last_step: int | None = None,
+        max_rows: int = 200_000,
     ) -> Run:
-        """Returns a run that is there already, as it was when it had so many `segments`: later ones are deleted.
+        """Returns a run that is there already, as it was when it had so many `segments`: later ones
+        are deleted.
 
         Args:
             last_step: in those segments.
@@ -122,9 +131,13 @@ class Run:
         """
         folder, config = Path(folder), _options(config)
         _refuse_other(folder, config)
-        names = {int(match[1]): match[0] for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match}
+        names = {
+            int(match[1]): match[0] for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match
+        }
         if missing := set(range(segments)) - set(names):
-            raise ValueError(f"'{folder}' has lost segment {min(missing)}: give --replace to begin this run anew")
+            raise ValueError(
+                f"'{folder}' has lost segment {min(missing)}: give --replace to begin this run anew"
+            )
         for number in sorted(set(names) - set(range(segments)), reverse=True):
             (folder / names[number]).unlink()
         run = cls(folder, config, max_rows)
@@ -149,10 +162,12 @@ class Run:
         """Adds rows to the run; they wait in memory for the next flush.
 
         Args:
-            frame: needs `step`. Without `layer` and `unit`, its rows are about the whole network: "" and -1.
+            frame: needs `step`. Without `layer` and `unit`, its rows are about the whole network:
+                "" and -1.
 
         Raises:
-            ValueError: a column has the wrong type or is already given by the config, or the run is closed.
+            ValueError: a column has the wrong type or is already given by the config, or the run is
+                closed.
         """
         import pyarrow as pa
 
@@ -161,12 +176,19 @@ class Run:
         if len(frame) == 0:
             return
         if both := sorted(self._given.intersection(frame.columns)):
-            raise ValueError(f"column '{both[0]}' is a column of the run '{self.folder}' already: drop it from the rows")
-        frame = frame.assign(**{name: value for name, value in (("layer", ""), ("unit", -1)) if name not in frame})
+            raise ValueError(
+                f"column '{both[0]}' is a column of the run '{self.folder}' already: drop it from "
+                "the rows"
+            )
+        frame = frame.assign(
+            **{name: value for name, value in (("layer", ""), ("unit", -1)) if name not in frame}
+        )
         try:
             self._waiting.append(conform(pa.Table.from_pandas(frame, preserve_index=False)))
         except (pa.ArrowException, ValueError) as error:
-            raise ValueError(f"the run '{self.folder}' cannot store these rows: {first_line(error)}") from error
+            raise ValueError(
+                f"the run '{self.folder}' cannot store these rows: {first_line(error)}"
+            ) from error
         if sum(len(table) for table in self._waiting) > self._max_rows:
             self.flush()
 
@@ -175,7 +197,11 @@ class Run:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries() if self._waiting else None
+        rows = (
+            pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries()
+            if self._waiting
+            else None
+        )
         if rows is not None:
             path = self.folder / f"segment-{self.segments:05d}.parquet"
             with replacing(path) as temporary:
@@ -207,7 +233,10 @@ class Run:
             self._write_state(state)
 
     def _write_state(self, state: str) -> None:
-        _write_json(self.folder / "state.json", {"state": state, "last_step": self.last_step, "updated": now()})
+        _write_json(
+            self.folder / "state.json",
+            {"state": state, "last_step": self.last_step, "updated": now()},
+        )
 
 
 def _options(config: Any) -> dict[Any, Any]:
@@ -220,11 +249,13 @@ def _refuse_other(folder: Path, config: Mapping[str, Any]) -> None:
     for name in {**stored, **wanted}:
         if name not in stored:
             raise ValueError(
-                f"'{folder}' holds a run of another version, which does not record {name}: choose another folder (--out), or give --replace"
+                f"'{folder}' holds a run of another version, which does not record {name}: choose "
+                "another folder (--out), or give --replace"
             )
         if stored.get(name) != wanted.get(name):
             raise ValueError(
-                f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has {wanted.get(name)!r}: "
+                f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has "
+                f"{wanted.get(name)!r}: "
                 "choose another folder (--out), or give --replace"
             )
 
@@ -234,18 +265,26 @@ def _make_room(folder: Path, exist: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"'{folder}' is a file: choose another folder (--out)")
     folder.mkdir(parents=True, exist_ok=True)
-    # The checkpoint goes first, config.json last: half deleted is still a run, and one that begins anew.
-    names = sorted(os.listdir(folder), key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name), reverse=True)
+    # The checkpoint goes first, config.json last: half deleted is still a run, and one that begins
+    # anew.
+    names = sorted(
+        os.listdir(folder),
+        key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name),
+        reverse=True,
+    )
     if not all(TEMPORARY.fullmatch(name) for name in names):
         try:
             ours = is_run(folder)
         except ValueError:
             ours = False
         if not ours:
-            raise FileExistsError(f"'{folder}' is not empty and holds no run: choose another folder (--out)")
+            raise FileExistsError(
+                f"'{folder}' is not empty and holds no run: choose another folder (--out)"
+            )
         if exist == "refuse":
             raise FileExistsError(
-                f"'{folder}' already holds a run: choose another folder (--out), or have that run replaced (--replace, exist=\"replace\")"
+                f"'{folder}' already holds a run: choose another folder (--out), or have that run "
+                'replaced (--replace, exist="replace")'
             )
     for name in names:
         if OURS.fullmatch(name) or TEMPORARY.fullmatch(name):
@@ -267,4 +306,6 @@ def _to_json(value: Mapping[str, Any]) -> str:
     try:
         return json.dumps(value, indent=2, default=plain, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the config of a run holds numbers, text, lists and dicts, finite all: {error}") from error
+        raise ValueError(
+            f"the config of a run holds numbers, text, lists and dicts, finite all: {error}"
+        ) from error

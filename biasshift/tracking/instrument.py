@@ -32,26 +32,33 @@ def instrument(
 ) -> "ProbeLog | TrainingLog":
     """Measures a model while somebody else's loop trains it; the loop stays as it is.
 
-    With a probe, everything is measured on that fixed data in eval mode: on entry (step 0), and around every completed
-    optimizer step that ``every`` divides. In between only a counter runs. Without a probe, the activation moments of the training batches
-    themselves are added up on the model's device, until `TrainingLog.flush`. The result is a context manager and a handle:
-    leaving the block, or ``remove()``, takes all hooks away, and the table stays readable.
+    With a probe, everything is measured on that fixed data in eval mode: on entry (step 0), and
+    around every completed optimizer step that ``every`` divides. In between only a counter runs.
+    Without a probe, the activation moments of the training batches themselves are added up on the
+    model's device, until `TrainingLog.flush`. The result is a context manager and a handle: leaving
+    the block, or ``remove()``, takes all hooks away, and the table stays readable.
 
     Args:
         optimizer: whose steps are counted. Needed with a probe.
-        probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels need y.
+        probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels
+            need y.
         every: steps between two measurements on the probe.
-        quantities: of ``"activations"``, ``"bias_shift"``, ``"fisher"``, ``"gap"``; by default all with a probe, else the first.
-        layers: names, or a predicate ``(name, module) → bool``, of the weight layers and activation modules in the table.
+        quantities: of ``"activations"``, ``"bias_shift"``, ``"fisher"``, ``"gap"``; by default all
+            with a probe, else the first.
+        layers: names, or a predicate ``(name, module) → bool``, of the weight layers and activation
+            modules in the table.
         units: increasing indices of the units kept in weight layers, for all or per layer.
-        batch_size: examples per forward pass over the probe. The rest as in `biasshift.unit_fisher`.
-        distributed: the probe is this process's share of one: what the processes of ``torch.distributed`` measure is merged, and
-            every one of them has the whole table. All of them must make the log, and the steps.
+        batch_size: examples per forward pass over the probe. The rest as in
+            `biasshift.unit_fisher`.
+        distributed: the probe is this process's share of one: what the processes of
+            ``torch.distributed`` measure is merged, and every one of them has the whole table. All
+            of them must make the log, and the steps.
 
     Raises:
         ValueError: for arguments that do not fit, or a layer that cannot be measured.
 
-    Where training diverges and the outputs on the probe are no longer finite, a warning says so and Fisher and gap rows are left out.
+    Where training diverges and the outputs on the probe are no longer finite, a warning says so and
+    Fisher and gap rows are left out.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -71,12 +78,23 @@ def instrument(
     if probe is None:
         return TrainingLog(model, optimizer, layers)
     if optimizer is None:
-        raise ValueError("A probe is measured around optimizer steps: give optimizer= too, or leave probe out.")
+        raise ValueError(
+            "A probe is measured around optimizer steps: give optimizer= too, or leave probe out."
+        )
     x, y = probe if isinstance(probe, tuple) and len(probe) == 2 else (probe, None)
     x = rereadable(x)
-    if y is None and isinstance(x, Tensor) and ("gap" in wanted or ("fisher" in wanted and labels == "empirical")):
-        raise ValueError('"gap" and empirical labels need the data\'s labels: give probe=(x, y), or other quantities.')
-    options = Options(labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator)
+    if (
+        y is None
+        and isinstance(x, Tensor)
+        and ("gap" in wanted or ("fisher" in wanted and labels == "empirical"))
+    ):
+        raise ValueError(
+            '"gap" and empirical labels need the data\'s labels: give probe=(x, y), or other '
+            "quantities."
+        )
+    options = Options(
+        labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator
+    )
     return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed)
 
 
@@ -86,12 +104,20 @@ def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:
     wanted = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     unknown = [quantity for quantity in wanted if quantity not in QUANTITIES]
     if unknown or not wanted:
-        raise ValueError(f"quantities must be some of {', '.join(map(repr, QUANTITIES))}, got {wanted!r}.")
+        raise ValueError(
+            f"quantities must be some of {', '.join(map(repr, QUANTITIES))}, got {wanted!r}."
+        )
     if not probe and wanted != QUANTITIES[:1]:
-        raise ValueError(f"Without a probe only 'activations' can be measured, got {wanted!r}: give probe=(x, y) and optimizer=.")
+        raise ValueError(
+            f"Without a probe only 'activations' can be measured, got {wanted!r}: give probe=(x, "
+            "y) and optimizer=."
+        )
     return wanted
 
 
 def _check_optimizer(optimizer: object) -> None:
     if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, whose steps are counted, got {type(optimizer).__name__}.")
+        raise ValueError(
+            "optimizer must be a torch.optim.Optimizer, whose steps are counted, got "
+            f"{type(optimizer).__name__}."
+        )

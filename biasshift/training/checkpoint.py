@@ -1,4 +1,6 @@
-"""Where a training run stood: enough to go on to the same numbers as one that was never interrupted."""
+"""Where a training run stood: enough to go on to the same numbers as one that was never
+interrupted.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,9 @@ CHECKPOINT = "checkpoint.pt"
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The global random states that dropout draws from, of every process."""
-    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    own = {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
     if not together():
         return {"0": own}
     gathered: list[Any] = [None] * world()
@@ -31,7 +35,10 @@ def restore_random_state(folder: Path, state: Mapping[str, Any], device: torch.d
         ValueError: the run was made by more or fewer processes, or this is no random state.
     """
     if len(state) != world():
-        raise ValueError(f"'{folder}' was begun by {len(state)} processes and is resumed by {world()}: start as many.")
+        raise ValueError(
+            f"'{folder}' was begun by {len(state)} processes and is resumed by {world()}: start as "
+            "many."
+        )
     with fitting(folder):
         own = state[str(rank())]
         torch.set_rng_state(own["cpu"])
@@ -50,7 +57,8 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any] | None:
-    """The checkpoint of a run folder, or ``None`` where there is none; process 0 reads it for all. Nothing in it is executed.
+    """The checkpoint of a run folder, or ``None`` where there is none; process 0 reads it for all.
+    Nothing in it is executed.
 
     Args:
         kinds: what a checkpoint holds: names and types.
@@ -58,7 +66,11 @@ def load(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged or no checkpoint.
     """
-    return told(_read(folder / CHECKPOINT, kinds) if rank() == 0 and os.path.lexists(folder / CHECKPOINT) else None)
+    return told(
+        _read(folder / CHECKPOINT, kinds)
+        if rank() == 0 and os.path.lexists(folder / CHECKPOINT)
+        else None
+    )
 
 
 def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -68,7 +80,9 @@ def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on the byte that is wrong
         raise ValueError(f"'{path}' is no readable checkpoint: {remedy}") from error
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in kinds.items()
+    ):
         raise ValueError(f"'{path}' is no checkpoint of a training run: {remedy}")
     return state
 
@@ -84,5 +98,6 @@ def fitting(folder: Path) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
         raise ValueError(
-            f"'{folder / CHECKPOINT}' is of another network or optimizer: give this run another --out, or begin it anew with --replace."
+            f"'{folder / CHECKPOINT}' is of another network or optimizer: give this run another "
+            "--out, or begin it anew with --replace."
         ) from error

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from biasshift.training.step import Gradient
 
-WARM_UP = 3  # steps before the first capture: they allocate what the optimizer and the libraries keep
+WARM_UP = (
+    3  # steps before the first capture: they allocate what the optimizer and the libraries keep
+)
 Captured = tuple[Callable[[], None], Tensor]
 
 
@@ -22,9 +24,11 @@ def cuda_capture(step: Callable[[], Tensor]) -> Captured:
 
 
 class Graphed:
-    """`Gradient`, recorded once and replayed. Steps that are measured, shorter minibatches, and the first three run as they are.
+    """`Gradient`, recorded once and replayed. Steps that are measured, shorter minibatches, and the
+    first three run as they are.
 
-    What a graph has written down is read anew when it changes: learning rates, dropout rates, and the minibatch's shape.
+    What a graph has written down is read anew when it changes: learning rates, dropout rates, and
+    the minibatch's shape.
 
     Args:
         due: whether the next step is measured.
@@ -32,7 +36,8 @@ class Graphed:
         capture: records a step; of tests.
 
     Raises:
-        ValueError: away from a GPU, or with a gradient scaler, which waits for the device at every step.
+        ValueError: away from a GPU, or with a gradient scaler, which waits for the device at every
+            step.
     """
 
     def __init__(
@@ -45,7 +50,10 @@ class Graphed:
         if capture is cuda_capture and gradient.device.type != "cuda":
             raise ValueError("CUDA graphs need a GPU: leave --graph out.")
         if gradient.scaler is not None:
-            raise ValueError("CUDA graphs and precision float16 exclude each other: choose bfloat16, which needs no scaler.")
+            raise ValueError(
+                "CUDA graphs and precision float16 exclude each other: choose bfloat16, which "
+                "needs no scaler."
+            )
         self.gradient, self.due, self.passed, self.capture = gradient, due, passed, capture
         self.module, self.optimizer = gradient.module, gradient.optimizer
         self.steps, self.usual = 0, torch.Size()
@@ -58,7 +66,9 @@ class Graphed:
             return self._eager(x, y)
         if (key := self._written_down(x, y)) != self.key:
             self.key, self.x, self.y = key, x.clone(), y.clone()
-            self.replay, self.loss = self.capture(lambda: self.gradient(self.x, self.y))  # hooks count this step
+            self.replay, self.loss = self.capture(
+                lambda: self.gradient(self.x, self.y)
+            )  # hooks count this step
         else:
             self.x.copy_(x)
             self.y.copy_(y)
@@ -69,7 +79,9 @@ class Graphed:
     def _eager(self, x: Tensor, y: Tensor) -> Tensor:
         if x.device.type != "cuda":
             return self.gradient(x, y)
-        side = torch.cuda.Stream()  # autograd remembers streams; a capture must not meet the default one
+        side = (
+            torch.cuda.Stream()
+        )  # autograd remembers streams; a capture must not meet the default one
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self.gradient(x, y)
@@ -78,7 +90,11 @@ class Graphed:
 
     def _written_down(self, x: Tensor, y: Tensor) -> tuple:
         rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
-        drops = tuple(module.p for module in self.module.modules() if isinstance(module, nn.modules.dropout._DropoutNd))
+        drops = tuple(
+            module.p
+            for module in self.module.modules()
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+        )
         return x.shape, x.dtype, y.shape, y.dtype, rates, drops
 
     def state_dict(self) -> dict:

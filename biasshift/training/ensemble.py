@@ -1,4 +1,6 @@
-"""Several networks of one shape trained at once, as one vmapped program: on a GPU, five small networks cost little more than one."""
+"""Several networks of one shape trained at once, as one vmapped program: on a GPU, five small
+networks cost little more than one.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +17,21 @@ from biasshift.training.step import Loss
 class Ensemble:
     """One optimizer step of every member: ``(x, y)`` of all, stacked, → their losses, (members,).
 
-    The members' parameters become views into stacked ones: a member, measured or saved on its own at any time, is what the
-    ensemble trains. Each follows the trajectory it would have had alone, up to rounding; with dropout or another source of chance
-    in the forward pass, up to other draws of it.
+    The members' parameters become views into stacked ones: a member, measured or saved on its own
+    at any time, is what the ensemble trains. Each follows the trajectory it would have had alone,
+    up to rounding; with dropout or another source of chance in the forward pass, up to other draws
+    of it.
 
     Args:
         members: networks of one architecture.
-        make_optimizer: the stacked parameters → an optimizer that treats all their elements alike, such as SGD.
+        make_optimizer: the stacked parameters → an optimizer that treats all their elements alike,
+            such as SGD.
         loss: (outputs, y) → the mean loss of one member's minibatch.
 
     Raises:
-        ValueError: members that differ in more than the values of their parameters, or fewer than one; or an optimizer of something
-            else than the stacked parameters, such as one that watches a network.
+        ValueError: members that differ in more than the values of their parameters, or fewer than
+            one; or an optimizer of something else than the stacked parameters, such as one that
+            watches a network.
     """
 
     def __init__(
@@ -37,7 +42,9 @@ class Ensemble:
     ):
         refuse_unlike(members)
         self.members, self.loss = list(members), loss
-        self.parameters = {name: nn.Parameter(_stacked(members, name)) for name, _ in members[0].named_parameters()}
+        self.parameters = {
+            name: nn.Parameter(_stacked(members, name)) for name, _ in members[0].named_parameters()
+        }
         self.buffers = {name: _stacked(members, name) for name, _ in members[0].named_buffers()}
         for number, member in enumerate(members):
             for name, parameter in member.named_parameters():
@@ -47,8 +54,13 @@ class Ensemble:
                 member.get_submodule(owner)._buffers[own] = self.buffers[name][number]
         self.module = copy.deepcopy(members[0]).to("meta")  # the architecture alone
         self.optimizer = make_optimizer(iter(self.parameters.values()))
-        if {id(p) for group in self.optimizer.param_groups for p in group["params"]} != {id(p) for p in self.parameters.values()}:
-            raise ValueError(f"{type(self.optimizer).__name__} does not train the members of an ensemble together: train them apart.")
+        if {id(p) for group in self.optimizer.param_groups for p in group["params"]} != {
+            id(p) for p in self.parameters.values()
+        }:
+            raise ValueError(
+                f"{type(self.optimizer).__name__} does not train the members of an ensemble "
+                "together: train them apart."
+            )
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.module.train()
@@ -58,7 +70,9 @@ class Ensemble:
         self.optimizer.step()
         return losses.detach()
 
-    def _loss(self, parameters: dict[str, Any], buffers: dict[str, Any], x: Tensor, y: Tensor) -> Tensor:
+    def _loss(
+        self, parameters: dict[str, Any], buffers: dict[str, Any], x: Tensor, y: Tensor
+    ) -> Tensor:
         return self.loss(functional_call(self.module, (parameters, buffers), (x,)), y)
 
 
@@ -75,12 +89,20 @@ def refuse_unlike(members: Sequence[nn.Module]) -> None:
     """Raises a ValueError that names the first member that is another network than member 0."""
     if not members:
         raise ValueError("an ensemble needs at least one member.")
-    shapes = [{name: (p.shape, p.dtype, p.device) for name, p in _tensors(member)} for member in members]
+    shapes = [
+        {name: (p.shape, p.dtype, p.device) for name, p in _tensors(member)} for member in members
+    ]
     for number, member in enumerate(members):
         if shapes[number] != shapes[0]:
-            raise ValueError(f"member {number} of the ensemble has other parameters than member 0: train them apart.")
+            raise ValueError(
+                f"member {number} of the ensemble has other parameters than member 0: train them "
+                "apart."
+            )
         if repr(member) != repr(members[0]):  # it would be trained with the activations of member 0
-            raise ValueError(f"member {number} of the ensemble has other modules than member 0: train them apart.")
+            raise ValueError(
+                f"member {number} of the ensemble has other modules than member 0: train them "
+                "apart."
+            )
 
 
 # -- several networks as one -------------------------------------------------------------------
@@ -108,11 +130,16 @@ class Together:
 
 
 def state_slice(optimizer: torch.optim.Optimizer, number: int | None) -> dict[str, Any]:
-    """The optimizer's state, or that of one member of an ensemble, in the form that the member alone would have."""
+    """The optimizer's state, or that of one member of an ensemble, in the form that the member
+    alone would have.
+    """
     state = optimizer.state_dict()
     if number is None:
         return state
-    own = {key: {name: _of(value, number) for name, value in entry.items()} for key, entry in state["state"].items()}
+    own = {
+        key: {name: _of(value, number) for name, value in entry.items()}
+        for key, entry in state["state"].items()
+    }
     return {**state, "state": own}
 
 

@@ -13,21 +13,29 @@ Examples = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> tuple[float, float]:
-    """The mean cross-entropy (nats) and the share of wrong answers on `(x, y)`, in evaluation mode, without gradients.
+    """The mean cross-entropy (nats) and the share of wrong answers on `(x, y)`, in evaluation mode,
+    without gradients.
 
-    Every module's mode is left as found. `batch_size` bounds the memory; up to rounding it does not change the result.
+    Every module's mode is left as found. `batch_size` bounds the memory; up to rounding it does not
+    change the result.
 
     Raises:
         ValueError: there are no examples.
     """
-    found = evaluate_batches(model, lambda: zip(x.split(batch_size), y.split(batch_size), strict=True))
+    found = evaluate_batches(
+        model, lambda: zip(x.split(batch_size), y.split(batch_size), strict=True)
+    )
     return found["loss"], found["error"]
 
 
 def evaluate_batches(
-    model: nn.Module, examples: Examples, top: tuple[int, ...] = (1,), loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    model: nn.Module,
+    examples: Examples,
+    top: tuple[int, ...] = (1,),
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Means over all examples, those of all processes where there are several: ``loss``, ``error``, and ``error5`` for ``top=(1, 5)``.
+    """Means over all examples, those of all processes where there are several: ``loss``, ``error``,
+    and ``error5`` for ``top=(1, 5)``.
 
     Args:
         examples: returns batches (x, y); of several processes, each has its share.
@@ -42,8 +50,14 @@ def evaluate_batches(
     with evaluation_mode(model), torch.no_grad():
         for x, y in examples():
             outputs = model(x)
-            values = [loss(outputs, y).sum(dtype=torch.float64), *(_wrong(outputs, y, k) for k in top)]
-            batch = [torch.tensor(float(len(y)), dtype=torch.float64, device=outputs.device), *values]
+            values = [
+                loss(outputs, y).sum(dtype=torch.float64),
+                *(_wrong(outputs, y, k) for k in top),
+            ]
+            batch = [
+                torch.tensor(float(len(y)), dtype=torch.float64, device=outputs.device),
+                *values,
+            ]
             sums = batch if sums is None else [a + b for a, b in zip(sums, batch, strict=True)]
     totals = summed(torch.stack(sums) if sums else None, 2 + len(top)).tolist()
     if totals[0] == 0:
@@ -57,5 +71,9 @@ def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _wrong(outputs: Tensor, y: Tensor, k: int) -> Tensor:
-    answers = outputs.topk(min(k, outputs.shape[1]), dim=1).indices if k > 1 else outputs.argmax(1, keepdim=True)
+    answers = (
+        outputs.topk(min(k, outputs.shape[1]), dim=1).indices
+        if k > 1
+        else outputs.argmax(1, keepdim=True)
+    )
     return (answers != y[:, None]).all(1).sum(dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Training as a generator of steps: whoever iterates decides what to measure, print, store and when to stop."""
+"""Training as a generator of steps: whoever iterates decides what to measure, print, store and when
+to stop.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ from torch import Tensor
 from biasshift.data.stream import Stream
 from biasshift.distributed import summed, together
 
-LOOK_EVERY = 500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
+LOOK_EVERY = (
+    500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
+)
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,8 +30,8 @@ class Step:
     Args:
         number: completed optimizer steps; the first is 1.
         epoch: the epoch it belongs to; the first is 1.
-        loss: of its minibatch, before the step, on the device: reading it with `float` waits for the device. One per member
-            of an ensemble.
+        loss: of its minibatch, before the step, on the device: reading it with `float` waits for
+            the device. One per member of an ensemble.
     """
 
     number: int
@@ -36,21 +40,29 @@ class Step:
 
 
 def train(
-    update: Update, stream: Stream, *, steps: int, start: int = 0, before_step: Callable[[int], None] = lambda number: None
+    update: Update,
+    stream: Stream,
+    *,
+    steps: int,
+    start: int = 0,
+    before_step: Callable[[int], None] = lambda number: None,
 ) -> Iterator[Step]:
-    """Train on a stream of minibatches, one `Step` for each; nothing happens until somebody iterates.
+    """Train on a stream of minibatches, one `Step` for each; nothing happens until somebody
+    iterates.
 
-    The loop never waits for the device, so a loss that turns non-finite is found at the end of its epoch or after 500 steps,
-    before that last step is handed out.
+    The loop never waits for the device, so a loss that turns non-finite is found at the end of its
+    epoch or after 500 steps, before that last step is handed out.
 
     Args:
-        update: (x, y) → the loss of the minibatch; makes one optimizer step. See `Gradient` and `Ensemble`.
+        update: (x, y) → the loss of the minibatch; makes one optimizer step. See `Gradient` and
+            `Ensemble`.
         steps: completed steps at the end, from the first of all.
         start: completed steps at the beginning: the stream goes on behind them.
         before_step: called with the number of the step to come.
 
     Raises:
-        Diverged: the loss of some step was infinite or NaN, in an ensemble that of every member; names the step.
+        Diverged: the loss of some step was infinite or NaN, in an ensemble that of every member;
+            names the step.
 
     >>> from biasshift.data import TensorStream, digits
     >>> from biasshift.training import Gradient
@@ -79,7 +91,9 @@ def train(
 
 
 def _refuse_divergence(losses: list[Tensor], number: int) -> None:
-    """Raise if any loss of the last steps, up to step `number`, is not finite. Waits for the device once."""
+    """Raise if any loss of the last steps, up to step `number`, is not finite. Waits for the device
+    once.
+    """
     values = torch.stack(losses)
     values = values[:, None] if values.dim() == 1 else values
     if together():  # or the one process that finds it would leave the others waiting
@@ -88,4 +102,7 @@ def _refuse_divergence(losses: list[Tensor], number: int) -> None:
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         step = number - len(losses) + first + 1
-        raise Diverged(f"the loss became {values[first, 0].item()} at step {step}: training diverged; lower the learning rate.")
+        raise Diverged(
+            f"the loss became {values[first, 0].item()} at step {step}: training diverged; lower "
+            "the learning rate."
+        )

@@ -1,4 +1,6 @@
-"""Many runs at once: one process per core, one thread per process, because the networks of the paper's MNIST part are small."""
+"""Many runs at once: one process per core, one thread per process, because the networks of the
+paper's MNIST part are small.
+"""
 
 import multiprocessing
 import os
@@ -32,8 +34,9 @@ def cores() -> int:
 def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -> None:
     """Runs all jobs and calls ``report`` in this process with whatever one of them reports.
 
-    Results do not depend on ``workers``: every job runs on one thread. The first job that fails ends the others, with its
-    exception; so does an interruption from the keyboard. Jobs that have not begun by then never begin.
+    Results do not depend on ``workers``: every job runs on one thread. The first job that fails
+    ends the others, with its exception; so does an interruption from the keyboard. Jobs that have
+    not begun by then never begin.
 
     Raises:
         ValueError: for less than one worker.
@@ -64,7 +67,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -
 
 
 def _interrupt(pool: ProcessPoolExecutor) -> None:
-    """Lets every worker close its run as interrupted; one that cannot, or not soon enough for a second Ctrl-C, is killed."""
+    """Lets every worker close its run as interrupted; one that cannot, or not soon enough for a
+    second Ctrl-C, is killed.
+    """
     processes = list(pool._processes.values())
     for process in processes:
         process.terminate()  # heard by `_stop`
@@ -98,7 +103,8 @@ def _relay(reports: Any, report: Callable[[Any], None]) -> bool:
 def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
-    _reports.cancel_join_thread()  # reports that nobody reads any more must not keep the process from ending
+    # reports that nobody reads any more must not keep the process from ending
+    _reports.cancel_join_thread()
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -111,13 +117,17 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if not _stopped:  # the pool hands out a few jobs ahead: those must not begin
             work(*arguments, _report)
     except KeyboardInterrupt:
-        raise RuntimeError("interrupted") from None  # a worker that dies would break the pool, with a page of traceback
+        raise RuntimeError(
+            "interrupted"
+        ) from None  # a worker that dies would break the pool, with a page of traceback
     finally:
         _working = False
 
 
 def _report(message: Any) -> None:
-    """Tells the parent. An interruption in here could leave the queue locked forever: it waits for the end."""
+    """Tells the parent. An interruption in here could leave the queue locked forever: it waits for
+    the end.
+    """
     global _working
     _working = False
     _reports.put(message)
@@ -144,7 +154,9 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def _deaf_to_the_keyboard() -> Iterator[None]:
-    """Processes that are started in here never hear Ctrl-C, which a terminal sends to all: their parent tells them, once."""
+    """Processes that are started in here never hear Ctrl-C, which a terminal sends to all: their
+    parent tells them, once.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -1,4 +1,6 @@
-"""The way from the first step to the last, of one network or an ensemble: phases, scores, examinations and checkpoints."""
+"""The way from the first step to the last, of one network or an ensemble: phases, scores,
+examinations and checkpoints.
+"""
 
 import math
 import time
@@ -46,7 +48,11 @@ class Training:
         for number, member in enumerate(self.members):
             if member.state is not None:
                 with checkpoints.fitting(member.folder):
-                    load_slice(self.optimizer, member.state["optimizer"], number if len(self.members) > 1 else None)
+                    load_slice(
+                        self.optimizer,
+                        member.state["optimizer"],
+                        number if len(self.members) > 1 else None,
+                    )
         if (state := self.members[0].state) is not None:
             checkpoints.restore_random_state(self.members[0].folder, state["random"], self.device)
             with checkpoints.fitting(self.members[0].folder):
@@ -59,10 +65,14 @@ class Training:
         if len(self.members) == 1:
             model = shared(first.model)
             optimizer = first.make_optimizer(model, first.model.parameters())
-            update = Gradient(model, optimizer, first.loss, self.execution.precision, self.execution.compiled)
+            update = Gradient(
+                model, optimizer, first.loss, self.execution.precision, self.execution.compiled
+            )
             return Graphed(update, self._due, self._passed) if self.execution.graphed else update
         models = [member.trial.model for member in self.members]
-        return Ensemble(models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss)
+        return Ensemble(
+            models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss
+        )
 
     def _due(self) -> bool:
         return any(log.due for member in self.members for log in member.logs)
@@ -74,13 +84,22 @@ class Training:
 
     def run(self, report: Report) -> None:
         """To the last step."""
-        start, stream = self.members[0].start, Together([member.trial.stream for member in self.members])
+        start, stream = (
+            self.members[0].start,
+            Together([member.trial.stream for member in self.members]),
+        )
         if start == 0:
             self._score(0, 0.0, None, 0)
         losses, last, count = None, None, 0
         clock, reported = Clock(self.device), time.monotonic()
-        for step in train(self._timed(clock), stream, steps=self.steps, start=start, before_step=self._begin):
-            losses, last, count = step.loss.double() if losses is None else losses + step.loss, step.loss, count + 1
+        for step in train(
+            self._timed(clock), stream, steps=self.steps, start=start, before_step=self._begin
+        ):
+            losses, last, count = (
+                step.loss.double() if losses is None else losses + step.loss,
+                step.loss,
+                count + 1,
+            )
             for member in self.members:
                 member.examine(step.number)
             scored = step.number % self.score_every == 0 or step.number == self.steps
@@ -96,11 +115,17 @@ class Training:
                 losses, count = None, 0
                 self._keep(step.number)
         if last is not None:
-            for member, lost in zip(self.members, (~last.isfinite()).reshape(-1).tolist(), strict=True):
+            for member, lost in zip(
+                self.members, (~last.isfinite()).reshape(-1).tolist(), strict=True
+            ):
                 member.record.failed = lost
         for member in self.members:
             # A run that was killed behind its last checkpoint has its end on disk already.
-            if member.trial.closing is not None and member.start < self.steps and not member.record.failed:
+            if (
+                member.trial.closing is not None
+                and member.start < self.steps
+                and not member.record.failed
+            ):
                 member.record.append(member.trial.closing(member.trial.model, self.steps))
         if self.execution.keep_weights:
             self._save(self.steps)
@@ -123,7 +148,9 @@ class Training:
             self.phase = phase
 
     def _score(self, step: int, epoch: float, losses: Tensor | None, count: int) -> None:
-        """``losses`` are sums over the last ``count`` minibatches, of this process; their mean is over all of them."""
+        """``losses`` are sums over the last ``count`` minibatches, of this process; their mean is
+        over all of them.
+        """
         sums = torch.full((len(self.members),), torch.nan) if losses is None else losses.reshape(-1)
         means = summed(sums.double() / max(count, 1) / world(), len(self.members)).tolist()
         for member, mean in zip(self.members, means, strict=True):
@@ -131,16 +158,22 @@ class Training:
 
     def _keep(self, step: int) -> None:
         """A checkpoint, if the last one is old enough; all processes agree on that."""
-        if step < self.steps and told(time.monotonic() - self.saved >= self.execution.checkpoint_seconds):
+        if step < self.steps and told(
+            time.monotonic() - self.saved >= self.execution.checkpoint_seconds
+        ):
             self._save(step)
             self.saved = time.monotonic()
 
     def _save(self, step: int) -> None:
-        """Flushes, then saves a checkpoint that says how much is on disk: what is written after it is written again by a resumed run."""
+        """Flushes, then saves a checkpoint that says how much is on disk: what is written after it
+        is written again by a resumed run.
+        """
         random = checkpoints.random_state(self.device)
         for number, member in enumerate(self.members):
             member.flush()
-            if rank() == 0 and not member.record.failed:  # gone on with, a lost network would pass for a finished one
+            if (
+                rank() == 0 and not member.record.failed
+            ):  # gone on with, a lost network would pass for a finished one
                 part = number if len(self.members) > 1 else None
                 checkpoints.save(
                     member.folder,
@@ -156,36 +189,57 @@ class Training:
 # -- trials → run folders ----------------------------------------------------------------------
 
 
-def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: Report, execution: Execution = Execution()) -> None:  # noqa: B008
-    """Trains one network, or several as an ensemble, measures them along the way, and leaves a run folder of each.
+def run(
+    trials: Sequence[Trial],
+    folders: Sequence[Path],
+    exist: Exist,
+    report: Report,
+    execution: Execution = Execution(),  # noqa: B008
+) -> None:  # noqa: B008
+    """Trains one network, or several as an ensemble, measures them along the way, and leaves a run
+    folder of each.
 
-    A run that is resumed goes on from its last checkpoint to the numbers that it would have had without the interruption. The
-    global random state and the flags of float32 products are left as found.
+    A run that is resumed goes on from its last checkpoint to the numbers that it would have had
+    without the interruption. The global random state and the flags of float32 products are left as
+    found.
 
     Args:
         trials: of one shape, steps and phases where there are several.
-        exist: what to do about a run that is there: "refuse", "replace", or "resume". A finished run is not touched by the latter.
+        exist: what to do about a run that is there: "refuse", "replace", or "resume". A finished
+            run is not touched by the latter.
 
     Raises:
         FileExistsError: a folder holds a run already, and ``exist`` is "refuse".
-        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint; or trials that differ in shape.
-        Diverged: training diverged; that of an ensemble, of all its members. One that is lost while others go on is "failed", no more.
+        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint;
+            or trials that differ in shape.
+        Diverged: training diverged; that of an ensemble, of all its members. One that is lost while
+            others go on is "failed", no more.
     """
     if len(trials) > 1:
         _refuse_different(trials)
     device = next(trials[0].model.parameters()).device
-    with products(execution.precision), _random_state(trials[0].config.seed, device), ExitStack() as stack:
+    with (
+        products(execution.precision),
+        _random_state(trials[0].config.seed, device),
+        ExitStack() as stack,
+    ):
         members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
             if execution.tensorboard and rank() == 0 and not member.finished:
                 member.board = stack.enter_context(board(folder=member.folder, start=member.start))
             if member.finished:  # counts, too
-                report(Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan))
+                report(
+                    Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan)
+                )
         if not (members := [member for member in members if not member.finished]):
             return
-        for start in sorted({member.start for member in members}):  # of a killed ensemble, some may be one checkpoint ahead
-            Training([member for member in members if member.start == start], execution, device, stack).run(report)
+        for start in sorted(
+            {member.start for member in members}
+        ):  # of a killed ensemble, some may be one checkpoint ahead
+            Training(
+                [member for member in members if member.start == start], execution, device, stack
+            ).run(report)
     if rank() == 0 and not execution.keep_weights:
         for member in members:
             (member.folder / checkpoints.CHECKPOINT).unlink(missing_ok=True)
@@ -193,8 +247,15 @@ def run(trials: Sequence[Trial], folders: Sequence[Path], exist: Exist, report: 
 
 def _refuse_different(trials: Sequence[Trial]) -> None:
     first = trials[0]
-    if any((trial.steps, trial.phases, trial.score_every) != (first.steps, first.phases, first.score_every) for trial in trials):
-        raise ValueError("the members of an ensemble need the same steps, phases and times of scores: train them apart.")
+    if any(
+        (trial.steps, trial.phases, trial.score_every)
+        != (first.steps, first.phases, first.score_every)
+        for trial in trials
+    ):
+        raise ValueError(
+            "the members of an ensemble need the same steps, phases and times of scores: train "
+            "them apart."
+        )
     refuse_unlike([trial.model for trial in trials])
     Together([trial.stream for trial in trials])
 

@@ -14,7 +14,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def shared(model: nn.Module) -> nn.Module:
-    """The model in ``DistributedDataParallel``, once; alone, as it is. An optimizer that watches the model is to be given this one."""
+    """The model in ``DistributedDataParallel``, once; alone, as it is. An optimizer that watches
+    the model is to be given this one.
+    """
     if not together() or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     return nn.parallel.DistributedDataParallel(model)
@@ -23,14 +25,14 @@ def shared(model: nn.Module) -> nn.Module:
 class Gradient:
     """Forward, backward, step: a hand-written loop's body.
 
-    With several processes the model is wrapped by `shared`, and the gradient is that of the mean over the examples of all of them:
-    that of one process that sees the whole minibatch. The loss that each returns is weighted by its examples, so that their mean is
-    the loss of the whole, too.
+    With several processes the model is wrapped by `shared`, and the gradient is that of the mean
+    over the examples of all of them: that of one process that sees the whole minibatch. The loss
+    that each returns is weighted by its examples, so that their mean is the loss of the whole, too.
 
     Args:
         loss: (outputs, y) → the mean loss of the minibatch.
-        precision: "bfloat16" and "float16" run forward passes under autocast, the latter with a gradient scaler; "tf32" is
-            float32 whose products keep 10 bits, on GPUs that can.
+        precision: "bfloat16" and "float16" run forward passes under autocast, the latter with a
+            gradient scaler; "tf32" is float32 whose products keep 10 bits, on GPUs that can.
         compiled: passes go through ``torch.compile``.
 
     Raises:
@@ -48,7 +50,9 @@ class Gradient:
         device = next(model.parameters()).device
         if precision == "float16" and device.type != "cuda":
             raise ValueError("precision float16 needs a GPU: choose bfloat16 or float32.")
-        self.module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.module = (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        )
         self.optimizer, self.loss, self.device = optimizer, loss, device
         self.autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
@@ -56,7 +60,9 @@ class Gradient:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compiled else forward
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.module.training:  # looking costs less than telling every module, which a small network feels
+        if (
+            not self.module.training
+        ):  # looking costs less than telling every module, which a small network feels
             self.module.train()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
@@ -72,7 +78,9 @@ class Gradient:
         return total.detach()
 
     def _share(self, examples: int) -> float:
-        """What this process's mean counts for in the mean over all: 1 where all have as many examples."""
+        """What this process's mean counts for in the mean over all: 1 where all have as many
+        examples.
+        """
         everyone = summed(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
         return examples * world() / everyone
 

@@ -1,4 +1,6 @@
-"""What an experiment makes of a setting: a network, its data, and what is to be measured along the way."""
+"""What an experiment makes of a setting: a network, its data, and what is to be measured along the
+way.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,9 @@ Quantity = Literal["activations", "bias_shift", "fisher", "gap"]
 
 @dataclass(frozen=True)
 class Phase:
-    """From step ``start`` on, the first being 1: a learning rate, and dropout in ``where`` with rates times ``factor``."""
+    """From step ``start`` on, the first being 1: a learning rate, and dropout in ``where`` with
+    rates times ``factor``.
+    """
 
     start: int
     lr: float
@@ -44,7 +48,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Exam:
-    """An examination that happens once: ``examine`` when ``loss`` gets to ``equal_loss``, looked at every ``every`` steps."""
+    """An examination that happens once: ``examine`` when ``loss`` gets to ``equal_loss``, looked at
+    every ``every`` steps.
+    """
 
     every: int
     equal_loss: float
@@ -62,7 +68,8 @@ class Trial:
         stream: the minibatches; their shares, of several processes.
         steps: completed steps at the end.
         phases: learning rates along the way, the first from step 1.
-        score: model → numbers of the whole network, such as ``train_loss``; ``score_every`` steps, and at the end.
+        score: model → numbers of the whole network, such as ``train_loss``; ``score_every`` steps,
+            and at the end.
         enter: called with the model when a phase begins.
         closing: model, step → rows measured once, at the end.
     """
@@ -113,7 +120,9 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Watching:
-    """Every ``every`` steps on the first ``examples`` of a probe; Fisher matrices of ``units`` of every layer."""
+    """Every ``every`` steps on the first ``examples`` of a probe; Fisher matrices of ``units`` of
+    every layer.
+    """
 
     quantities: tuple[Quantity, ...]
     every: int
@@ -122,16 +131,33 @@ class Watching:
     damping: float
     batch_size: int
 
-    def watches(self, model: nn.Module, probe: Probe, labels: str, likelihood: str = "categorical") -> list[Watch]:
+    def watches(
+        self, model: nn.Module, probe: Probe, labels: str, likelihood: str = "categorical"
+    ) -> list[Watch]:
         """The measurements of a model; none without quantities."""
         if not self.quantities:
             return []
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, WeightLayer)}
-        units = {name: evenly_spaced(unit_count(module), self.units) for name, module in layers.items()}
-        options: dict[str, Any] = {"batch_size": self.batch_size, "layers": _weights_and_activations}
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, WeightLayer)
+        }
+        units = {
+            name: evenly_spaced(unit_count(module), self.units) for name, module in layers.items()
+        }
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "layers": _weights_and_activations,
+        }
         if {"fisher", "gap"} & set(self.quantities):
             generator = torch.Generator(probe[0].device).manual_seed(0)
-            options |= {"units": units, "damping": self.damping, "labels": labels, "likelihood": likelihood, "generator": generator}
+            options |= {
+                "units": units,
+                "damping": self.damping,
+                "labels": labels,
+                "likelihood": likelihood,
+                "generator": generator,
+            }
         x, y = (part[: self.examples] for part in probe)
         return [Watch((x, y), self.every, tuple(self.quantities), options)]
 

@@ -29,7 +29,8 @@ KEPT = {  # in a checkpoint
 
 
 def board(folder: Path, start: int) -> Any:
-    """A writer into the folder `tensorboard` of a run, to be used in a ``with`` block; what is there from step ``start`` on is hidden.
+    """A writer into the folder `tensorboard` of a run, to be used in a ``with`` block; what is
+    there from step ``start`` on is hidden.
 
     Raises:
         ValueError: TensorBoard is not installed.
@@ -37,7 +38,9 @@ def board(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard, or leave it out.") from None
+        raise ValueError(
+            "--tensorboard needs TensorBoard: pip install tensorboard, or leave it out."
+        ) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
 
 
@@ -45,7 +48,9 @@ def board(folder: Path, start: int) -> Any:
 
 
 class Clock:
-    """The cost of training steps without that of measurements: CPU seconds on the CPU, which others on the machine do not change."""
+    """The cost of training steps without that of measurements: CPU seconds on the CPU, which others
+    on the machine do not change.
+    """
 
     def __init__(self, device: torch.device):
         self.now = time.perf_counter if device.type == "cuda" else time.process_time
@@ -53,7 +58,9 @@ class Clock:
 
     @contextmanager
     def running(self, measured: bool) -> Iterator[None]:
-        """Around one step; ``measured`` steps hold measurements and are taken to cost what the others do."""
+        """Around one step; ``measured`` steps hold measurements and are taken to cost what the
+        others do.
+        """
         began = self.now()
         yield
         self.steps += 1
@@ -80,30 +87,51 @@ class Member:
 
     def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
         """Makes the run folder, or finds what is there to go on from."""
-        self.finished = told(exist == "resume" and rank() == 0 and Run.is_finished(self.folder, self.trial.config))
+        self.finished = told(
+            exist == "resume" and rank() == 0 and Run.is_finished(self.folder, self.trial.config)
+        )
         if self.finished:
             return
         self.state = checkpoints.load(self.folder, KEPT) if exist == "resume" else None
         if self.state is not None:
             with checkpoints.fitting(self.folder):
                 self.trial.model.load_state_dict(self.state["model"])
-            self.start, self.examined, self.seconds = self.state["step"], self.state["examined"], self.state["seconds"]
+            self.start, self.examined, self.seconds = (
+                self.state["step"],
+                self.state["examined"],
+                self.state["seconds"],
+            )
         if rank() > 0:
             self.record: Run | Silence = Silence()
         elif self.state is not None:
             self.record = stack.enter_context(
-                Run.resume(self.folder, self.trial.config, self.state["segments"], last_step=self.state["step"])
+                Run.resume(
+                    self.folder,
+                    self.trial.config,
+                    self.state["segments"],
+                    last_step=self.state["step"],
+                )
             )
         else:
             how = "replace" if exist == "resume" else exist
-            self.record = stack.enter_context(Run.create(self.folder, self.trial.config, how, device=device))
+            self.record = stack.enter_context(
+                Run.create(self.folder, self.trial.config, how, device=device)
+            )
 
     def watch(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
         """Starts the measurements; those on entry are the step before the first."""
         for watch in self.trial.watches:
-            share = tuple(part[rank() :: world()] for part in watch.probe)  # of several processes, each measures its own
+            share = tuple(
+                part[rank() :: world()] for part in watch.probe
+            )  # of several processes, each measures its own
             log = instrument(
-                self.trial.model, optimizer, share, watch.every, quantities=watch.quantities, distributed=True, **watch.options
+                self.trial.model,
+                optimizer,
+                share,
+                watch.every,
+                quantities=watch.quantities,
+                distributed=True,
+                **watch.options,
             )
             assert isinstance(log, ProbeLog)
             stack.enter_context(log)
@@ -120,18 +148,33 @@ class Member:
 
     def _generators(self) -> list[torch.Generator]:
         """Those that the measurements draw labels from."""
-        return [generator for watch in self.trial.watches if (generator := watch.options.get("generator")) is not None]
+        return [
+            generator
+            for watch in self.trial.watches
+            if (generator := watch.options.get("generator")) is not None
+        ]
 
     def labels(self) -> list[Tensor]:
         """What a resumed run draws labels from."""
         return [generator.get_state() for generator in self._generators()]
 
     def score(self, step: int, epoch: float, batch_loss: float) -> None:
-        """Records the numbers of the whole network; ``batch_loss`` is the mean over the minibatches since the last time."""
+        """Records the numbers of the whole network; ``batch_loss`` is the mean over the minibatches
+        since the last time.
+        """
         import pandas as pd
 
-        losses = {"train_loss": batch_loss, "batch_loss": batch_loss}  # where the trial looks at all examples, its own word counts
-        numbers = {"step": step, "epoch": epoch, "seconds": self.seconds, **losses, **self.trial.score(self.trial.model)}
+        losses = {
+            "train_loss": batch_loss,
+            "batch_loss": batch_loss,
+        }  # where the trial looks at all examples, its own word counts
+        numbers = {
+            "step": step,
+            "epoch": epoch,
+            "seconds": self.seconds,
+            **losses,
+            **self.trial.score(self.trial.model),
+        }
         self.record.append(pd.DataFrame([numbers]))
         for name, value in numbers.items():
             if self.board is not None and name != "step":

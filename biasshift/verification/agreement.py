@@ -1,4 +1,6 @@
-"""Whether covered layers are right: their unit Fisher matrices on a few examples, against those of the second opinion."""
+"""Whether covered layers are right: their unit Fisher matrices on a few examples, against those of
+the second opinion.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,22 +21,35 @@ Layers = Mapping[str, WeightLayer]
 
 OUTPUTS = 16  # of a model that is compared as it is; of more, COMBINATIONS random ones are
 COMBINATIONS = 4
-PARAMS = 16  # of blocks that are compared entry by entry; larger ones by their products with VECTORS random vectors
+# of blocks that are compared entry by entry; larger ones by their products with VECTORS random
+# vectors
+PARAMS = 16
 VECTORS = 4
-SMALL = 2**18  # entries of the blocks of a layer whose units are all compared; of larger ones the first and the last, without blocks
+SMALL = (
+    2**18
+    # entries of the blocks of a layer whose units are all compared; of larger ones the first and
+    # the
+    # last, without blocks
+)
 
 
 @dataclass
 class Comparison:
-    """The largest relative difference in every layer, and the layers that could not be measured, or not be compared, with the reason."""
+    """The largest relative difference in every layer, and the layers that could not be measured, or
+    not be compared, with the reason.
+    """
 
     errors: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     uncompared: dict[str, str] = field(default_factory=dict)
 
 
-def compared(model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, options: Options) -> Comparison:
-    """Both routes on the same examples, for the model's own labels and for the data's where there are some. Spoils the model."""
+def compared(
+    model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, options: Options
+) -> Comparison:
+    """Both routes on the same examples, for the model's own labels and for the data's where there
+    are some. Spoils the model.
+    """
     result = Comparison()
     if not layers:
         return result
@@ -44,38 +59,71 @@ def compared(model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, opti
         followed_by(model, _combinations(outputs))
         y = None
     for labels in (None,) if y is None else (None, y):
-        _compare(model, {name: layer for name, layer in layers.items() if name not in result.failed}, x, labels, options, result)
+        _compare(
+            model,
+            {name: layer for name, layer in layers.items() if name not in result.failed},
+            x,
+            labels,
+            options,
+            result,
+        )
     return result
 
 
-def _compare(model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, options: Options, result: Comparison) -> None:
+def _compare(
+    model: nn.Module,
+    layers: Layers,
+    x: Tensor,
+    y: Tensor | None,
+    options: Options,
+    result: Comparison,
+) -> None:
     options = replace(options, labels="expected" if y is None else "empirical")
     units = {name: _some_units(layer) for name, layer in layers.items()}
     vectors = {name: _vectors(layer, len(units[name])) for name, layer in layers.items()}
     found: dict[str, Tensor] = {}
     small = [name for name, layer in layers.items() if _is_small(layer)]
-    for part, storage in ((small, "dense"), ([name for name in layers if name not in small], "implicit")):
-        options = replace(options, layers=part, units={name: units[name].tolist() for name in part}, storage=storage)
+    for part, storage in (
+        (small, "dense"),
+        ([name for name in layers if name not in small], "implicit"),
+    ):
+        options = replace(
+            options,
+            layers=part,
+            units={name: units[name].tolist() for name in part},
+            storage=storage,
+        )
         try:
-            fishers = {name: measured.fisher for name, measured in measure(model, x, y, options).items()} if part else {}
+            fishers = (
+                {name: measured.fisher for name, measured in measure(model, x, y, options).items()}
+                if part
+                else {}
+            )
             found |= {name: _times(fisher, vectors[name]) for name, fisher in fishers.items()}
         except Exception as error:  # unforeseen, and a row of the table like any other
             result.failed |= dict.fromkeys(part, f"cannot be measured: {error}")
     kept = {name: units[name] for name in found}
     try:
         with undisturbed(model, gradients=True):
-            expected = products(model, kept, vectors, x, options.likelihood, options.weight_sharing, y)
+            expected = products(
+                model, kept, vectors, x, options.likelihood, options.weight_sharing, y
+            )
     except Exception as error:  # the second opinion cannot run this model, example by example
         result.uncompared |= dict.fromkeys(found, f"not compared: {type(error).__name__}: {error}")
         return
     for name, product in found.items():
-        result.errors[name] = max(result.errors.get(name, 0.0), _difference(product, expected[name], has_bias_row(layers[name])))
+        result.errors[name] = max(
+            result.errors.get(name, 0.0),
+            _difference(product, expected[name], has_bias_row(layers[name])),
+        )
 
 
 def _combinations(outputs: Tensor) -> "Combinations":
     """A few random ones, of the size of one: all classes are in each, and the passes are few."""
     flat = outputs.flatten(1)
-    matrix = torch.randn(flat.shape[1], COMBINATIONS, generator=torch.Generator().manual_seed(0)).to(flat)
+    matrix = torch.randn(
+        flat.shape[1], COMBINATIONS, generator=torch.Generator().manual_seed(0)
+    ).to(flat)
     size = (flat @ matrix).abs().max()
     return Combinations(matrix / size if size > 0 else matrix)
 
@@ -94,11 +142,15 @@ def _is_small(layer: WeightLayer) -> bool:
 
 def _some_units(layer: WeightLayer) -> Tensor:
     count = kinds.unit_count(layer)
-    return torch.tensor(range(count) if _is_small(layer) else sorted({0, count - 1}), device=layer.weight.device)
+    return torch.tensor(
+        range(count) if _is_small(layer) else sorted({0, count - 1}), device=layer.weight.device
+    )
 
 
 def _vectors(layer: WeightLayer, units: int) -> Tensor:
-    """(units, params, vectors): the identity where blocks are small, so that their entries themselves are compared."""
+    """(units, params, vectors): the identity where blocks are small, so that their entries
+    themselves are compared.
+    """
     params = kinds.input_count(layer) + 1
     if params <= PARAMS:
         columns = torch.eye(params).repeat(units, 1, 1)

@@ -1,4 +1,6 @@
-"""What of a model is covered, why the rest is not, and whether the covered layers are right: one row per module."""
+"""What of a model is covered, why the rest is not, and whether the covered layers are right: one
+row per module.
+"""
 
 import copy
 from collections import Counter
@@ -8,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types as kinds
-from biasshift.measure.coverage import Reasons, check_outputs, coupled, refuse_unusable, tied, unsound
+from biasshift.measure.coverage import (
+    Reasons,
+    check_outputs,
+    coupled,
+    refuse_unusable,
+    tied,
+    unsound,
+)
 from biasshift.measure.hooks import counting, traced
 from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.options import Options
@@ -19,7 +28,12 @@ from biasshift.verification.agreement import Comparison, compared
 if TYPE_CHECKING:
     import pandas as pd
 
-KNOWN = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # with parameters of several axes, but no units
+KNOWN = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)  # with parameters of several axes, but no units
 
 
 def check(
@@ -31,23 +45,27 @@ def check(
     weight_sharing: str = "per_example",
     examples: int = 4,
 ) -> "pd.DataFrame":
-    """One row per module: whether `unit_fisher` covers it, why not, and how far its numbers are from those of `torch.func`.
+    """One row per module: whether `unit_fisher` covers it, why not, and how far its numbers are
+    from those of `torch.func`.
 
-    A few examples are measured in float64 on a copy, and again by an independent route: the Jacobian of ``ln p`` by the weights,
-    example by example. A model with more than 16 outputs is followed by 4 random combinations of them, in both routes: another
-    model with the same layers, exact at 4 passes. Of large layers two units are compared, and large blocks by their products
+    A few examples are measured in float64 on a copy, and again by an independent route: the
+    Jacobian of ``ln p`` by the weights, example by example. A model with more than 16 outputs is
+    followed by 4 random combinations of them, in both routes: another model with the same layers,
+    exact at 4 passes. Of large layers two units are compared, and large blocks by their products
     with random vectors, which no wrong entry escapes.
 
     Args:
         x: a tensor of examples, or an iterable of batches x or (x, y), of which the first is read.
-        y: the examples' labels. With them the empirical matrices are compared too (up to 16 outputs).
+        y: the examples' labels. With them the empirical matrices are compared too (up to 16
+            outputs).
         likelihood: as in `unit_fisher`, like ``weight_sharing``.
         examples: how many of the first examples are run.
 
     Returns:
-        Columns ``module``, ``kind``, ``covered``, ``reason`` (why it is not covered, or not compared), ``calls`` in one forward
-        pass, ``units`` and ``inputs`` (0 where it has none), and ``error``: the largest difference over the largest entry of a
-        layer, NaN where nothing was compared.
+        Columns ``module``, ``kind``, ``covered``, ``reason`` (why it is not covered, or not
+        compared), ``calls`` in one forward pass, ``units`` and ``inputs`` (0 where it has none),
+        and ``error``: the largest difference over the largest entry of a layer, NaN where nothing
+        was compared.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> table = check(model, torch.eye(3))
@@ -65,22 +83,45 @@ def check(
         copied, x, why = _double(model, x)
         calls = _calls(copied, x)
         reasons = _reasons(model, copied, x, options)
-        layers = {name: module for name, module in copied.named_modules() if kinds.is_covered(module) and name not in reasons}
+        layers = {
+            name: module
+            for name, module in copied.named_modules()
+            if kinds.is_covered(module) and name not in reasons
+        }
         sizes = {name: _sizes(module) for name, module in model.named_modules()}
-        comparison = Comparison(uncompared=dict.fromkeys(layers, why)) if why else compared(copied, layers, x, y, options)
+        comparison = (
+            Comparison(uncompared=dict.fromkeys(layers, why))
+            if why
+            else compared(copied, layers, x, y, options)
+        )
     reasons |= comparison.failed | comparison.uncompared
     rows = []
     for name, module in model.named_modules():
         covered, (units, inputs) = name in layers and name not in comparison.failed, sizes[name]
-        row = {"module": name, "kind": type(module).__name__, "covered": covered, "reason": reasons.get(name, ""), "calls": calls[name]}
-        rows.append({**row, "units": units, "inputs": inputs, "error": comparison.errors.get(name, float("nan"))})
+        row = {
+            "module": name,
+            "kind": type(module).__name__,
+            "covered": covered,
+            "reason": reasons.get(name, ""),
+            "calls": calls[name],
+        }
+        rows.append(
+            {
+                **row,
+                "units": units,
+                "inputs": inputs,
+                "error": comparison.errors.get(name, float("nan")),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-# -- what is covered -----------------------------------------------------------------------------------------------------
+# -- what is covered -------------------------------------------------------------------------------
 
 
-def _first(model: nn.Module, x: Probe, y: Tensor | None, examples: int) -> tuple[Tensor, Tensor | None]:
+def _first(
+    model: nn.Module, x: Probe, y: Tensor | None, examples: int
+) -> tuple[Tensor, Tensor | None]:
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}.")
     a, b = next(batches(model, x, y))
@@ -92,8 +133,15 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
 
     A model that cannot be copied is returned itself, and the reason.
     """
-    made = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf)
-    memo = {id(t): t.detach().clone() for t in made}  # such as the weights of old-style weight_norm, which refuse to be copied
+    made = (
+        t
+        for module in model.modules()
+        for t in vars(module).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    )
+    memo = {
+        id(t): t.detach().clone() for t in made
+    }  # such as the weights of old-style weight_norm, which refuse to be copied
     try:
         copied = copy.deepcopy(model, memo)
         wide = copy.deepcopy(copied).double()
@@ -112,14 +160,24 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Units and inputs; 0 where a module has none, or not yet."""
-    return (kinds.unit_count(module), kinds.input_count(module)) if kinds.is_covered(module) and not kinds.is_lazy(module) else (0, 0)
+    return (
+        (kinds.unit_count(module), kinds.input_count(module))
+        if kinds.is_covered(module) and not kinds.is_lazy(module)
+        else (0, 0)
+    )
 
 
 def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -> Reasons:
     """Why modules are not covered, for all that are not."""
-    reasons = {name: why for name, module in model.named_modules() if (why := kinds.why_uncovered(module))}
+    reasons = {
+        name: why for name, module in model.named_modules() if (why := kinds.why_uncovered(module))
+    }
     named = dict(copied.named_modules())
-    layers = {name: module for name, module in named.items() if kinds.is_covered(module) and name not in reasons}
+    layers = {
+        name: module
+        for name, module in named.items()
+        if kinds.is_covered(module) and name not in reasons
+    }
     reasons |= tied(copied, layers)
     layers = {name: module for name, module in layers.items() if name not in reasons}
     own = coupled(copied)
@@ -130,18 +188,35 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
         with undisturbed(copied, gradients=True):
             tape, returned = traced(copied, layers, x)
             outputs = check_outputs(returned, len(x))
-            expand, categorical = options.weight_sharing == "expand", options.likelihood == "categorical"
+            expand, categorical = (
+                options.weight_sharing == "expand",
+                options.likelihood == "categorical",
+            )
             reasons |= unsound(copied, tape, layers, x, outputs, expand, categorical)
-        reasons |= {name: "it was not called in the forward pass" for name in layers if name not in tape.calls and name not in reasons}
+        reasons |= {
+            name: "it was not called in the forward pass"
+            for name in layers
+            if name not in tape.calls and name not in reasons
+        }
     except ValueError as error:  # about the model as a whole: nothing of it can be measured
         reasons |= {name: str(error) for name in layers}
-    others = {name: _other(module) for name, module in named.items() if not kinds.is_covered(module)}
+    others = {
+        name: _other(module) for name, module in named.items() if not kinds.is_covered(module)
+    }
     return others | own | reasons
 
 
 def _other(module: nn.Module) -> str:
-    unknown = [name for name, p in module.named_parameters(recurse=False) if p.dim() >= 2 and not isinstance(module, KNOWN)]
-    return f"a kind that is not known: {' and '.join(unknown)} may be the weights of units" if unknown else "no layer with units"
+    unknown = [
+        name
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() >= 2 and not isinstance(module, KNOWN)
+    ]
+    return (
+        f"a kind that is not known: {' and '.join(unknown)} may be the weights of units"
+        if unknown
+        else "no layer with units"
+    )
 
 
 def _calls(model: nn.Module, x: Tensor) -> Counter[str]:

@@ -1,8 +1,10 @@
-"""The second opinion: products of the unit Fisher matrices with vectors, example by example, without a hook or a patch.
+"""The second opinion: products of the unit Fisher matrices with vectors, example by example,
+without a hook or a patch.
 
-`per_example` differentiates ``ln p`` by the weights themselves (`torch.func.jacrev` of `functional_call`), `expand` by zeros added
-to the net inputs (`offsets`). Where `torch.func` cannot run a model (a custom ``autograd.Function``, a checkpoint), a plain loop of
-`torch.autograd.grad` over labels does the same.
+`per_example` differentiates ``ln p`` by the weights themselves (`torch.func.jacrev` of
+`functional_call`), `expand` by zeros added to the net inputs (`offsets`). Where `torch.func` cannot
+run a model (a custom ``autograd.Function``, a checkpoint), a plain loop of `torch.autograd.grad`
+over labels does the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +24,23 @@ from biasshift.measure.layer_types import WeightLayer
 Layers = Mapping[str, WeightLayer]
 Units = Mapping[str, Tensor]
 Vectors = Mapping[str, Float[Tensor, "units params vectors"]]  # params = inputs + 1, bias last
-Terms = Callable[[Tensor], tuple[Tensor, Tensor]]  # one example's outputs → ln p(y), and the weight of y, for all labels
+Terms = Callable[
+    [Tensor], tuple[Tensor, Tensor]
+]  # one example's outputs → ln p(y), and the weight of y, for all labels
 
 
 def products(
-    model: nn.Module, units: Units, vectors: Vectors, x: Tensor, likelihood: str, weight_sharing: str, y: Tensor | None = None
+    model: nn.Module,
+    units: Units,
+    vectors: Vectors,
+    x: Tensor,
+    likelihood: str,
+    weight_sharing: str,
+    y: Tensor | None = None,
 ) -> dict[str, Float[Tensor, "units params vectors"]]:
-    """``F v`` for the given units and vectors, with the data's labels for the model's own where ``y`` is given. Spoils the model."""
+    """``F v`` for the given units and vectors, with the data's labels for the model's own where
+    ``y`` is given. Spoils the model.
+    """
     named = dict(model.named_modules())
     layers = {name: _plain(named[name]) for name in units}
     model.requires_grad_(False)
@@ -42,9 +54,11 @@ def products(
 
 
 def label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``ln p(y)`` and the weight of ``y``, for every label of every position; for one label, the data's, where it is given.
+    """``ln p(y)`` and the weight of ``y``, for every label of every position; for one label, the
+    data's, where it is given.
 
-    Gaussian: the outputs themselves stand for their labels, as ``Jᵀ E[(y − f)(y − f)ᵀ] J`` is ``JᵀJ``.
+    Gaussian: the outputs themselves stand for their labels, as ``Jᵀ E[(y − f)(y − f)ᵀ] J`` is
+        ``JᵀJ``.
     """
     if y is not None:
         if likelihood == "categorical":
@@ -56,17 +70,25 @@ def label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tup
         return term[None], torch.ones_like(term)[None]
     if likelihood == "gaussian":
         return output.flatten(), torch.ones_like(output).flatten()
-    logs = output.log_softmax(-1) if likelihood == "categorical" else torch.stack([F.logsigmoid(output), F.logsigmoid(-output)])
+    logs = (
+        output.log_softmax(-1)
+        if likelihood == "categorical"
+        else torch.stack([F.logsigmoid(output), F.logsigmoid(-output)])
+    )
     return logs.flatten(), logs.exp().flatten()
 
 
 def _plain(layer: nn.Module) -> WeightLayer:
-    """The layer with its weight as an ordinary parameter, at its present value, and a bias, which may be 0."""
+    """The layer with its weight as an ordinary parameter, at its present value, and a bias, which
+    may be 0.
+    """
     assert kinds.is_covered(layer)
     if parametrize.is_parametrized(layer):
         for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
             parametrize.remove_parametrizations(layer, name)
-    if "weight" not in layer._parameters:  # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
+    if (
+        "weight" not in layer._parameters
+    ):  # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
         value = layer.weight.detach().clone()
         for key, hook in list(layer._forward_pre_hooks.items()):
             if type(hook).__module__.startswith("torch.nn.utils"):
@@ -79,14 +101,18 @@ def _plain(layer: nn.Module) -> WeightLayer:
 
 
 def has_bias_row(layer: WeightLayer) -> bool:
-    """Whether a bias that is not there could be added: what a forward of somebody's own does with it is unknown."""
+    """Whether a bias that is not there could be added: what a forward of somebody's own does with
+    it is unknown.
+    """
     return layer.bias is not None or not kinds.has_own_forward(layer)
 
 
-# -- per_example: the weights themselves ---------------------------------------------------------------------------------
+# -- per_example: the weights themselves -----------------------------------------------------------
 
 
-def _by_weights(model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms) -> dict[str, Tensor]:
+def _by_weights(
+    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms
+) -> dict[str, Tensor]:
     """``Σ_y p_y (∇ln p) (∇ln p)ᵀ v`` of one example."""
     with torch.no_grad():
         weight_of_label = terms(model(x))[1]
@@ -94,12 +120,21 @@ def _by_weights(model: nn.Module, layers: Layers, units: Units, vectors: Vectors
         scores = _scores(model, layers, units, x, terms)
     except Exception:  # what torch.func does not support is raised as one thing or another
         scores = _scores_one_by_one(model, layers, units, x, terms)
-    projected = {name: torch.einsum("yup,upv->yuv", score, vectors[name]) for name, score in scores.items()}
-    return {name: torch.einsum("y,yup,yuv->upv", weight_of_label, scores[name], projected[name]) for name in scores}
+    projected = {
+        name: torch.einsum("yup,upv->yuv", score, vectors[name]) for name, score in scores.items()
+    }
+    return {
+        name: torch.einsum("y,yup,yuv->upv", weight_of_label, scores[name], projected[name])
+        for name in scores
+    }
 
 
-def _scores(model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms) -> dict[str, Tensor]:
-    """``∇ ln p(y)`` for all labels, (labels, units, params): Jacobians by the rows of the weights that belong to the units."""
+def _scores(
+    model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms
+) -> dict[str, Tensor]:
+    """``∇ ln p(y)`` for all labels, (labels, units, params): Jacobians by the rows of the weights
+    that belong to the units.
+    """
     at = {}
     for name, layer in layers.items():
         bias = torch.zeros_like(kinds.weights(layer)[:, 0]) if layer.bias is None else layer.bias
@@ -111,20 +146,31 @@ def _scores(model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Te
             weights = kinds.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
             changed[_join(name, "weight")] = kinds.as_weight(layer, weights)
             if layer.bias is not None:
-                changed[_join(name, "bias")] = layer.bias.index_copy(0, units[name], rows[name][:, -1])
-        return terms(functional_call(model, changed, (x,), tie_weights=False))[0]  # a module under two names is changed once
+                changed[_join(name, "bias")] = layer.bias.index_copy(
+                    0, units[name], rows[name][:, -1]
+                )
+        return terms(functional_call(model, changed, (x,), tie_weights=False))[
+            0
+        ]  # a module under two names is changed once
 
     return jacrev(function, chunk_size=_chunk(layers))(at)  # pyright: ignore[reportReturnType]
 
 
-def _scores_one_by_one(model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms) -> dict[str, Tensor]:
-    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+def _scores_one_by_one(
+    model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms
+) -> dict[str, Tensor]:
+    parameters = [
+        p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None
+    ]
     for p in parameters:
         p.requires_grad_(True)
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     for value in terms(model(x))[0]:
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        found = {id(p): torch.zeros_like(p) if d is None else d for p, d in zip(parameters, gradients, strict=True)}
+        found = {
+            id(p): torch.zeros_like(p) if d is None else d
+            for p, d in zip(parameters, gradients, strict=True)
+        }
         for name, layer in layers.items():
             w = kinds.weights(layer, found[id(layer.weight)])
             w0 = torch.zeros_like(w[:, 0]) if layer.bias is None else found[id(layer.bias)]
@@ -133,7 +179,9 @@ def _scores_one_by_one(model: nn.Module, layers: Layers, units: Units, x: Tensor
 
 
 def _chunk(layers: Layers) -> int:
-    """Labels at once: the gradients of whole weights are made before the rows of a few units are taken."""
+    """Labels at once: the gradients of whole weights are made before the rows of a few units are
+    taken.
+    """
     return max(1, 2**24 // sum(layer.weight.numel() for layer in layers.values()))
 
 
@@ -142,16 +190,24 @@ def _join(name: str, parameter: str) -> str:
 
 
 # -- the errors and products of `expand` from zeros that are added to the net inputs of every call of a layer ---
-# Differentiating ``ln p`` by such a zero gives the error ``δ_t`` of its position. The incoming activations stay inside the layer,
-# which is linear in its weights: ``ã_tᵀ v`` is the layer with ``v`` for weights, and ``Σ_t δ_t² ã_t (ã_tᵀ v)`` the gradient of that.
+# Differentiating ``ln p`` by such a zero gives the error ``δ_t`` of its position. The incoming
+# activations stay inside the layer,
+# which is linear in its weights: ``ã_tᵀ v`` is the layer with ``v`` for weights, and ``Σ_t δ_t² ã_t
+# (ã_tᵀ v)`` the gradient of that.
 
 
-def by_offsets(model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms) -> dict[str, Tensor]:
+def by_offsets(
+    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms
+) -> dict[str, Tensor]:
     """``Σ_t (Σ_y p_y δ_t²) ã_t ã_tᵀ v`` of one example."""
     with Offsets(layers) as offsets:
         with torch.no_grad():
             weight_of_label = terms(model(x))[1]
-        at = {f"{name} {i}": call[2] for name, calls in offsets.seen.items() for i, call in enumerate(calls)}
+        at = {
+            f"{name} {i}": call[2]
+            for name, calls in offsets.seen.items()
+            for i, call in enumerate(calls)
+        }
 
         def function(zeros: dict[str, Tensor]) -> Tensor:
             offsets.start(zeros)
@@ -163,13 +219,18 @@ def by_offsets(model: nn.Module, layers: Layers, units: Units, vectors: Vectors,
         name, _, i = key.rpartition(" ")
         delta2 = torch.einsum("y,y...->...", weight_of_label, delta.square())
         args, kwargs, _ = offsets.seen[name][int(i)]
-        columns = [_product(layers[name], args, kwargs, delta2, units[name], v) for v in vectors[name].unbind(-1)]
+        columns = [
+            _product(layers[name], args, kwargs, delta2, units[name], v)
+            for v in vectors[name].unbind(-1)
+        ]
         found[name] += torch.stack(columns, -1)
     return found
 
 
 class Offsets:
-    """Zeros added to the net inputs of layers, call by call, within the block; and what each call was given."""
+    """Zeros added to the net inputs of layers, call by call, within the block; and what each call
+    was given.
+    """
 
     def __init__(self, layers: Layers):
         self.layers = layers
@@ -198,37 +259,57 @@ class Offsets:
         net = self.originals[name](*args, **kwargs)
         if self.zeros is None:
             kept = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in args)
-            named = {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in kwargs.items()}
+            named = {
+                key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in kwargs.items()
+            }
             self.seen.setdefault(name, []).append((kept, named, torch.zeros_like(net)))
             return net
-        self.calls[name] = (self.calls.get(name, -1) + 1) % len(self.seen[name])  # a checkpoint runs its calls again
+        self.calls[name] = (self.calls.get(name, -1) + 1) % len(
+            self.seen[name]
+        )  # a checkpoint runs its calls again
         return net + self.zeros[f"{name} {self.calls[name]}"]
 
 
-def _product(layer: WeightLayer, args: tuple, kwargs: dict, delta2: Tensor, units: Tensor, v: Tensor) -> Tensor:
+def _product(
+    layer: WeightLayer, args: tuple, kwargs: dict, delta2: Tensor, units: Tensor, v: Tensor
+) -> Tensor:
     """``Σ_t δ_t² ã_t (ã_tᵀ v)``, by the layer itself."""
     zero = torch.zeros_like(kinds.weights(layer))
-    given = {"layer.weight": kinds.as_weight(layer, zero.index_copy(0, units, v[:, :-1])).requires_grad_()}
+    given = {
+        "layer.weight": kinds.as_weight(
+            layer, zero.index_copy(0, units, v[:, :-1])
+        ).requires_grad_()
+    }
     if layer.bias is not None:
         given["layer.bias"] = zero[:, 0].index_copy(0, units, v[:, -1]).requires_grad_()
     nothing = {key: torch.zeros_like(value) for key, value in given.items()}
     alone = _Alone(layer)
-    net = functional_call(alone, given, args, kwargs) - functional_call(alone, nothing, args, kwargs)
+    net = functional_call(alone, given, args, kwargs) - functional_call(
+        alone, nothing, args, kwargs
+    )
     found = torch.autograd.grad(net, list(given.values()), net.detach() * delta2)
     rows = kinds.weights(layer, found[0])[units]
     rows0 = torch.zeros_like(rows[:, 0]) if layer.bias is None else found[1][units]
     return torch.cat([rows, rows0[:, None]], 1)
 
 
-def _jacobian(function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]) -> dict[str, Tensor]:
+def _jacobian(
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The derivatives of all values of a function, (values, …)."""
     try:
         return jacrev(function)(at)  # pyright: ignore[reportReturnType]
     except Exception:  # as above
         leaves = {name: v.clone().requires_grad_() for name, v in at.items()}
-        rows = [torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True) for value in function(leaves)]
+        rows = [
+            torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+            for value in function(leaves)
+        ]
         columns = zip(at.items(), zip(*rows, strict=True), strict=True)
-        return {name: torch.stack([torch.zeros_like(v) if d is None else d for d in column]) for (name, v), column in columns}
+        return {
+            name: torch.stack([torch.zeros_like(v) if d is None else d for d in column])
+            for (name, v), column in columns
+        }
 
 
 class _Alone(nn.Module):

@@ -1,4 +1,6 @@
-"""Verdicts on planted runs: where a claim is true, false or undecidable by construction, claims must say so."""
+"""Verdicts on planted runs: where a claim is true, false or undecidable by construction, claims
+must say so.
+"""
 
 import itertools
 import re
@@ -15,7 +17,14 @@ from biasshift.analysis.verdicts import claims
 from biasshift.runs.writer import Run
 
 SEEDS = range(6)
-BASES = [0.0, 0.9, -0.7, 0.4, -0.2, 0.6]  # what a seed does to both networks: far more than the effect, so that only pairs see it
+BASES = [
+    0.0,
+    0.9,
+    -0.7,
+    0.4,
+    -0.2,
+    0.6,
+]  # what a seed does to both networks: far more than the effect, so that only pairs see it
 LESS = [-0.11, -0.07, -0.13, -0.08, -0.1, -0.09]
 
 # claim → how to plant a number whose transform is the claim's statistic
@@ -34,7 +43,10 @@ LINEAR = {"coupling", "gap", "speed", "loss"}  # the planted difference is the e
 def planted(claim: str, differences, seeds=SEEDS) -> pd.DataFrame:
     """ELU minus ReLU is `differences`, seed by seed."""
     pairs = zip(seeds, BASES, differences, strict=True)
-    runs = [(Planted("elu", s, **PLANT[claim](x + d)), Planted("relu", s, **PLANT[claim](x))) for s, x, d in pairs]
+    runs = [
+        (Planted("elu", s, **PLANT[claim](x + d)), Planted("relu", s, **PLANT[claim](x)))
+        for s, x, d in pairs
+    ]
     return table(itertools.chain(*runs))
 
 
@@ -44,7 +56,9 @@ def row(found: pd.DataFrame, claim: str) -> pd.Series:
 
 
 OF_ONE = {"correction", "correction-steps"} | {  # claims that need no pair of activation functions
-    f"{link}-{where}" for link in ("mean-coupling", "coupling-gap") for where in ("seeds", "layers", "steps", "activations", "all")
+    f"{link}-{where}"
+    for link in ("mean-coupling", "coupling-gap")
+    for where in ("seeds", "layers", "steps", "activations", "all")
 }
 BETWEEN = {
     "coupling", "coupling-steps", "gap", "gap-steps", "inherited", "inherited-loss", "speed", "speed-1", "speed-0.5", "loss",
@@ -52,7 +66,7 @@ BETWEEN = {
 }  # fmt: skip
 
 
-# -- true, false, undecidable ------------------------------------------------------------------------------------
+# -- true, false, undecidable ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("claim", PLANT)
@@ -88,9 +102,13 @@ def test_one_seed_has_a_number_but_no_interval():
     assert "-0.11, n = 1. Fewer than" in sentences(found)[list(found["claim"]).index("gap")]
 
 
-@pytest.mark.parametrize(("turned", "away"), [("damping", {1e-4}), ("damping", {1.0}), ("probe", {1}), ("probe", {0})])
+@pytest.mark.parametrize(
+    ("turned", "away"), [("damping", {1e-4}), ("damping", {1.0}), ("probe", {1}), ("probe", {0})]
+)
 @pytest.mark.parametrize(("claim", "column"), [("gap", "gap_degrees"), ("coupling", "inflation")])
-def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(claim, column, turned, away):
+def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(
+    claim, column, turned, away
+):
     """Where it is turned, the effect is a third as large: on average it stays clearly below 0."""
 
     def exam(difference):
@@ -100,7 +118,10 @@ def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(claim
 
         return at
 
-    runs = [[Planted("elu", s, exam=exam(d)), Planted("relu", s, exam=lambda *_: {column: 10.0})] for s, d in zip(SEEDS, LESS, strict=True)]
+    runs = [
+        [Planted("elu", s, exam=exam(d)), Planted("relu", s, exam=lambda *_: {column: 10.0})]
+        for s, d in zip(SEEDS, LESS, strict=True)
+    ]
     found = row(claims(table(itertools.chain(*runs))), claim)
     assert found["high"] < 0 and found["p"] < 0.05
     assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
@@ -109,11 +130,18 @@ def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(claim
 @pytest.mark.parametrize(("share", "expected"), [(0.6, "supported"), (0.4, "not supported")])
 def test_theorem_2s_correction(share, expected):
     def run(activation, seed, off):
-        return Planted(activation, seed, exam=lambda *_: {"smaller_share": share + off + seed / 1000})
+        return Planted(
+            activation, seed, exam=lambda *_: {"smaller_share": share + off + seed / 1000}
+        )
 
-    found = row(claims(table(run(*pair) for s in SEEDS for pair in (("elu", s, 0.05), ("relu", s, -0.05)))), "correction")
+    found = row(
+        claims(table(run(*pair) for s in SEEDS for pair in (("elu", s, 0.05), ("relu", s, -0.05)))),
+        "correction",
+    )
     assert found["verdict"] == expected and found["n"] == 6
-    assert found["effect"] == pytest.approx(0.5 - share - 0.0025)  # all activations of a seed together
+    assert found["effect"] == pytest.approx(
+        0.5 - share - 0.0025
+    )  # all activations of a seed together
 
 
 def test_theorem_2s_correction_may_help_one_and_not_the_other():
@@ -130,7 +158,9 @@ def test_theorem_2s_correction_may_help_one_and_not_the_other():
 def test_units_without_a_corrected_mean_say_nothing_about_the_correction():
     """As those without a bias."""
     nothing = {"smaller_share": np.nan}
-    found = claims(table(Planted(name, s, exam=lambda *_: nothing) for name in ("elu", "relu") for s in SEEDS))
+    found = claims(
+        table(Planted(name, s, exam=lambda *_: nothing) for name in ("elu", "relu") for s in SEEDS)
+    )
     assert row(found, "correction")[["n", "verdict"]].tolist() == [0, "undecided"]
 
 
@@ -138,28 +168,44 @@ def test_theorem_2s_correction_too_is_repeated_over_dampings():
     def exam(probe, damping):
         return {"smaller_share": 0.4 if damping == 1.0 else 0.7}
 
-    found = row(claims(table(Planted(name, seed, exam=exam) for name in ("elu", "relu") for seed in SEEDS)), "correction")
+    found = row(
+        claims(table(Planted(name, seed, exam=exam) for name in ("elu", "relu") for seed in SEEDS)),
+        "correction",
+    )
     assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
 
 
-# -- what is missing ---------------------------------------------------------------------------------------------
+# -- what is missing -------------------------------------------------------------------------------
 
 
 def test_runs_that_never_came_down_to_the_equal_loss_leave_their_pairs_out():
-    runs = [Planted(name, seed, equal_step=None if (name, seed) == ("relu", 2) else 50) for name in ("elu", "relu") for seed in SEEDS]
+    runs = [
+        Planted(name, seed, equal_step=None if (name, seed) == ("relu", 2) else 50)
+        for name in ("elu", "relu")
+        for seed in SEEDS
+    ]
     found = claims(table(runs))
     assert {name: row(found, name)["n"] for name in ("gap", "coupling", "speed", "loss", "means")} == {
         "gap": 5, "coupling": 5, "speed": 6, "loss": 6, "means": 6,
     }  # fmt: skip
     assert row(found, "gap")["caveat"].startswith(
-        "Fewer than 6 paired seeds decide nothing. 1 of 6 pairs have no number, and count against the verdict. "
+        "Fewer than 6 paired seeds decide nothing. 1 of 6 pairs have no number, and count against "
+        "the verdict. "
     )
 
 
 def spoilt(count: int) -> pd.DataFrame:
-    """Twelve seeds in which ELU's gap is clearly smaller; of so many ReLU networks nothing is known at equal loss."""
+    """Twelve seeds in which ELU's gap is clearly smaller; of so many ReLU networks nothing is known
+    at equal loss.
+    """
     pairs = zip(range(12), 2 * LESS, strict=True)
-    runs = [(Planted("elu", s, **PLANT["gap"](d)), Planted("relu", s, equal_step=None if s < count else 50)) for s, d in pairs]
+    runs = [
+        (
+            Planted("elu", s, **PLANT["gap"](d)),
+            Planted("relu", s, equal_step=None if s < count else 50),
+        )
+        for s, d in pairs
+    ]
     return table(itertools.chain(*runs))
 
 
@@ -168,22 +214,38 @@ def test_pairs_without_a_number_count_as_the_strongest_evidence_against():
     assert verdicts == ["supported", "supported", "undecided", "undecided"]
     worst = np.array([*(2 * LESS)[:10], 0.5, 0.7])
     assert paired(pd.Series([*(2 * LESS)[:10], np.nan, np.inf])).p == pytest.approx(exact_p(worst))
-    assert paired(pd.Series([*(-np.array(2 * LESS))[:10], np.nan, np.nan])).p_contrary == pytest.approx(exact_p(worst))
+    assert paired(
+        pd.Series([*(-np.array(2 * LESS))[:10], np.nan, np.nan])
+    ).p_contrary == pytest.approx(exact_p(worst))
 
 
 def test_a_network_that_never_gets_there_is_slower_than_one_that_does():
-    """Half of the ReLU networks are quick and half are stuck: to leave the stuck ones out would make ELU the slower one."""
+    """Half of the ReLU networks are quick and half are stuck: to leave the stuck ones out would
+    make ELU the slower one.
+    """
     runs = [Planted("elu", s, equal_step=50 + s) for s in range(12)]
     runs += [Planted("relu", s, equal_step=None if s % 2 else 40 + s) for s in range(12)]
     found = row(claims(table(runs)), "speed")
-    assert found["n"] == 12 and found["verdict"] == "undecided" and "In 6 pairs one run never came down there" in found["caveat"]
-    stuck = [run for run in runs if run.activation == "elu"] + [Planted("relu", s, equal_step=None) for s in range(12)]
+    assert (
+        found["n"] == 12
+        and found["verdict"] == "undecided"
+        and "In 6 pairs one run never came down there" in found["caveat"]
+    )
+    stuck = [run for run in runs if run.activation == "elu"] + [
+        Planted("relu", s, equal_step=None) for s in range(12)
+    ]
     found = row(claims(table(stuck)), "speed")
-    assert found["verdict"] == "supported" and found["effect"] == pytest.approx(np.mean([np.log((50 + s) / 100) for s in range(12)]))
+    assert found["verdict"] == "supported" and found["effect"] == pytest.approx(
+        np.mean([np.log((50 + s) / 100) for s in range(12)])
+    )
 
 
 def test_a_run_that_ended_before_its_partner_was_there_says_nothing_about_who_is_faster():
-    runs = [Planted(name, s, equal_step=None if name == "elu" else 80, finished=name == "relu") for name in ("elu", "relu") for s in SEEDS]
+    runs = [
+        Planted(name, s, equal_step=None if name == "elu" else 80, finished=name == "relu")
+        for name in ("elu", "relu")
+        for s in SEEDS
+    ]
     assert row(claims(table(runs)), "speed")[["n", "verdict"]].tolist() == [0, "undecided"]
 
 
@@ -199,24 +261,40 @@ def test_a_network_whose_loss_is_no_number_at_its_end_has_not_reached_it():
 
 
 def test_layers_are_compared_with_their_like():
-    """Layer by layer nothing differs; that ELU's last layer has too few samples must not make a difference of what is left."""
-    levels = {"2": {"inflation": 2.0, "gap_degrees": 50.0}, "4": {"inflation": 8.0, "gap_degrees": 70.0}}
+    """Layer by layer nothing differs; that ELU's last layer has too few samples must not make a
+    difference of what is left.
+    """
+    levels = {
+        "2": {"inflation": 2.0, "gap_degrees": 50.0},
+        "4": {"inflation": 8.0, "gap_degrees": 70.0},
+    }
 
     def run(name, seed):
         few = {"enough": 0.4} if name == "elu" else {}
-        return Planted(name, seed, exam_at=lambda layer: levels[layer] | (few if layer == "4" else {}))
+        return Planted(
+            name, seed, exam_at=lambda layer: levels[layer] | (few if layer == "4" else {})
+        )
 
     found = claims(table(run(name, seed) for name in ("elu", "relu") for seed in SEEDS))
     for claim in ("coupling", "gap"):
         assert row(found, claim)[["effect", "n", "verdict"]].tolist() == [0.0, 6, "undecided"]
-        assert "6 of 24 layers have too few effective samples and are left out" in row(found, claim)["caveat"]
+        assert (
+            "6 of 24 layers have too few effective samples and are left out"
+            in row(found, claim)["caveat"]
+        )
 
 
-@pytest.mark.parametrize("kept", ["exam_probe == 0", "exam_damping == 0.01", "exam_damping > 0.001"])
+@pytest.mark.parametrize(
+    "kept", ["exam_probe == 0", "exam_damping == 0.01", "exam_damping > 0.001"]
+)
 def test_what_was_not_repeated_decides_nothing(kept):
     rows = planted("gap", LESS)
     found = row(claims(rows[rows["exam_damping"].isna() | rows.eval(kept)]), "gap")
-    assert found["p"] < 0.05 and found["verdict"] == "undecided" and "Not repeated on two probes at three dampings" in found["caveat"]
+    assert (
+        found["p"] < 0.05
+        and found["verdict"] == "undecided"
+        and "Not repeated on two probes at three dampings" in found["caveat"]
+    )
 
 
 def test_losses_that_are_not_equal_decide_nothing_at_equal_loss():
@@ -226,41 +304,74 @@ def test_losses_that_are_not_equal_decide_nothing_at_equal_loss():
     assert row(claims(rows), "gap")["verdict"] == "supported"
     rows.loc[examined & (rows["activation"] == "elu"), "exam_loss"] = 0.4
     found = row(claims(rows), "gap")
-    assert found["verdict"] == "undecided" and "ELU was examined at a loss of 0.4, ReLU at 0.52" in found["caveat"]
+    assert (
+        found["verdict"] == "undecided"
+        and "ELU was examined at a loss of 0.4, ReLU at 0.52" in found["caveat"]
+    )
 
 
 def test_losses_below_0_are_refused_by_name():
     rows = planted("gap", LESS)
     rows.loc[rows["train_loss"].notna() & (rows["run"] == "relu-3"), "train_loss"] = -0.1
-    with pytest.raises(ValueError, match=r"training loss of run 'relu-3' falls below 0.*cannot be negative"):
+    with pytest.raises(
+        ValueError, match=r"training loss of run 'relu-3' falls below 0.*cannot be negative"
+    ):
         claims(rows)
 
 
-@pytest.mark.parametrize(("option", "values"), [("damping", (1e-4, 1.0)), ("weight_decay", (0.0, 0.1)), ("optimizer", ("adam", "sgd"))])
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("damping", (1e-4, 1.0)), ("weight_decay", (0.0, 0.1)), ("optimizer", ("adam", "sgd"))],
+)
 def test_runs_that_differ_in_what_moves_the_numbers_are_refused(option, values):
     rows = planted("gap", LESS)
     rows[option] = np.where(rows["activation"] == "elu", *values).astype(object)
-    with pytest.raises(ValueError, match=f"These runs differ in '{option}' \\({values[0]}, {values[1]}\\): give runs of one setting"):
+    with pytest.raises(
+        ValueError,
+        match=f"These runs differ in '{option}' \\({values[0]}, {values[1]}\\): give runs of one "
+        "setting",
+    ):
         claims(rows)
 
 
 def test_without_any_examination_the_sentences_say_why_there_is_no_number():
-    found = claims(table(Planted(name, seed, equal_step=None) for name in ("elu", "relu") for seed in SEEDS))
+    found = claims(
+        table(Planted(name, seed, equal_step=None) for name in ("elu", "relu") for seed in SEEDS)
+    )
     for name in ("gap", "coupling", "speed", "correction"):
         assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
-        assert row(found, name)["caveat"].startswith("No two runs with one seed came down to the equal loss")
+        assert row(found, name)["caveat"].startswith(
+            "No two runs with one seed came down to the equal loss"
+        )
     assert not any("nan" in sentence for sentence in sentences(found))
 
 
 def test_without_enough_effective_samples_the_steps_are_still_compared():
-    nothing = dict.fromkeys(("inflation", "k", "smaller_share", "gap_degrees"), np.nan) | {"enough": 0.0}
-    found = claims(table(Planted(name, seed, exam=lambda *_: nothing) for name in ("elu", "relu") for seed in SEEDS))
-    assert row(found, "gap")["n"] == 0 and "with enough effective samples" in row(found, "gap")["caveat"]
+    nothing = dict.fromkeys(("inflation", "k", "smaller_share", "gap_degrees"), np.nan) | {
+        "enough": 0.0
+    }
+    found = claims(
+        table(
+            Planted(name, seed, exam=lambda *_: nothing)
+            for name in ("elu", "relu")
+            for seed in SEEDS
+        )
+    )
+    assert (
+        row(found, "gap")["n"] == 0
+        and "with enough effective samples" in row(found, "gap")["caveat"]
+    )
     assert row(found, "speed")["n"] == 6
 
 
 def test_runs_that_were_stopped_decide_nothing_about_the_end():
-    found = claims(table(Planted(name, seed, finished=name == "elu") for name in ("elu", "relu") for seed in SEEDS))
+    found = claims(
+        table(
+            Planted(name, seed, finished=name == "elu")
+            for name in ("elu", "relu")
+            for seed in SEEDS
+        )
+    )
     for name in ("means", "means-unitwise", "inherited", "loss"):
         assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
         assert row(found, name)["caveat"] == "No two runs with one seed reached their last epoch."
@@ -272,24 +383,39 @@ def test_runs_that_were_stopped_decide_nothing_about_the_end():
     [
         (("elu",), set()),
         (("relu", "lrelu"), {"means-lrelu-relu", "means-lrelu-relu-loss"}),
-        (("elu", "lrelu"), {"means-lrelu", "means-lrelu-loss", "speed-lrelu", "speed-lrelu-1", "speed-lrelu-0.5", "loss-lrelu"}),
+        (
+            ("elu", "lrelu"),
+            {
+                "means-lrelu",
+                "means-lrelu-loss",
+                "speed-lrelu",
+                "speed-lrelu-1",
+                "speed-lrelu-0.5",
+                "loss-lrelu",
+            },
+        ),
         (("elu", "relu"), {"means", "means-loss", "means-unitwise", *BETWEEN}),
     ],
 )
 def test_claims_about_activations_that_were_not_trained_are_left_out(activations, expected):
-    corrections = {f"correction-{name}" for name in activations} & {"correction-elu", "correction-relu"}
+    corrections = {f"correction-{name}" for name in activations} & {
+        "correction-elu",
+        "correction-relu",
+    }
     found = claims(table(Planted(name, seed) for name in activations for seed in SEEDS))
     assert set(found["claim"]) == expected | corrections | OF_ONE
 
 
-# -- pairs -------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------
 
 
 def test_seeds_without_a_partner_are_left_out():
     alone = [Planted("elu", 10, **PLANT["gap"](30.0)), Planted("relu", 11, **PLANT["gap"](-30.0))]
     pairs = planted("gap", LESS)
     pd.testing.assert_series_equal(
-        row(claims(pd.concat([table(alone[:1]), pairs, table(alone[1:])])), "gap"), row(claims(pairs), "gap"), check_names=False
+        row(claims(pd.concat([table(alone[:1]), pairs, table(alone[1:])])), "gap"),
+        row(claims(pairs), "gap"),
+        check_names=False,
     )
 
 
@@ -305,7 +431,7 @@ def test_two_runs_of_one_seed_are_refused():
         claims(twice)
 
 
-# -- statistics --------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 6, 15])
@@ -319,11 +445,19 @@ def test_the_interval_is_that_of_the_paired_t_test(n):
 
 
 def exact_p(effects: np.ndarray) -> float:
-    """Every effect may have had the other sign: how often is the sum of ranks above 0, zeros half, at most as large?"""
-    ranks, positive = stats.rankdata(np.abs(effects)), np.array([(x > 0) + (x == 0) / 2 for x in effects])
+    """Every effect may have had the other sign: how often is the sum of ranks above 0, zeros half,
+    at most as large?
+    """
+    ranks, positive = (
+        stats.rankdata(np.abs(effects)),
+        np.array([(x > 0) + (x == 0) / 2 for x in effects]),
+    )
     free = effects != 0
     fixed = (ranks * positive)[~free].sum()
-    sums = [fixed + ranks[free][np.array(signs)].sum() for signs in itertools.product([False, True], repeat=int(free.sum()))]
+    sums = [
+        fixed + ranks[free][np.array(signs)].sum()
+        for signs in itertools.product([False, True], repeat=int(free.sum()))
+    ]
     return float(np.mean(np.array(sums) <= (ranks * positive).sum() + 1e-9))
 
 
@@ -379,11 +513,16 @@ def test_holms_correction_is_the_closed_test(seed):
     p = np.random.default_rng(seed).uniform(size=5) ** 3
     sets = [some for size in range(1, 6) for some in itertools.combinations(range(5), size)]
     for i, adjusted in enumerate(holm(list(p))):
-        assert adjusted == pytest.approx(max(min(1, len(some) * p[list(some)].min()) for some in sets if i in some))
+        assert adjusted == pytest.approx(
+            max(min(1, len(some) * p[list(some)].min()) for some in sets if i in some)
+        )
 
 
 def test_tests_that_could_not_be_made_do_not_count():
-    assert holm([0.02, float("nan"), 0.03])[::2] == [0.04, 0.04] and np.isnan(holm([float("nan")])).all()
+    assert (
+        holm([0.02, float("nan"), 0.03])[::2] == [0.04, 0.04]
+        and np.isnan(holm([float("nan")])).all()
+    )
 
 
 @pytest.mark.parametrize(("variants", "seeds"), [(1, 6), (3, 6), (4, 7), (6, 7), (7, 8), (42, 10)])
@@ -402,7 +541,9 @@ def test_the_interval_of_a_share_holds_the_shares_that_a_t_test_does_not_refuse(
     found = share(part, whole)
     assert found.effect == pytest.approx(100 * part.mean() / whole.mean())
     for edge in (found.low, found.high):
-        assert stats.ttest_1samp(part - edge / 100 * whole, 0).pvalue == pytest.approx(0.05, abs=1e-9)
+        assert stats.ttest_1samp(part - edge / 100 * whole, 0).pvalue == pytest.approx(
+            0.05, abs=1e-9
+        )
     assert stats.ttest_1samp(part - (found.low + found.high) / 200 * whole, 0).pvalue > 0.05
 
 
@@ -412,7 +553,7 @@ def test_there_is_no_share_of_what_may_be_nothing():
     assert np.isnan(share(part, pd.Series([-1.0, -0.9, -0.8, -1.1, -0.5, -0.1])).effect)
 
 
-# -- saying it ---------------------------------------------------------------------------------------------------
+# -- saying it -------------------------------------------------------------------------------------
 
 
 def test_one_sentence_per_claim_with_its_number():
@@ -421,8 +562,10 @@ def test_one_sentence_per_claim_with_its_number():
     assert len(said) == len(found)
     low, high = (f"{row(found, 'gap')[name]:+.3g}" for name in ("low", "high"))
     assert (
-        f"Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). degrees between gradient and unit "
-        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.016. At equal training loss. The sign is the same on two disjoint "
+        "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). "
+        "degrees between gradient and unit "
+        f"natural gradient: -0.0967 [{low}, {high}], n = 6, p = 0.016. At equal training loss. The "
+        "sign is the same on two disjoint "
         "probes and at dampings 0.0001, 0.01 and 1."
     ) in said
     for sentence, statement in zip(said, found["statement"], strict=True):
@@ -430,18 +573,39 @@ def test_one_sentence_per_claim_with_its_number():
 
 
 def test_the_contrary_is_said_plainly():
-    (said,) = [s for s in sentences(claims(planted("loss", [0.1 - d for d in LESS]))) if "lower training loss" in s]
-    assert said.startswith("Not supported, the contrary holds: ELU networks end at a lower training loss than ReLU networks")
+    (said,) = [
+        s
+        for s in sentences(claims(planted("loss", [0.1 - d for d in LESS])))
+        if "lower training loss" in s
+    ]
+    assert said.startswith(
+        "Not supported, the contrary holds: ELU networks end at a lower training loss than ReLU "
+        "networks"
+    )
     assert "p = 0.016 of the contrary" in said
 
 
 def test_columns_and_folders(tmp_path):
     runs = planted("gap", LESS)
-    columns = ["claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict", "caveat"]
+    columns = [
+        "claim",
+        "statement",
+        "source",
+        "statistic",
+        "effect",
+        "low",
+        "high",
+        "n",
+        "p",
+        "verdict",
+        "caveat",
+    ]
     more = ["number", "family", "predicted", "test", "p_holm", "p_contrary", "p_holm_all"]
     assert list(claims(runs).columns) == columns + more
     for name, rows in runs.groupby("run", sort=False):
-        config = {key: rows[key].iloc[0].item() for key in ("seed", "epochs", "lr")} | {"activation": rows["activation"].iloc[0]}
+        config = {key: rows[key].iloc[0].item() for key in ("seed", "epochs", "lr")} | {
+            "activation": rows["activation"].iloc[0]
+        }
         with Run.create(tmp_path / str(name), {**config, "experiment": "planted"}) as record:
             record.append(rows.drop(columns=["run", "experiment", *config]))
     pd.testing.assert_frame_equal(claims(tmp_path), claims(runs), rtol=1e-6)
@@ -463,10 +627,18 @@ def test_the_footnote_counts_the_questions():
     tested = found[found["p"].notna()]
     said = footnote(found)
     assert said.startswith(f"{len(tested)} tests in {tested['family'].nunique()} families")
-    assert f"with 6 seeds none could: {seeds_needed(len(tested))} are needed" in said and "0 supported claims remain" in said
-    many = [(Planted("elu", s, **PLANT["gap"](-0.1)), Planted("relu", s, **PLANT["gap"](0.0))) for s in range(16)]
+    assert (
+        f"with 6 seeds none could: {seeds_needed(len(tested))} are needed" in said
+        and "0 supported claims remain" in said
+    )
+    many = [
+        (Planted("elu", s, **PLANT["gap"](-0.1)), Planted("relu", s, **PLANT["gap"](0.0)))
+        for s in range(16)
+    ]
     found = claims(table(itertools.chain(*many)))
-    assert "could" not in footnote(found) and f"{(found['p_holm_all'] < 0.05).sum()} supported claims remain" in footnote(found)
+    assert "could" not in footnote(
+        found
+    ) and f"{(found['p_holm_all'] < 0.05).sum()} supported claims remain" in footnote(found)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

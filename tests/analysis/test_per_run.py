@@ -14,19 +14,23 @@ def one(run: Planted) -> pd.Series:
     return pd.Series(row)
 
 
-# -- per run -----------------------------------------------------------------------------------------------------
+# -- per run ---------------------------------------------------------------------------------------
 
 
 def test_the_numbers_at_the_end_of_a_run():
     found = one(Planted("elu", 3, unit_mean=0.25, spread=1.0, train_loss=0.125))
     assert (found["run"], found["activation"], found["seed"]) == ("elu-3", "elu", 3)
-    assert found["unit_mean"] == 0.25  # of −0.75, 0.25, 1.25 in both layers; what was before the last step does not count
+    assert (
+        found["unit_mean"] == 0.25
+    )  # of −0.75, 0.25, 1.25 in both layers; what was before the last step does not count
     assert found["unit_mean_abs"] == pytest.approx((0.75 + 0.25 + 1.25) / 3)
     assert found["train_loss"] == 0.125
 
 
 def test_the_inherited_share_is_over_all_steps_and_layers_behind_the_first():
-    assert one(Planted("elu", 0, shares=(2.0, 1.0, 1.0)))["inherited"] == pytest.approx(1 / 4)  # layer "0" would make it smaller
+    assert one(Planted("elu", 0, shares=(2.0, 1.0, 1.0)))["inherited"] == pytest.approx(
+        1 / 4
+    )  # layer "0" would make it smaller
 
 
 def test_the_inherited_share_of_nothing_is_no_number():
@@ -41,7 +45,11 @@ def test_layers_fed_by_an_activation_are_those_behind_the_first():
 
 def test_the_examination_is_that_at_the_shown_damping_averaged_over_probes_and_layers():
     def exam(probe, damping):
-        return {"gap_degrees": 40.0 + 10 * probe, "enough": 0.9} if damping == 1e-2 else {"gap_degrees": 1e9, "enough": 0.0}
+        return (
+            {"gap_degrees": 40.0 + 10 * probe, "enough": 0.9}
+            if damping == 1e-2
+            else {"gap_degrees": 1e9, "enough": 0.0}
+        )
 
     found = one(Planted("relu", 0, equal_step=50, exam=exam))
     assert found["exam_gap_degrees"] == 45 and found["exam_step"] == 50
@@ -52,13 +60,17 @@ def test_the_examination_is_that_at_the_shown_damping_averaged_over_probes_and_l
 def test_one_row_per_run_probe_and_damping():
     rows = examinations(table([Planted("elu", 0), Planted("relu", 0)]))
     assert len(rows) == 2 * 2 * 3
-    assert set(rows) == {"run", "activation", "seed", "exam_probe", "exam_damping"} | {q for q in QUANTITIES if q.startswith("exam_")}
+    assert set(rows) == {"run", "activation", "seed", "exam_probe", "exam_damping"} | {
+        q for q in QUANTITIES if q.startswith("exam_")
+    }
 
 
 @pytest.mark.parametrize("others", [[], [Planted("relu", 0)]], ids=["no run", "one of two runs"])
 def test_a_run_that_never_came_down_to_the_equal_loss_has_no_examination(others):
     numbers = per_run(table([Planted("elu", 0, equal_step=None), *others])).set_index("activation")
-    assert numbers.loc["elu", [name for name in QUANTITIES if name.startswith("exam_")]].isna().all()
+    assert (
+        numbers.loc["elu", [name for name in QUANTITIES if name.startswith("exam_")]].isna().all()
+    )
     assert numbers.loc["elu", ["unit_mean", "inherited", "train_loss"]].notna().all()
 
 
@@ -68,10 +80,12 @@ def test_a_run_that_was_stopped_has_no_end():
     assert found["exam_gap_degrees"] == 60  # it had come down to the equal loss before
 
 
-# -- tables that are not what they should be ---------------------------------------------------------------------
+# -- tables that are not what they should be -------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "train_loss"])
+@pytest.mark.parametrize(
+    "column", ["run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "train_loss"]
+)
 def test_a_missing_column_is_named(column):
     with pytest.raises(ValueError, match=f"'{column}'.*biasshift train"):
         per_run(table([Planted("elu", 0)]).drop(columns=column))
@@ -79,12 +93,26 @@ def test_a_missing_column_is_named(column):
 
 def test_runs_of_two_settings_are_not_compared():
     with pytest.raises(ValueError, match=r"differ in 'momentum' \(0.0, 0.9\)"):
-        per_run(table([Planted("elu", 0, settings={"momentum": 0.0}), Planted("relu", 0, settings={"momentum": 0.9})]))
+        per_run(
+            table(
+                [
+                    Planted("elu", 0, settings={"momentum": 0.0}),
+                    Planted("relu", 0, settings={"momentum": 0.9}),
+                ]
+            )
+        )
 
 
 def test_updates_of_two_settings_are_not_compared():
     with pytest.raises(ValueError, match=r"differ in 'update_damping' \(0.01, 0.1\)"):
-        per_run(table([Planted("elu", 0, settings={"update_damping": 0.01}), Planted("relu", 0, settings={"update_damping": 0.1})]))
+        per_run(
+            table(
+                [
+                    Planted("elu", 0, settings={"update_damping": 0.01}),
+                    Planted("relu", 0, settings={"update_damping": 0.1}),
+                ]
+            )
+        )
 
 
 def test_a_seed_that_comes_twice_is_refused():
@@ -93,7 +121,7 @@ def test_a_seed_that_comes_twice_is_refused():
         per_run(pd.concat([table([Planted("elu", 0), Planted("elu", 1)]), again]))
 
 
-# -- the table for reading ---------------------------------------------------------------------------------------
+# -- the table for reading -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,6 +145,9 @@ def test_mean_and_sd_as_text(values, text):
 def test_the_table_for_reading_has_a_row_per_quantity_and_a_column_per_activation():
     runs = [Planted("relu", seed, unit_mean=0.4 + seed / 10, equal_step=None) for seed in (0, 1)]
     shown = reading_table(per_run(table([Planted("elu", 0, unit_mean=0.25), *runs])))
-    assert list(shown.columns) == ["ELU", "ReLU"] and list(shown.index) == [*QUANTITIES.values(), "seeds"]
+    assert list(shown.columns) == ["ELU", "ReLU"] and list(shown.index) == [
+        *QUANTITIES.values(),
+        "seeds",
+    ]
     assert shown.loc["mean unit activation, median"].tolist() == ["0.250", "0.450 ± 0.071"]
     assert shown.loc["k"].tolist() == ["0.500", "–"] and shown.loc["seeds"].tolist() == ["1", "2"]

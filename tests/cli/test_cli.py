@@ -51,8 +51,14 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def write_run(folder: Path, rows: pd.DataFrame) -> None:
-    config = {name: np.asarray(rows[name])[0] for name in ("activation", "seed", "experiment", "epochs", "lr")}
-    config = {name: value.item() if isinstance(value, np.generic) else value for name, value in config.items()}
+    config = {
+        name: np.asarray(rows[name])[0]
+        for name in ("activation", "seed", "experiment", "epochs", "lr")
+    }
+    config = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in config.items()
+    }
     with Run.create(folder, config) as record:
         record.append(rows.drop(columns=["run", *config]))
 
@@ -60,9 +66,18 @@ def write_run(folder: Path, rows: pd.DataFrame) -> None:
 @pytest.fixture
 def runs(here) -> Path:
     """Six seeds of ELU and ReLU below `runs/planted`."""
-    for name, angle, mean, shares in (("elu", 60.0, 0.1, (0.5, 0.4, 0.1)), ("relu", 70.0, 0.4, (0.6, 0.3, 0.1))):
+    for name, angle, mean, shares in (
+        ("elu", 60.0, 0.1, (0.5, 0.4, 0.1)),
+        ("relu", 70.0, 0.4, (0.6, 0.3, 0.1)),
+    ):
         for seed in range(6):
-            run = Planted(name, seed, unit_mean=mean, shares=shares, exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7})
+            run = Planted(
+                name,
+                seed,
+                unit_mean=mean,
+                shares=shares,
+                exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7},
+            )
             write_run(here / "runs" / "planted" / f"{name}-{seed}", run.rows())
     return here / "runs" / "planted"
 
@@ -79,14 +94,16 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def spawn(*arguments: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-# -- help --------------------------------------------------------------------------------------------------------
+# -- help ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,8 +112,14 @@ def files(folder: Path) -> set[str]:
         ([], ["demo", "train", "figure", "claims", "runs"]),
         (["demo"], ["--quick", "--out", "--workers", "--resume", "--smoke", "Needs no download"]),
         (["train"], ["mnist"]),
-        (["train", "mnist"], ["--activation", "--seeds", "--epochs", "(default: 300)", "--data", "$BIASSHIFT_DATA"]),
-        (["figure"], ["1 (activation functions)", "--out", "table1", "theory4", "--quick", "--save"]),
+        (
+            ["train", "mnist"],
+            ["--activation", "--seeds", "--epochs", "(default: 300)", "--data", "$BIASSHIFT_DATA"],
+        ),
+        (
+            ["figure"],
+            ["1 (activation functions)", "--out", "table1", "theory4", "--quick", "--save"],
+        ),
         (["claims"], ["Run folders"]),
         (["runs"], ["Run folders", "(default:"]),
     ],
@@ -117,14 +140,16 @@ def test_python_minus_m():
 def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch):
     """A folder may be called anything: to move the cursor, set the title, or turn the line around."""
     monkeypatch.chdir(tmp_path)
-    with Run.create(tmp_path / "runs" / "r\x1b[31m\x1b]0;mine\x07\u202e", {"seed": 0, "activation": "elu"}):
+    with Run.create(
+        tmp_path / "runs" / "r\x1b[31m\x1b]0;mine\x07\u202e", {"seed": 0, "activation": "elu"}
+    ):
         pass
     status, shown, errors = call(capsys, "runs")
     assert (status, errors) == (0, "") and "finished" in shown
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +159,10 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
         (["figure", "all", "--quick"], "trains for one figure"),
         (["figure", "2", "--smoke"], "--smoke is about what --quick trains"),
         (["figure", "6", "--data", "images"], "--data is about what --quick trains"),
-        (["figure", "theory1", "--quick", "--smoke", "--data", "images"], "comes with the package: leave it out"),
+        (
+            ["figure", "theory1", "--quick", "--smoke", "--data", "images"],
+            "comes with the package: leave it out",
+        ),
         (["figure", "6", "--quick", "--data", "images"], "images"),
         (["figure", "1", "--save", "tables"], "figure 1 shows none"),
         (["figure", "gap", "nowhere"], "'nowhere' is no folder"),
@@ -144,13 +172,25 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
         (["claims", "."], "no runs in ."),
         (["runs"], "'runs' is no folder"),
         (["runs", "."], "no runs in ."),
-        (["demo", "--device", "nonsense"], "--device: there is no kind of device 'nonsense'; try cpu or cuda"),
+        (
+            ["demo", "--device", "nonsense"],
+            "--device: there is no kind of device 'nonsense'; try cpu or cuda",
+        ),
         (["train", "mnist", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["train", "mnist", "--replace", "--resume"], "--replace and --resume exclude each other"),
         (["demo", "--replace", "--resume"], "--replace and --resume exclude each other"),
-        (["sweep", "--resume", "--smoke", "--replace"], "--replace and --resume exclude each other"),
-        (["demo", "--device", "cpu", "--precision", "float16"], "--precision float16 needs a GPU, and no --graph: choose bfloat16"),
-        (["sweep", "--ensemble"], "--ensemble and --graph train by plain gradient descent alone: give --update plain"),
+        (
+            ["sweep", "--resume", "--smoke", "--replace"],
+            "--replace and --resume exclude each other",
+        ),
+        (
+            ["demo", "--device", "cpu", "--precision", "float16"],
+            "--precision float16 needs a GPU, and no --graph: choose bfloat16",
+        ),
+        (
+            ["sweep", "--ensemble"],
+            "--ensemble and --graph train by plain gradient descent alone: give --update plain",
+        ),
         (["demo", "--ensemble", "--precision", "bfloat16"], "--ensemble trains in float32"),
         (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
@@ -200,11 +240,19 @@ def test_a_wrong_option_is_named(here, capsys, arguments, says):
 def test_corrupt_data_is_one_sentence(here, capsys):
     raw = here / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
         (raw / name).write_bytes(b"<!DOCTYPE html>")
     status, shown, errors = call(capsys, "train", "mnist")
     assert (status, shown) == (2, "") and errors.count("\n") == 1
-    assert "train-images-idx3-ubyte' is no complete idx file" in errors and not (here / "runs").exists()
+    assert (
+        "train-images-idx3-ubyte' is no complete idx file" in errors
+        and not (here / "runs").exists()
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(here, capsys):
@@ -212,23 +260,39 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(here, capsys):
     status, _, errors = call(capsys, "figure", "1", "--out", "file/figures")
     assert status == 2 and errors == "biasshift: 'file/figures': Not a directory.\n"
     status, _, errors = call(capsys, "demo", "--out", "file")
-    assert status == 2 and errors.startswith("biasshift: ") and errors.count("\n") == 1 and "'file" in errors
+    assert (
+        status == 2
+        and errors.startswith("biasshift: ")
+        and errors.count("\n") == 1
+        and "'file" in errors
+    )
 
 
 def test_runs_of_two_settings_are_not_judged_together(runs, capsys):
     write_run(runs.parent / "more" / "elu-9", Planted("elu", 9, settings={"lr": 0.5}).rows())
     status, shown, errors = call(capsys, "claims", "runs")
-    assert (status, shown) == (2, "") and errors.count("\n") == 1 and "'elu' was trained at 0.1, 0.5" in errors
+    assert (
+        (status, shown) == (2, "")
+        and errors.count("\n") == 1
+        and "'elu' was trained at 0.1, 0.5" in errors
+    )
 
 
-# -- runs that are there already ---------------------------------------------------------------------------------
+# -- runs that are there already -------------------------------------------------------------------
 
 
 def test_runs_are_not_replaced_unless_told_so(here, capsys):
-    write_run(here / "runs" / "demo" / "relu-1", Planted("relu", 1, settings={"experiment": "digits"}).rows())
+    write_run(
+        here / "runs" / "demo" / "relu-1",
+        Planted("relu", 1, settings={"experiment": "digits"}).rows(),
+    )
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     status, shown, errors = call(capsys, "demo", "--no-replace")
-    assert (status, shown) == (2, "") and "'runs/demo/relu-1' already holds a run" in errors and "--replace" in errors
+    assert (
+        (status, shown) == (2, "")
+        and "'runs/demo/relu-1' already holds a run" in errors
+        and "--replace" in errors
+    )
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
@@ -239,7 +303,7 @@ def test_the_demo_never_replaces_another_experiments_runs(runs, capsys):
     assert files(runs) == before
 
 
-# -- figures and claims ------------------------------------------------------------------------------------------
+# -- figures and claims ----------------------------------------------------------------------------
 
 
 def test_figure_1_needs_no_runs(here, capsys):
@@ -253,17 +317,33 @@ def test_all_figures(runs, here, capsys):
     drawn = ["1", "2", "theory1", "theory3"]  # what these runs have: no k, no autoencoders, …
     said = [line for line in shown.splitlines() if line.startswith("Figure:")]
     assert said == [f"Figure: f/figure_{name}.png (and PDF)" for name in drawn]
-    assert files(here / "f") == {f"figure_{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
-    left = [line.split()[3].rstrip(".") for line in shown.splitlines() if line.startswith("Left out: figure")]
+    assert files(here / "f") == {
+        f"figure_{name}.{kind}" for name in drawn for kind in ("png", "pdf")
+    }
+    left = [
+        line.split()[3].rstrip(".")
+        for line in shown.splitlines()
+        if line.startswith("Left out: figure")
+    ]
     assert left == ["3", "4", "5", "6", "7", "table1", "theory2", "theory4", "bench"]
-    assert "training loss at the end, ELU" in shown and "planted: 4 epochs, 6 seeds" in " ".join(shown.split())
+    assert "training loss at the end, ELU" in shown and "planted: 4 epochs, 6 seeds" in " ".join(
+        shown.split()
+    )
 
 
 def test_a_figures_small_table_is_kept_and_a_quick_one_is_called_so(here, capsys):
-    status, shown, errors = call(capsys, "figure", "table1", "--quick", "--smoke", "--save", "tables")
+    status, shown, errors = call(
+        capsys, "figure", "table1", "--quick", "--smoke", "--save", "tables"
+    )
     assert (status, errors) == (0, "")
-    assert "Table: tables/table1.parquet" in shown and "Smoke run" in shown and (here / "tables" / "table1.parquet").exists()
-    assert (here / "figures" / "figure_table1.pdf").exists() and (here / "figures" / "quick-table1").is_dir()
+    assert (
+        "Table: tables/table1.parquet" in shown
+        and "Smoke run" in shown
+        and (here / "tables" / "table1.parquet").exists()
+    )
+    assert (here / "figures" / "figure_table1.pdf").exists() and (
+        here / "figures" / "quick-table1"
+    ).is_dir()
 
 
 def claimed(runs: Path) -> list[Any]:
@@ -272,11 +352,17 @@ def claimed(runs: Path) -> list[Any]:
 
 def rows_of(shown: str) -> list[list[str]]:
     """The cells of a table that is wide enough for all of them: two spaces or more between two."""
-    return [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines() if re.match(r" [1-8] \w", line)]
+    return [
+        re.split(r"\s{2,}", line.strip())
+        for line in shown.splitlines()
+        if re.match(r" [1-8] \w", line)
+    ]
 
 
 @pytest.mark.parametrize("columns", [40, 80, 119, 120, 200])
-def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(runs, capsys, monkeypatch, columns):
+def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(
+    runs, capsys, monkeypatch, columns
+):
     monkeypatch.setenv("COLUMNS", str(columns))
     status, shown, errors = call(capsys, "claims", "runs")
     assert (status, errors) == (0, "")
@@ -284,21 +370,41 @@ def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(runs, capsys, m
     words, rows, judged = set(shown.split()), claimed(runs), claims(runs)
     for row in rows if columns >= 80 else ():  # below, numbers break
         assert set(effect(row).split() if row.n else ["measured"]) <= words
-    notes = "".join(f"{number} {caveat} " for number, caveat in enumerate(dict.fromkeys(row.caveat for row in rows), 1))
-    assert " ".join(shown.split()).endswith(f"{notes}{footnote(judged)} Claims: claims/claims.md (and Parquet)")  # equal ones are said once
+    notes = "".join(
+        f"{number} {caveat} "
+        for number, caveat in enumerate(dict.fromkeys(row.caveat for row in rows), 1)
+    )
+    assert " ".join(shown.split()).endswith(
+        f"{notes}{footnote(judged)} Claims: claims/claims.md (and Parquet)"
+    )  # equal ones are said once
 
 
 def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     shown = call(capsys, "claims", "runs")[1]
     found, rows = claimed(runs), rows_of(shown)
-    notes = {int(number): caveat for number, caveat in re.findall(r"^ +(\d+)  (\S.*)$", shown, re.MULTILINE)}
-    assert len(rows) == len(found) > 10 and {row.verdict for row in found} == {"supported", "not supported", "undecided"}
+    notes = {
+        int(number): caveat
+        for number, caveat in re.findall(r"^ +(\d+)  (\S.*)$", shown, re.MULTILINE)
+    }
+    assert len(rows) == len(found) > 10 and {row.verdict for row in found} == {
+        "supported",
+        "not supported",
+        "undecided",
+    }
     for cells, row in zip(rows, found, strict=True):
-        assert cells[:3] == [f"{row.number} {row.claim}", row.verdict, f"{row.statement} ({row.source})"]
+        assert cells[:3] == [
+            f"{row.number} {row.claim}",
+            row.verdict,
+            f"{row.statement} ({row.source})",
+        ]
         assert notes[int(cells[-1])] == row.caveat
         contrary = row.verdict == "not supported"
-        p = [] if np.isnan(row.p_holm) else [f"{row.p_contrary:.2g}*" if contrary else f"{row.p_holm:.2g}"]
+        p = (
+            []
+            if np.isnan(row.p_holm)
+            else [f"{row.p_contrary:.2g}*" if contrary else f"{row.p_holm:.2g}"]
+        )
         assert cells[3:-1] == ([effect(row), str(row.n), *p] if row.n else ["not measured", "0"])
     assert "* p of the contrary" in shown
 
@@ -306,7 +412,9 @@ def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monk
 def test_verdicts_are_colored_on_a_terminal_and_said_everywhere(runs, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     shown = io.StringIO()
-    judging.say_claims(Console(file=shown, width=300, force_terminal=True, color_system="standard"), claims(runs))
+    judging.say_claims(
+        Console(file=shown, width=300, force_terminal=True, color_system="standard"), claims(runs)
+    )
     for verdict, color in (("supported", 32), ("not supported", 31), ("undecided", 33)):
         assert re.search(rf"\x1b\[{color}m{verdict}\b", shown.getvalue())
 
@@ -329,7 +437,9 @@ def test_no_claim_is_a_sentence(runs):
 
 def test_the_table_of_claims_is_written_by_default(runs, here, capsys):
     status, shown, errors = call(capsys, "claims", "runs")
-    assert (status, errors) == (0, "") and shown.endswith("Claims: claims/claims.md (and Parquet)\n")
+    assert (status, errors) == (0, "") and shown.endswith(
+        "Claims: claims/claims.md (and Parquet)\n"
+    )
     assert files(here / "claims") == {"claims.md", "claims.parquet"}
 
 
@@ -337,32 +447,57 @@ def test_a_table_of_claims_that_cannot_be_written_is_shown_first(runs, here, cap
     (here / "claims").write_text("a file")
     status, shown, errors = call(capsys, "claims", "runs")
     assert status == 2 and "1 means" in shown and "Claims:" not in shown
-    assert errors == "biasshift: the table of claims cannot be written into 'claims' (File exists): choose another --out.\n"
+    assert (
+        errors
+        == "biasshift: the table of claims cannot be written into 'claims' (File exists): choose "
+        "another --out.\n"
+    )
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", ".claims.parquet.tmp")
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     status, shown, errors = call(capsys, "claims", "runs", "--out", "judged")
-    assert status == 2 and "1 means" in shown and "into 'judged' (No space left on device)" in errors and not files(here / "judged")
+    assert (
+        status == 2
+        and "1 means" in shown
+        and "into 'judged' (No space left on device)" in errors
+        and not files(here / "judged")
+    )
 
 
 def test_the_table_of_claims_says_where_it_comes_from(runs, here, capsys):
-    provenance = {"command": ["/somewhere/biasshift/__main__.py", "train", "mnist"], "commit": "abc", "dirty": False, "device": "cpu"}
+    provenance = {
+        "command": ["/somewhere/biasshift/__main__.py", "train", "mnist"],
+        "commit": "abc",
+        "dirty": False,
+        "device": "cpu",
+    }
     for folder in runs.iterdir():
         (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
     status, shown, errors = call(capsys, "claims", "runs", "--out", "judged")
     assert (status, errors) == (0, "") and "judged/claims.md" in shown
     told = (here / "judged" / "claims.md").read_text(encoding="utf-8")
     assert told.startswith("| claim |")
-    assert told.endswith("\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist`, at commit abc, on cpu.\n")
+    assert told.endswith(
+        "\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist`, at commit "
+        "abc, on cpu.\n"
+    )
     found = pd.read_parquet(here / "judged" / "claims.parquet")
-    assert found.attrs["commands"] == ["biasshift train mnist"] and found.attrs["runs"] == 12 and len(found) == told.count("\n| ") - 1
+    assert (
+        found.attrs["commands"] == ["biasshift train mnist"]
+        and found.attrs["runs"] == 12
+        and len(found) == told.count("\n| ") - 1
+    )
 
 
 def test_a_single_run_folder_is_enough(runs, capsys):
     status, shown, errors = call(capsys, "claims", "runs/planted/elu-0", "runs/planted/relu-0")
-    assert (status, errors) == (0, "") and "Fewer than 6 paired seeds" in " ".join(shown.split()) and "nan" not in shown
+    assert (
+        (status, errors) == (0, "")
+        and "Fewer than 6 paired seeds" in " ".join(shown.split())
+        and "nan" not in shown
+    )
 
 
 def test_whoever_stops_reading_is_not_shouted_at(runs, here):
@@ -377,7 +512,8 @@ def test_whoever_stops_reading_is_not_shouted_at(runs, here):
 
 @pytest.mark.parametrize(
     ("n", "effect", "low", "said"),
-    [(6, 1.5, 1.0, "+1.5 [+1, +2], n = 6."), (1, 1.5, np.nan, "+1.5, n = 1."), (1, np.nan, np.nan, "undefined, n = 1."),
+    [(6, 1.5, 1.0, "+1.5 [+1, +2], n = "
+                   "6."), (1, 1.5, np.nan, "+1.5, n = 1."), (1, np.nan, np.nan, "undefined, n = 1."),
      (0, np.nan, np.nan, "not measured, n = 0.")],
 )  # fmt: skip
 def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, said):
@@ -397,7 +533,7 @@ def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, sa
     assert f"  It (1). share: {said}\n" in shown.getvalue()
 
 
-# -- runs --------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 def test_runs_are_listed_with_their_state_and_their_last_numbers(runs, capsys):
@@ -405,18 +541,31 @@ def test_runs_are_listed_with_their_state_and_their_last_numbers(runs, capsys):
         raise KeyboardInterrupt
     assert run.last_step is None
     status, shown, errors = call(capsys, "runs")
-    assert (status, errors) == (0, "") and max(map(len, shown.splitlines())) <= 80 and "nan" not in shown and "NA" not in shown
-    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[1:2] in (["finished"], ["interrupted"])}
+    assert (
+        (status, errors) == (0, "")
+        and max(map(len, shown.splitlines())) <= 80
+        and "nan" not in shown
+        and "NA" not in shown
+    )
+    lines = {
+        line.split()[0]: line.split()
+        for line in shown.splitlines()
+        if line.split()[1:2] in (["finished"], ["interrupted"])
+    }
     assert len(lines) == 13
-    assert lines["elu-3"][:5] == ["elu-3", "finished", "100", "0.5", "1"] and lines["srelu-0"][:3] == ["srelu-0", "interrupted", "–"]
+    assert lines["elu-3"][:5] == ["elu-3", "finished", "100", "0.5", "1"] and lines["srelu-0"][
+        :3
+    ] == ["srelu-0", "interrupted", "–"]
 
 
-# -- training ----------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, str]:
-    """The whole of a small experiment, in this process: its folder [with brackets], and what it printed."""
+    """The whole of a small experiment, in this process: its folder [with brackets], and what it
+    printed.
+    """
     folder = tmp_path_factory.mktemp("trained") / "a [bold] folder"
     shown = io.StringIO()
     console = Console(file=shown, width=60, highlight=False, markup=False, emoji=False)
@@ -428,18 +577,34 @@ def test_training_shows_progress_table_identities_figures_and_claims(trained):
     folder, shown = trained
     first, *lines = shown.splitlines()
     assert first == f"2 runs on cpu in 1 process → {folder}"
-    found = [re.fullmatch(r"(\d+) of 92 steps, \d+ steps/s, loss \d\.\d+ \((elu|relu)-0, step (\d+)\)", line) for line in lines]
+    found = [
+        re.fullmatch(
+            r"(\d+) of 92 steps, \d+ steps/s, loss \d\.\d+ \((elu|relu)-0, step (\d+)\)", line
+        )
+        for line in lines
+    ]
     steps = [int(match[1]) for match in found if match]
-    assert {46, 92} <= set(steps) <= set(range(93)) and steps == sorted(steps)  # on a slow machine there are more
+    assert {46, 92} <= set(steps) <= set(range(93)) and steps == sorted(
+        steps
+    )  # on a slow machine there are more
     words = " ".join(shown.split())
-    for text in ("Mean ± SD over seeds", "seeds 1 1", "Exact identities", "Undecided (", "ELU networks learn faster", "n = 1."):
+    for text in (
+        "Mean ± SD over seeds",
+        "seeds 1 1",
+        "Exact identities",
+        "Undecided (",
+        "ELU networks learn faster",
+        "n = 1.",
+    ):
         assert text in words
     assert f"Figure: {folder}/figure_2.png (and PDF)" in shown and "nan" not in shown
 
 
 def test_a_narrow_terminal_loses_nothing(trained):
     _, shown = trained
-    lines = [line for line in shown.splitlines() if "a [bold] folder" not in line]  # paths are not broken
+    lines = [
+        line for line in shown.splitlines() if "a [bold] folder" not in line
+    ]  # paths are not broken
     assert max(map(len, lines)) <= 60 and "…" not in shown
     table = shown[shown.index("Mean ± SD") : shown.index("The first four rows")]
     assert all(name in table for name in ("ELU", "ReLU", "gradient gap", "excluded units"))
@@ -461,10 +626,15 @@ def test_training_leaves_run_folders_and_figures(trained):
 
 def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu",), activations=("elu", "relu", "lrelu")))
+    training.train(
+        Console(file=shown, width=80),
+        Tiny(out=tmp_path, diverging=("elu",), activations=("elu", "relu", "lrelu")),
+    )
     states = run_states(tmp_path).set_index("run")["state"].to_dict()
     assert states == {"elu-0": "failed", "lrelu-0": "finished", "relu-0": "finished"}
-    assert [line for line in shown.getvalue().splitlines() if "diverged" in line] == ["elu-0: training diverged; the run ends there."]
+    assert [line for line in shown.getvalue().splitlines() if "diverged" in line] == [
+        "elu-0: training diverged; the run ends there."
+    ]
     assert set(read_runs(tmp_path / "elu-0")["step"]) == {0}
     assert "Exact identities" in shown.getvalue()
 
@@ -472,8 +642,12 @@ def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
 def test_when_all_runs_diverge_there_is_still_an_end(tmp_path):
     shown = io.StringIO()
     training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu")))
-    assert shown.getvalue().count("training diverged") == 2 and set(run_states(tmp_path)["state"]) == {"failed"}
-    assert shown.getvalue().endswith("There is nothing to draw or to compare: no run came to its end.\n")
+    assert shown.getvalue().count("training diverged") == 2 and set(
+        run_states(tmp_path)["state"]
+    ) == {"failed"}
+    assert shown.getvalue().endswith(
+        "There is nothing to draw or to compare: no run came to its end.\n"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,27 +668,58 @@ class Part(Tiny):
 
 def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), Undrawn(out=tmp_path, activations=("elu",), epochs=1))
+    training.train(
+        Console(file=shown, width=80), Undrawn(out=tmp_path, activations=("elu",), epochs=1)
+    )
     lines = shown.getvalue().splitlines()
-    (without,) = [number for number, line in enumerate(lines) if line.startswith("No figure table1: ")]
-    assert "test_error" in lines[without] and lines[without + 1] == f"Figure: {tmp_path / 'figure_2.png'} (and PDF)"
-    assert any("What these runs say" in line for line in lines[without:]) and not (tmp_path / "figure_table1.png").exists()
+    (without,) = [
+        number for number, line in enumerate(lines) if line.startswith("No figure table1: ")
+    ]
+    assert (
+        "test_error" in lines[without]
+        and lines[without + 1] == f"Figure: {tmp_path / 'figure_2.png'} (and PDF)"
+    )
+    assert (
+        any("What these runs say" in line for line in lines[without:])
+        and not (tmp_path / "figure_table1.png").exists()
+    )
 
 
-SWEEP = ["sweep", "--smoke", "--workers", "1", "--activation", "elu", "relu", "--update", "plain", "centered", "--no-batch-norm"]
+SWEEP = [
+    "sweep",
+    "--smoke",
+    "--workers",
+    "1",
+    "--activation",
+    "elu",
+    "relu",
+    "--update",
+    "plain",
+    "centered",
+    "--no-batch-norm",
+]
 ONE_RATE = [*SWEEP, "--constant", "0", "--lr", "0.1"]
 TWO_RATES = [*SWEEP, "--lr", "0.01", "0.1"]
 
 
 def test_a_sweep_ends_with_its_figure_and_its_verdicts(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE)
-    assert (status, errors) == (0, "") and "Training loss at every" in shown and "What these runs say" in shown
+    assert (
+        (status, errors) == (0, "")
+        and "Training loss at every" in shown
+        and "What these runs say" in shown
+    )
     assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown
-    assert {path.name for path in (here / "runs" / "sweep").glob("figure*")} == {"figure_theory4.png", "figure_theory4.pdf"}
+    assert {path.name for path in (here / "runs" / "sweep").glob("figure*")} == {
+        "figure_theory4.png",
+        "figure_theory4.pdf",
+    }
 
 
 def test_a_part_of_a_sweep_says_what_it_made_and_judges_nothing(here, capsys, monkeypatch):
-    """Its grid is never complete: to judge it would be refused, and the job of an array would count as failed."""
+    """Its grid is never complete: to judge it would be refused, and the job of an array would count
+    as failed.
+    """
     monkeypatch.setenv("COLUMNS", "120")
     made = set()
     for number in "123":
@@ -522,39 +727,58 @@ def test_a_part_of_a_sweep_says_what_it_made_and_judges_nothing(here, capsys, mo
         assert (status, errors) == (0, "")
         words = " ".join(shown.split())
         assert (
-            "when all parts are done, `biasshift claims runs/sweep` judges them, and `biasshift figure theory4 runs/sweep` draws" in words
+            "when all parts are done, `biasshift claims runs/sweep` judges them, and `biasshift "
+            "figure theory4 runs/sweep` draws" in words
         )
         assert "What these runs say" not in shown and "Training loss at every" not in shown
         now = {path.parent.name for path in here.glob("runs/sweep/*/config.json")}
         said = {line.split()[0] for line in shown.splitlines() if line.split()[1:2] == ["finished"]}
         assert said == now - made and len(said) >= 3
         made = now
-    assert len(made) == 12 and not list((here / "runs" / "sweep").glob("figure*"))  # 2 × 2 × 2, and ELU plus a constant, 2 × 2
+    assert len(made) == 12 and not list(
+        (here / "runs" / "sweep").glob("figure*")
+    )  # 2 × 2 × 2, and ELU plus a constant, 2 × 2
     assert call(capsys, "claims", "runs/sweep")[0] == 0  # now they are all there
 
 
 def test_a_part_without_runs_is_no_failure(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE, "--part", "9", "9")
     assert (
-        (status, errors) == (0, "") and shown == "No runs fall to this part: there are more parts than runs.\n" and not list(here.iterdir())
+        (status, errors) == (0, "")
+        and shown == "No runs fall to this part: there are more parts than runs.\n"
+        and not list(here.iterdir())
     )
 
 
 def test_a_lost_part_says_which_runs_diverged(tmp_path):
     shown = io.StringIO()
     training.train(Console(file=shown, width=80), Part(out=tmp_path, diverging=("elu", "relu")))
-    assert shown.getvalue().count("training diverged") == 2 and "when all parts are done" in shown.getvalue()
+    assert (
+        shown.getvalue().count("training diverged") == 2
+        and "when all parts are done" in shown.getvalue()
+    )
 
 
 def test_runs_of_another_grid_are_refused_before_anything_is_trained(here, capsys):
     assert call(capsys, *ONE_RATE, "--activation", "relu")[0] == 0
     before = files(here)
-    status, shown, errors = call(capsys, *ONE_RATE, "--damping", "0.5")  # ELU's runs, which are not there yet, come first
-    assert (status, shown) == (2, "") and "holds a run with update_damping = 0.1, and this one has 0.5" in errors
+    status, shown, errors = call(
+        capsys, *ONE_RATE, "--damping", "0.5"
+    )  # ELU's runs, which are not there yet, come first
+    assert (status, shown) == (
+        2,
+        "",
+    ) and "holds a run with update_damping = 0.1, and this one has 0.5" in errors
     assert files(here) == before
 
 
-@pytest.mark.parametrize("error", [ValueError("they cannot be compared."), OSError(28, "No space left on device", "tiny/figure_2.png")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("they cannot be compared."),
+        OSError(28, "No space left on device", "tiny/figure_2.png"),
+    ],
+)
 @pytest.mark.parametrize("what", ["say_comparison", "say_identities", "draw", "say_verdicts"])
 def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeypatch, what, error):
     def refuse(*_):
@@ -563,10 +787,20 @@ def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeyp
     monkeypatch.setattr(training, what, refuse)
     shown = io.StringIO()
     training.train(Console(file=shown, width=200), Tiny(out=tmp_path, epochs=1))
-    why = "they cannot be compared." if isinstance(error, ValueError) else "'tiny/figure_2.png': No space left on device."
+    why = (
+        "they cannot be compared."
+        if isinstance(error, ValueError)
+        else "'tiny/figure_2.png': No space left on device."
+    )
     lines = [line for line in shown.getvalue().splitlines() if line.startswith("No ")]
-    assert lines and all(line.endswith(why) for line in lines) and len(lines) == (2 if what == "draw" else 1)
-    assert ("What these runs say" in shown.getvalue()) == (what != "say_verdicts")  # the rest follows
+    assert (
+        lines
+        and all(line.endswith(why) for line in lines)
+        and len(lines) == (2 if what == "draw" else 1)
+    )
+    assert ("What these runs say" in shown.getvalue()) == (
+        what != "say_verdicts"
+    )  # the rest follows
 
 
 @pytest.mark.parametrize("error", [KeyError("a defect of ours"), BrokenPipeError()])
@@ -584,9 +818,13 @@ def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):
     tiny = Tiny(out=tmp_path, ensemble=True, seeds=2)
     shown = io.StringIO()
     training.train(Console(file=shown, width=80), tiny)
-    assert set(run_states(tmp_path)["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"} and set(run_states(tmp_path)["state"]) == {"finished"}
+    assert set(run_states(tmp_path)["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"} and set(
+        run_states(tmp_path)["state"]
+    ) == {"finished"}
     for name in ("elu-0", "relu-0"):
-        found, expected = (read_runs(folder / name)["train_loss"].dropna() for folder in (tmp_path, trained[0]))
+        found, expected = (
+            read_runs(folder / name)["train_loss"].dropna() for folder in (tmp_path, trained[0])
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -616,7 +854,9 @@ def test_elsewhere_progress_is_ten_plain_lines():
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     done = [int(line.split(" of 2,000 steps, ")[0].replace(",", "")) for line in lines]
     assert done == [200, 400, 600, 800, 1000, 1501, 1600, 1800, 2000]
-    assert lines[0].endswith("loss 1 (elu-0, step 200)") and lines[-1].endswith("loss 0.125 (relu-0, step 1,000)")
+    assert lines[0].endswith("loss 1 (elu-0, step 200)") and lines[-1].endswith(
+        "loss 0.125 (relu-0, step 1,000)"
+    )
 
 
 def test_a_system_error_names_its_file(here, capsys, monkeypatch):
@@ -627,7 +867,7 @@ def test_a_system_error_names_its_file(here, capsys, monkeypatch):
     assert call(capsys, "demo") == (2, "", "biasshift: 'runs/demo': Permission denied.\n")
 
 
-# -- Ctrl-C ------------------------------------------------------------------------------------------------------
+# -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
 def members(group: int) -> list[str]:
@@ -639,7 +879,11 @@ def members(group: int) -> list[str]:
         except OSError:  # it ended meanwhile
             continue
     fields = [stat.rpartition(")")[2].split() for stat in stats]  # state, parent, group, …
-    return [stat for stat, (state, _, pgrp, *_) in zip(stats, fields, strict=True) if int(pgrp) == group and state != "Z"]
+    return [
+        stat
+        for stat, (state, _, pgrp, *_) in zip(stats, fields, strict=True)
+        if int(pgrp) == group and state != "Z"
+    ]
 
 
 def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
@@ -648,18 +892,34 @@ def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
 
     monkeypatch.setattr(training, "run_jobs", interrupted)
     status, _, errors = call(capsys, "demo", "--quick")
-    assert status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
+    assert (
+        status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
+    )
 
 
-SCRIPT = "import sys\nfrom biasshift.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"  # what installers write
+# what installers write
+SCRIPT = (
+    "import sys\nfrom biasshift.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+)
 
 
-@pytest.mark.parametrize(("how", "moment"), [("module", "torch._C"), ("module", "tyro"), ("script", "numpy"), ("script", "rich.console")])
+@pytest.mark.parametrize(
+    ("how", "moment"),
+    [("module", "torch._C"), ("module", "tyro"), ("script", "numpy"), ("script", "rich.console")],
+)
 def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment):
-    """The moment is when a module has just been imported; by the clock it would be another one on every machine."""
+    """The moment is when a module has just been imported; by the clock it would be another one on
+    every machine.
+    """
     script = tmp_path / "biasshift"
     script.write_text(SCRIPT)
-    process = spawn("-X", "importtime", *(["-m", "biasshift"] if how == "module" else [str(script)]), "runs", cwd=tmp_path)
+    process = spawn(
+        "-X",
+        "importtime",
+        *(["-m", "biasshift"] if how == "module" else [str(script)]),
+        "runs",
+        cwd=tmp_path,
+    )
     assert process.stderr is not None
     said, sent = [], False
     with process.stderr:
@@ -674,9 +934,15 @@ def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment
 
 @pytest.mark.parametrize("before", ["", "sys.argv = sys.argv[:1]", "sys.argv = []"])
 def test_who_imports_the_package_keeps_the_keyboard(here, before):
-    (here / "tool.py").write_text(f"import signal, sys\n{before}\nimport biasshift\nprint(signal.getsignal(signal.SIGINT).__name__)\n")
+    (here / "tool.py").write_text(
+        f"import signal, sys\n{before}\nimport "
+        "biasshift\nprint(signal.getsignal(signal.SIGINT).__name__)\n"
+    )
     process = spawn("tool.py", "src/biasshift", stdout=subprocess.PIPE, cwd=here)
-    assert process.communicate(timeout=PATIENCE) == ("default_int_handler\n", "") and process.returncode == 0
+    assert (
+        process.communicate(timeout=PATIENCE) == ("default_int_handler\n", "")
+        and process.returncode == 0
+    )
 
 
 SMALL = {
@@ -691,24 +957,46 @@ SMALL = {
 
 
 def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
-    """The demo with small networks: Ctrl-C in the middle of two runs; then the same command with --resume."""
+    """The demo with small networks: Ctrl-C in the middle of two runs; then the same command with
+    --resume.
+    """
     code = f"from biasshift.experiments import demo; vars(demo).update({SMALL}); from biasshift.cli import main; main()"
     options = ["demo", "--quick", "--device", "cpu", "--checkpoint-seconds", "0.2"]
-    process = spawn("-c", code, *options, "--workers", "2", stdout=subprocess.PIPE, cwd=here, start_new_session=True)
+    process = spawn(
+        "-c",
+        code,
+        *options,
+        "--workers",
+        "2",
+        stdout=subprocess.PIPE,
+        cwd=here,
+        start_new_session=True,
+    )
     end = time.monotonic() + PATIENCE
-    while len(list(here.glob("runs/demo/quick/*/checkpoint.pt"))) < 2:  # both workers are in the middle of a run
+    while (
+        len(list(here.glob("runs/demo/quick/*/checkpoint.pt"))) < 2
+    ):  # both workers are in the middle of a run
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
     shown, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and shown.startswith("2 runs on cpu in 2 processes → runs/demo/quick")
-    assert errors.startswith("biasshift: interrupted. Finished runs are complete") and errors.count("\n") == 1
+    assert process.returncode == 130 and shown.startswith(
+        "2 runs on cpu in 2 processes → runs/demo/quick"
+    )
+    assert (
+        errors.startswith("biasshift: interrupted. Finished runs are complete")
+        and errors.count("\n") == 1
+    )
     assert errors.endswith("the same command with --resume goes on.\n")
     while members(process.pid):  # one that was killed may still be ending
         assert time.monotonic() < end
         time.sleep(0.02)
     states = run_states(here / "runs").set_index("run")["state"].to_dict()
-    assert set(states) == {"elu-0", "relu-0"} and "interrupted" in states.values() and set(states.values()) <= {"interrupted", "finished"}
+    assert (
+        set(states) == {"elu-0", "relu-0"}
+        and "interrupted" in states.values()
+        and set(states.values()) <= {"interrupted", "finished"}
+    )
 
     for name, value in SMALL.items():
         monkeypatch.setattr(digits, name, value)
@@ -724,5 +1012,16 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
 
 
 def test_options_of_the_demo_have_the_documented_defaults():
-    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace, Demo().resume) == (Path("runs/demo"), False, None, True, False)
-    assert (Demo().checkpoint_seconds, Demo().device, Demo().precision, Demo().keep_weights) == (30.0, "auto", "float32", False)
+    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace, Demo().resume) == (
+        Path("runs/demo"),
+        False,
+        None,
+        True,
+        False,
+    )
+    assert (Demo().checkpoint_seconds, Demo().device, Demo().precision, Demo().keep_weights) == (
+        30.0,
+        "auto",
+        "float32",
+        False,
+    )

@@ -1,4 +1,6 @@
-"""CIFAR's files: what they hold, and that nothing in them is executed. Written by hand as Python 2 did, and by pickle itself."""
+"""CIFAR's files: what they hold, and that nothing in them is executed. Written by hand as Python 2
+did, and by pickle itself.
+"""
 
 import io
 import os
@@ -25,7 +27,9 @@ FILES = {
 
 
 def python2(entries: dict[bytes, object]) -> bytes:
-    """Protocol 2 as Python 2's pickle wrote it: strings of bytes, and an array's content as one of them."""
+    """Protocol 2 as Python 2's pickle wrote it: strings of bytes, and an array's content as one of
+    them.
+    """
 
     def text(value: bytes) -> bytes:
         return b"U" + struct.pack("<B", len(value)) + value
@@ -33,19 +37,49 @@ def python2(entries: dict[bytes, object]) -> bytes:
     def write(value: object) -> bytes:
         if isinstance(value, np.ndarray):
             shape = b"".join(b"M" + struct.pack("<H", size) for size in value.shape)
-            made = b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n" + b"K\0\x85" + text(b"b") + b"\x87R"
-            kind = b"cnumpy\ndtype\n" + text(b"u1") + b"K\0K\1\x87R(K\3" + text(b"|") + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\0tb"
-            return made + b"(K\1" + shape + b"\x86" + kind + b"\x89T" + struct.pack("<i", value.nbytes) + value.tobytes() + b"tb"
+            made = (
+                b"cnumpy.core.multiarray\n_reconstruct\n"
+                + b"cnumpy\nndarray\n"
+                + b"K\0\x85"
+                + text(b"b")
+                + b"\x87R"
+            )
+            kind = (
+                b"cnumpy\ndtype\n"
+                + text(b"u1")
+                + b"K\0K\1\x87R(K\3"
+                + text(b"|")
+                + b"NNN"
+                + b"J\xff\xff\xff\xff" * 2
+                + b"K\0tb"
+            )
+            return (
+                made
+                + b"(K\1"
+                + shape
+                + b"\x86"
+                + kind
+                + b"\x89T"
+                + struct.pack("<i", value.nbytes)
+                + value.tobytes()
+                + b"tb"
+            )
         if isinstance(value, list):
             return b"](" + b"".join(b"K" + struct.pack("<B", label) for label in value) + b"e"
         return text(value)
 
-    return b"\x80\x02}q\1(" + b"".join(text(key) + write(value) for key, value in entries.items()) + b"u."
+    return (
+        b"\x80\x02}q\1("
+        + b"".join(text(key) + write(value) for key, value in entries.items())
+        + b"u."
+    )
 
 
 def content(images: int, classes: int, seed: int) -> tuple[np.ndarray, list[int]]:
     random = np.random.default_rng(seed)
-    return random.integers(0, 256, (images, 3072), dtype=np.uint8), random.permutation(np.arange(images) % classes).tolist()
+    return random.integers(0, 256, (images, 3072), dtype=np.uint8), random.permutation(
+        np.arange(images) % classes
+    ).tolist()
 
 
 def sizes(name: str) -> dict[str, int]:
@@ -56,7 +90,10 @@ def sizes(name: str) -> dict[str, int]:
 
 def contents(name: str) -> dict[str, tuple[np.ndarray, list[int]]]:
     classes = 10 if name == "cifar10" else 100
-    return {file: content(images, classes, seed) for seed, (file, images) in enumerate(sizes(name).items())}
+    return {
+        file: content(images, classes, seed)
+        for seed, (file, images) in enumerate(sizes(name).items())
+    }
 
 
 def write(root: Path, name: str, encode=python2) -> Path:
@@ -86,13 +123,15 @@ def one_sentence(error: BaseException) -> str:
     return message
 
 
-# -- what they hold ---------------------------------------------------------------------------------------------------
+# -- what they hold --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", [None, 3, 4])
 def test_what_was_written_is_read(name, tmp_path, protocol):
     def python3(entries: dict[bytes, object]) -> bytes:
-        return pickle.dumps({key.decode(): value for key, value in entries.items()}, protocol=protocol)
+        return pickle.dumps(
+            {key.decode(): value for key, value in entries.items()}, protocol=protocol
+        )
 
     write(tmp_path, name, python3 if protocol else python2)
     wrote = list(contents(name).values())
@@ -103,28 +142,42 @@ def test_what_was_written_is_read(name, tmp_path, protocol):
     assert found.x_train[3, 2, 5, 7].item() == pixels[3, 2 * 1024 + 5 * 32 + 7]
     assert np.array_equal(found.x_train.numpy().reshape(-1, 3072), pixels)
     assert found.y_train.tolist() == [label for _, numbers in wrote[:-1] for label in numbers]
-    assert np.array_equal(found.x_test.numpy().reshape(-1, 3072), wrote[-1][0]) and found.y_test.tolist() == wrote[-1][1]
-    assert (found.name, len(found.x_valid), found.classes) == (name, 0, 10 if name == "cifar10" else 100)
+    assert (
+        np.array_equal(found.x_test.numpy().reshape(-1, 3072), wrote[-1][0])
+        and found.y_test.tolist() == wrote[-1][1]
+    )
+    assert (found.name, len(found.x_valid), found.classes) == (
+        name,
+        0,
+        10 if name == "cifar10" else 100,
+    )
 
 
 def test_the_little_files_are_what_pickle_itself_reads(name, tmp_path):
     """Otherwise the tests of this file would be about a format of their own."""
     folder = write(tmp_path, name)
     for file, (pixels, _) in contents(name).items():
-        assert np.array_equal(pickle.loads((folder / file).read_bytes(), encoding="bytes")[b"data"], pixels)
+        assert np.array_equal(
+            pickle.loads((folder / file).read_bytes(), encoding="bytes")[b"data"], pixels
+        )
 
 
 def test_the_last_training_images_can_validate(name, tmp_path):
     write(tmp_path, name)
     whole, parted = load(name, tmp_path), load(name, tmp_path, valid=30)
-    assert torch.equal(torch.cat([parted.x_train, parted.x_valid]), whole.x_train) and len(parted.x_valid) == 30
-    assert torch.equal(torch.cat([parted.y_train, parted.y_valid]), whole.y_train) and torch.equal(parted.y_test, whole.y_test)
+    assert (
+        torch.equal(torch.cat([parted.x_train, parted.x_valid]), whole.x_train)
+        and len(parted.x_valid) == 30
+    )
+    assert torch.equal(torch.cat([parted.y_train, parted.y_valid]), whole.y_train) and torch.equal(
+        parted.y_test, whole.y_test
+    )
     for valid in (-1, len(whole.x_train)):
         with pytest.raises(ValueError, match=f"got {valid}"):
             load(name, tmp_path, valid=valid)
 
 
-# -- download ---------------------------------------------------------------------------------------------------------
+# -- download --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("download", [False, True])
@@ -141,7 +194,9 @@ def test_missing_files_without_a_network_are_one_sentence(name, tmp_path, monkey
     assert not empty.exists()
 
 
-def test_a_download_fills_in_what_is_missing_with_what_torchvision_wants_besides(name, tmp_path, monkeypatch):
+def test_a_download_fills_in_what_is_missing_with_what_torchvision_wants_besides(
+    name, tmp_path, monkeypatch
+):
     extra = "batches.meta" if name == "cifar10" else "meta"
 
     def fetched(folder, download):
@@ -166,7 +221,7 @@ def test_an_interrupted_download_leaves_no_file(name, tmp_path, monkeypatch, sto
     assert not (tmp_path / "new").exists()
 
 
-# -- damaged ----------------------------------------------------------------------------------------------------------
+# -- damaged ---------------------------------------------------------------------------------------
 
 
 def wrong(pixels: np.ndarray, numbers: list[int], label: bytes) -> dict[str, bytes]:
@@ -192,8 +247,12 @@ def wrong(pixels: np.ndarray, numbers: list[int], label: bytes) -> dict[str, byt
         "one label less": python2({label: numbers[:-1], b"data": pixels}),
         "label too large": python2({label: [*numbers[:-1], 200], b"data": pixels}),
         "labels are text": python2({label: b"text", b"data": pixels}),
-        "floats": pickle.dumps({label.decode(): numbers, "data": pixels.astype(np.float32)}, protocol=4),
-        "objects": pickle.dumps({label.decode(): numbers, "data": np.array([[]], dtype=object)}, protocol=4),
+        "floats": pickle.dumps(
+            {label.decode(): numbers, "data": pixels.astype(np.float32)}, protocol=4
+        ),
+        "objects": pickle.dumps(
+            {label.decode(): numbers, "data": np.array([[]], dtype=object)}, protocol=4
+        ),
         "names are numbers": pickle.dumps({1: numbers}, protocol=2),
     }
 
@@ -217,8 +276,12 @@ def test_classes_of_unequal_size_are_noticed(name, tmp_path):
     file = FILES[name][-1]
     pixels, numbers = contents(name)[file]
     numbers[0] = (numbers[0] + 1) % 10
-    (folder / file).write_bytes(python2({b"labels": numbers, b"fine_labels": numbers, b"data": pixels}))
-    with pytest.raises(RuntimeError, match=r"the test images in .* where every class has 2") as caught:
+    (folder / file).write_bytes(
+        python2({b"labels": numbers, b"fine_labels": numbers, b"data": pixels})
+    )
+    with pytest.raises(
+        RuntimeError, match=r"the test images in .* where every class has 2"
+    ) as caught:
         load(name, tmp_path)
     one_sentence(caught.value)
 
@@ -249,8 +312,14 @@ def test_every_truncation_is_one_sentence(tmp_path, length):
 
 
 @settings(max_examples=1000)
-@given(place=st.integers(0, len(GOOD) * 8 - 1), other=st.integers(0, len(GOOD) - 1), byte=st.integers(0, 255))
-def test_flipped_bits_and_bytes_give_a_dictionary_or_one_sentence(tmp_path_factory, place, other, byte):
+@given(
+    place=st.integers(0, len(GOOD) * 8 - 1),
+    other=st.integers(0, len(GOOD) - 1),
+    byte=st.integers(0, 255),
+)
+def test_flipped_bits_and_bytes_give_a_dictionary_or_one_sentence(
+    tmp_path_factory, place, other, byte
+):
     file = bytearray(GOOD)
     file[place // 8] ^= 1 << place % 8
     file[other] = byte
@@ -262,7 +331,7 @@ def test_flipped_bits_and_bytes_give_a_dictionary_or_one_sentence(tmp_path_facto
         assert all(isinstance(key, str) for key in found)
 
 
-# -- malicious --------------------------------------------------------------------------------------------------------
+# -- malicious -------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -302,7 +371,15 @@ def test_what_a_file_calls_is_not_called(tmp_path, way):
 
 
 @pytest.mark.parametrize(
-    "wanted", [b"os\nsystem", b"numpy\nload", b"numpy\nfromfile", b"builtins\ngetattr", b"builtins\neval", b"numpy\nf2py"]
+    "wanted",
+    [
+        b"os\nsystem",
+        b"numpy\nload",
+        b"numpy\nfromfile",
+        b"builtins\ngetattr",
+        b"builtins\neval",
+        b"numpy\nf2py",
+    ],
 )
 def test_what_is_named_is_told(tmp_path, wanted):
     with pytest.raises(RuntimeError, match=wanted.replace(b"\n", b".").decode()):
@@ -340,7 +417,9 @@ def test_what_would_reach_further_is_refused(tmp_path, file):
 
 
 def test_both_doors_are_closed():
-    """The look at the instructions and the names that resolve each refuse a call, without the other."""
+    """The look at the instructions and the names that resolve each refuse a call, without the
+    other.
+    """
     file = payloads(Path("/nonexistent/canary"))["obj"]
     with pytest.raises(Refused):
         _inspect(file)
@@ -350,7 +429,7 @@ def test_both_doors_are_closed():
         _inspect(b"}r\xff\xff\xff\x7f.")
 
 
-# -- the real ones ----------------------------------------------------------------------------------------------------
+# -- the real ones ---------------------------------------------------------------------------------
 
 PUBLISHED = {  # widely: mean and standard deviation of each channel
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -365,10 +444,17 @@ def test_the_real_sets(data_root, name):
         pytest.skip(f"no {FILES[name][0]} below '{data_root}'")
     real = getattr(data, name)(data_root, download=False)
     assert real.x_train.shape == (50_000, 3, 32, 32) and real.x_test.shape == (10_000, 3, 32, 32)
-    shares = torch.stack([x.flatten().bincount(minlength=256) for x in real.x_train.unbind(1)]).double() / (50_000 * 1024)
+    shares = torch.stack(
+        [x.flatten().bincount(minlength=256) for x in real.x_train.unbind(1)]
+    ).double() / (50_000 * 1024)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, spread = PUBLISHED[name]
     assert (shares @ values).tolist() == pytest.approx(mean, abs=1e-4)
-    assert (shares @ values**2 - (shares @ values) ** 2).sqrt().tolist() == pytest.approx(spread, abs=2e-4)
-    first = {"cifar10": [3, 8, 8, 0, 6, 6, 1, 6, 3, 1], "cifar100": [49, 33, 72, 51, 71, 92, 15, 14, 23, 0]}
+    assert (shares @ values**2 - (shares @ values) ** 2).sqrt().tolist() == pytest.approx(
+        spread, abs=2e-4
+    )
+    first = {
+        "cifar10": [3, 8, 8, 0, 6, 6, 1, 6, 3, 1],
+        "cifar100": [49, 33, 72, 51, 71, 92, 15, 14, 23, 0],
+    }
     assert real.y_test[:10].tolist() == first[name]

@@ -22,13 +22,20 @@ SMALL = {
 
 
 def idx(values: torch.Tensor) -> bytes:
-    """The idx format by hand: two zeros, type 8 (unsigned byte), the number of axes, big-endian sizes, bytes."""
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + bytes(values.flatten().tolist())
+    """The idx format by hand: two zeros, type 8 (unsigned byte), the number of axes, big-endian
+    sizes, bytes.
+    """
+    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + bytes(
+        values.flatten().tolist()
+    )
 
 
 def contents() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randint(256 if len(shape) == 3 else 10, shape, generator=generator) for name, shape in SMALL.items()}
+    return {
+        name: torch.randint(256 if len(shape) == 3 else 10, shape, generator=generator)
+        for name, shape in SMALL.items()
+    }
 
 
 def write(root: Path, names=tuple(SMALL)) -> Path:
@@ -56,7 +63,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", refuse)
 
 
-# -- digits -----------------------------------------------------------------------------------------------------------
+# -- digits ----------------------------------------------------------------------------------------
 
 
 def test_digits_are_partitioned():
@@ -69,8 +76,12 @@ def test_digits_are_partitioned():
     assert [len(small.x_train), len(small.x_valid), len(small.x_test)] == [1437, 180, 180]
     assert x.dtype == torch.float32 and y.dtype == torch.int64
     rows = sorted((tuple(row), int(label)) for row, label in zip((16 * x).tolist(), y, strict=True))
-    assert rows == sorted((tuple(row), int(label)) for row, label in zip(pixels.tolist(), labels, strict=True))
-    assert x.mean().item() == pytest.approx(0.305, abs=1e-3) and x.std().item() == pytest.approx(0.376, abs=1e-3)  # as documented
+    assert rows == sorted(
+        (tuple(row), int(label)) for row, label in zip(pixels.tolist(), labels, strict=True)
+    )
+    assert x.mean().item() == pytest.approx(0.305, abs=1e-3) and x.std().item() == pytest.approx(
+        0.376, abs=1e-3
+    )  # as documented
 
 
 def test_the_split_of_digits_follows_its_seed_and_no_other():
@@ -91,19 +102,30 @@ def test_every_class_is_in_every_split():
 
 def test_to_moves_every_tensor():
     moved = data.digits().to("meta")
-    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert {
+        value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)
+    } == {"meta"}
     assert (moved.name, moved.classes) == ("digits", 10)
 
 
-# -- MNIST ------------------------------------------------------------------------------------------------------------
+# -- MNIST -----------------------------------------------------------------------------------------
 
 
 def test_mnist_reads_what_was_written(small_mnist, tmp_path):
     small, wrote = data.mnist(tmp_path), contents()
-    images, labels = wrote["train-images-idx3-ubyte"].reshape(12, 784), wrote["train-labels-idx1-ubyte"]
-    assert torch.equal((255 * small.x_train).round().long(), images[:9]) and torch.equal(small.y_train, labels[:9])
-    assert torch.equal((255 * small.x_valid).round().long(), images[9:]) and torch.equal(small.y_valid, labels[9:])
-    assert torch.equal((255 * small.x_test).round().long(), wrote["t10k-images-idx3-ubyte"].reshape(5, 784))
+    images, labels = (
+        wrote["train-images-idx3-ubyte"].reshape(12, 784),
+        wrote["train-labels-idx1-ubyte"],
+    )
+    assert torch.equal((255 * small.x_train).round().long(), images[:9]) and torch.equal(
+        small.y_train, labels[:9]
+    )
+    assert torch.equal((255 * small.x_valid).round().long(), images[9:]) and torch.equal(
+        small.y_valid, labels[9:]
+    )
+    assert torch.equal(
+        (255 * small.x_test).round().long(), wrote["t10k-images-idx3-ubyte"].reshape(5, 784)
+    )
     assert torch.equal(small.y_test, wrote["t10k-labels-idx1-ubyte"])
     assert small.x_train.dtype == torch.float32 and small.x_train.max() <= 1
 
@@ -204,33 +226,56 @@ def test_other_data_under_mnists_names_is_refused(small_mnist, tmp_path):
 @pytest.mark.data
 def test_the_real_mnist(data_root):
     real = data.mnist(data_root, download=False)
-    assert real.x_train.shape == (50_000, 784) and real.x_valid.shape == real.x_test.shape == (10_000, 784)
+    assert real.x_train.shape == (50_000, 784) and real.x_valid.shape == real.x_test.shape == (
+        10_000,
+        784,
+    )
     x = torch.cat([real.x_train, real.x_valid])
-    assert x.mean().item() == pytest.approx(0.1307, abs=1e-4) and x.std().item() == pytest.approx(0.3081, abs=1e-4)  # widely published
-    assert real.y_train[:5].tolist() == [5, 0, 4, 1, 9] and real.y_test[:5].tolist() == [7, 2, 1, 0, 4]
+    assert x.mean().item() == pytest.approx(0.1307, abs=1e-4) and x.std().item() == pytest.approx(
+        0.3081, abs=1e-4
+    )  # widely published
+    assert real.y_train[:5].tolist() == [5, 0, 4, 1, 9] and real.y_test[:5].tolist() == [
+        7,
+        2,
+        1,
+        0,
+        4,
+    ]
     counts = torch.cat([real.y_train, real.y_valid]).bincount().tolist()
     assert counts == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 @given(examples=st.integers(0, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 9))
 def test_an_epoch_shows_every_example_once_with_its_label(examples, batch_size, seed):
     y = torch.arange(examples)
-    shown = list(data.batches(torch.stack([y * 2.0, y * 3.0], 1), y, batch_size, torch.Generator().manual_seed(seed)))
+    shown = list(
+        data.batches(
+            torch.stack([y * 2.0, y * 3.0], 1), y, batch_size, torch.Generator().manual_seed(seed)
+        )
+    )
     for x, labels in shown:
         assert torch.equal(x, torch.stack([labels * 2.0, labels * 3.0], 1))
-    assert sorted(label for _, labels in shown for label in labels.tolist()) == list(range(examples))
+    assert sorted(label for _, labels in shown for label in labels.tolist()) == list(
+        range(examples)
+    )
     sizes = [len(labels) for _, labels in shown if len(labels)]
-    assert sizes == [batch_size] * (examples // batch_size) + [examples % batch_size] * (examples % batch_size > 0)
+    assert sizes == [batch_size] * (examples // batch_size) + [examples % batch_size] * (
+        examples % batch_size > 0
+    )
 
 
 def test_batches_are_shuffled_anew_from_the_generator_alone(generator):
     x, y = torch.zeros(100, 1), torch.arange(100)
     before = torch.get_rng_state()
-    first, second = ([labels.tolist() for _, labels in data.batches(x, y, 7, generator)] for _ in range(2))
-    again = [labels.tolist() for _, labels in data.batches(x, y, 7, torch.Generator().manual_seed(0))]
+    first, second = (
+        [labels.tolist() for _, labels in data.batches(x, y, 7, generator)] for _ in range(2)
+    )
+    again = [
+        labels.tolist() for _, labels in data.batches(x, y, 7, torch.Generator().manual_seed(0))
+    ]
     assert first == again and first != second and first != [chunk.tolist() for chunk in y.split(7)]
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -243,12 +288,14 @@ def test_batches_refuses_what_cannot_be_batched(generator):
 
 
 def test_shapes_are_checked_under_pytest(generator):
-    """The import hook of conftest.py is at work: as users call it, the same line raises the ValueError above."""
+    """The import hook of conftest.py is at work: as users call it, the same line raises the
+    ValueError above.
+    """
     with pytest.raises(TypeCheckError):
         data.batches(torch.zeros(3, 2), torch.arange(4), 2, generator)
 
 
-# -- views ------------------------------------------------------------------------------------------------------------
+# -- views -----------------------------------------------------------------------------------------
 
 
 def test_shifted_images_are_moved_by_up_to_one_pixel():
@@ -258,7 +305,11 @@ def test_shifted_images_are_moved_by_up_to_one_pixel():
     images[:, 1:-1, 1:-1] = torch.rand(3, side - 2, side - 2, generator=generator)
     flat, y = images.flatten(1), torch.tensor([7, 8, 9])
     moved = data.shifted(data.DataSet("three", 10, flat, y, flat, y, flat, y), side)
-    places = {tuple(np.roll(images[0].numpy(), (i, j), (0, 1)).ravel()) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    places = {
+        tuple(np.roll(images[0].numpy(), (i, j), (0, 1)).ravel())
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+    }
     assert {tuple(view) for view in moved.x_train[::3].numpy()} == places and len(places) == 9
     assert torch.equal(moved.x_train[:3], flat)  # the first view is the image itself
     assert torch.equal(moved.y_train, y.repeat(9)) and moved.views == 9
@@ -279,20 +330,32 @@ def test_the_shifted_digits_are_nine_times_as_many():
     assert moved.to("cpu").views == 9
 
 
-@given(images=st.integers(0, 20), views=st.integers(1, 5), batch_size=st.integers(1, 30), seed=st.integers(0, 9))
+@given(
+    images=st.integers(0, 20),
+    views=st.integers(1, 5),
+    batch_size=st.integers(1, 30),
+    seed=st.integers(0, 9),
+)
 def test_an_epoch_shows_every_image_once_at_one_of_its_views(images, views, batch_size, seed):
     number = torch.arange(images).repeat(views)
     place = torch.arange(views).repeat_interleave(images)
     x = torch.stack([number, place], 1).float()
     shown = list(data.batches(x, number, batch_size, torch.Generator().manual_seed(seed), views))
     rows = torch.cat([batch for batch, _ in shown]) if shown else x[:0]
-    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(0 <= at < views for at in rows[:, 1])
-    assert torch.equal(torch.cat([labels for _, labels in shown]).float() if shown else rows[:, 0], rows[:, 0])
+    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(
+        0 <= at < views for at in rows[:, 1]
+    )
+    assert torch.equal(
+        torch.cat([labels for _, labels in shown]).float() if shown else rows[:, 0], rows[:, 0]
+    )
 
 
 def test_views_are_chosen_evenly_and_anew(generator):
     place = torch.arange(9).repeat_interleave(1000)
-    first, second = (torch.cat([y for _, y in data.batches(place[:, None].float(), place, 64, generator, 9)]) for _ in range(2))
+    first, second = (
+        torch.cat([y for _, y in data.batches(place[:, None].float(), place, 64, generator, 9)])
+        for _ in range(2)
+    )
     assert not torch.equal(first, second)
     counts = first.bincount(minlength=9)  # binomial: 111 ± 10 each
     assert counts.sum() == 1000 and (counts - 1000 / 9).abs().max() < 50

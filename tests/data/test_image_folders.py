@@ -1,4 +1,6 @@
-"""Folders of images: which there are, what comes out of a file, and streams over them. Second opinions: PIL, numpy and slices."""
+"""Folders of images: which there are, what comes out of a file, and streams over them. Second
+opinions: PIL, numpy and slices.
+"""
 
 import io
 import os
@@ -26,8 +28,12 @@ from biasshift.data import (
 from biasshift.data.image_folders import photographs, read_photograph
 from biasshift.data.stream import epoch_generator
 
-# PyTorch on a machine with one core, and Python from 3.12 on about the worker processes of a DataLoader.
-pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.filterwarnings("ignore:.*use of fork")]
+# PyTorch on a machine with one core, and Python from 3.12 on about the worker processes of a
+# DataLoader.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+    pytest.mark.filterwarnings("ignore:.*use of fork"),
+]
 
 SIDE, SIZE = 12, 8
 CROP = Crop(SIDE, SIZE)
@@ -50,7 +56,9 @@ def build(root: Path, classes=("n02", "n01", "n03"), train=4, val=2) -> Path:
         for place, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                (root / split / name / f"{number}.JPEG").write_bytes(jpeg(seed=1000 * (split == "val") + 100 * place + number))
+                (root / split / name / f"{number}.JPEG").write_bytes(
+                    jpeg(seed=1000 * (split == "val") + 100 * place + number)
+                )
     return root
 
 
@@ -71,11 +79,15 @@ def one_sentence(error: BaseException) -> str:
     return message
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_folders_are_classes_in_the_order_of_their_names(little, tmp_path):
-    assert (little.classes, little.folders, little.names) == (3, ("n01", "n02", "n03"), ("n01", "n02", "n03"))
+    assert (little.classes, little.folders, little.names) == (
+        3,
+        ("n01", "n02", "n03"),
+        ("n01", "n02", "n03"),
+    )
     assert len(little.train) == 12 and len(little.valid) == 6
     for split, name in ((little.train, "train"), (little.valid, "val")):
         for path, label in zip(split.paths, split.y.tolist(), strict=True):
@@ -91,16 +103,28 @@ def test_the_mapping_gives_order_and_names(tmp_path):
     root = build(tmp_path / "mapped")
     (root / folders.MAPPING).write_text("n03 fox, red one\nn00 owl\n\nn01 cat\nn02\n")
     found = data.imagenet(root)
-    assert (found.classes, found.folders, found.names) == (3, ("n03", "n01", "n02"), ("fox, red one", "cat", "n02"))
-    assert {Path(path).parent.name for path, label in zip(found.train.paths, found.train.y, strict=True) if label == 0} == {"n03"}
+    assert (found.classes, found.folders, found.names) == (
+        3,
+        ("n03", "n01", "n02"),
+        ("fox, red one", "cat", "n02"),
+    )
+    assert {
+        Path(path).parent.name
+        for path, label in zip(found.train.paths, found.train.y, strict=True)
+        if label == 0
+    } == {"n03"}
     whole = data.imagenet(root, numbering="mapping")
     assert (whole.classes, whole.folders) == (4, ("n03", "n00", "n01", "n02"))
-    assert sorted(set(whole.train.y.tolist())) == [0, 2, 3] and whole.train.paths == found.train.paths
+    assert (
+        sorted(set(whole.train.y.tolist())) == [0, 2, 3] and whole.train.paths == found.train.paths
+    )
 
 
 def test_the_folder_is_found_by_argument_variable_and_name(tmp_path, monkeypatch):
     build(tmp_path / "imagenet")
-    assert len(data.imagenet(tmp_path).train) == len(data.imagenet(tmp_path / "imagenet").train) == 12
+    assert (
+        len(data.imagenet(tmp_path).train) == len(data.imagenet(tmp_path / "imagenet").train) == 12
+    )
     monkeypatch.setenv("BIASSHIFT_DATA", str(tmp_path))
     assert len(data.imagenet().valid) == 6
     monkeypatch.delenv("BIASSHIFT_DATA")
@@ -134,14 +158,30 @@ def break_folders(root: Path, fault: str) -> str:
         for file in (root / "val" / "n03").iterdir():
             file.rename(file.with_suffix(""))
         return "no images of the class 'n03'"
-    texts = {"unlisted": b"n01 a\nn02 b\n", "twice": b"n01 a\nn02 b\nn03 c\nn01 d\n", "binary": b"\xff\xfe\x00n01"}
+    texts = {
+        "unlisted": b"n01 a\nn02 b\n",
+        "twice": b"n01 a\nn02 b\nn03 c\nn01 d\n",
+        "binary": b"\xff\xfe\x00n01",
+    }
     mapping.write_bytes(texts[fault])
-    return {"unlisted": "'n03'", "twice": "a class twice", "binary": "cannot be read as text"}[fault]
+    return {"unlisted": "'n03'", "twice": "a class twice", "binary": "cannot be read as text"}[
+        fault
+    ]
 
 
 @pytest.mark.parametrize(
     "fault",
-    ["no val", "flat val", "val is a file", "class missing in val", "class missing in train", "empty class", "unlisted", "twice", "binary"],
+    [
+        "no val",
+        "flat val",
+        "val is a file",
+        "class missing in val",
+        "class missing in train",
+        "empty class",
+        "unlisted",
+        "twice",
+        "binary",
+    ],
 )
 def test_folders_that_are_not_whole_are_one_sentence(tmp_path, fault):
     named = break_folders(build(tmp_path / "little"), fault)
@@ -157,7 +197,11 @@ def test_a_numbering_without_its_mapping_is_refused(tmp_path):
 
 def test_a_sample_is_of_different_images_and_the_same_every_time(little):
     before = torch.get_rng_state()
-    one, again, other = little.train.sample(5), little.train.sample(5), little.train.sample(5, seed=1)
+    one, again, other = (
+        little.train.sample(5),
+        little.train.sample(5),
+        little.train.sample(5, seed=1),
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert one.paths == again.paths != other.paths and len(set(one.paths)) == 5
     labels = dict(zip(little.train.paths, little.train.y.tolist(), strict=True))
@@ -167,7 +211,7 @@ def test_a_sample_is_of_different_images_and_the_same_every_time(little):
             little.train.sample(count)
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def written(tmp_path: Path, content: bytes) -> str:
@@ -182,16 +226,29 @@ def test_an_image_is_squeezed_to_a_square(tmp_path):
     assert found.dtype == torch.uint8 and found.shape == (3, 7, 7) and found.is_contiguous()
     assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
     assert np.array_equal(
-        read_photograph(written(tmp_path, png((6, 6))), 6).permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB"))
+        read_photograph(written(tmp_path, png((6, 6))), 6).permute(1, 2, 0).numpy(),
+        np.asarray(Image.open(path).convert("RGB")),
     )
 
 
 def test_grey_images_have_three_equal_channels(tmp_path):
     found = read_photograph(written(tmp_path, jpeg(mode="L")), 9)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and found.float().std() > 0
+    assert (
+        torch.equal(found[0], found[1])
+        and torch.equal(found[0], found[2])
+        and found.float().std() > 0
+    )
 
 
-@pytest.mark.parametrize("content", [jpeg(mode="CMYK"), jpeg(progressive=True), jpeg(format="PNG", mode="P"), jpeg(format="PNG", mode="1")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        jpeg(mode="CMYK"),
+        jpeg(progressive=True),
+        jpeg(format="PNG", mode="P"),
+        jpeg(format="PNG", mode="1"),
+    ],
+)
 def test_other_kinds_of_jpeg_and_png_are_color_images_too(tmp_path, content):
     assert read_photograph(written(tmp_path, content), 9).shape == (3, 9, 9)
 
@@ -200,10 +257,17 @@ def large_png(side: int) -> bytes:
     """A few bytes that unpack to side² pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 BROKEN = {
@@ -222,7 +286,9 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, fault):
     path = written(tmp_path, BROKEN[fault])
-    with pytest.raises(RuntimeError, match=r"is no image that can be read|more than is safe") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"is no image that can be read|more than is safe"
+    ) as caught:
         read_photograph(path, 9)
     assert f"'{path}'" in one_sentence(caught.value)
 
@@ -269,20 +335,28 @@ def test_a_worker_that_is_killed_is_one_sentence(little, monkeypatch):
     one_sentence(caught.value)
 
 
-# -- streams ----------------------------------------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------
 
 
 def same(one, other) -> bool:
-    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(one, other, strict=True))
+    return all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(one, other, strict=True)
+    )
 
 
 def test_a_crop_is_a_slice_of_its_image_mirrored_or_not():
-    x = torch.randint(256, (500, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        256, (500, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     draws = CROP.draw(500, torch.Generator().manual_seed(1))
-    for image, (row, column, mirrored), found in zip(x.numpy(), draws.tolist(), CROP.apply(x, draws).numpy(), strict=True):
+    for image, (row, column, mirrored), found in zip(
+        x.numpy(), draws.tolist(), CROP.apply(x, draws).numpy(), strict=True
+    ):
         crop = image[:, row : row + SIZE, column : column + SIZE]
         assert np.array_equal(found, crop[:, :, ::-1] if mirrored else crop)
-    assert {tuple(draw) for draw in draws.tolist()} == {(i, j, k) for i in range(5) for j in range(5) for k in range(2)}
+    assert {tuple(draw) for draw in draws.tolist()} == {
+        (i, j, k) for i in range(5) for j in range(5) for k in range(2)
+    }
     assert not Crop(SIDE, SIZE, flip=False).draw(200, torch.Generator())[:, 2].any()
     assert torch.equal(CROP.apply(x, CROP.center(500)), x[:, :, 2:-2, 2:-2])
     assert torch.equal(Crop(SIDE, SIDE, flip=False).apply(x, Crop(SIDE, SIDE).center(500)), x)
@@ -292,13 +366,17 @@ def test_a_crop_is_a_slice_of_its_image_mirrored_or_not():
 
 
 def test_an_epoch_shows_every_image_once_cropped_as_drawn_for_it(little):
-    """The crop of image i is found by looking for it in the image: prepared before the crop, as a mean per pixel needs it."""
+    """The crop of image i is found by looking for it in the image: prepared before the crop, as a
+    mean per pixel needs it.
+    """
     mean = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     stream = ImageStream(little.train, 5, seed=3, prepare=Scale(mean=mean), crop=CROP, workers=0)
     shown = list(stream.epoch(2))
     assert [len(y) for _, y in shown] == [5, 5, 2] and len(stream) == 3
     x, y = (torch.cat(parts) for parts in zip(*shown, strict=True))
-    images = torch.stack([read_photograph(path, SIDE) for path in little.train.paths]) / 255.0 - mean
+    images = (
+        torch.stack([read_photograph(path, SIDE) for path in little.train.paths]) / 255.0 - mean
+    )
     generator = epoch_generator(3, 2)
     order, draws = torch.randperm(12, generator=generator), CROP.draw(12, generator)
     assert torch.equal(y, little.train.y[order])
@@ -311,7 +389,10 @@ def test_an_epoch_shows_every_image_once_cropped_as_drawn_for_it(little):
 def test_workers_and_their_number_do_not_matter_and_the_global_generator_is_left_alone(little):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    epochs = [list(ImageStream(little.train, 5, 0, crop=CROP, workers=workers).epoch(1)) for workers in (0, 1, 2)]
+    epochs = [
+        list(ImageStream(little.train, 5, 0, crop=CROP, workers=workers).epoch(1))
+        for workers in (0, 1, 2)
+    ]
     assert same(epochs[0], epochs[1]) and same(epochs[0], epochs[2])
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -329,17 +410,31 @@ def test_a_resumed_epoch_goes_on_where_it_stopped_without_opening_what_is_skippe
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_together_see_what_one_alone_would(little, world):
     alone = list(ImageStream(little.train, 8, 0, crop=CROP, workers=0).epoch(1))
-    shares = [list(ImageStream(little.train, 8, 0, crop=CROP, workers=0, rank=rank, world=world).epoch(1)) for rank in range(world)]
-    assert same(alone, [tuple(torch.cat(parts) for parts in zip(*batch, strict=True)) for batch in zip(*shares, strict=True)])
+    shares = [
+        list(ImageStream(little.train, 8, 0, crop=CROP, workers=0, rank=rank, world=world).epoch(1))
+        for rank in range(world)
+    ]
+    assert same(
+        alone,
+        [
+            tuple(torch.cat(parts) for parts in zip(*batch, strict=True))
+            for batch in zip(*shares, strict=True)
+        ],
+    )
 
 
 def test_center_crops_are_all_images_in_order(little):
     crops = CenterCrops(little.valid, 4, crop=CROP, workers=0)
-    images = torch.stack([read_photograph(path, SIDE) for path in little.valid.paths])[:, :, 2:-2, 2:-2] / 255.0
+    images = (
+        torch.stack([read_photograph(path, SIDE) for path in little.valid.paths])[:, :, 2:-2, 2:-2]
+        / 255.0
+    )
     for _ in range(2):
         x, y = (torch.cat(parts) for parts in zip(*crops, strict=True))
         assert torch.equal(x, images) and torch.equal(y, little.valid.y)
-    shares = [CenterCrops(little.valid, 4, crop=CROP, workers=0, rank=rank, world=7) for rank in range(7)]
+    shares = [
+        CenterCrops(little.valid, 4, crop=CROP, workers=0, rank=rank, world=7) for rank in range(7)
+    ]
     assert torch.equal(torch.cat([y for share in shares for _, y in share]), little.valid.y)
     assert list(shares[6]) == []
 
@@ -348,7 +443,10 @@ def test_center_crops_are_all_images_in_order(little):
     ("options", "word"),
     [
         ({"batch_size": 0}, "at least 1"),
-        ({"batch_size": 11, "world": 2}, "a batch of 1, in which some of the 2 processes have no share"),
+        (
+            {"batch_size": 11, "world": 2},
+            "a batch of 1, in which some of the 2 processes have no share",
+        ),
         ({"seed": -1}, "negative"),
         ({"workers": -1}, "workers must be 0 or more"),
         ({"batch_size": 13, "drop_last": True}, "no whole batch"),
@@ -367,7 +465,7 @@ def test_epochs_that_do_not_exist_are_refused(little):
         stream.epoch(1, 4)
 
 
-# -- the mean ---------------------------------------------------------------------------------------------------------
+# -- the mean --------------------------------------------------------------------------------------
 
 
 def test_the_mean_image_is_that_of_numpy(little, monkeypatch):
@@ -381,11 +479,19 @@ def test_the_mean_image_is_that_of_numpy(little, monkeypatch):
 
 def test_the_mean_image_is_computed_once_for_the_same_files(little):
     done = []
-    first, second = (data.mean_image(little.train, SIDE, workers=0, on_batch=done.append) for _ in range(2))
+    first, second = (
+        data.mean_image(little.train, SIDE, workers=0, on_batch=done.append) for _ in range(2)
+    )
     assert torch.equal(first, second) and done == [12]
     Path(little.train.paths[0]).write_bytes(jpeg((9, 9), seed=99))
-    assert not torch.equal(data.mean_image(little.train, SIDE, workers=0, on_batch=done.append), first)
-    assert data.mean_image(little.train.sample(5), SIDE, workers=0, on_batch=done.append).shape == (3, SIDE, SIDE)
+    assert not torch.equal(
+        data.mean_image(little.train, SIDE, workers=0, on_batch=done.append), first
+    )
+    assert data.mean_image(little.train.sample(5), SIDE, workers=0, on_batch=done.append).shape == (
+        3,
+        SIDE,
+        SIDE,
+    )
     assert done == [12, 12, 5]
 
 
@@ -396,7 +502,7 @@ def test_a_file_that_is_gone_is_one_sentence(little):
     assert little.train.paths[3] in one_sentence(caught.value)
 
 
-# -- the real ones ----------------------------------------------------------------------------------------------------
+# -- the real ones ---------------------------------------------------------------------------------
 
 
 @pytest.mark.data
@@ -408,9 +514,14 @@ def test_ten_real_classes(data_root):
     assert real.classes == 10 and len(real.train) >= 1000 and real.train.y.bincount().min() > 0
     sample = real.train.sample(60)
     mean = data.mean_image(sample, 256, workers=0)
-    assert mean.mean((1, 2)).tolist() == pytest.approx([0.485, 0.456, 0.406], abs=0.06)  # ImageNet's, widely published; of 60 images
+    assert mean.mean((1, 2)).tolist() == pytest.approx(
+        [0.485, 0.456, 0.406], abs=0.06
+    )  # ImageNet's, widely published; of 60 images
     x, y = next(ImageStream(sample, 30, 0, prepare=Scale(mean=mean), workers=2).epoch(1))
     assert x.shape == (30, 3, 224, 224) and y.max() < 10 and abs(x.mean().item()) < 0.1
     every, numbers = Images(real.valid.paths, real.valid.y), list(range(0, len(real.valid), 5))
-    grey = sum(bool(torch.equal(x[0, 0], x[0, 1])) for x, _ in photographs(every, [[number] for number in numbers], 64, 0))
+    grey = sum(
+        bool(torch.equal(x[0, 0], x[0, 1]))
+        for x, _ in photographs(every, [[number] for number in numbers], 64, 0)
+    )
     assert grey < len(numbers) / 10

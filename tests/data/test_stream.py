@@ -1,4 +1,6 @@
-"""Minibatches as a function of the seed and the epoch. Second opinions: counting, numpy's pad and slices, and one process for many."""
+"""Minibatches as a function of the seed and the epoch. Second opinions: counting, numpy's pad and
+slices, and one process for many.
+"""
 
 import inspect
 
@@ -11,9 +13,13 @@ from biasshift.data import Augment, Scale, TensorStream
 from biasshift.data.stream import Batching, epoch_generator
 
 
-def pictures(count: int, dtype: torch.dtype = torch.uint8, channels: int = 3, side: int = 6) -> torch.Tensor:
+def pictures(
+    count: int, dtype: torch.dtype = torch.uint8, channels: int = 3, side: int = 6
+) -> torch.Tensor:
     """No pixel is 0, so that the frame can be told from the image."""
-    values = torch.randint(1, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1))
+    values = torch.randint(
+        1, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1)
+    )
     return values.to(dtype)
 
 
@@ -26,10 +32,15 @@ def same(one, other) -> bool:
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
 
 
-# -- the order --------------------------------------------------------------------------------------------------------
+# -- the order -------------------------------------------------------------------------------------
 
 
-@given(examples=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(1, 9))
+@given(
+    examples=st.integers(1, 40),
+    batch_size=st.integers(1, 50),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(1, 9),
+)
 def test_an_epoch_shows_every_example_once_with_its_label(examples, batch_size, seed, epoch):
     y = torch.arange(examples)
     stream = TensorStream(torch.stack([y * 2.0, y * 3.0], 1), y, batch_size, seed)
@@ -42,12 +53,24 @@ def test_an_epoch_shows_every_example_once_with_its_label(examples, batch_size, 
     assert len(stream) == len(shown)
 
 
-@given(images=st.integers(1, 20), views=st.integers(1, 5), batch_size=st.integers(1, 30), seed=st.integers(0, 9))
+@given(
+    images=st.integers(1, 20),
+    views=st.integers(1, 5),
+    batch_size=st.integers(1, 30),
+    seed=st.integers(0, 9),
+)
 def test_an_epoch_shows_every_image_once_at_one_of_its_views(images, views, batch_size, seed):
-    number, place = torch.arange(images).repeat(views), torch.arange(views).repeat_interleave(images)
-    stream = TensorStream(torch.stack([number, place], 1).float(), number, batch_size, seed, views=views)
+    number, place = (
+        torch.arange(images).repeat(views),
+        torch.arange(views).repeat_interleave(images),
+    )
+    stream = TensorStream(
+        torch.stack([number, place], 1).float(), number, batch_size, seed, views=views
+    )
     rows = torch.cat([x for x, _ in stream.epoch(1)])
-    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(0 <= at < views for at in rows[:, 1])
+    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(
+        0 <= at < views for at in rows[:, 1]
+    )
     assert rows[:, 0].tolist() == [label for batch in labels(stream, 1) for label in batch]
 
 
@@ -76,7 +99,11 @@ def test_an_epoch_depends_on_the_seed_and_its_number_alone():
 def test_epochs_and_seeds_are_unrelated():
     """With seed + epoch as the seed, epoch 2 of seed 0 would be epoch 1 of seed 1."""
     y = torch.arange(100)
-    orders = [tuple(labels(TensorStream(torch.zeros(100, 1), y, 100, seed), epoch)[0]) for seed in range(5) for epoch in range(1, 6)]
+    orders = [
+        tuple(labels(TensorStream(torch.zeros(100, 1), y, 100, seed), epoch)[0])
+        for seed in range(5)
+        for epoch in range(1, 6)
+    ]
     assert len(set(orders)) == 25 and tuple(range(100)) not in orders
     fixed = sum(place == label for order in orders for place, label in enumerate(order))
     assert fixed < 60  # Poisson: 25 ± 5
@@ -105,26 +132,43 @@ def test_a_resumed_epoch_goes_on_where_it_stopped_without_reading_what_is_skippe
 
 def test_a_short_last_batch_can_be_dropped():
     y = torch.arange(10)
-    streams = [TensorStream(torch.zeros(10, 1), y, 4, 0, drop_last=drop_last) for drop_last in (True, False)]
+    streams = [
+        TensorStream(torch.zeros(10, 1), y, 4, 0, drop_last=drop_last)
+        for drop_last in (True, False)
+    ]
     assert labels(streams[0], 1) == labels(streams[1], 1)[:2] and len(streams[0]) == 2
     assert len(TensorStream(torch.zeros(8, 1), y[:8], 4, 0, drop_last=True)) == 2
 
 
-# -- several processes ------------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 
 
-@given(images=st.integers(1, 60), batch_size=st.integers(1, 20), world=st.integers(1, 5), epoch=st.integers(1, 3), drop_last=st.booleans())
+@given(
+    images=st.integers(1, 60),
+    batch_size=st.integers(1, 20),
+    world=st.integers(1, 5),
+    epoch=st.integers(1, 3),
+    drop_last=st.booleans(),
+)
 def test_processes_together_see_what_one_alone_would(images, batch_size, world, epoch, drop_last):
     x, y = pictures(images), torch.arange(images)
     options = {"augment": Augment(pad=2), "drop_last": drop_last}
-    sizes = [batch_size] * (images // batch_size) + [images % batch_size] * (images % batch_size > 0 and not drop_last)
+    sizes = [batch_size] * (images // batch_size) + [images % batch_size] * (
+        images % batch_size > 0 and not drop_last
+    )
     if not sizes or min(sizes) < world:
         with pytest.raises(ValueError, match=r"whole batch|have no share"):
             TensorStream(x, y, batch_size, 0, rank=0, world=world, **options)
         return
     alone = list(TensorStream(x, y, batch_size, 0, **options).epoch(epoch))
-    shares = [list(TensorStream(x, y, batch_size, 0, rank=rank, world=world, **options).epoch(epoch)) for rank in range(world)]
-    together = [tuple(torch.cat(parts) for parts in zip(*batch, strict=True)) for batch in zip(*shares, strict=True)]
+    shares = [
+        list(TensorStream(x, y, batch_size, 0, rank=rank, world=world, **options).epoch(epoch))
+        for rank in range(world)
+    ]
+    together = [
+        tuple(torch.cat(parts) for parts in zip(*batch, strict=True))
+        for batch in zip(*shares, strict=True)
+    ]
     assert same(alone, together)
     for batch in zip(*shares, strict=True):
         sizes = [len(part) for _, part in batch]
@@ -137,19 +181,27 @@ def test_shares_can_be_resumed_too():
     assert same(stream.epoch(4, 3), list(stream.epoch(4))[3:])
 
 
-# -- augmentation -----------------------------------------------------------------------------------------------------
+# -- augmentation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 6, 6), (1, 5, 7)])
 def test_crops_and_flips_are_those_of_numpy(dtype, shape):
-    """Every draw there is, on distinct images; a slice of numpy's padded image, turned with [::-1], is the oracle."""
+    """Every draw there is, on distinct images; a slice of numpy's padded image, turned with [::-1],
+    is the oracle.
+    """
     pad = 2
-    draws = torch.cartesian_prod(torch.arange(2 * pad + 1), torch.arange(2 * pad + 1), torch.arange(2))
-    x = torch.randint(1, 256, (len(draws), *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    draws = torch.cartesian_prod(
+        torch.arange(2 * pad + 1), torch.arange(2 * pad + 1), torch.arange(2)
+    )
+    x = torch.randint(1, 256, (len(draws), *shape), generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )
     found = Augment(pad=pad).apply(x, draws)
     assert found.dtype == dtype and found.shape == x.shape and found.is_contiguous()
-    for image, (row, column, mirrored), cropped in zip(x.numpy(), draws.tolist(), found.numpy(), strict=True):
+    for image, (row, column, mirrored), cropped in zip(
+        x.numpy(), draws.tolist(), found.numpy(), strict=True
+    ):
         framed = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
         crop = framed[:, row : row + shape[1], column : column + shape[2]]
         assert np.array_equal(cropped, crop[:, :, ::-1] if mirrored else crop)
@@ -169,7 +221,9 @@ def test_no_crops_and_no_flips_are_the_images_themselves():
     assert torch.equal(still.apply(x, still.draw(50, generator)), x)
     flips, crops = Augment(pad=0), Augment(flip=False)
     flipped, cropped = (kind.apply(x, kind.draw(50, generator)) for kind in (flips, crops))
-    assert all(torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(flipped, x, strict=True)) and not torch.equal(flipped, x)
+    assert all(
+        torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(flipped, x, strict=True)
+    ) and not torch.equal(flipped, x)
     assert not crops.draw(50, generator)[:, 2].any() and (cropped == 0).any()
 
 
@@ -180,19 +234,24 @@ def test_images_are_augmented_anew_in_every_epoch_and_their_order_is_that_withou
     assert torch.equal(x, pictures(40))  # the data set itself stays as it is
     alike = TensorStream(pictures(1).expand(40, 3, 6, 6), y, 40, 0, augment=Augment())
     (first, _), (second, _) = next(alike.epoch(1)), next(alike.epoch(2))
-    assert not torch.equal(first, second)  # one image 40 times: only the draws can tell the epochs apart
+    assert not torch.equal(
+        first, second
+    )  # one image 40 times: only the draws can tell the epochs apart
 
 
 def test_bytes_are_prepared_after_the_augmentation():
     x, mean = pictures(20), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
-    plain, scaled = (TensorStream(x, torch.arange(20), 6, 0, augment=Augment(), prepare=how) for how in (None, Scale(mean=mean)))
+    plain, scaled = (
+        TensorStream(x, torch.arange(20), 6, 0, augment=Augment(), prepare=how)
+        for how in (None, Scale(mean=mean))
+    )
     for (raw, _), (found, _) in zip(plain.epoch(1), scaled.epoch(1), strict=True):
         assert raw.dtype == torch.uint8 and found.dtype == torch.float32
         expected = raw.numpy().astype(np.float64) / 255 - np.array([0.4, 0.5, 0.6]).reshape(3, 1, 1)
         assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +264,10 @@ def test_bytes_are_prepared_after_the_augmentation():
         ({"seed": -1}, "must not be negative"),
         ({"rank": 2, "world": 2}, "rank 2 with world 2"),
         ({"rank": -1}, "rank -1 with world 1"),
-        ({"batch_size": 4, "world": 3}, "leave a batch of 2, in which some of the 3 processes have no share"),
+        (
+            {"batch_size": 4, "world": 3},
+            "leave a batch of 2, in which some of the 3 processes have no share",
+        ),
         ({"batch_size": 2, "world": 3, "drop_last": True}, "in which some of the 3"),
         ({"batch_size": 11, "drop_last": True}, "no whole batch of 11"),
         ({"augment": Augment()}, r"x has shape \(10, 2\)"),
@@ -221,7 +283,9 @@ def test_no_examples_and_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="no examples"):
         TensorStream(torch.zeros(0, 2), torch.arange(0), 5, 0)
     with pytest.raises(ValueError, match="3 examples and y has 4"):
-        init = inspect.unwrap(TensorStream.__init__)  # as users call it: under pytest the shapes are checked before
+        init = inspect.unwrap(
+            TensorStream.__init__
+        )  # as users call it: under pytest the shapes are checked before
         init(object.__new__(TensorStream), torch.zeros(3, 2), torch.arange(4), 2, 0)
 
 
@@ -236,19 +300,29 @@ def test_epochs_that_do_not_exist_are_refused_when_they_are_asked_for():
 
 
 def test_the_numbers_of_an_image_can_be_asked_for():
-    draws = {tuple(torch.randperm(20, generator=epoch_generator(0, 1, image)).tolist()) for image in range(50)}
+    draws = {
+        tuple(torch.randperm(20, generator=epoch_generator(0, 1, image)).tolist())
+        for image in range(50)
+    }
     assert len(draws) == 50
     with pytest.raises(ValueError, match="negative"):
         epoch_generator(0, -1)
 
 
 def test_shares_of_one_process_are_whole_batches():
-    assert list(Batching(images=5, batch_size=2).shares()) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(Batching(images=5, batch_size=2).shares()) == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 5),
+    ]
 
 
 @pytest.mark.gpu
 def test_batches_are_equal_on_every_device():
     x, y = pictures(50), torch.arange(50)
-    streams = [TensorStream(x.to(at), y.to(at), 8, 0, augment=Augment(), prepare=Scale()) for at in ("cpu", "cuda")]
+    streams = [
+        TensorStream(x.to(at), y.to(at), 8, 0, augment=Augment(), prepare=Scale())
+        for at in ("cpu", "cuda")
+    ]
     for (a, b), (u, v) in zip(*(stream.epoch(1) for stream in streams), strict=True):
         assert u.device.type == "cuda" and torch.equal(a, u.cpu()) and torch.equal(b, v.cpu())

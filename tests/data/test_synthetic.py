@@ -10,7 +10,12 @@ from biasshift import data
 SETS = {
     "mnist": (data.synthetic_mnist, (784,), torch.float32, 10),
     "cifar10": (data.synthetic_cifar, (3, 32, 32), torch.uint8, 10),
-    "cifar100": (lambda **sizes: data.synthetic_cifar(classes=100, **sizes), (3, 32, 32), torch.uint8, 100),
+    "cifar100": (
+        lambda **sizes: data.synthetic_cifar(classes=100, **sizes),
+        (3, 32, 32),
+        torch.uint8,
+        100,
+    ),
 }
 
 
@@ -18,9 +23,21 @@ SETS = {
 def test_shapes_are_those_of_the_real_sets(name):
     make, shape, dtype, classes = SETS[name]
     found = make(train=200, valid=20, test=30)
-    assert [tuple(x.shape) for x in (found.x_train, found.x_valid, found.x_test)] == [(200, *shape), (20, *shape), (30, *shape)]
-    assert found.x_train.dtype == dtype and found.y_train.dtype == torch.int64 and found.classes == classes
-    assert found.y_train.min() >= 0 and found.y_train.max() < classes and found.y_train.unique().numel() > 0.6 * classes
+    assert [tuple(x.shape) for x in (found.x_train, found.x_valid, found.x_test)] == [
+        (200, *shape),
+        (20, *shape),
+        (30, *shape),
+    ]
+    assert (
+        found.x_train.dtype == dtype
+        and found.y_train.dtype == torch.int64
+        and found.classes == classes
+    )
+    assert (
+        found.y_train.min() >= 0
+        and found.y_train.max() < classes
+        and found.y_train.unique().numel() > 0.6 * classes
+    )
     top = 1 if dtype == torch.float32 else 255
     assert 0 <= found.x_train.min() and 0.8 * top < found.x_train.max() <= top
 
@@ -33,7 +50,9 @@ def test_the_seed_decides_and_nothing_else(name):
     one = make(seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(one.x_train, make(seed=3).x_train) and torch.equal(one.y_test, make(seed=3).y_test)
+    assert torch.equal(one.x_train, make(seed=3).x_train) and torch.equal(
+        one.y_test, make(seed=3).y_test
+    )
     assert not torch.equal(one.x_train, make(seed=4).x_train)
 
 
@@ -48,8 +67,14 @@ def test_the_classes_can_be_told_apart_on_images_not_seen(name):
 
 
 def test_a_folder_of_images_is_made_whole(tmp_path):
-    made = data.synthetic_imagenet(tmp_path / "deep" / "little", classes=3, train=5, valid=2, side=40)
-    assert made.classes == 3 and made.train.y.bincount().tolist() == [5, 5, 5] and made.valid.y.bincount().tolist() == [2, 2, 2]
+    made = data.synthetic_imagenet(
+        tmp_path / "deep" / "little", classes=3, train=5, valid=2, side=40
+    )
+    assert (
+        made.classes == 3
+        and made.train.y.bincount().tolist() == [5, 5, 5]
+        and made.valid.y.bincount().tolist() == [2, 2, 2]
+    )
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["little"]
     stream = data.ImageStream(made.train, 5, 0, crop=data.Crop(40, 32), workers=0)
     x, _ = next(stream.epoch(1))
@@ -57,7 +82,9 @@ def test_a_folder_of_images_is_made_whole(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         data.synthetic_imagenet(tmp_path / "deep" / "little")
     again = data.synthetic_imagenet(tmp_path / "again", classes=3, train=5, valid=2, side=40)
-    assert [Path(path).read_bytes() for path in made.train.paths] == [Path(path).read_bytes() for path in again.train.paths]
+    assert [Path(path).read_bytes() for path in made.train.paths] == [
+        Path(path).read_bytes() for path in again.train.paths
+    ]
 
 
 def test_an_interrupted_folder_is_not_there(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Contrast normalization and ZCA. Second opinions: the eigenvalues that theory promises, numpy's svd, and the way back."""
+"""Contrast normalization and ZCA. Second opinions: the eigenvalues that theory promises, numpy's
+svd, and the way back.
+"""
 
 import os
 
@@ -31,7 +33,9 @@ def covariance(x: torch.Tensor) -> np.ndarray:
 def test_every_image_has_mean_0_and_norm_55():
     found = normalize_contrast(pictures())
     assert found.shape == (400, 75) and found.dtype == torch.float64
-    assert found.mean(1).abs().max() < 1e-12 and torch.allclose(found.norm(dim=1), torch.tensor(55.0, dtype=torch.float64))
+    assert found.mean(1).abs().max() < 1e-12 and torch.allclose(
+        found.norm(dim=1), torch.tensor(55.0, dtype=torch.float64)
+    )
     one = pictures()[7].numpy().ravel().astype(float)
     assert np.allclose(found[7], 55 * (one - one.mean()) / (one.std() * np.sqrt(75)))
 
@@ -48,7 +52,9 @@ def test_an_image_without_contrast_becomes_0():
 
 
 def test_the_whitened_covariance_has_the_eigenvalues_of_theory():
-    """λ / (λ + 0.1) for each eigenvalue λ of the normalized images' covariance, with the same eigenvectors."""
+    """λ / (λ + 0.1) for each eigenvalue λ of the normalized images' covariance, with the same
+    eigenvectors.
+    """
     x = pictures()
     normalized, found = covariance(normalize_contrast(x)), covariance(Whitening.fit(x).apply(x))
     values, vectors = np.linalg.eigh(normalized)
@@ -67,14 +73,18 @@ def test_the_way_of_zca_is_that_of_numpys_svd():
     found = Whitening.fit(x).apply(other)
     assert found.dtype == torch.float32 and found.shape == other.shape
     assert np.abs(found.flatten(1).numpy() - expected).max() < 1e-5
-    assert np.allclose(matrix, matrix.T)  # symmetric: of all whitenings the one that changes the images least
+    assert np.allclose(
+        matrix, matrix.T
+    )  # symmetric: of all whitenings the one that changes the images least
 
 
 def test_the_way_back_gives_the_images():
     x, other = pictures(), pictures(seed=1)
     fitted = Whitening.fit(x)
     z = fitted.apply(other)
-    assert torch.allclose(fitted.invert(z).flatten(1).double(), normalize_contrast(other), atol=1e-4)
+    assert torch.allclose(
+        fitted.invert(z).flatten(1).double(), normalize_contrast(other), atol=1e-4
+    )
     assert (fitted.invert(z, Contrast.of(other)) - other).abs().max() < 1e-3
 
 
@@ -88,12 +98,21 @@ def test_chunks_do_not_matter(monkeypatch):
 
 def test_a_data_set_is_whitened_by_its_training_images_alone():
     x, y = pictures(), torch.arange(400) % 10
-    sets = [data.DataSet("pictures", 10, x[:300], y[:300], x[300:350], y[300:350], test, y[350:]) for test in (x[350:], 255 - x[350:])]
+    sets = [
+        data.DataSet("pictures", 10, x[:300], y[:300], x[300:350], y[300:350], test, y[350:])
+        for test in (x[350:], 255 - x[350:])
+    ]
     one, other = (whitened(each) for each in sets)
     fitted = Whitening.fit(x[:300])
-    assert torch.equal(one.x_train, other.x_train) and torch.equal(one.x_train, fitted.apply(x[:300]))
-    assert torch.equal(one.x_valid, fitted.apply(x[300:350])) and torch.equal(other.x_test, fitted.apply(255 - x[350:]))
-    assert torch.equal(one.y_test, y[350:]) and one.x_train.dtype == one.x_test.dtype == torch.float32
+    assert torch.equal(one.x_train, other.x_train) and torch.equal(
+        one.x_train, fitted.apply(x[:300])
+    )
+    assert torch.equal(one.x_valid, fitted.apply(x[300:350])) and torch.equal(
+        other.x_test, fitted.apply(255 - x[350:])
+    )
+    assert (
+        torch.equal(one.y_test, y[350:]) and one.x_train.dtype == one.x_test.dtype == torch.float32
+    )
 
 
 def test_a_data_set_without_validation_images_is_whitened_too():
@@ -118,7 +137,7 @@ def test_what_cannot_be_fitted_is_refused(x, options, word, cache):
     assert not cache.exists()
 
 
-# -- the cache --------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,17 +156,27 @@ def computed(monkeypatch):
 def test_a_spectrum_is_computed_once_for_the_same_images(computed, cache):
     x = pictures(60)
     first, second = Whitening.fit(x), Whitening.fit(x.clone(), diagonal=1.0)
-    assert len(computed) == 1 and torch.equal(first.vectors, second.vectors) and second.diagonal == 1.0
+    assert (
+        len(computed) == 1 and torch.equal(first.vectors, second.vectors) and second.diagonal == 1.0
+    )
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
     changed = x.clone()
     changed[0, 0, 0, 0] ^= 1
-    for other, options in ((changed, {}), (x.float(), {}), (x.flip(0), {}), (x.view(60, 75), {}), (x, {"scale": 1.0})):
+    for other, options in (
+        (changed, {}),
+        (x.float(), {}),
+        (x.flip(0), {}),
+        (x.view(60, 75), {}),
+        (x, {"scale": 1.0}),
+    ):
         before = len(computed)
         Whitening.fit(other, **options)
         assert len(computed) == before + 1
 
 
-def test_the_cache_lies_where_the_data_sets_lie_unless_the_variable_says_otherwise(monkeypatch, tmp_path):
+def test_the_cache_lies_where_the_data_sets_lie_unless_the_variable_says_otherwise(
+    monkeypatch, tmp_path
+):
     assert caching.cache_folder(tmp_path) == tmp_path / "cache"
     monkeypatch.delenv("BIASSHIFT_CACHE")
     assert caching.cache_folder(tmp_path / "sets") == tmp_path / "sets" / "cache"
@@ -156,7 +185,19 @@ def test_the_cache_lies_where_the_data_sets_lie_unless_the_variable_says_otherwi
 
 
 @pytest.mark.parametrize(
-    "damage", ["empty", "half", "no end", "bit in the numbers", "text", "longer", "objects", "other shape", "nan", "folder"]
+    "damage",
+    [
+        "empty",
+        "half",
+        "no end",
+        "bit in the numbers",
+        "text",
+        "longer",
+        "objects",
+        "other shape",
+        "nan",
+        "folder",
+    ],
 )
 def test_a_damaged_cache_is_computed_anew_and_replaced(computed, cache, damage, tmp_path):
     x = pictures(60)
@@ -187,7 +228,11 @@ def test_a_damaged_cache_is_computed_anew_and_replaced(computed, cache, damage, 
         path.unlink()
         path.mkdir()
     found = Whitening.fit(x)
-    assert len(computed) == 2 and torch.equal(found.mean, right.mean) and torch.equal(found.values, right.values)
+    assert (
+        len(computed) == 2
+        and torch.equal(found.mean, right.mean)
+        and torch.equal(found.values, right.values)
+    )
     assert not (tmp_path / "canary").exists() and list(cache.iterdir()) == [path]
     if damage != "folder":  # which nobody may simply remove
         Whitening.fit(x)
@@ -234,6 +279,10 @@ def test_the_real_images(data_root):
     values = np.linalg.eigvalsh(covariance(normalize_contrast(x)))
     assert np.linalg.eigvalsh(covariance(z)) == pytest.approx(values / (values + 0.1), abs=1e-4)
     assert (fitted.invert(z, Contrast.of(x)) - x).abs().max() < 1e-2
-    # What whitening is for: neighboring pixels, nearly equal in images, are hardly correlated any more.
-    before, after = (np.corrcoef(images[:, 0, 8, 8].double(), images[:, 0, 8, 9].double())[0, 1] for images in (x, z))
+    # What whitening is for: neighboring pixels, nearly equal in images, are hardly correlated any
+    # more.
+    before, after = (
+        np.corrcoef(images[:, 0, 8, 8].double(), images[:, 0, 8, 9].double())[0, 1]
+        for images in (x, z)
+    )
     assert before > 0.7 and abs(after) < 0.3

@@ -1,4 +1,6 @@
-"""The statistics of the claims against the block form, and the identities: exact, and seen to break when something is wrong."""
+"""The statistics of the claims against the block form, and the identities: exact, and seen to break
+when something is wrong.
+"""
 
 from contextlib import contextmanager
 
@@ -39,7 +41,7 @@ def blocks(fisher: UnitFisher, unit: int, damping: float) -> np.ndarray:
     return F_
 
 
-# -- the statistics ----------------------------------------------------------------------------------------------
+# -- the statistics --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
@@ -52,7 +54,9 @@ def test_the_statistics_are_those_of_the_block_form(model, probe, damping):
     for layer, fisher in fishers.items():
         chosen = UNITS.get(layer, range(3))
         module = model.get_submodule(layer)
-        gradients = torch.cat([module.weight.grad, module.bias.grad[:, None]], 1).numpy()[list(chosen)]
+        gradients = torch.cat([module.weight.grad, module.bias.grad[:, None]], 1).numpy()[
+            list(chosen)
+        ]
         natural, inflation, k, smaller = [], [], [], []
         for unit, gradient in enumerate(gradients):
             M = blocks(fisher, unit, damping)
@@ -63,28 +67,40 @@ def test_the_statistics_are_those_of_the_block_form(model, probe, damping):
             k.append(1 + (m - mean) @ np.linalg.solve(V, m))
             smaller.append(np.linalg.norm(mean - k[-1] * m) < np.linalg.norm(mean))
         cosine = np.sum(gradients * natural) / np.linalg.norm(gradients) / np.linalg.norm(natural)
-        row = found.query("layer == @layer and exam_probe == 0 and exam_damping == @damping").iloc[0]
+        row = found.query("layer == @layer and exam_probe == 0 and exam_damping == @damping").iloc[
+            0
+        ]
         assert row["step"] == 7 and row["unit"] == -1 and row["exam_enough"] == 1
         assert row["exam_inflation"] == pytest.approx(np.median(inflation), rel=1e-6)
         assert row["exam_k"] == pytest.approx(np.median(k), rel=1e-6)
         assert row["exam_smaller_share"] == np.mean(smaller)
         assert row["exam_gap_degrees"] == pytest.approx(np.degrees(np.arccos(cosine)), rel=1e-6)
-        assert row["exam_effective_samples"] == pytest.approx(np.median(fisher.effective_samples.numpy()))
+        assert row["exam_effective_samples"] == pytest.approx(
+            np.median(fisher.effective_samples.numpy())
+        )
 
 
 def test_one_row_per_layer_probe_and_damping(model, probe):
     x, y = probe
     found = examine(model, ((x[:350], y[:350]), (x[350:], y[350:])), LAYERS, UNITS, step=7)
-    assert len(found) == 2 * 2 * 3 and not found.duplicated(["layer", "exam_probe", "exam_damping"]).any()
+    assert (
+        len(found) == 2 * 2 * 3
+        and not found.duplicated(["layer", "exam_probe", "exam_damping"]).any()
+    )
     assert found.groupby("layer")["exam_gap_degrees"].nunique().tolist() == [6, 6]
     again = examine(model, ((x[350:], y[350:]), (x[:350], y[:350])), LAYERS, UNITS, step=7)
     for probe_number in (0, 1):
-        mine, theirs = found[found["exam_probe"] == probe_number], again[again["exam_probe"] == 1 - probe_number]
+        mine, theirs = (
+            found[found["exam_probe"] == probe_number],
+            again[again["exam_probe"] == 1 - probe_number],
+        )
         assert mine["exam_k"].tolist() == theirs["exam_k"].tolist()
 
 
 def measured(randn, examples: list[int]) -> Measured:
-    """A layer of two inputs; unit i has the same error on the first `examples[i]` of 100 examples, and none elsewhere."""
+    """A layer of two inputs; unit i has the same error on the first `examples[i]` of 100 examples,
+    and none elsewhere.
+    """
     delta2 = torch.stack([(torch.arange(100) < count).double() for count in examples], 1)
     fisher = UnitFisher.from_samples(randn(100, 2) + 1, delta2, damping=1e-2)
     return Measured(fisher, randn(len(examples), 2), randn(len(examples)))
@@ -99,8 +115,12 @@ def test_units_with_too_few_effective_samples_do_not_count(randn):
     assert found["inflation"] == pytest.approx((1 / (1 - fisher.coupling))[kept].mean().item())
     assert found["k"] == pytest.approx(fisher.k[kept].mean().item())
     dw, dw0 = fisher.natural_gradient(layer.g, layer.g0)
-    natural, plain = (torch.cat([w, w0[:, None]], 1)[kept].flatten() for w, w0 in ((dw, dw0), (layer.g, layer.g0)))
-    assert found["gap_degrees"] == pytest.approx(np.degrees(np.arccos(F.cosine_similarity(natural, plain, 0).item())))
+    natural, plain = (
+        torch.cat([w, w0[:, None]], 1)[kept].flatten() for w, w0 in ((dw, dw0), (layer.g, layer.g0))
+    )
+    assert found["gap_degrees"] == pytest.approx(
+        np.degrees(np.arccos(F.cosine_similarity(natural, plain, 0).item()))
+    )
 
 
 def test_without_any_such_unit_there_are_no_numbers(randn):
@@ -113,21 +133,31 @@ def test_dead_and_singular_units_do_not_count(randn):
     layer = measured(randn, [100, 0])
     assert layer_statistics(layer)["enough"] == 0.5
     alone = layer_statistics(measured(randn, [100]))
-    assert layer.fisher.dead.tolist() == [False, True] and set(alone) == set(layer_statistics(layer))
-    constant = Measured(UnitFisher.from_samples(torch.ones(100, 2), torch.ones(100, 1), damping=1e-2), randn(1, 2), randn(1))
+    assert layer.fisher.dead.tolist() == [False, True] and set(alone) == set(
+        layer_statistics(layer)
+    )
+    constant = Measured(
+        UnitFisher.from_samples(torch.ones(100, 2), torch.ones(100, 1), damping=1e-2),
+        randn(1, 2),
+        randn(1),
+    )
     assert np.isnan(layer_statistics(constant)["gap_degrees"])
 
 
 def test_an_inflation_beyond_float32_is_finite():
     """Where 1 − h is lost in rounding, 1/(1 − h) is not."""
     a = 1e4 + torch.linspace(-1, 1, 100)[:, None]
-    layer = Measured(UnitFisher.from_samples(a, torch.ones(100, 1)), torch.ones(1, 1), torch.ones(1))
+    layer = Measured(
+        UnitFisher.from_samples(a, torch.ones(100, 1)), torch.ones(1, 1), torch.ones(1)
+    )
     assert 1 - layer.fisher.coupling.item() < 1e-6
     variance = a.double().var(correction=0).item()
-    assert layer_statistics(layer)["inflation"] == pytest.approx(1 + a.double().mean().item() ** 2 / variance, rel=1e-4)
+    assert layer_statistics(layer)["inflation"] == pytest.approx(
+        1 + a.double().mean().item() ** 2 / variance, rel=1e-4
+    )
 
 
-# -- the identities ----------------------------------------------------------------------------------------------
+# -- the identities --------------------------------------------------------------------------------
 
 NAMES = {"theorem1", "identity", "theorem2", "bookkeeping"}
 
@@ -152,7 +182,9 @@ def test_the_model_is_left_as_it_was(model, probe):
     residuals(model, probe, UNITS, step=0)
     examine(model, (probe, probe), LAYERS, UNITS, step=0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert model.training and all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
+    assert model.training and all(
+        p.dtype == torch.float32 and p.grad is None for p in model.parameters()
+    )
 
 
 @pytest.fixture
@@ -161,13 +193,20 @@ def natural_gradient(monkeypatch):
     right = UnitFisher.natural_gradient
 
     def plant(wrong):
-        monkeypatch.setattr(UnitFisher, "natural_gradient", lambda self, g, g0=None: wrong(self, g, g0, *right(self, g, g0)))
+        monkeypatch.setattr(
+            UnitFisher,
+            "natural_gradient",
+            lambda self, g, g0=None: wrong(self, g, g0, *right(self, g, g0)),
+        )
 
     return plant
 
 
 WRONG = {
-    "no correction of the bias": (lambda f, g, g0, dw, dw0: (dw, g0 / f.c), {"theorem1", "identity", "theorem2"}),
+    "no correction of the bias": (
+        lambda f, g, g0, dw, dw0: (dw, g0 / f.c),
+        {"theorem1", "identity", "theorem2"},
+    ),
     "centered with the mean under p": (
         lambda f, g, g0, dw, dw0: (dw, g0 / f.c - theory.dot(f.mean_p.expand_as(dw), dw)),
         {"theorem1", "identity", "theorem2"},
@@ -177,7 +216,10 @@ WRONG = {
         {"theorem1", "theorem2"},  # the mean net input under q still moves by g₀/c
     ),
     "the plain gradient": (lambda f, g, g0, dw, dw0: (g, g0), {"theorem1", "identity", "theorem2"}),
-    "no number": (lambda f, g, g0, dw, dw0: (dw * torch.nan, dw0), {"theorem1", "identity", "theorem2"}),
+    "no number": (
+        lambda f, g, g0, dw, dw0: (dw * torch.nan, dw0),
+        {"theorem1", "identity", "theorem2"},
+    ),
 }
 
 
@@ -190,12 +232,16 @@ def test_a_wrong_natural_gradient_is_seen(model, probe, natural_gradient, wrong)
 
 def test_the_natural_gradient_of_another_damping_is_seen(model, probe, monkeypatch):
     right = UnitFisher.natural_gradient
-    monkeypatch.setattr(UnitFisher, "natural_gradient", lambda self, g, g0=None: right(self.damped(1e-2), g, g0))
+    monkeypatch.setattr(
+        UnitFisher, "natural_gradient", lambda self, g, g0=None: right(self.damped(1e-2), g, g0)
+    )
     assert broken(model, probe) == {"theorem1", "theorem2"}
 
 
 def test_a_wrong_factor_in_theorem_2_is_seen(model, probe, monkeypatch):
-    monkeypatch.setattr(theory, "k0_from_blocks", lambda A, b, c, mean: theory.s_from_blocks(A, b, c))
+    monkeypatch.setattr(
+        theory, "k0_from_blocks", lambda A, b, c, mean: theory.s_from_blocks(A, b, c)
+    )
     assert broken(model, probe) == {"theorem2"}
 
 
@@ -207,7 +253,9 @@ def test_bookkeeping_that_forgets_a_part_is_seen(model, probe, monkeypatch, part
         with bias_shift(model, x) as whole:
             yield shift
         for name, layer in whole.items():
-            parts = {key: getattr(layer, key) for key in ("total", "own", "incoming", "second_order")}
+            parts = {
+                key: getattr(layer, key) for key in ("total", "own", "incoming", "second_order")
+            }
             shift[name] = BiasShift(**parts | {part: torch.zeros_like(layer.total)})
 
     monkeypatch.setattr(examining, "bias_shift", forgetful)

@@ -53,13 +53,18 @@ def table(tmp_path_factory) -> pd.DataFrame:
     """One run of ELU, read back."""
     folder = tmp_path_factory.mktemp("runs") / "elu-0"
     reports = ran(folder)
-    epochs = [report for report in reports if report.step % EPOCH_STEPS == 0]  # on a slow machine there are others between
-    assert [(report.run, report.step, report.steps) for report in epochs] == [("elu-0", EPOCH_STEPS, 46), ("elu-0", 46, 46)]
+    epochs = [
+        report for report in reports if report.step % EPOCH_STEPS == 0
+    ]  # on a slow machine there are others between
+    assert [(report.run, report.step, report.steps) for report in epochs] == [
+        ("elu-0", EPOCH_STEPS, 46),
+        ("elu-0", 46, 46),
+    ]
     assert all(0 < report.loss < 4 for report in reports)
     return read_run(folder)
 
 
-# -- one run -----------------------------------------------------------------------------------------------------
+# -- one run ---------------------------------------------------------------------------------------
 
 
 def test_a_run_knows_its_setting(table):
@@ -71,7 +76,11 @@ def test_a_run_knows_its_setting(table):
 
 def test_losses_are_measured_after_every_epoch(table):
     scores = table[table["train_loss"].notna()]
-    assert scores[["step", "epoch"]].values.tolist() == [[0, 0], [EPOCH_STEPS, 1], [2 * EPOCH_STEPS, 2]]
+    assert scores[["step", "epoch"]].values.tolist() == [
+        [0, 0],
+        [EPOCH_STEPS, 1],
+        [2 * EPOCH_STEPS, 2],
+    ]
     assert (scores["layer"] == "").all() and (scores["unit"] == -1).all()
     assert scores["train_loss"].is_monotonic_decreasing
     assert scores[["train_error", "valid_loss", "valid_error"]].notna().all(axis=None)
@@ -80,39 +89,58 @@ def test_losses_are_measured_after_every_epoch(table):
 def test_units_of_every_layer_are_measured(table):
     steps = [0, EPOCH_STEPS, 2 * EPOCH_STEPS]
     means = table[table["mean"].notna()]
-    assert means.groupby(["step", "layer"], observed=True).size().to_dict() == {(s, a): WIDTH for s in steps for a in ("1", "3", "5")}
+    assert means.groupby(["step", "layer"], observed=True).size().to_dict() == {
+        (s, a): WIDTH for s in steps for a in ("1", "3", "5")
+    }
     shifts = table[table["total"].notna()]
     assert set(shifts["step"]) == set(steps[1:]) and set(shifts["layer"]) == set(LAYERS)
-    np.testing.assert_allclose(shifts["total"], shifts[["own", "incoming", "second_order"]].sum(axis=1), atol=1e-4)
+    np.testing.assert_allclose(
+        shifts["total"], shifts[["own", "incoming", "second_order"]].sum(axis=1), atol=1e-4
+    )
 
 
 def test_unit_fisher_matrices_are_those_of_the_chosen_units(table):
     fishers = table[table["s"].notna()]
     assert set(fishers["step"]) == {0, 2 * EPOCH_STEPS}
     for layer in LAYERS:
-        assert sorted(set(fishers[fishers["layer"] == layer]["unit"])) == (list(range(10)) if layer == LAYERS[-1] else UNITS)
+        assert sorted(set(fishers[fishers["layer"] == layer]["unit"])) == (
+            list(range(10)) if layer == LAYERS[-1] else UNITS
+        )
     gaps = table[table["cos_gradient"].notna()]
     assert sorted(gaps["layer"]) == sorted(2 * LAYERS) and (gaps["unit"] == -1).all()
 
 
 def test_layer_sizes_are_recorded_once(table):
     sizes = table[table["inputs"].notna()]
-    assert sizes[["layer", "inputs"]].values.tolist() == [["0", 64], ["2", WIDTH], ["4", WIDTH], ["6", WIDTH]]
+    assert sizes[["layer", "inputs"]].values.tolist() == [
+        ["0", 64],
+        ["2", WIDTH],
+        ["4", WIDTH],
+        ["6", WIDTH],
+    ]
 
 
 def test_the_batches_own_loss_is_their_mean_since_the_last_scores(table):
     """From a loop without any measurement; no batches have been seen at the beginning."""
-    losses = torch.stack([step.loss for step in loop(Tiny(activations=("elu",)).settings()[0])[1]]).double()
+    losses = torch.stack(
+        [step.loss for step in loop(Tiny(activations=("elu",)).settings()[0])[1]]
+    ).double()
     found = table[table["epoch"].notna()].sort_values("step")["batch_loss"].tolist()
-    assert math.isnan(found[0]) and found[1:] == pytest.approx([losses[:EPOCH_STEPS].mean().item(), losses[EPOCH_STEPS:].mean().item()])
+    assert math.isnan(found[0]) and found[1:] == pytest.approx(
+        [losses[:EPOCH_STEPS].mean().item(), losses[EPOCH_STEPS:].mean().item()]
+    )
 
 
 def test_the_examination_is_at_the_first_look_below_the_equal_loss(table):
     """On the digits a look is an epoch."""
     scores, exams = table[table["train_loss"].notna()], table[table["exam_damping"].notna()]
     first = scores[scores["train_loss"] <= 2.2].iloc[0]
-    assert set(exams["step"]) == {first["step"]} and set(exams["exam_loss"]) == {first["train_loss"]}
-    assert len(exams) == 3 * 2 * 3 and set(exams["layer"]) == set(LAYERS[1:])  # layers behind the first, probes, dampings
+    assert set(exams["step"]) == {first["step"]} and set(exams["exam_loss"]) == {
+        first["train_loss"]
+    }
+    assert len(exams) == 3 * 2 * 3 and set(exams["layer"]) == set(
+        LAYERS[1:]
+    )  # layers behind the first, probes, dampings
     assert exams["exam_enough"].max() > 0
 
 
@@ -126,7 +154,12 @@ def test_the_identities_hold_in_the_trained_network(table):
 def test_the_input_layer_can_be_left_out_of_the_fisher_matrices(tmp_path):
     ran(tmp_path / "elu-0", skip_input_layer=True, epochs=1, equal_loss=9.0)
     found = read_run(tmp_path / "elu-0")
-    for column, layers in (("s", LAYERS[1:]), ("cos_gradient", LAYERS[1:]), ("exam_k", LAYERS[1:]), ("total", LAYERS)):
+    for column, layers in (
+        ("s", LAYERS[1:]),
+        ("cos_gradient", LAYERS[1:]),
+        ("exam_k", LAYERS[1:]),
+        ("total", LAYERS),
+    ):
         assert set(found[found[column].notna()]["layer"]) == set(layers), column
     assert found["inputs"].notna().sum() == 4
 
@@ -155,18 +188,23 @@ def test_a_run_that_diverges_says_so_and_is_marked_failed(tmp_path):
     assert read_run(tmp_path / "elu-0")["epoch"].max() == 0
 
 
-# -- what runs share ---------------------------------------------------------------------------------------------
+# -- what runs share -------------------------------------------------------------------------------
 
 
 def start_and_batches(activation: str, seed: int) -> list[torch.Tensor]:
     """The weights at the start, and what every minibatch of two epochs holds."""
     made = trial(Tiny(activations=(activation,), seeds=seed + 1).settings()[seed], data())
     weights = torch.cat([p.detach().flatten() for p in made.model.parameters()])
-    return [weights, *(torch.cat([x.flatten(), y]) for epoch in (1, 2) for x, y in made.stream.epoch(epoch))]
+    return [
+        weights,
+        *(torch.cat([x.flatten(), y]) for epoch in (1, 2) for x, y in made.stream.epoch(epoch)),
+    ]
 
 
 def test_runs_of_one_seed_start_from_the_same_weights_and_see_the_same_batches():
-    first, *others = (start_and_batches(activation, 0) for activation in ("elu", "relu", "lrelu", "srelu"))
+    first, *others = (
+        start_and_batches(activation, 0) for activation in ("elu", "relu", "lrelu", "srelu")
+    )
     assert len(first) == 1 + 2 * EPOCH_STEPS
     for other in others:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, other, strict=True))
@@ -183,8 +221,13 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
     for workers in (1, 2):
         tiny = Tiny(out=tmp_path / str(workers), epochs=1, equal_loss=9.0)
         reports: list[Progress] = []
-        run_jobs([(_run, (tiny, [setting])) for setting in tiny.settings()], workers, reports.append)
-        assert {(report.run, report.step) for report in reports if report.step == 23} == {("elu-0", 23), ("relu-0", 23)}
+        run_jobs(
+            [(_run, (tiny, [setting])) for setting in tiny.settings()], workers, reports.append
+        )
+        assert {(report.run, report.step) for report in reports if report.step == 23} == {
+            ("elu-0", 23),
+            ("relu-0", 23),
+        }
         tables.append(read_runs(tiny.out).drop(columns="seconds"))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert tables[0][QUANTITIES].notna().any().all()
@@ -208,13 +251,17 @@ def test_measuring_does_not_change_the_training(tmp_path):
 
 def test_probes_are_disjoint_and_the_same_for_every_run():
     numbers = torch.arange(12_933)
-    numbered = replace(data(), x_train=numbers[:, None].expand(-1, 64).float(), y_train=numbers % 10)
+    numbered = replace(
+        data(), x_train=numbers[:, None].expand(-1, 64).float(), y_train=numbers % 10
+    )
     along, (first, second) = probes(numbered, 2000, 5000)
     again, (first_again, second_again) = probes(numbered, 2000, 5000)
     assert [len(x) for x, _ in (along, first, second)] == [2000, 5000, 5000]
     a, b, c = (set(x[:, 0].tolist()) for x, _ in (along, first, second))
     assert (len(a), len(b), len(c)) == (2000, 5000, 5000) and not b & c
-    for (x, y), (x2, y2) in zip((along, first, second), (again, first_again, second_again), strict=True):
+    for (x, y), (x2, y2) in zip(
+        (along, first, second), (again, first_again, second_again), strict=True
+    ):
         assert torch.equal(x, x2) and torch.equal(x[:, 0].long() % 10, y) and torch.equal(y, y2)
 
 
@@ -223,51 +270,106 @@ def test_probes_that_would_overlap_are_made_smaller():
     assert [len(x) for x, _ in (along, *exam)] == [12_933, 6466, 6466]
 
 
-@pytest.mark.parametrize(("width", "count", "expected"), [(10, 4, [0, 2, 5, 7]), (128, 2, [0, 64]), (3, 16, range(3)), (5, 5, range(5))])
+@pytest.mark.parametrize(
+    ("width", "count", "expected"),
+    [(10, 4, [0, 2, 5, 7]), (128, 2, [0, 64]), (3, 16, range(3)), (5, 5, range(5))],
+)
 def test_evenly_spaced(width, count, expected):
     assert evenly_spaced(width, count) == list(expected)
 
 
-# -- the protocols -----------------------------------------------------------------------------------------------
+# -- the protocols ---------------------------------------------------------------------------------
 
 
 def test_mnist_is_the_papers_protocol():
-    """Section 4.1: 8 × 128, He initialization, SGD with learning rate 0.01 and batches of 64, 300 epochs, mean of 5 runs."""
+    """Section 4.1: 8 × 128, He initialization, SGD with learning rate 0.01 and batches of 64, 300
+    epochs, mean of 5 runs.
+    """
     settings = Mnist().settings()
-    assert [(s.activation, s.seed) for s in settings] == [(a, seed) for seed in range(5) for a in ("elu", "relu", "lrelu")]
+    assert [(s.activation, s.seed) for s in settings] == [
+        (a, seed) for seed in range(5) for a in ("elu", "relu", "lrelu")
+    ]
     for s in settings:
-        assert (s.experiment, s.depth, s.width, s.lr, s.batch_size, s.epochs) == ("mnist", 8, 128, 0.01, 64, 300)
+        assert (s.experiment, s.depth, s.width, s.lr, s.batch_size, s.epochs) == (
+            "mnist",
+            8,
+            128,
+            0.01,
+            64,
+            300,
+        )
         assert (s.momentum, s.init, s.means_every, s.skip_input_layer) == (0.0, "normal", 1, True)
 
 
 def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
     """Sections 4.2 and 4.3. What the 18 layers do between their 35,000 and fine-tuning is open."""
-    for experiment, steps, activations, runs in ((Cifar11, 165_000, 4, 40), (Cifar18, 160_000, 1, 1)):
+    for experiment, steps, activations, runs in (
+        (Cifar11, 165_000, 4, 40),
+        (Cifar18, 160_000, 1, 1),
+    ):
         settings = experiment().settings()
         assert len(settings) == runs and len({s.activation for s in settings}) == activations
         for s in settings:
-            assert (s.steps, s.lr, s.momentum, s.weight_decay, s.preprocessing, s.augmented) == (steps, 0.01, 0.9, 5e-4, "gcn-zca", True)
-            assert (s.experiment, s.dataset, s.batch_size, s.epochs) == (experiment.name, "cifar100", 100, steps / 500)
-    small, large = (experiment(steps=steps // 10) for experiment, steps in ((Cifar11, 165_000), (Cifar18, 160_000)))
+            assert (s.steps, s.lr, s.momentum, s.weight_decay, s.preprocessing, s.augmented) == (
+                steps,
+                0.01,
+                0.9,
+                5e-4,
+                "gcn-zca",
+                True,
+            )
+            assert (s.experiment, s.dataset, s.batch_size, s.epochs) == (
+                experiment.name,
+                "cifar100",
+                100,
+                steps / 500,
+            )
+    small, large = (
+        experiment(steps=steps // 10)
+        for experiment, steps in ((Cifar11, 165_000), (Cifar18, 160_000))
+    )
     phases = [(phase.start, phase.lr) for phase in small.phases(small.settings()[0])]
     assert phases == [(1, 0.01), (3501, 0.005), (8501, 0.0005), (13501, pytest.approx(0.00005))]
-    found = [(phase.start, phase.lr, phase.where, phase.factor) for phase in large.phases(large.settings()[0])]
-    assert found == [(1, 0.01, "last", 1), (3501, 0.001, "last", 1), (7001, 0.001, "all", 1), (12001, 0.001, "all", 1.5)]
+    found = [
+        (phase.start, phase.lr, phase.where, phase.factor)
+        for phase in large.phases(large.settings()[0])
+    ]
+    assert found == [
+        (1, 0.01, "last", 1),
+        (3501, 0.001, "last", 1),
+        (7001, 0.001, "all", 1),
+        (12001, 0.001, "all", 1.5),
+    ]
 
 
 @pytest.mark.parametrize("experiment", [Cifar11, Cifar18])
 def test_width_multiplies_the_hidden_units_of_a_convolutional_network(experiment):
-    full, quarter = (experiment(width=width, seeds=1, activation=("elu",), preprocessing="mean") for width in (1.0, 0.25))
+    full, quarter = (
+        experiment(width=width, seeds=1, activation=("elu",), preprocessing="mean")
+        for width in (1.0, 0.25)
+    )
     data = synthetic_cifar()
-    shapes = [[p.shape[0] for p in e.trial(e.settings()[0], data).model.parameters() if p.ndim > 1] for e in (full, quarter)]
-    assert shapes[1][:-1] == [max(1, round(units / 4)) for units in shapes[0][:-1]] and shapes[1][-1] == shapes[0][-1]
+    shapes = [
+        [p.shape[0] for p in e.trial(e.settings()[0], data).model.parameters() if p.ndim > 1]
+        for e in (full, quarter)
+    ]
+    assert (
+        shapes[1][:-1] == [max(1, round(units / 4)) for units in shapes[0][:-1]]
+        and shapes[1][-1] == shapes[0][-1]
+    )
     with pytest.raises(ValueError, match="--width must be a number above 0, got 0"):
         experiment(width=0.0).settings()
 
 
 def test_a_cifar_runs_folder_tells_what_it_is():
-    names = [[str(e.folder(s)) for s in e.settings()] for e in (Cifar11(seeds=1, batch_norm=True), Cifar18(dataset="cifar10"))]
-    assert names == [[f"runs/cifar11/{name}-bn-0" for name in ("elu", "srelu", "lrelu", "relu")], ["runs/cifar18/elu-cifar10-0"]]
+    names = [
+        [str(e.folder(s)) for s in e.settings()]
+        for e in (Cifar11(seeds=1, batch_norm=True), Cifar18(dataset="cifar10"))
+    ]
+    assert names == [
+        [f"runs/cifar11/{name}-bn-0" for name in ("elu", "srelu", "lrelu", "relu")],
+        ["runs/cifar18/elu-cifar10-0"],
+    ]
 
 
 def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
@@ -284,8 +386,14 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        *(({name: 0}, f"--{name.replace('_', '-')} must be at least 1, got 0") for name in ("epochs", "seeds", "batch_size", "depth")),
-        *(({name: -3}, f"--{name.replace('_', '-')} must be at least 1, got -3") for name in ("width", "probe", "units", "means_every")),
+        *(
+            ({name: 0}, f"--{name.replace('_', '-')} must be at least 1, got 0")
+            for name in ("epochs", "seeds", "batch_size", "depth")
+        ),
+        *(
+            ({name: -3}, f"--{name.replace('_', '-')} must be at least 1, got -3")
+            for name in ("width", "probe", "units", "means_every")
+        ),
         ({"lr": 0.0}, "--lr must be a number above 0, got 0.0"),
         ({"lr": -1.0}, "--lr must be a number above 0, got -1.0"),
         ({"lr": math.nan}, "--lr must be a number above 0, got nan"),
@@ -306,7 +414,10 @@ def test_an_option_out_of_its_range_is_named(options, says):
     ("options", "says"),
     [
         ({"device": "nonsense"}, "no kind of device 'nonsense'; try cpu or cuda"),
-        ({"device": "cuda:99"}, "--device cuda:99: this machine has . GPUs that PyTorch can use; leave the option out"),
+        (
+            {"device": "cuda:99"},
+            "--device cuda:99: this machine has . GPUs that PyTorch can use; leave the option out",
+        ),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"ensemble": True, "precision": "bfloat16"}, "--ensemble trains in float32"),
         ({"ensemble": True, "compile": True}, "--ensemble trains in float32 and uncompiled"),
@@ -320,7 +431,9 @@ def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], opti
 
 
 def test_going_on_and_beginning_anew_exclude_each_other():
-    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word; of the sweep the other way round."""
+    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word; of the
+    sweep the other way round.
+    """
     with pytest.raises(ValueError, match="--replace and --resume exclude each other"):
         Mnist(replace=True, resume=True).settings()
     assert not Demo(resume=True).replace and not Sweep(replace=True).resume
@@ -334,13 +447,29 @@ def test_several_processes_of_torchrun_train_one_network(options, monkeypatch):
 
 
 def test_what_is_there_is_refused_replaced_or_gone_on_with():
-    assert [Mnist().exist(), Mnist(replace=True).exist(), Mnist(resume=True).exist()] == ["refuse", "replace", "resume"]
-    assert [Demo().exist(), Demo(resume=True).exist(), Demo(replace=False).exist()] == ["replace", "resume", "refuse"]
-    assert [Sweep().exist(), Sweep(replace=True).exist(), Sweep(resume=False).exist()] == ["resume", "replace", "refuse"]
+    assert [Mnist().exist(), Mnist(replace=True).exist(), Mnist(resume=True).exist()] == [
+        "refuse",
+        "replace",
+        "resume",
+    ]
+    assert [Demo().exist(), Demo(resume=True).exist(), Demo(replace=False).exist()] == [
+        "replace",
+        "resume",
+        "refuse",
+    ]
+    assert [Sweep().exist(), Sweep(replace=True).exist(), Sweep(resume=False).exist()] == [
+        "resume",
+        "replace",
+        "refuse",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("experiment", "says"), [(Sweep(graph=True), "plain gradient descent alone"), (Mnist(graph=True, precision="float16"), "no --graph")]
+    ("experiment", "says"),
+    [
+        (Sweep(graph=True), "plain gradient descent alone"),
+        (Mnist(graph=True, precision="float16"), "no --graph"),
+    ],
 )
 def test_what_graphs_cannot_record_is_refused_on_a_gpu(experiment: Experiment, says, monkeypatch):
     monkeypatch.setattr(Experiment, "where", lambda self: torch.device("cuda"))
@@ -349,7 +478,9 @@ def test_what_graphs_cannot_record_is_refused_on_a_gpu(experiment: Experiment, s
 
 
 def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
-    assert Demo(quick=True).out == Path("runs/demo/quick") and Demo(quick=True, out=Path("here")).out == Path("here")
+    assert Demo(quick=True).out == Path("runs/demo/quick") and Demo(
+        quick=True, out=Path("here")
+    ).out == Path("here")
     assert Demo(smoke=True).out == Path("runs/demo/smoke")
     assert Demo(quick=True).folder(Demo(quick=True).settings()[0]) == Path("runs/demo/quick/elu-0")
 
@@ -357,8 +488,12 @@ def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
 @pytest.mark.parametrize("experiment", [Demo, Mnist])
 def test_a_smoke_test_is_one_seed_of_a_tiny_network(experiment):
     settings = experiment(smoke=True).settings()
-    assert {setting.seed for setting in settings} == {0} and len({setting.activation for setting in settings}) == len(settings)
-    assert all(setting.depth <= 2 and setting.width <= 20 and setting.epochs <= 2 for setting in settings)
+    assert {setting.seed for setting in settings} == {0} and len(
+        {setting.activation for setting in settings}
+    ) == len(settings)
+    assert all(
+        setting.depth <= 2 and setting.width <= 20 and setting.epochs <= 2 for setting in settings
+    )
 
 
 def test_an_ensemble_differs_in_nothing_but_the_seed():
@@ -382,4 +517,6 @@ def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
     assert set(found[found["s"].notna()]["layer"]) == {str(2 * i) for i in range(1, 9)}
     assert found["residual_theorem2"].max() < 1e-5
     assert per_run(found)["exam_step"].item() % 23 == 0 and per_run(found)["exam_step"].item() < 782
-    assert 0.4 < found["exam_loss"].max() <= 0.5  # within the first epoch, where the loss falls fast
+    assert (
+        0.4 < found["exam_loss"].max() <= 0.5
+    )  # within the first epoch, where the loss falls fast

@@ -7,11 +7,42 @@ from biasshift.runs.reader import read_runs, run_states
 
 COMMANDS = {
     "autoencoder": ["train", "autoencoder", "--lr", "0.001", "--activation", "elu", "relu"],
-    "cifar11": ["train", "cifar11", "--activation", "elu", "--batch-norm", "--instrument", "activations", "bias_shift", "fisher", "gap"],
-    "cifar18": ["train", "cifar18", "--geometry", "caffe", "--precision", "bfloat16", "--channels-last"],
+    "cifar11": [
+        "train",
+        "cifar11",
+        "--activation",
+        "elu",
+        "--batch-norm",
+        "--instrument",
+        "activations",
+        "bias_shift",
+        "fisher",
+        "gap",
+    ],
+    "cifar18": [
+        "train",
+        "cifar18",
+        "--geometry",
+        "caffe",
+        "--precision",
+        "bfloat16",
+        "--channels-last",
+    ],
     "imagenet": ["train", "imagenet", "--activation", "elu", "--mean", "channel"],
     "mnist": ["train", "mnist", "--ensemble", "--activation", "elu"],
-    "sweep": ["sweep", "--activation", "relu", "--update", "plain", "full", "--lr", "0.03", "--part", "1", "2"],
+    "sweep": [
+        "sweep",
+        "--activation",
+        "relu",
+        "--update",
+        "plain",
+        "full",
+        "--lr",
+        "0.03",
+        "--part",
+        "1",
+        "2",
+    ],
 }
 
 
@@ -23,6 +54,10 @@ def test_an_experiment_in_small(name, tmp_path, capsys, monkeypatch):
     assert "run" in capsys.readouterr().out
     states, table = run_states("runs"), read_runs("runs")
     assert len(states) >= 1 and set(states["state"]) == {"finished"}
-    assert table["train_loss"].notna().any() and table["mean"].notna().any() and table["total"].notna().any()
+    assert (
+        table["train_loss"].notna().any()
+        and table["mean"].notna().any()
+        and table["total"].notna().any()
+    )
     scores = table[table["seconds"] > 0]
     assert len(scores) and (scores["step"] > 0).all()

@@ -1,4 +1,6 @@
-"""`UnitFisher`: choose (c, μ, m, V), build samples that have them, recover them; then the laws, the singular cases, the closed forms."""
+"""`UnitFisher`: choose (c, μ, m, V), build samples that have them, recover them; then the laws, the
+singular cases, the closed forms.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,21 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     assert actual.shape == expected.shape
     assert torch.equal(actual.isnan(), expected.isnan())
     scale = float(expected.nan_to_num().abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(scale, 1e-300), equal_nan=True)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance * max(scale, 1e-300), equal_nan=True
+    )
 
 
-def same(one: Any, other: Any, tolerance: float = 1e-12, names: tuple[str, ...] = (*VECTORS, *INVERSE)) -> None:
+def same(
+    one: Any, other: Any, tolerance: float = 1e-12, names: tuple[str, ...] = (*VECTORS, *INVERSE)
+) -> None:
     for name in names:
         close(getattr(one, name), getattr(other, name), tolerance)
 
 
-def samples(n: int = 60, inputs: int = 4, units: int = 3, seed: int = 0, mean: float = 0.7) -> tuple[Tensor, Tensor]:
+def samples(
+    n: int = 60, inputs: int = 4, units: int = 3, seed: int = 0, mean: float = 0.7
+) -> tuple[Tensor, Tensor]:
     a = normal(n, inputs, seed=seed) + mean
     delta2 = normal(n, units, seed=seed + 1).square() * (1 + 0.5 * a[:, :1]).square()
     return a, delta2
@@ -55,7 +63,7 @@ def block(a: Tensor, delta2: Tensor) -> Block:
     return Block(torch.stack(full), a.mean(0), delta2.sum(0).square() / delta2.square().sum(0))
 
 
-# -- choose the answer, build the question, recover it -----------------------------------------------------------------
+# -- choose the answer, build the question, recover it ---------------------------------------------
 
 
 def whitened(n: int, inputs: int, seed: int) -> Tensor:
@@ -66,9 +74,17 @@ def whitened(n: int, inputs: int, seed: int) -> Tensor:
     return z @ vectors / values.sqrt()
 
 
-def chosen(inputs: int = 4, units: int = 3, each: int = 12) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Every unit weighs a group of samples of its own, so its q is free; a last group, weighed by none, moves the mean under p to μ."""
-    c, mean_p, m = normal(units, seed=1).exp(), normal(inputs, seed=2), normal(units, inputs, seed=3)
+def chosen(
+    inputs: int = 4, units: int = 3, each: int = 12
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Every unit weighs a group of samples of its own, so its q is free; a last group, weighed by
+    none, moves the mean under p to μ.
+    """
+    c, mean_p, m = (
+        normal(units, seed=1).exp(),
+        normal(inputs, seed=2),
+        normal(units, inputs, seed=3),
+    )
     root = normal(units, inputs, inputs, seed=4) + 2 * torch.eye(inputs, dtype=DOUBLE)
     groups = [m[i] + whitened(each, inputs, 10 + i) @ root[i].T for i in range(units)]
     rest = ((units + 1) * mean_p - m.sum(0)).expand(each, -1)
@@ -80,7 +96,15 @@ def chosen(inputs: int = 4, units: int = 3, each: int = 12) -> tuple[Tensor, Ten
     return (
         a,
         delta2,
-        {"mean_delta2": c, "c": c, "mean_p": mean_p, "mean_q": m, "var_q": V, "b": c[:, None] * m, "A": c[:, None, None] * (V + outer(m))},
+        {
+            "mean_delta2": c,
+            "c": c,
+            "mean_p": mean_p,
+            "mean_q": m,
+            "var_q": V,
+            "b": c[:, None] * m,
+            "A": c[:, None, None] * (V + outer(m)),
+        },
     )
 
 
@@ -122,12 +146,16 @@ def test_everything_agrees_with_the_dense_matrix(damping: float) -> None:
 def test_wrong_variants_are_not_close() -> None:
     a, delta2 = samples()
     fisher, dense = bs.UnitFisher.from_samples(a, delta2), block(a, delta2)
-    assert bool(((fisher.k - 1) - fisher.k).abs().min() > 0.5) and bool((fisher.k - 1).abs().min() > 1e-3)  # the poster's k
+    assert bool(((fisher.k - 1) - fisher.k).abs().min() > 0.5) and bool(
+        (fisher.k - 1).abs().min() > 1e-3
+    )  # the poster's k
     bias_first = dense.F.roll(1, 1).roll(1, 2)
     assert float((fisher.matrix() - bias_first).norm() / dense.F.norm()) > 0.05
     assert float((fisher.mean_q - fisher.mean_p).abs().max()) > 0.05  # p for q
     squared_mean = delta2.sqrt().mean(0).square()
-    assert float((fisher.c - squared_mean).abs().max()) > 0.05  # a mean of squares, not the square of a mean
+    assert (
+        float((fisher.c - squared_mean).abs().max()) > 0.05
+    )  # a mean of squares, not the square of a mean
     g, g0 = normal(3, 4, seed=5), normal(3, seed=6)
     tikhonov = dense.F + 0.3 * torch.eye(5, dtype=DOUBLE)
     wrong = matvec(spd_inverse(tikhonov), torch.cat([g, g0[:, None]], 1))
@@ -140,21 +168,32 @@ def test_matvec_is_the_matrix() -> None:
     fisher = bs.UnitFisher.from_samples(a, delta2, damping=0.5)
     v, v0 = normal(3, 4, seed=7), normal(3, seed=8)
     top, bottom = fisher.matvec(v, v0)
-    expected = matvec(block(a, delta2).F, torch.cat([v, v0[:, None]], 1))  # as measured: damping does not enter
+    expected = matvec(
+        block(a, delta2).F, torch.cat([v, v0[:, None]], 1)
+    )  # as measured: damping does not enter
     close(top, expected[:, :-1])
     close(bottom, expected[:, -1])
 
 
-# -- merging -----------------------------------------------------------------------------------------------------------
+# -- merging ---------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 59), max_size=5, unique=True), st.randoms(use_true_random=False), st.sampled_from([0.0, 3.0, 40.0]))
-def test_merging_in_any_order_is_measuring_at_once(cuts: list[int], random: Any, mean: float) -> None:
+@given(
+    st.lists(st.integers(1, 59), max_size=5, unique=True),
+    st.randoms(use_true_random=False),
+    st.sampled_from([0.0, 3.0, 40.0]),
+)
+def test_merging_in_any_order_is_measuring_at_once(
+    cuts: list[int], random: Any, mean: float
+) -> None:
     a, delta2 = samples(mean=mean)
     whole = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
     bounds = [0, *sorted(cuts), len(a)]
-    parts = [bs.UnitFisher.from_samples(a[i:j], delta2[i:j], damping=1e-2) for i, j in itertools.pairwise(bounds)]
+    parts = [
+        bs.UnitFisher.from_samples(a[i:j], delta2[i:j], damping=1e-2)
+        for i, j in itertools.pairwise(bounds)
+    ]
     random.shuffle(parts)
     while len(parts) > 1:  # in any order, and any tree
         one = parts.pop(random.randrange(len(parts)))
@@ -167,7 +206,10 @@ def test_merging_in_any_order_is_measuring_at_once(cuts: list[int], random: Any,
 def test_merging_weighs_by_samples() -> None:
     """The mean of two unequal batches' numbers is not the merge."""
     a, delta2 = samples()
-    one, other = bs.UnitFisher.from_samples(a[:50], delta2[:50]), bs.UnitFisher.from_samples(a[50:], delta2[50:])
+    one, other = (
+        bs.UnitFisher.from_samples(a[:50], delta2[:50]),
+        bs.UnitFisher.from_samples(a[50:], delta2[50:]),
+    )
     merged = one + other
     close(merged.c, delta2.mean(0))
     assert float((merged.c - (one.c + other.c) / 2).abs().max()) > 1e-3
@@ -213,7 +255,15 @@ def test_scaling_the_errors(factor: float) -> None:
     """`q` does not notice; c and everything measured in units of c does."""
     a, delta2 = samples()
     one, scaled = (bs.UnitFisher.from_samples(a, f * delta2, damping=1e-3) for f in (1.0, factor))
-    for name in ("mean_p", "mean_q", "var_q", "k", "coupling", "corrected_mean", "effective_samples"):
+    for name in (
+        "mean_p",
+        "mean_q",
+        "var_q",
+        "k",
+        "coupling",
+        "corrected_mean",
+        "effective_samples",
+    ):
         close(getattr(scaled, name), getattr(one, name))
     for name in ("c", "A", "b", "cov_p"):
         close(getattr(scaled, name), factor * getattr(one, name))
@@ -248,7 +298,7 @@ def test_shifting_the_inputs_leaves_the_function_of_a_step_alone() -> None:
     close((a + shift) @ shifted_dw.T + shifted_dw0, a @ dw.T + dw0)
 
 
-# -- precision ---------------------------------------------------------------------------------------------------------
+# -- precision -------------------------------------------------------------------------------------
 
 
 def rounded(mean: float) -> tuple[Tensor, Tensor]:
@@ -267,7 +317,11 @@ def test_single_precision_with_means_of_30_spreads() -> None:
     assert float(((single.k.double() - double.k) / double.k).abs().max()) < 1e-3
     error = (delta2.double() * normal(400, 5, seed=3).sign()).sqrt().nan_to_num()
     g, g0 = (error.T @ a.double() / 400).float(), error.mean(0).float()
-    for actual, expected in zip(single.natural_gradient(g, g0), double.natural_gradient(g.double(), g0.double()), strict=True):
+    for actual, expected in zip(
+        single.natural_gradient(g, g0),
+        double.natural_gradient(g.double(), g0.double()),
+        strict=True,
+    ):
         close(actual.double(), expected, 1e-3)
 
 
@@ -285,7 +339,10 @@ def test_single_precision_read_the_naive_way_would_fail() -> None:
 
 def test_merging_in_single_precision_keeps_large_means() -> None:
     a, delta2 = rounded(30.0)
-    parts = [bs.UnitFisher.from_samples(a[i : i + 50], delta2[i : i + 50], damping=1e-4) for i in range(0, 400, 50)]
+    parts = [
+        bs.UnitFisher.from_samples(a[i : i + 50], delta2[i : i + 50], damping=1e-4)
+        for i in range(0, 400, 50)
+    ]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged + part
@@ -313,7 +370,10 @@ def test_results_come_in_the_dtype_of_the_input(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_on_the_gpu_as_on_the_cpu() -> None:
     a, delta2 = samples()
-    cpu, gpu = bs.UnitFisher.from_samples(a, delta2, damping=1e-2), bs.UnitFisher.from_samples(a.cuda(), delta2.cuda(), damping=1e-2)
+    cpu, gpu = (
+        bs.UnitFisher.from_samples(a, delta2, damping=1e-2),
+        bs.UnitFisher.from_samples(a.cuda(), delta2.cuda(), damping=1e-2),
+    )
     for name in (*VECTORS, *INVERSE):
         assert getattr(gpu, name).is_cuda
         close(getattr(gpu, name).cpu(), getattr(cpu, name), 1e-9)
@@ -336,7 +396,7 @@ def test_no_graph_is_kept() -> None:
     assert not any(getattr(fisher, name).requires_grad for name in (*VECTORS, *INVERSE))
 
 
-# -- damping -----------------------------------------------------------------------------------------------------------
+# -- damping ---------------------------------------------------------------------------------------
 
 
 def test_damping_replaces_and_touches_inverse_quantities_only() -> None:
@@ -359,7 +419,12 @@ def test_damping_is_relative_to_each_unit() -> None:
     size = V.diagonal(dim1=1, dim2=2).mean(1)
     assert float(size.max() / size.min()) > 1.1
     m = answer["mean_q"]
-    q = torch.stack([m[i] @ spd_inverse((V[i] + 0.3 * size[i] * torch.eye(4, dtype=DOUBLE))[None])[0] @ m[i] for i in range(3)])
+    q = torch.stack(
+        [
+            m[i] @ spd_inverse((V[i] + 0.3 * size[i] * torch.eye(4, dtype=DOUBLE))[None])[0] @ m[i]
+            for i in range(3)
+        ]
+    )
     close(bs.UnitFisher.from_samples(a, delta2, damping=0.3).coupling, q / (1 + q))
 
 
@@ -374,7 +439,7 @@ def test_strong_damping_is_the_centered_gradient() -> None:
     close(F.normalize(dw, dim=1), F.normalize(g - g0[:, None] * fisher.mean_q, dim=1), 1e-6)
 
 
-# -- the singular cases ------------------------------------------------------------------------------------------------
+# -- the singular cases ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
@@ -424,7 +489,10 @@ def test_no_variance_is_seen_behind_a_large_mean_and_after_a_merge(dtype: torch.
     delta2[7, 2] = 3.0
     a, delta2 = a.to(dtype), delta2.to(dtype)
     whole = bs.UnitFisher.from_samples(a, delta2, damping=1e-3)
-    parts = [bs.UnitFisher.from_samples(a[i : i + 20], delta2[i : i + 20], damping=1e-3) for i in (0, 20, 40)]
+    parts = [
+        bs.UnitFisher.from_samples(a[i : i + 20], delta2[i : i + 20], damping=1e-3)
+        for i in (0, 20, 40)
+    ]
     for fisher in (whole, parts[2] + (parts[0] + parts[1])):
         assert fisher.singular.tolist() == [False, False, True]
         assert bool(fisher.k[2].isnan()) and bool(torch.isfinite(fisher.k[:2]).all())
@@ -440,11 +508,15 @@ def few_samples() -> tuple[Tensor, Tensor]:
     return samples(n=3)
 
 
-singular = pytest.mark.parametrize("build", [constant_input, few_samples], ids=["constant-input", "fewer-samples-than-inputs"])
+singular = pytest.mark.parametrize(
+    "build", [constant_input, few_samples], ids=["constant-input", "fewer-samples-than-inputs"]
+)
 
 
 @singular
-def test_a_singular_covariance_with_damping_is_finite_and_right(build: Callable[[], tuple[Tensor, Tensor]]) -> None:
+def test_a_singular_covariance_with_damping_is_finite_and_right(
+    build: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
     a, delta2 = build()
     fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
     assert not bool(fisher.singular.any() | fisher.dead.any())
@@ -454,13 +526,20 @@ def test_a_singular_covariance_with_damping_is_finite_and_right(build: Callable[
 
 
 @singular
-def test_a_singular_covariance_without_damping_teaches_when_an_inverse_is_read(build: Callable[[], tuple[Tensor, Tensor]]) -> None:
+def test_a_singular_covariance_without_damping_teaches_when_an_inverse_is_read(
+    build: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
     a, delta2 = build()
     fisher = bs.UnitFisher.from_samples(a, delta2, name="enc.0")
     for name in (*VECTORS, "effective_samples", "dead", "singular"):  # as measured: fine
         assert not bool(getattr(fisher, name).isnan().any())
     readers: list[Callable[[], Any]] = [lambda name=name: getattr(fisher, name) for name in INVERSE]
-    for read in [*readers, lambda: fisher.natural_gradient(torch.ones(3, 4, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE))]:
+    for read in [
+        *readers,
+        lambda: fisher.natural_gradient(
+            torch.ones(3, 4, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+        ),
+    ]:
         with pytest.raises(ValueError, match=r"enc\.0") as error:
             read()
         assert "damping" in str(error.value)
@@ -469,7 +548,9 @@ def test_a_singular_covariance_without_damping_teaches_when_an_inverse_is_read(b
 
 
 @singular
-def test_a_singular_covariance_is_no_error_to_build_merge_or_damp(build: Callable[[], tuple[Tensor, Tensor]]) -> None:
+def test_a_singular_covariance_is_no_error_to_build_merge_or_damp(
+    build: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
     a, delta2 = build()
     fisher = bs.UnitFisher.from_samples(a, delta2)
     merged = fisher + fisher
@@ -488,7 +569,10 @@ def test_a_name_survives_merging_and_damping() -> None:
 
 def test_without_a_bias() -> None:
     a, delta2 = samples()
-    with_bias, fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-2), bs.UnitFisher.from_samples(a, delta2, damping=1e-2, bias=False)
+    with_bias, fisher = (
+        bs.UnitFisher.from_samples(a, delta2, damping=1e-2),
+        bs.UnitFisher.from_samples(a, delta2, damping=1e-2, bias=False),
+    )
     same(fisher, with_bias, 1e-14, (*VECTORS, "coupling"))
     for name in ("s", "k", "k0", "corrected_mean"):
         assert bool(getattr(fisher, name).isnan().all()), name
@@ -499,7 +583,9 @@ def test_without_a_bias() -> None:
     dw, dw0 = fisher.natural_gradient(g)
     assert dw0 is None
     close(dw, matvec(spd_inverse(dense.damped(1e-2)[:, :-1, :-1]), g))
-    assert float((dw - with_bias.natural_gradient(g, torch.zeros(3, dtype=DOUBLE))[0]).norm()) > 1e-2
+    assert (
+        float((dw - with_bias.natural_gradient(g, torch.zeros(3, dtype=DOUBLE))[0]).norm()) > 1e-2
+    )
 
 
 def test_effective_samples_count_what_the_weights_leave() -> None:
@@ -511,7 +597,7 @@ def test_effective_samples_count_what_the_weights_leave() -> None:
     assert n.tolist() == pytest.approx([60.0, 10.0, (1e6 + 59) ** 2 / (1e12 + 59)])
 
 
-# -- a frozen object, and arguments that cannot be right ---------------------------------------------------------------
+# -- a frozen object, and arguments that cannot be right -------------------------------------------
 
 
 def test_it_is_frozen() -> None:
@@ -542,10 +628,19 @@ BAD = {
     "negative damping": lambda: bs.UnitFisher.from_samples(A, D, damping=-0.1),
     "nan damping": lambda: bs.UnitFisher.from_samples(A, D, damping=math.nan),
     "negative damping later": lambda: bs.UnitFisher.from_samples(A, D).damped(-0.1),
-    "merge of dampings": lambda: bs.UnitFisher.from_samples(A, D, damping=0.1) + bs.UnitFisher.from_samples(A, D, damping=0.2),
-    "merge of inputs": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A[:, :3], D),
-    "merge of units": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D[:, :2]),
-    "merge of bias": lambda: bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D, bias=False),
+    "merge of dampings": lambda: (
+        bs.UnitFisher.from_samples(A, D, damping=0.1)
+        + bs.UnitFisher.from_samples(A, D, damping=0.2)
+    ),
+    "merge of inputs": lambda: (
+        bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A[:, :3], D)
+    ),
+    "merge of units": lambda: (
+        bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D[:, :2])
+    ),
+    "merge of bias": lambda: (
+        bs.UnitFisher.from_samples(A, D) + bs.UnitFisher.from_samples(A, D, bias=False)
+    ),
     "gradient of another size": lambda: bs.UnitFisher.from_samples(A, D).natural_gradient(
         torch.ones(3, 5, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
     ),
@@ -560,7 +655,7 @@ def test_bad_arguments_are_one_sentence(case: str) -> None:
     assert 10 < len(message) < 400 and "\n" not in message
 
 
-# -- closed forms ------------------------------------------------------------------------------------------------------
+# -- closed forms ----------------------------------------------------------------------------------
 
 # theory: mean and variance on N(0, 1) net inputs, and s·c for 128 independent such inputs
 CLOSED: dict[str, tuple[Callable[[Tensor], Tensor], float, float, float]] = {
@@ -584,7 +679,9 @@ def test_closed_form_of_s_for_independent_inputs(name: str) -> None:
     assert float(a.mean()) == pytest.approx(mean, abs=noise * var**0.5 + 5e-5)
     assert float(fisher.var_q[0].diagonal().mean()) == pytest.approx(var, abs=5 * noise)
     error = 2 * inputs / n + 5 * (4 * inputs * mean**2 / var * (1 + mean**2 / var) / n) ** 0.5
-    assert float(fisher.s * fisher.c) == pytest.approx(inflation, abs=0.05 + error * max(1.0, inflation / 10))
+    assert float(fisher.s * fisher.c) == pytest.approx(
+        inflation, abs=0.05 + error * max(1.0, inflation / 10)
+    )
     assert float(fisher.k) == pytest.approx(1.0, abs=1e-3)  # even errors: Cov = 0
 
 

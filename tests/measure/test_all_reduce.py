@@ -1,6 +1,7 @@
 """Two processes against one: the merge over processes is exact, and on all of them the same.
 
-This file is also the program that the processes run: ``python tests/measure/test_all_reduce.py rank folder``.
+This file is also the program that the processes run: ``python tests/measure/test_all_reduce.py rank
+folder``.
 """
 
 import os
@@ -23,13 +24,18 @@ SHARES = (slice(0, 7), slice(7, 20))  # unequal, so that an average of averages 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20, 19, generator=generator, dtype=torch.float64) * 0.3 + torch.arange(20)[:, None]  # the shares have different means
+    a = (
+        torch.randn(20, 19, generator=generator, dtype=torch.float64) * 0.3
+        + torch.arange(20)[:, None]
+    )  # the shares have different means
     return a, torch.rand(20, 4, generator=generator, dtype=torch.float64)
 
 
 def network() -> tuple[nn.Module, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.ELU(), nn.Flatten(), nn.Linear(6 * 9, 3)).double()
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.ELU(), nn.Flatten(), nn.Linear(6 * 9, 3)
+    ).double()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
@@ -43,7 +49,9 @@ def measured(share: slice) -> dict[str, bs.UnitFisher]:
     several = [bs.unit_fisher(model, part, damping=0.1) for part in x[share].split(3)]
     return {
         "samples": bs.UnitFisher.from_samples(a, delta2, damping=0.1),
-        "implicit": bs.UnitFisher.from_samples(a, delta2, damping=0.1, storage="implicit", tolerance=1e-14),
+        "implicit": bs.UnitFisher.from_samples(
+            a, delta2, damping=0.1, storage="implicit", tolerance=1e-14
+        ),
         "grouped": bs.unit_fisher(model, x[share], damping=0.1)["0"],
         "expand": bs.unit_fisher(model, x[share], damping=0.1, weight_sharing="expand")["0"],
         "batches": sum((fishers["3"] for fishers in several[1:]), several[0]["3"]),
@@ -53,13 +61,19 @@ def measured(share: slice) -> dict[str, bs.UnitFisher]:
 def numbers(fisher: bs.UnitFisher) -> dict[str, torch.Tensor]:
     names = ("mean_delta2", "mean_p", "mean_q", "cov_p", "var_q", "effective_samples", "s", "k")
     counts = torch.tensor([fisher.sums.examples, fisher.sums.positions])
-    return {"counts": counts, "matrix": fisher.matrix(), **{name: getattr(fisher, name) for name in names}}
+    return {
+        "counts": counts,
+        "matrix": fisher.matrix(),
+        **{name: getattr(fisher, name) for name in names},
+    }
 
 
 def work(rank: int, folder: Path) -> None:
     """What each process does; what it finds goes into a file."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
     mine = measured(SHARES[rank])
     found: dict = {name: numbers(fisher.all_reduce()) for name, fisher in mine.items()}
     found["untouched"] = numbers(mine["samples"])
@@ -81,7 +95,10 @@ def found(tmp_path_factory) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
     processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment) for rank in range(WORLD)
+        subprocess.Popen(
+            [*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(WORLD)
     ]
     try:
         told = [process.communicate(timeout=90)[1] for process in processes]
@@ -97,13 +114,22 @@ def found(tmp_path_factory) -> list[dict]:
 def test_two_processes_are_one(found, name, rank):
     expected = numbers(measured(slice(0, 20))[name])
     for quantity, value in found[rank][name].items():
-        torch.testing.assert_close(value, expected[quantity], rtol=1e-12, atol=1e-12, msg=lambda told, q=quantity: f"{q}: {told}")
+        torch.testing.assert_close(
+            value,
+            expected[quantity],
+            rtol=1e-12,
+            atol=1e-12,
+            msg=lambda told, q=quantity: f"{q}: {told}",
+        )
 
 
 def test_the_processes_sums_stay_their_own(found):
     for rank in range(WORLD):
         expected = numbers(measured(SHARES[rank])["samples"])
-        assert all(torch.equal(value, expected[quantity]) for quantity, value in found[rank]["untouched"].items())
+        assert all(
+            torch.equal(value, expected[quantity])
+            for quantity, value in found[rank]["untouched"].items()
+        )
 
 
 def test_a_process_may_have_no_samples(found):
@@ -115,7 +141,10 @@ def test_a_process_may_have_no_samples(found):
 
 def test_different_layers_are_refused_everywhere(found):
     for rank in range(WORLD):
-        assert "do not hold the same layer" in found[rank]["refused"] and "damping" in found[rank]["refused"]
+        assert (
+            "do not hold the same layer" in found[rank]["refused"]
+            and "damping" in found[rank]["refused"]
+        )
 
 
 def test_without_processes_it_says_so():

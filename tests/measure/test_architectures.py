@@ -1,4 +1,6 @@
-"""Published architectures, as they come: what is covered is right, what is not says why, and a few units can be measured."""
+"""Published architectures, as they come: what is covered is right, what is not says why, and a few
+units can be measured.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,15 @@ class Published:
     def build(self) -> tuple[nn.Module, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if self.name == "vit":  # the encoder of vit_b_16, at a fifth of its depth and a quarter of its width
-                model: nn.Module = models.VisionTransformer(32, 8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768)
-                nn.init.normal_(model.heads.head.weight, std=0.1)  # zeros, as it comes: nothing has an error
+            if (
+                self.name == "vit"
+            ):  # the encoder of vit_b_16, at a fifth of its depth and a quarter of its width
+                model: nn.Module = models.VisionTransformer(
+                    32, 8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768
+                )
+                nn.init.normal_(
+                    model.heads.head.weight, std=0.1
+                )  # zeros, as it comes: nothing has an error
             else:
                 model = getattr(models, self.name)(weights=None, **self.options)
             return model.eval(), torch.randn(self.examples, 3, self.size, self.size)
@@ -41,18 +49,35 @@ CASES = [
     Published("resnet50", 32, {}, ("layer1.0.conv2", "layer2.0.conv1"), {}, examples=1),
     Published("convnext_tiny", 32, {}, ("features.0.0", "features.1.0.block.0"), {}, examples=1),
     Published("mobilenet_v3_small", 64, {}, ("features.1.block.0.0", "features.1.block.1.fc1"), {}),
-    Published("densenet121", 32, {}, ("features.conv0", "features.denseblock1.denselayer2.conv1"), {}, examples=1),
+    Published(
+        "densenet121",
+        32,
+        {},
+        ("features.conv0", "features.denseblock1.denselayer2.conv1"),
+        {},
+        examples=1,
+    ),
     Published(
         "vit",
         32,
         {
-            "MultiheadAttention": (2, "its projections are applied inside one function call, not as layers"),
+            "MultiheadAttention": (
+                2,
+                "its projections are applied inside one function call, not as layers",
+            ),
             "NonDynamicallyQuantizableLinear": (2, BY_FUNCTION),
         },
         ("conv_proj", "encoder.layers.encoder_layer_1.mlp.0"),
         {},
     ),
-    Published("swin_t", 64, {"Linear": (24, BY_FUNCTION)}, ("features.0.0", "features.1.0.mlp.0"), {}, examples=1),
+    Published(
+        "swin_t",
+        64,
+        {"Linear": (24, BY_FUNCTION)},
+        ("features.0.0", "features.1.0.mlp.0"),
+        {},
+        examples=1,
+    ),
 ]
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -65,7 +90,11 @@ def test_a_published_model_is_checked(case: Published) -> None:
     table = bs.check(model, x, examples=case.examples)
     assert table["module"].tolist() == [name for name, _ in model.named_modules()]
     covered, rest = table[table["covered"]], table[~table["covered"]]
-    assert (covered["error"] < 1e-10).all() and (covered["calls"] == 1).all() and (covered["reason"] == "").all()
+    assert (
+        (covered["error"] < 1e-10).all()
+        and (covered["calls"] == 1).all()
+        and (covered["reason"] == "").all()
+    )
     assert rest["error"].isna().all() and (rest["reason"] != "").all()
     assert len(covered) == sum(isinstance(m, LAYERS) for m in model.modules()) - sum(
         number for kind, (number, _) in case.uncovered.items() if "Linear" in kind
@@ -82,12 +111,25 @@ def test_a_few_units_of_a_published_model(case: Published) -> None:
     fishers = bs.unit_fisher(model, x, layers=chosen, units=[0, 3], labels="sampled", damping=1e-2)
     assert list(fishers) == list(case.layers)
     for fisher in fishers.values():
-        assert fisher.mean_q.shape[0] == 2 and bool(fisher.coupling[~fisher.dead & ~fisher.singular].isfinite().all())
+        assert fisher.mean_q.shape[0] == 2 and bool(
+            fisher.coupling[~fisher.dead & ~fisher.singular].isfinite().all()
+        )
 
 
 def test_an_uncovered_kind_is_refused_by_name() -> None:
     model, x = next(case for case in CASES if case.name == "vit").build()
-    with pytest.raises(ValueError, match=r"'encoder\.layers\.encoder_layer_0\.self_attention' \(MultiheadAttention\).*layers="):
+    with pytest.raises(
+        ValueError,
+        match=r"'encoder\.layers\.encoder_layer_0\.self_attention' \(MultiheadAttention\).*layers=",
+    ):
         bs.unit_fisher(model, x)
-    with pytest.raises(ValueError, match=r"'encoder\.layers\.encoder_layer_0\.self_attention\.out_proj'.*inside a function"):
-        bs.unit_fisher(model, x, labels="sampled", layers=lambda name, module: not isinstance(module, nn.MultiheadAttention))
+    with pytest.raises(
+        ValueError,
+        match=r"'encoder\.layers\.encoder_layer_0\.self_attention\.out_proj'.*inside a function",
+    ):
+        bs.unit_fisher(
+            model,
+            x,
+            labels="sampled",
+            layers=lambda name, module: not isinstance(module, nn.MultiheadAttention),
+        )

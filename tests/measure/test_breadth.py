@@ -1,4 +1,6 @@
-"""Any model a researcher brings: right to 1e-9 against `torch.func`, or refused by name. The edge cases that break other libraries."""
+"""Any model a researcher brings: right to 1e-9 against `torch.func`, or refused by name. The edge
+cases that break other libraries.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,39 @@ DOUBLE = torch.float64
 sharing = pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
 
 
-def agree(fishers: dict[str, bs.UnitFisher], blocks: dict[str, oracles.Block], tolerance: float = 1e-9) -> None:
-    """Whole matrices, what a bias would meet included (it may be 0 exactly: before a norm, say), and the mean under the data."""
+def agree(
+    fishers: dict[str, bs.UnitFisher], blocks: dict[str, oracles.Block], tolerance: float = 1e-9
+) -> None:
+    """Whole matrices, what a bias would meet included (it may be 0 exactly: before a norm, say),
+    and the mean under the data.
+    """
     assert fishers
     for name, fisher in fishers.items():
         block = blocks[name]
-        found = torch.cat([torch.cat([fisher.A, fisher.b[:, :, None]], 2), torch.cat([fisher.b, fisher.c[:, None]], 1)[:, None]], 1)
-        torch.testing.assert_close(found, block.F, rtol=0, atol=tolerance * float(block.F.abs().max()))
+        found = torch.cat(
+            [
+                torch.cat([fisher.A, fisher.b[:, :, None]], 2),
+                torch.cat([fisher.b, fisher.c[:, None]], 1)[:, None],
+            ],
+            1,
+        )
+        torch.testing.assert_close(
+            found, block.F, rtol=0, atol=tolerance * float(block.F.abs().max())
+        )
         mean_p = fisher.mean_p.expand_as(block.mean_p)
-        torch.testing.assert_close(mean_p, block.mean_p, rtol=0, atol=tolerance * float(block.mean_p.abs().max()))
+        torch.testing.assert_close(
+            mean_p, block.mean_p, rtol=0, atol=tolerance * float(block.mean_p.abs().max())
+        )
 
 
 def right(model: nn.Module, x: Tensor, reference: nn.Module | None = None, **options: Any) -> None:
-    """Every layer, in both ways of sharing weights; ``reference`` is the same function in a form that the oracle can run."""
+    """Every layer, in both ways of sharing weights; ``reference`` is the same function in a form
+    that the oracle can run.
+    """
     for weight_sharing in ("per_example", "expand"):
-        blocks = oracles.unit_fishers(reference or model, x, options.get("likelihood", "categorical"), weight_sharing)
+        blocks = oracles.unit_fishers(
+            reference or model, x, options.get("likelihood", "categorical"), weight_sharing
+        )
         fishers = bs.unit_fisher(model, x, weight_sharing=weight_sharing, **options)
         agree({name.replace("._orig_mod", ""): fisher for name, fisher in fishers.items()}, blocks)
 
@@ -54,11 +74,16 @@ def refused(model: nn.Module, x: Tensor, words: str, **options: Any) -> None:
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.ELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 3)
+    ).double()
 
 
 def inputs(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (9, 5)), generator=torch.Generator().manual_seed(1), dtype=DOUBLE) + 0.5
+    return (
+        torch.randn(*(shape or (9, 5)), generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+        + 0.5
+    )
 
 
 class TwoLayers(nn.Module):
@@ -77,27 +102,79 @@ def two_layers(kind: type[nn.Module] = TwoLayers) -> nn.Module:
     return kind().double()
 
 
-# -- what breaks other libraries -----------------------------------------------------------------------------------------
+# -- what breaks other libraries -------------------------------------------------------------------
 
 conv = {"in_channels": 2, "out_channels": 4, "kernel_size": 3}
 GRID: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(4, 3)), (9, 4)),
     "linear-no-bias": (lambda: nn.Sequential(nn.Linear(4, 3, bias=False)), (9, 4)),
-    "linear-positions": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)), (7, 3, 4)),
-    "linear-grid-inplace": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ELU(inplace=True), nn.Flatten(), nn.Linear(30, 3)), (7, 2, 3, 4)),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(**conv), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)), (7, 2, 5, 5)),
-    "conv-no-bias": (lambda: nn.Sequential(nn.Conv2d(**conv, bias=False), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)), (7, 2, 5, 5)),
-    "conv-groups": (lambda: nn.Sequential(nn.Conv2d(**conv, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)), (7, 2, 5, 5)),
-    "conv-dilation": (lambda: nn.Sequential(nn.Conv2d(**conv, dilation=2), nn.ELU(), nn.Flatten(), nn.Linear(16, 3)), (7, 2, 6, 6)),
-    "conv-same": (lambda: nn.Sequential(nn.Conv2d(**conv, padding="same"), nn.ELU(), nn.Flatten(), nn.Linear(64, 3)), (7, 2, 4, 4)),
-    "elu-inplace": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ELU(inplace=True), nn.Linear(5, 3)), (9, 4)),
-    "eval": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval(), (9, 4)),
-    "instancenorm": (lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4), nn.Flatten(), nn.Linear(16, 3)), (7, 2, 5)),
-    "groupnorm": (lambda: nn.Sequential(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3)), (7, 2, 5)),
+    "linear-positions": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)),
+        (7, 3, 4),
+    ),
+    "linear-grid-inplace": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.ELU(inplace=True), nn.Flatten(), nn.Linear(30, 3)
+        ),
+        (7, 2, 3, 4),
+    ),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(**conv), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)),
+        (7, 2, 5, 5),
+    ),
+    "conv-no-bias": (
+        lambda: nn.Sequential(
+            nn.Conv2d(**conv, bias=False), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)
+        ),
+        (7, 2, 5, 5),
+    ),
+    "conv-groups": (
+        lambda: nn.Sequential(
+            nn.Conv2d(**conv, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(36, 3)
+        ),
+        (7, 2, 5, 5),
+    ),
+    "conv-dilation": (
+        lambda: nn.Sequential(
+            nn.Conv2d(**conv, dilation=2), nn.ELU(), nn.Flatten(), nn.Linear(16, 3)
+        ),
+        (7, 2, 6, 6),
+    ),
+    "conv-same": (
+        lambda: nn.Sequential(
+            nn.Conv2d(**conv, padding="same"), nn.ELU(), nn.Flatten(), nn.Linear(64, 3)
+        ),
+        (7, 2, 4, 4),
+    ),
+    "elu-inplace": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.ELU(inplace=True), nn.Linear(5, 3)),
+        (9, 4),
+    ),
+    "eval": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        ).eval(),
+        (9, 4),
+    ),
+    "instancenorm": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 2), nn.InstanceNorm1d(4), nn.Flatten(), nn.Linear(16, 3)
+        ),
+        (7, 2, 5),
+    ),
+    "groupnorm": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3)
+        ),
+        (7, 2, 5),
+    ),
 }
 
 
-GRID |= {name: (BY_NAME[name].factory, BY_NAME[name].x_shape) for name in ("shared", "mlp-functional", "residual-inplace", "conv-uneven")}
+GRID |= {
+    name: (BY_NAME[name].factory, BY_NAME[name].x_shape)
+    for name in ("shared", "mlp-functional", "residual-inplace", "conv-uneven")
+}
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -117,10 +194,12 @@ def test_the_natural_gradient_of_convolutions_and_without_a_bias(name: str) -> N
     dw, dw0 = block.natural_gradient(g, g0, 1e-2)
     found = fisher.natural_gradient(g, g0) if block.bias else fisher.natural_gradient(g)
     torch.testing.assert_close(found[0], dw, rtol=1e-8, atol=1e-9)
-    assert found[1] is None if not block.bias else torch.allclose(found[1], dw0, rtol=1e-8, atol=1e-9)
+    assert (
+        found[1] is None if not block.bias else torch.allclose(found[1], dw0, rtol=1e-8, atol=1e-9)
+    )
 
 
-# -- convolutions and transposed convolutions of every geometry ----------------------------------------------------------
+# -- convolutions and transposed convolutions of every geometry ------------------------------------
 
 
 @st.composite
@@ -131,39 +210,72 @@ def geometries(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     def each(low: int, high: int) -> tuple[int, ...]:
         return tuple(draw(st.integers(low, high)) for _ in range(dims))
 
-    kernel, stride, dilation, bias = each(1, 3), each(1, 2 if dims == 3 else 3), each(1, 2), draw(st.booleans())
-    options: dict[str, Any] = {"kernel_size": kernel, "stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+    kernel, stride, dilation, bias = (
+        each(1, 3),
+        each(1, 2 if dims == 3 else 3),
+        each(1, 2),
+        draw(st.booleans()),
+    )
+    options: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": bias,
+    }
     if transposed:
         options["padding"] = each(0, 1)
-        options["output_padding"] = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        options["output_padding"] = tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
         sizes = tuple(2 + p for p in options["padding"])
     else:
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-        options["padding"] = draw(st.sampled_from(["valid", "same", 0, 1])) if set(stride) == {1} else draw(st.integers(0, 1))
-        sizes = tuple(d * (k - 1) + 1 + draw(st.integers(1, 2)) for d, k in zip(dilation, kernel, strict=True))
+        options["padding_mode"] = draw(
+            st.sampled_from(["zeros", "reflect", "replicate", "circular"])
+        )
+        options["padding"] = (
+            draw(st.sampled_from(["valid", "same", 0, 1]))
+            if set(stride) == {1}
+            else draw(st.integers(0, 1))
+        )
+        sizes = tuple(
+            d * (k - 1) + 1 + draw(st.integers(1, 2)) for d, k in zip(dilation, kernel, strict=True)
+        )
     name = f"Conv{'Transpose' if transposed else ''}{dims}d"
     torch.manual_seed(draw(st.integers(0, 2**16)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(nn, name)(2 * groups, 2 * groups, dtype=DOUBLE, **options), torch.randn(2, 2 * groups, *sizes, dtype=DOUBLE)
+        return getattr(nn, name)(2 * groups, 2 * groups, dtype=DOUBLE, **options), torch.randn(
+            2, 2 * groups, *sizes, dtype=DOUBLE
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @settings(max_examples=80)
 @given(geometries())
 def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
-    """Weights times patches plus bias is the net input; a position's patch is the derivative of its net input by the weights."""
+    """Weights times patches plus bias is the net input; a position's patch is the derivative of its
+    net input by the weights.
+    """
     layer, x = drawn
     net = layer(x)
     patches, weights = kinds.patches(layer, x, net.shape), kinds.weights(layer)
     assert torch.equal(patches, kinds.patches(layer, x))
     assert torch.equal(kinds.as_weight(layer, weights), layer.weight)
-    assert weights.shape == (kinds.unit_count(layer), kinds.input_count(layer)) == (layer.out_channels, patches.shape[-1])
-    found = torch.einsum("npgi,gui->ngup", patches, weights.unflatten(0, (layer.groups, -1))).flatten(1, 2)
+    assert (
+        weights.shape
+        == (kinds.unit_count(layer), kinds.input_count(layer))
+        == (layer.out_channels, patches.shape[-1])
+    )
+    found = torch.einsum(
+        "npgi,gui->ngup", patches, weights.unflatten(0, (layer.groups, -1))
+    ).flatten(1, 2)
     found = found if layer.bias is None else found + layer.bias[:, None]
     torch.testing.assert_close(found, net.flatten(2), rtol=0, atol=1e-12)
 
-    by_weight = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)).flatten(2)[0, -1])(layer.weight)  # of the last unit
+    by_weight = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)).flatten(2)[0, -1])(
+        layer.weight
+    )  # of the last unit
     by_weight = torch.stack([kinds.weights(layer, d)[-1] for d in by_weight])
     torch.testing.assert_close(patches[0, :, -1], by_weight, rtol=0, atol=1e-12)
 
@@ -172,37 +284,61 @@ def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions(dims: int, groups: int, weight_sharing: str) -> None:
-    """Against sums over units, channels and places written out: the oracle of convolutions does not know them."""
+    """Against sums over units, channels and places written out: the oracle of convolutions does not
+    know them.
+    """
     torch.manual_seed(0)
     kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     layer = kind(2, 4, 2, stride=2, padding=1, output_padding=1, dilation=2, groups=groups)
     x = inputs(4, 2, *(2,) * dims)
     model = nn.Sequential(layer, nn.ELU(), nn.Flatten(), nn.LazyLinear(3)).double()
     model(x)
-    parameters, places = dict(model.named_parameters()), list(itertools.product(range(2), repeat=dims))
+    parameters, places = (
+        dict(model.named_parameters()),
+        list(itertools.product(range(2), repeat=dims)),
+    )
 
     def rows(gradient: Tensor) -> Tensor:
-        """Of a gradient by the weight, (…, channels, units of a group, *kernel): the inputs of every unit, by definition."""
+        """Of a gradient by the weight, (…, channels, units of a group, *kernel): the inputs of
+        every unit, by definition.
+        """
         size, units = 4 // groups, []
         for unit in range(4):
             channels = range(2 // groups * (unit // size), 2 // groups * (unit // size + 1))
-            units.append(torch.stack([gradient[(..., c, unit % size, *place)] for c in channels for place in places], -1))
+            units.append(
+                torch.stack(
+                    [gradient[(..., c, unit % size, *place)] for c in channels for place in places],
+                    -1,
+                )
+            )
         return torch.stack(units, -2)
 
     if weight_sharing == "per_example":
-        scores = vmap(jacrev(lambda p, x_n: functional_call(model, p, x_n[None])[0].log_softmax(-1)), (None, 0))(parameters, x)
+        scores = vmap(
+            jacrev(lambda p, x_n: functional_call(model, p, x_n[None])[0].log_softmax(-1)),
+            (None, 0),
+        )(parameters, x)
         score = torch.cat([rows(scores["0.weight"]), scores["0.bias"].unsqueeze(-1)], -1)
         expected = torch.einsum("nk,nkui,nkuj->uij", model(x).softmax(-1), score, score) / len(x)
     else:
         net = layer(x).detach()
         deltas = vmap(jacrev(lambda net_n: model[1:](net_n[None])[0].log_softmax(-1)))(net)
         delta2 = torch.einsum("nk,nku...->nu...", model(x).softmax(-1), deltas.square()).flatten(2)
-        by_weight = vmap(jacrev(lambda p, x_n: functional_call(layer, p, x_n[None])[0]), (None, 0))(dict(layer.named_parameters()), x)
-        patch = torch.cat([rows(by_weight["weight"]), by_weight["bias"].unsqueeze(-1)], -1)  # (batch, unit, *places, unit, params)
-        patch = torch.stack([patch[:, u, ..., u, :].flatten(1, -2) for u in range(4)], 1)  # (batch, units, positions, params)
+        by_weight = vmap(jacrev(lambda p, x_n: functional_call(layer, p, x_n[None])[0]), (None, 0))(
+            dict(layer.named_parameters()), x
+        )
+        patch = torch.cat(
+            [rows(by_weight["weight"]), by_weight["bias"].unsqueeze(-1)], -1
+        )  # (batch, unit, *places, unit, params)
+        patch = torch.stack(
+            [patch[:, u, ..., u, :].flatten(1, -2) for u in range(4)], 1
+        )  # (batch, units, positions, params)
         expected = torch.einsum("nut,nuti,nutj->uij", delta2, patch, patch) / len(x)
         torch.testing.assert_close(
-            bs.unit_fisher(model, x)["0"].mean_p.expand(4, -1), patch.mean((0, 2))[:, :-1].detach(), rtol=0, atol=1e-12
+            bs.unit_fisher(model, x)["0"].mean_p.expand(4, -1),
+            patch.mean((0, 2))[:, :-1].detach(),
+            rtol=0,
+            atol=1e-12,
         )
     found = bs.unit_fisher(model, x, weight_sharing=weight_sharing)["0"].matrix()
     expected = expected.detach()
@@ -228,7 +364,7 @@ def test_the_output_size_of_a_call_decides_its_positions() -> None:
     torch.testing.assert_close(shift["up"].total, shift["up"].own, rtol=0, atol=1e-14)
 
 
-# -- random architectures ------------------------------------------------------------------------------------------------
+# -- random architectures --------------------------------------------------------------------------
 
 
 class Around(nn.Module):
@@ -247,7 +383,9 @@ ACTIVATIONS = [nn.ELU, nn.Tanh, nn.SiLU, nn.LeakyReLU, nn.SELU]
 
 @st.composite
 def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
-    """Convolutions or linear layers on positions, norms in eval mode, activations in place or not, residual and shared blocks."""
+    """Convolutions or linear layers on positions, norms in eval mode, activations in place or not,
+    residual and shared blocks.
+    """
     convolutional, width = draw(st.booleans()), draw(st.sampled_from([2, 4]))
     torch.manual_seed(draw(st.integers(0, 2**16)))
 
@@ -256,7 +394,9 @@ def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
             return nn.Linear(width, width, bias=draw(st.booleans()))
         groups = draw(st.sampled_from([1, 2]))
         mode = draw(st.sampled_from(["zeros", "circular"]))
-        return nn.Conv1d(width, width, 3, padding=1, groups=groups, bias=draw(st.booleans()), padding_mode=mode)
+        return nn.Conv1d(
+            width, width, 3, padding=1, groups=groups, bias=draw(st.booleans()), padding_mode=mode
+        )
 
     def activation() -> nn.Module:
         kind, inplace = draw(st.sampled_from(ACTIVATIONS)), draw(st.booleans())
@@ -284,10 +424,18 @@ def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
     for _ in range(draw(st.integers(1, 3))):
         found = block()
         how = draw(st.sampled_from(["plain", "residual", "twice"]))
-        blocks += [found, found] if how == "twice" else [Around(found, 0.5) if how == "residual" else found]
+        blocks += (
+            [found, found]
+            if how == "twice"
+            else [Around(found, 0.5) if how == "residual" else found]
+        )
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * width, 3)).double().eval()
     shape = (5, width, 4) if convolutional else (5, 4, width)
-    return model, torch.randn(shape, dtype=DOUBLE) + 0.3, draw(st.sampled_from(["categorical", "gaussian", "bernoulli"]))
+    return (
+        model,
+        torch.randn(shape, dtype=DOUBLE) + 0.3,
+        draw(st.sampled_from(["categorical", "gaussian", "bernoulli"])),
+    )
 
 
 @settings(max_examples=40)
@@ -297,7 +445,7 @@ def test_random_architectures(drawn: tuple[nn.Module, Tensor, str]) -> None:
     right(model, x, likelihood=likelihood)
 
 
-# -- wrapped, compiled, parametrized -------------------------------------------------------------------------------------
+# -- wrapped, compiled, parametrized ---------------------------------------------------------------
 
 compiling = pytest.mark.filterwarnings("ignore")  # of dynamo's own
 
@@ -332,7 +480,9 @@ def test_compiled_models(how: str) -> None:
 def test_a_model_inside_distributed_data_parallel() -> None:
     model, x = mlp(), inputs()
     right(nn.DataParallel(model), x, model)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         right(wrapped, x, model)
@@ -342,7 +492,10 @@ def test_a_model_inside_distributed_data_parallel() -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "change",
+    [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm],
+)
 def test_parametrized_weights(change: Callable[[nn.Module], nn.Module]) -> None:
     """The matrices are those of the weights that the layer runs with."""
     model, x = mlp().eval(), inputs()
@@ -358,7 +511,9 @@ def test_spectral_norm_in_training_mode_is_left_as_found() -> None:
     parametrizations.spectral_norm(model[2])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     bs.unit_fisher(model, inputs())
-    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert before and all(
+        torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()
+    )
 
 
 class Renamed(nn.Linear):
@@ -385,23 +540,32 @@ class PaddedConv(nn.Conv2d):
 
 def test_a_forward_of_one_s_own_that_is_the_same_function() -> None:
     torch.manual_seed(0)
-    model, x = nn.Sequential(Renamed(5, 6), nn.ELU(inplace=True), nn.Linear(6, 3)).double(), inputs()
+    model, x = (
+        nn.Sequential(Renamed(5, 6), nn.ELU(inplace=True), nn.Linear(6, 3)).double(),
+        inputs(),
+    )
     right(model, x)
     reference, original = copy.deepcopy(model), model[2].forward
     model[2].forward = lambda x: original(x)  # as libraries do that move weights between devices
     right(model, x, reference)
 
 
-@pytest.mark.parametrize("layer", [Normalizing(5, 6), Masked(5, 6)], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize(
+    "layer", [Normalizing(5, 6), Masked(5, 6)], ids=lambda layer: type(layer).__name__
+)
 def test_a_forward_of_one_s_own_that_computes_something_else_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(layer, nn.ELU(), nn.Linear(6, 3)).double()
     refused(model, inputs(), r"'0' \(.*\).*its own forward.*Linear")
     with pytest.raises(ValueError, match=r"'0'.*its own forward"), bs.bias_shift(model, inputs()):
         pass
-    refused(nn.Sequential(PaddedConv(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double(), inputs(4, 1, 5, 5), "'0'.*Conv2d")
+    refused(
+        nn.Sequential(PaddedConv(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double(),
+        inputs(4, 1, 5, 5),
+        "'0'.*Conv2d",
+    )
 
 
-# -- weights with more than one use --------------------------------------------------------------------------------------
+# -- weights with more than one use ----------------------------------------------------------------
 
 
 class UsedTwice(TwoLayers):
@@ -424,7 +588,12 @@ class Substituted(TwoLayers):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [(UsedTwice, "used inside a function"), (Autoencoder, "used inside a function"), (Substituted, "not its own")]
+    ("kind", "words"),
+    [
+        (UsedTwice, "used inside a function"),
+        (Autoencoder, "used inside a function"),
+        (Substituted, "not its own"),
+    ],
 )
 def test_hidden_uses_of_a_weight_are_refused(kind: type[nn.Module], words: str) -> None:
     refused(two_layers(kind), inputs(), f"'stem'.*{words}")
@@ -432,7 +601,13 @@ def test_hidden_uses_of_a_weight_are_refused(kind: type[nn.Module], words: str) 
 
 def tied(what: str) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 5, dtype=DOUBLE), nn.ELU(), nn.Linear(5, 5, dtype=DOUBLE), nn.ELU(), nn.Linear(5, 3, dtype=DOUBLE))
+    model = nn.Sequential(
+        nn.Linear(5, 5, dtype=DOUBLE),
+        nn.ELU(),
+        nn.Linear(5, 5, dtype=DOUBLE),
+        nn.ELU(),
+        nn.Linear(5, 3, dtype=DOUBLE),
+    )
     if what == "weight":
         model[2].weight = model[0].weight
     elif what == "bias":
@@ -465,7 +640,11 @@ class Tokens(nn.Module):
 
     def __init__(self, tie: bool = False) -> None:
         super().__init__()
-        self.embed, self.inner, self.head = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False)
+        self.embed, self.inner, self.head = (
+            nn.Embedding(6, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 6, bias=False),
+        )
         if tie:
             self.head.weight = self.embed.weight
 
@@ -481,7 +660,7 @@ def test_a_head_tied_to_an_embedding() -> None:
     assert list(bs.unit_fisher(Tokens(tie=True).double(), x, layers=["inner"])) == ["inner"]
 
 
-# -- outputs with positions ----------------------------------------------------------------------------------------------
+# -- outputs with positions ------------------------------------------------------------------------
 
 
 @sharing
@@ -494,7 +673,9 @@ def test_labels_on_any_leading_axes(axes: tuple[int, ...], weight_sharing: str) 
     assert table["error"].max() < 1e-12
     fisher = bs.unit_fisher(model, x, weight_sharing="expand", layers=["head"])["head"]
     p = model(x).softmax(-1)
-    assert torch.allclose(fisher.c, (p * (1 - p)).flatten(1, -2).sum(1).mean(0), rtol=1e-12)  # Var of every label, over all positions
+    assert torch.allclose(
+        fisher.c, (p * (1 - p)).flatten(1, -2).sum(1).mean(0), rtol=1e-12
+    )  # Var of every label, over all positions
 
 
 def test_one_class_is_refused() -> None:
@@ -503,7 +684,7 @@ def test_one_class_is_refused() -> None:
     right(model, inputs(), likelihood="bernoulli")
 
 
-# -- examples that are not apart -----------------------------------------------------------------------------------------
+# -- examples that are not apart -------------------------------------------------------------------
 
 
 class Centered(TwoLayers):
@@ -562,7 +743,11 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts, self.head = nn.Linear(5, 2), nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)]), nn.Linear(4, 3)
+        self.gate, self.experts, self.head = (
+            nn.Linear(5, 2),
+            nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)]),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.gate(x).softmax(-1)
@@ -598,10 +783,13 @@ def test_models_that_cannot_run_on_one_example(kind: type[nn.Module]) -> None:
     agree(fishers, oracles.unit_fishers(plain, inputs()))
 
 
-# -- the user's own flags, modes and hooks -------------------------------------------------------------------------------
+# -- the user's own flags, modes and hooks ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+)
 def test_modes_around_a_measurement(context: Callable[[], Any]) -> None:
     model, x = mlp().float(), inputs().float()
     expected = bs.unit_fisher(model, x)
@@ -612,7 +800,13 @@ def test_modes_around_a_measurement(context: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "value"),
-    [("cuda.matmul", "tf32"), ("cudnn.conv", "ieee"), ("mkldnn.matmul", "bf16"), ("legacy", "medium"), ("all", "tf32")],
+    [
+        ("cuda.matmul", "tf32"),
+        ("cudnn.conv", "ieee"),
+        ("mkldnn.matmul", "bf16"),
+        ("legacy", "medium"),
+        ("all", "tf32"),
+    ],
 )
 def test_precision_flags_of_both_generations(backend: str, value: str) -> None:
     flags = [
@@ -623,7 +817,10 @@ def test_precision_flags_of_both_generations(backend: str, value: str) -> None:
     ]
 
     def state() -> list[str]:
-        return [torch.backends.fp32_precision, *(getattr(module, name).fp32_precision for module, name in flags)]
+        return [
+            torch.backends.fp32_precision,
+            *(getattr(module, name).fp32_precision for module, name in flags),
+        ]
 
     found, model, x = state(), mlp().float(), inputs().float()
     expected = bs.unit_fisher(model, x)["2"].matrix()
@@ -650,10 +847,14 @@ def test_backward_hooks_of_the_user_rest_and_come_back() -> None:
     """They may change gradients, which the model's function knows nothing of."""
     model, x, seen = mlp(), inputs(), []
     expected = bs.unit_fisher(model, x)
-    handle = model[1].register_full_backward_hook(lambda module, before, after: (seen.append(1), (3 * before[0],))[1])
+    handle = model[1].register_full_backward_hook(
+        lambda module, before, after: (seen.append(1), (3 * before[0],))[1]
+    )
     model[3].register_full_backward_pre_hook(lambda module, after: (2 * after[0],))
     fishers = bs.unit_fisher(model, x)
-    assert not seen and all(torch.equal(fishers[name].matrix(), expected[name].matrix()) for name in expected)
+    assert not seen and all(
+        torch.equal(fishers[name].matrix(), expected[name].matrix()) for name in expected
+    )
     model(x).sum().backward()
     assert seen == [1] and len(model[1]._backward_hooks) == len(model[3]._backward_pre_hooks) == 1
     handle.remove()
@@ -664,7 +865,9 @@ def test_backward_hooks_of_the_user_rest_and_come_back() -> None:
 
 
 def test_forward_hooks_of_the_user_belong_to_the_function() -> None:
-    """Doubling every net input of a layer with a hook is doubling what the next layers see, not the layer's weights."""
+    """Doubling every net input of a layer with a hook is doubling what the next layers see, not the
+    layer's weights.
+    """
     model, x = mlp(), inputs()
     model[2].register_forward_hook(lambda module, args, output: output.mul_(3))
     model[4].register_forward_pre_hook(lambda module, args: (args[0] - 1,))
@@ -681,7 +884,9 @@ def test_parameters_made_in_inference_mode_are_refused_by_name() -> None:
 
 def test_weights_that_are_not_floating_are_refused_and_left_alone() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ELU(), nn.Linear(4, 3)).double()
-    model.register_parameter("scale", nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False))
+    model.register_parameter(
+        "scale", nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+    )
     assert list(bs.unit_fisher(model, inputs())) == ["0", "2"] and not model.scale.requires_grad
     model[2].weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
     refused(model, inputs(), "'2'.*int8")
@@ -738,34 +943,52 @@ def test_sparse_buffers() -> None:
 
 def test_half_precision_and_channels_last() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)).double()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 3)
+    ).double()
     x = inputs(6, 2, 5, 5)
     expected = bs.unit_fisher(model, x)
     strided = copy.deepcopy(model).to(memory_format=torch.channels_last)
     for name, fisher in bs.unit_fisher(strided, x.to(memory_format=torch.channels_last)).items():
         torch.testing.assert_close(fisher.matrix(), expected[name].matrix(), rtol=1e-12, atol=1e-12)
     for name, fisher in bs.unit_fisher(model.bfloat16(), x.bfloat16()).items():
-        assert fisher.c.dtype == torch.bfloat16 and torch.allclose(fisher.c.double(), expected[name].c, rtol=0.1)
+        assert fisher.c.dtype == torch.bfloat16 and torch.allclose(
+            fisher.c.double(), expected[name].c, rtol=0.1
+        )
 
 
-# -- sampled labels and their standard error -----------------------------------------------------------------------------
+# -- sampled labels and their standard error -------------------------------------------------------
 
 
 @sharing
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
 def test_the_standard_error_of_sampled_labels(likelihood: str, weight_sharing: str) -> None:
-    """Its square is the variance of mean_delta2 over repetitions, in the mean; the estimates lie around the exact value."""
+    """Its square is the variance of mean_delta2 over repetitions, in the mean; the estimates lie
+    around the exact value.
+    """
     model, x = mlp(), inputs(12, 5)
     exact = bs.unit_fisher(model, x, likelihood=likelihood)["2"].c
     found = []
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        options = {"likelihood": likelihood, "weight_sharing": weight_sharing, "generator": generator, "layers": ["2"]}
-        found.append(bs.unit_fisher(model, x, labels="sampled", draws=4, batch_size=5, **options)["2"])
-    estimates, errors = torch.stack([fisher.c for fisher in found]), torch.stack([fisher.standard_error for fisher in found])
+        options = {
+            "likelihood": likelihood,
+            "weight_sharing": weight_sharing,
+            "generator": generator,
+            "layers": ["2"],
+        }
+        found.append(
+            bs.unit_fisher(model, x, labels="sampled", draws=4, batch_size=5, **options)["2"]
+        )
+    estimates, errors = (
+        torch.stack([fisher.c for fisher in found]),
+        torch.stack([fisher.standard_error for fisher in found]),
+    )
     spread = estimates.std(0)
     assert bool(((estimates.mean(0) - exact).abs() < 5 * spread / 10).all())
-    torch.testing.assert_close(errors.square().mean(0).sqrt(), spread, rtol=0.35, atol=0)  # 5 standard errors of a spread of 100
+    torch.testing.assert_close(
+        errors.square().mean(0).sqrt(), spread, rtol=0.35, atol=0
+    )  # 5 standard errors of a spread of 100
 
 
 def test_the_standard_error_merges_and_knows_its_limits() -> None:
@@ -775,10 +998,17 @@ def test_the_standard_error_merges_and_knows_its_limits() -> None:
         return bs.unit_fisher(model, part, layers=["2"], **options)["2"]
 
     assert not measure(x).standard_error.any()  # nothing was drawn
-    assert bool(measure(x, labels="sampled").standard_error.isnan().all())  # one draw does not show its spread
-    halves = [measure(part, labels="sampled", draws=3, generator=torch.Generator().manual_seed(i)) for i, part in enumerate(x.split(6))]
+    assert bool(
+        measure(x, labels="sampled").standard_error.isnan().all()
+    )  # one draw does not show its spread
+    halves = [
+        measure(part, labels="sampled", draws=3, generator=torch.Generator().manual_seed(i))
+        for i, part in enumerate(x.split(6))
+    ]
     together = (halves[0] + halves[1]).standard_error
-    torch.testing.assert_close(together, torch.stack([h.standard_error / 2 for h in halves]).square().sum(0).sqrt())
+    torch.testing.assert_close(
+        together, torch.stack([h.standard_error / 2 for h in halves]).square().sum(0).sqrt()
+    )
     torch.testing.assert_close(halves[0].damped(1.0).standard_error, halves[0].standard_error)
     many = measure(x, labels="sampled", draws=400)
     assert bool(((many.c - measure(x).c).abs() < 5 * many.standard_error).all())

@@ -1,4 +1,6 @@
-"""Unit Fisher matrices, activation moments, gradient gap and bias shift of a model: against `torch.func`; the model as it was found."""
+"""Unit Fisher matrices, activation moments, gradient gap and bias shift of a model: against
+`torch.func`; the model as it was found.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ sharing = pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
 
 
 @functools.cache
-def oracle(name: str, weight_sharing: str = "per_example", empirical: bool = False) -> dict[str, oracles.Block]:
+def oracle(
+    name: str, weight_sharing: str = "per_example", empirical: bool = False
+) -> dict[str, oracles.Block]:
     case = BY_NAME[name]
     model, x, y = case.build()
     return oracles.unit_fishers(model, x, case.likelihood, weight_sharing, y if empirical else None)
@@ -36,12 +40,20 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     assert actual.shape == expected.shape
     assert torch.equal(actual.isnan(), expected.isnan())
     torch.testing.assert_close(
-        actual, expected, rtol=0, atol=tolerance * max(float(expected.nan_to_num().abs().max()), 1e-300), equal_nan=True
+        actual,
+        expected,
+        rtol=0,
+        atol=tolerance * max(float(expected.nan_to_num().abs().max()), 1e-300),
+        equal_nan=True,
     )
 
 
-def matches(fisher: Any, block: oracles.Block, damping: float = DAMPING, inverse: float = 1e-12) -> None:
-    """Everything a `UnitFisher` says, against the dense matrix and its dense inverse, which loses digits by the inflation factor s·c."""
+def matches(
+    fisher: Any, block: oracles.Block, damping: float = DAMPING, inverse: float = 1e-12
+) -> None:
+    """Everything a `UnitFisher` says, against the dense matrix and its dense inverse, which loses
+    digits by the inflation factor s·c.
+    """
     tolerance = 1e-10
     close(fisher.c, block.c, tolerance)
     close(fisher.b, block.b, tolerance)
@@ -50,7 +62,9 @@ def matches(fisher: Any, block: oracles.Block, damping: float = DAMPING, inverse
     close(fisher.mean_p.expand_as(block.mean_q), block.mean_p.expand_as(block.mean_q), tolerance)
     close(fisher.mean_q, block.mean_q, tolerance)
     close(fisher.var_q, block.var_q, tolerance)
-    torch.testing.assert_close(fisher.cov_p, block.cov_p, rtol=0, atol=tolerance * float(block.b.abs().max()))
+    torch.testing.assert_close(
+        fisher.cov_p, block.cov_p, rtol=0, atol=tolerance * float(block.b.abs().max())
+    )
     close(fisher.effective_samples.double(), block.effective_samples, tolerance)
     readings = block.readings(damping)
     inverse *= max(100.0, float((readings["s"] * block.c).nan_to_num().max()))
@@ -59,9 +73,17 @@ def matches(fisher: Any, block: oracles.Block, damping: float = DAMPING, inverse
         for name in ("s", "k", "k0"):
             close(getattr(fisher, name), readings[name], inverse)
         scale = float(block.mean_p.abs().max())  # the corrected mean itself may be 0
-        torch.testing.assert_close(fisher.corrected_mean, readings["corrected_mean"], rtol=0, atol=10 * inverse * scale, equal_nan=True)
+        torch.testing.assert_close(
+            fisher.corrected_mean,
+            readings["corrected_mean"],
+            rtol=0,
+            atol=10 * inverse * scale,
+            equal_nan=True,
+        )
     else:
-        assert all(bool(getattr(fisher, name).isnan().all()) for name in ("s", "k", "k0", "corrected_mean"))
+        assert all(
+            bool(getattr(fisher, name).isnan().all()) for name in ("s", "k", "k0", "corrected_mean")
+        )
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(block.b.shape, generator=generator, dtype=DOUBLE)
     g0 = torch.randn(block.c.shape, generator=generator, dtype=DOUBLE)
@@ -85,12 +107,14 @@ def right_or_refused(layers: tuple[str, ...], measure: Callable[[], Any]) -> Any
         return None
 
 
-# -- the oracle, first against itself ----------------------------------------------------------------------------------
+# -- the oracle, first against itself --------------------------------------------------------------
 
 
 @all_cases
 def test_the_two_routes_of_the_oracle_agree(case: Case) -> None:
-    """Parameter gradients are the errors at the offsets times the patches, summed over positions; errors have mean 0 over labels."""
+    """Parameter gradients are the errors at the offsets times the patches, summed over positions;
+    errors have mean 0 over labels.
+    """
     model, x, _ = case.build()
     gradient, p = oracles.scores(model, x, case.likelihood)
     for name, probe in oracles.probe_layers(model, x, case.likelihood).items():
@@ -103,7 +127,17 @@ def test_the_two_routes_of_the_oracle_agree(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp-elu", "mlp-gaussian", "mlp-bernoulli", "tokens-labeled", "shared", "conv-circular", "conv-groups", "batchnorm-eval"]
+    "name",
+    [
+        "mlp-elu",
+        "mlp-gaussian",
+        "mlp-bernoulli",
+        "tokens-labeled",
+        "shared",
+        "conv-circular",
+        "conv-groups",
+        "batchnorm-eval",
+    ],
 )
 def test_the_oracle_agrees_with_finite_differences(name: str) -> None:
     case = BY_NAME[name]
@@ -114,11 +148,18 @@ def test_the_oracle_agrees_with_finite_differences(name: str) -> None:
 
     def likelihoods() -> Tensor:
         with torch.no_grad():
-            return torch.stack([oracles.log_likelihood(model(x[n : n + 1])[0], y[n], case.likelihood) for n in range(3)])
+            return torch.stack(
+                [
+                    oracles.log_likelihood(model(x[n : n + 1])[0], y[n], case.likelihood)
+                    for n in range(3)
+                ]
+            )
 
     for layer, module in oracles.weight_layers(model).items():
         for unit, entry in ((0, 0), (1, -1)):
-            for flat, expected in ((module.weight.data.flatten(1)[unit], gradient[layer][:, 0, unit, :-1][:, entry]),):
+            for flat, expected in (
+                (module.weight.data.flatten(1)[unit], gradient[layer][:, 0, unit, :-1][:, entry]),
+            ):
                 kept = float(flat[entry])
                 flat[entry] = kept + step
                 above = likelihoods()
@@ -127,10 +168,12 @@ def test_the_oracle_agrees_with_finite_differences(name: str) -> None:
                 flat[entry] = kept
                 numeric = (above - below) / (2 * step)
                 assert torch.allclose(numeric, expected, rtol=1e-5, atol=1e-7)
-                assert float(-numeric.mean()) == pytest.approx(float(mean[layer][0][unit, entry]), rel=1e-5, abs=1e-7)
+                assert float(-numeric.mean()) == pytest.approx(
+                    float(mean[layer][0][unit, entry]), rel=1e-5, abs=1e-7
+                )
 
 
-# -- unit_fisher -------------------------------------------------------------------------------------------------------
+# -- unit_fisher -----------------------------------------------------------------------------------
 
 
 def measured(case: Case, **options: Any) -> tuple[dict[str, Any], list[str]]:
@@ -154,7 +197,10 @@ def test_unit_fisher_is_the_oracle(case: Case, weight_sharing: str) -> None:
         matches(fishers[name], oracle(case.name, weight_sharing)[name])
 
 
-has_storage = pytest.mark.skipif("storage" not in inspect.signature(bs.unit_fisher).parameters, reason="unit_fisher has no storage= yet")
+has_storage = pytest.mark.skipif(
+    "storage" not in inspect.signature(bs.unit_fisher).parameters,
+    reason="unit_fisher has no storage= yet",
+)
 
 
 @has_storage
@@ -177,19 +223,35 @@ def readings_match(fisher: Any, block: oracles.Block, tolerance: float = 1e-6) -
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp-elu", "mlp-bernoulli", "mlp-gaussian", "conv-strided", "conv-groups", "tokens-pooled", "tokens-labeled"]
+    "name",
+    [
+        "mlp-elu",
+        "mlp-bernoulli",
+        "mlp-gaussian",
+        "conv-strided",
+        "conv-groups",
+        "tokens-pooled",
+        "tokens-labeled",
+    ],
 )
 @sharing
 def test_empirical_labels_are_the_data_s(name: str, weight_sharing: str) -> None:
     case = BY_NAME[name]
     model, x, y = case.build()
     fishers = bs.unit_fisher(
-        model, [(x, y)], labels="empirical", likelihood=case.likelihood, weight_sharing=weight_sharing, damping=DAMPING
+        model,
+        [(x, y)],
+        labels="empirical",
+        likelihood=case.likelihood,
+        weight_sharing=weight_sharing,
+        damping=DAMPING,
     )
     for layer, block in oracle(name, weight_sharing, empirical=True).items():
         matches(fishers[layer], block)
         expected = oracle(name, weight_sharing)[layer]
-        assert float((fishers[layer].A - expected.A).norm() / expected.A.norm()) > 0.02  # a different matrix
+        assert (
+            float((fishers[layer].A - expected.A).norm() / expected.A.norm()) > 0.02
+        )  # a different matrix
 
 
 def test_weight_sharing_names_two_different_matrices() -> None:
@@ -225,7 +287,9 @@ def test_batches_are_one_probe(name: str, weight_sharing: str) -> None:
     sizes = (1, 7, 16)
 
     def measure(data: Any, **options: Any) -> dict[str, Any]:
-        return bs.unit_fisher(model, data, weight_sharing=weight_sharing, damping=DAMPING, **options)
+        return bs.unit_fisher(
+            model, data, weight_sharing=weight_sharing, damping=DAMPING, **options
+        )
 
     whole = measure(x)
     assert_same(measure(batches(x, sizes)), whole)
@@ -248,7 +312,12 @@ def test_layers_and_units_filter() -> None:
     model, x, _ = BY_NAME["mlp-elu"].build()
     expected = oracle("mlp-elu")
     assert list(bs.unit_fisher(model, x, layers=["4", "0"])) in (["0", "4"], ["4", "0"])
-    by_rule = bs.unit_fisher(model, x, layers=lambda name, module: getattr(module, "out_features", 0) == 6, damping=DAMPING)
+    by_rule = bs.unit_fisher(
+        model,
+        x,
+        layers=lambda name, module: getattr(module, "out_features", 0) == 6,
+        damping=DAMPING,
+    )
     assert list(by_rule) == ["0"]
     matches(by_rule["0"], expected["0"])
     units, block = [1, 4], expected["2"]
@@ -274,9 +343,13 @@ def test_groups_see_means_of_their_own() -> None:
     assert plain.shape == (18,)
 
 
-@pytest.mark.parametrize("name", ["mlp-elu", "mlp-bernoulli", "mlp-gaussian", "tokens-labeled", "conv-strided"])
+@pytest.mark.parametrize(
+    "name", ["mlp-elu", "mlp-bernoulli", "mlp-gaussian", "tokens-labeled", "conv-strided"]
+)
 def test_sampled_labels_converge_in_mean(name: str) -> None:
-    """Unbiased: the mean over draws is the expected matrix; the tolerance is five standard errors of c, unit by unit."""
+    """Unbiased: the mean over draws is the expected matrix; the tolerance is five standard errors
+    of c, unit by unit.
+    """
     case = BY_NAME[name]
     model, x, _ = case.build()
     layer, expected = next(iter(oracle(name).items()))
@@ -285,7 +358,14 @@ def test_sampled_labels_converge_in_mean(name: str) -> None:
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         drawn.append(
-            bs.unit_fisher(model, x, labels="sampled", likelihood=case.likelihood, generator=generator, layers=[layer])[layer].matrix()
+            bs.unit_fisher(
+                model,
+                x,
+                labels="sampled",
+                likelihood=case.likelihood,
+                generator=generator,
+                layers=[layer],
+            )[layer].matrix()
         )
     values = torch.stack(drawn)
     error = (values.mean(0) - expected.F).abs()
@@ -293,7 +373,9 @@ def test_sampled_labels_converge_in_mean(name: str) -> None:
     assert bool((error < tolerance).all())
     assert float(values[:, 0, -1, -1].std()) > 0.01 * float(expected.c[0])  # drawn indeed
     data = oracle(name, empirical=True)[layer].F
-    assert bool(((values.mean(0) - data).abs() > tolerance).any())  # the data's labels would not pass
+    assert bool(
+        ((values.mean(0) - data).abs() > tolerance).any()
+    )  # the data's labels would not pass
 
 
 def test_sampled_labels_follow_the_generator_and_leave_the_global_state() -> None:
@@ -373,7 +455,9 @@ def test_an_activation_changed_after_it_was_read_is_right_or_refused() -> None:
 def test_layers_that_do_not_run_are_absent_or_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2)).double()
     model[1].register_module("unused", nn.Linear(2, 2).double())
-    fishers = right_or_refused(("1.unused",), lambda: bs.unit_fisher(model, torch.randn(9, 3, dtype=DOUBLE)))
+    fishers = right_or_refused(
+        ("1.unused",), lambda: bs.unit_fisher(model, torch.randn(9, 3, dtype=DOUBLE))
+    )
     assert fishers is None or list(fishers) == ["0", "2"]
 
 
@@ -401,7 +485,9 @@ def test_a_layer_without_influence_has_dead_units() -> None:
 def test_a_checkpoint_is_right_or_refused_by_name(reentrant: bool) -> None:
     torch.manual_seed(0)
     model, x = Checkpointed(reentrant).double(), torch.randn(30, 5, dtype=DOUBLE)
-    fishers = right_or_refused(("block.0", "block.2"), lambda: bs.unit_fisher(model, x, damping=DAMPING))
+    fishers = right_or_refused(
+        ("block.0", "block.2"), lambda: bs.unit_fisher(model, x, damping=DAMPING)
+    )
     assert (fishers is None) == reentrant
     model.reentrant = None
     for name, fisher in (fishers or {}).items():
@@ -427,7 +513,10 @@ def test_a_layer_that_runs_without_gradients_is_refused_by_name() -> None:
     with pytest.raises((ValueError, RuntimeError), match=r"[\"']inner[\"']"):
         bs.unit_fisher(model, x)
     pristine(model)
-    matches(bs.unit_fisher(model, x, layers=["head"], damping=DAMPING)["head"], oracles.unit_fishers(model, x)["head"])
+    matches(
+        bs.unit_fisher(model, x, layers=["head"], damping=DAMPING)["head"],
+        oracles.unit_fishers(model, x)["head"],
+    )
 
 
 def test_autocast_around_a_measurement_changes_nothing() -> None:
@@ -435,19 +524,28 @@ def test_autocast_around_a_measurement_changes_nothing() -> None:
     model, x = model.float(), x.float()
     plain, moments = bs.unit_fisher(model, x, damping=DAMPING), bs.activation_moments(model, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, inside_moments = bs.unit_fisher(model, x, damping=DAMPING), bs.activation_moments(model, x)
+        inside, inside_moments = (
+            bs.unit_fisher(model, x, damping=DAMPING),
+            bs.activation_moments(model, x),
+        )
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(inside[name].k, plain[name].k) for name in plain)
     assert all(torch.equal(inside_moments[name].mean, moments[name].mean) for name in moments)
 
 
 def test_a_user_s_hook_that_changes_the_net_input_is_a_part_of_the_model() -> None:
-    """The error of a unit is that at its own net input: the matrix is the one of the weights, as per-example gradients see it."""
+    """The error of a unit is that at its own net input: the matrix is the one of the weights, as
+    per-example gradients see it.
+    """
     model, x, _ = BY_NAME["mlp-elu"].build()
     model[2].register_forward_hook(lambda module, args, output: 3 * output)
     gradient, p = oracles.scores(model, x, "categorical")
     for name, fisher in bs.unit_fisher(model, x).items():
-        close(fisher.matrix(), torch.einsum("nk,nkui,nkuj->uij", p, gradient[name], gradient[name]) / len(x), 1e-10)
+        close(
+            fisher.matrix(),
+            torch.einsum("nk,nkui,nkuj->uij", p, gradient[name], gradient[name]) / len(x),
+            1e-10,
+        )
 
 
 def test_parametrized_weights_are_no_tied_weights() -> None:
@@ -461,7 +559,7 @@ def test_parametrized_weights_are_no_tied_weights() -> None:
         close(fishers[name].matrix(), plain[name].matrix(), 1e-10)
 
 
-# -- what is refused, by name ------------------------------------------------------------------------------------------
+# -- what is refused, by name ----------------------------------------------------------------------
 
 
 def test_batchnorm_in_training_mode_is_refused() -> None:
@@ -470,15 +568,23 @@ def test_batchnorm_in_training_mode_is_refused() -> None:
     kept = model[1].running_mean.clone(), model[1].num_batches_tracked.clone()
     with pytest.raises(ValueError, match=r"[\"']1[\"'].*eval"):
         bs.unit_fisher(model, x)
-    assert torch.equal(model[1].running_mean, kept[0]) and torch.equal(model[1].num_batches_tracked, kept[1])
+    assert torch.equal(model[1].running_mean, kept[0]) and torch.equal(
+        model[1].num_batches_tracked, kept[1]
+    )
     assert bs.activation_moments(model, x)  # means still work
-    assert torch.equal(model[1].running_mean, kept[0]) and torch.equal(model[1].num_batches_tracked, kept[1])
+    assert torch.equal(model[1].running_mean, kept[0]) and torch.equal(
+        model[1].num_batches_tracked, kept[1]
+    )
 
 
 def test_dropout_in_training_mode_is_refused_and_in_eval_mode_or_with_p_zero_is_not() -> None:
     x = torch.randn(20, 5, dtype=DOUBLE)
     for p, training, refused in ((0.5, True, True), (0.5, False, False), (0.0, True, False)):
-        model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(p), nn.ELU(), nn.Linear(4, 3)).double().train(training)
+        model = (
+            nn.Sequential(nn.Linear(5, 4), nn.Dropout(p), nn.ELU(), nn.Linear(4, 3))
+            .double()
+            .train(training)
+        )
         if refused:
             with pytest.raises(ValueError, match=r"[\"']1[\"'].*eval"):
                 bs.unit_fisher(model, x)
@@ -555,7 +661,9 @@ def test_positions_folded_into_the_examples_are_refused_by_name() -> None:
     model, x = Windows().double(), torch.randn(12, 4, 3, dtype=DOUBLE)
     with pytest.raises(ValueError, match=r"[\"']inner[\"']"):
         bs.unit_fisher(model, x, weight_sharing="per_example")
-    fishers = bs.unit_fisher(model, x, weight_sharing="per_example", layers=["head"], damping=DAMPING)
+    fishers = bs.unit_fisher(
+        model, x, weight_sharing="per_example", layers=["head"], damping=DAMPING
+    )
     matches(fishers["head"], oracles.unit_fishers(model, x)["head"])
 
 
@@ -565,12 +673,14 @@ def test_positions_in_front_are_right_or_refused_also_when_the_sizes_agree() -> 
     model = SequenceFirst().double()
     for n in (6, 9):
         x = torch.randn(n, 6, 3, dtype=DOUBLE)
-        fishers = right_or_refused(("inner",), lambda x=x: bs.unit_fisher(model, x, damping=DAMPING))
+        fishers = right_or_refused(
+            ("inner",), lambda x=x: bs.unit_fisher(model, x, damping=DAMPING)
+        )
         if fishers is not None:
             matches(fishers["inner"], oracles.unit_fishers(model, x)["inner"])
 
 
-# -- activation moments ------------------------------------------------------------------------------------------------
+# -- activation moments ----------------------------------------------------------------------------
 
 
 def test_activation_moments_of_every_childless_module_without_parameters() -> None:
@@ -601,7 +711,9 @@ def test_activation_moments_of_every_childless_module_without_parameters() -> No
         ("mlp-layernorm", {"2": -1}),
     ],
 )
-def test_the_unit_axis_is_that_of_the_last_weight_or_norm_module(name: str, axes: dict[str, int]) -> None:
+def test_the_unit_axis_is_that_of_the_last_weight_or_norm_module(
+    name: str, axes: dict[str, int]
+) -> None:
     model, x, _ = BY_NAME[name].build()
     moments = bs.activation_moments(model, x)
     outputs: dict[str, Tensor] = {}
@@ -619,7 +731,10 @@ def test_the_unit_axis_is_that_of_the_last_weight_or_norm_module(name: str, axes
 def test_activation_moments_merge_batches_and_survive_large_means() -> None:
     model, x, _ = BY_NAME["conv-strided"].build()
     whole = bs.activation_moments(model, x)
-    for other in (bs.activation_moments(model, batches(x, (1, 7, 16))), bs.activation_moments(model, x, batch_size=5)):
+    for other in (
+        bs.activation_moments(model, batches(x, (1, 7, 16))),
+        bs.activation_moments(model, x, batch_size=5),
+    ):
         for name in whole:
             close(other[name].mean, whole[name].mean, 1e-12)
             close(other[name].var, whole[name].var, 1e-12)
@@ -630,7 +745,9 @@ def test_activation_moments_merge_batches_and_survive_large_means() -> None:
     a = torch.randn(500, 3)
     out = shift(a).detach()
     moments = bs.activation_moments(shift, a)["1"]
-    torch.testing.assert_close(moments.var.double(), out.double().var(0, correction=0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        moments.var.double(), out.double().var(0, correction=0), rtol=1e-3, atol=0
+    )
 
 
 def test_a_module_called_twice_has_two_names() -> None:
@@ -653,7 +770,10 @@ def test_a_module_called_twice_has_two_names() -> None:
 
 def test_an_ambiguous_unit_axis_is_refused_and_unit_axis_decides() -> None:
     """An activation before any weight or norm module: three axes, none known."""
-    model, x = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double(), torch.randn(10, 3, 4, dtype=DOUBLE)
+    model, x = (
+        nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double(),
+        torch.randn(10, 3, 4, dtype=DOUBLE),
+    )
     with pytest.raises(ValueError, match=r"[\"']0[\"'].*unit_axis"):
         bs.activation_moments(model, x)
     moments = bs.activation_moments(model, x, unit_axis=1)
@@ -672,15 +792,20 @@ def test_activation_moments_without_gradients_and_in_the_current_mode() -> None:
     assert float((training.mean - kept.mean).abs().max()) > 1e-3
 
 
-# -- the gradient gap --------------------------------------------------------------------------------------------------
+# -- the gradient gap ------------------------------------------------------------------------------
 
 GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.tokens], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.tokens], ids=lambda case: case.name
+)
 def test_gradient_gap_is_the_oracle_s(case: Case) -> None:
     model, x, y = case.build()
-    frame = right_or_refused(case.shared, lambda: bs.gradient_gap(model, x, y, likelihood=case.likelihood, damping=DAMPING))
+    frame = right_or_refused(
+        case.shared,
+        lambda: bs.gradient_gap(model, x, y, likelihood=case.likelihood, damping=DAMPING),
+    )
     if frame is None:
         return
     assert list(frame.columns)[:6] == ["layer", *GAP]
@@ -688,9 +813,16 @@ def test_gradient_gap_is_the_oracle_s(case: Case) -> None:
     assert frame["layer"].tolist() == list(blocks)
     for row in frame.to_dict("records"):
         expected = oracles.gap(blocks[row["layer"]], *gradients[row["layer"]], DAMPING)
-        columns = GAP if blocks[row["layer"]].bias else [column for column in GAP if column != "cos_centered"]  # no bias to center with
+        columns = (
+            GAP
+            if blocks[row["layer"]].bias
+            else [column for column in GAP if column != "cos_centered"]
+        )  # no bias to center with
         for column in columns:
-            assert row[column] == pytest.approx(expected[column], rel=1e-9, abs=1e-10), (row["layer"], column)
+            assert row[column] == pytest.approx(expected[column], rel=1e-9, abs=1e-10), (
+                row["layer"],
+                column,
+            )
 
 
 def test_gradient_gap_leaves_out_dead_units_and_ranks_the_members() -> None:
@@ -698,7 +830,10 @@ def test_gradient_gap_leaves_out_dead_units_and_ranks_the_members() -> None:
     with torch.no_grad():
         model[0].bias[2] = -100.0
     frame = bs.gradient_gap(model, x, y, damping=DAMPING).set_index("layer")
-    gradients, blocks = oracles.gradients(model, x, y, "categorical"), oracles.unit_fishers(model, x)
+    gradients, blocks = (
+        oracles.gradients(model, x, y, "categorical"),
+        oracles.unit_fishers(model, x),
+    )
     for layer in ("0", "2", "4"):
         for column, value in oracles.gap(blocks[layer], *gradients[layer], DAMPING).items():
             assert frame.loc[layer, column] == pytest.approx(value, rel=1e-9)
@@ -706,7 +841,9 @@ def test_gradient_gap_leaves_out_dead_units_and_ranks_the_members() -> None:
 
 
 def test_gradient_gap_of_the_quasi_diagonal_member_closes_under_strong_damping() -> None:
-    """λ → ∞: the damped covariance is a multiple of I, and the full and the quasi-diagonal natural gradient are one."""
+    """λ → ∞: the damped covariance is a multiple of I, and the full and the quasi-diagonal natural
+    gradient are one.
+    """
     model, x, y = BY_NAME["mlp-elu"].build()
     strong, weak = (bs.gradient_gap(model, x, y, damping=damping) for damping in (1e6, DAMPING))
     assert (strong["cos_diagonal"] > 1 - 1e-9).all()
@@ -714,7 +851,7 @@ def test_gradient_gap_of_the_quasi_diagonal_member_closes_under_strong_damping()
     assert (strong["cos_gradient"] < 1 - 1e-4).all()  # the bias still has its q-mean corrected
 
 
-# -- the bias shift ----------------------------------------------------------------------------------------------------
+# -- the bias shift --------------------------------------------------------------------------------
 
 
 def update(model: nn.Module) -> None:
@@ -722,16 +859,22 @@ def update(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
 
 
 def update_named(model: nn.Module) -> None:
-    """The same change for a model and its oracle copy, in which every layer has a bias: biases that were not there stay 0."""
+    """The same change for a model and its oracle copy, in which every layer has a bias: biases that
+    were not there stay 0.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             clean = name.replace(".layer.", ".")
             generator = torch.Generator().manual_seed(sum(map(ord, clean)))
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
 
 
 @all_cases
@@ -753,8 +896,12 @@ def test_bias_shift_is_the_exact_bookkeeping(case: Case) -> None:
         scale = float(parts["total"].abs().max())
         assert scale > 1e-4
         for part, value in parts.items():
-            torch.testing.assert_close(getattr(shift[name], part), value, rtol=0, atol=1e-10 * scale)
-        residual = shift[name].total - (shift[name].own + shift[name].incoming + shift[name].second_order)
+            torch.testing.assert_close(
+                getattr(shift[name], part), value, rtol=0, atol=1e-10 * scale
+            )
+        residual = shift[name].total - (
+            shift[name].own + shift[name].incoming + shift[name].second_order
+        )
         assert float(residual.abs().max()) < 1e-14  # rounding of net inputs of size 1
 
 
@@ -763,8 +910,12 @@ def test_bias_shift_parts_mean_what_they_say() -> None:
     with bs.bias_shift(model, x) as shift, torch.no_grad():
         model[2].weight += 0.1
     assert float(shift["0"].total.abs().max()) == 0.0
-    assert float(shift["2"].incoming.abs().max()) == 0.0 and float(shift["2"].own.abs().min()) > 1e-4
-    assert float(shift["4"].own.abs().max()) == 0.0 and float(shift["4"].incoming.abs().min()) > 1e-4
+    assert (
+        float(shift["2"].incoming.abs().max()) == 0.0 and float(shift["2"].own.abs().min()) > 1e-4
+    )
+    assert (
+        float(shift["4"].own.abs().max()) == 0.0 and float(shift["4"].incoming.abs().min()) > 1e-4
+    )
 
 
 def test_bias_shift_takes_batches_and_layers() -> None:
@@ -807,7 +958,7 @@ def test_bias_shift_measures_in_eval_mode_and_an_optimizer_steps_in_training_mod
         close(shift[name].total, parts["total"], 1e-9)
 
 
-# -- the model as it was found -----------------------------------------------------------------------------------------
+# -- the model as it was found ---------------------------------------------------------------------
 
 
 @contextmanager
@@ -817,12 +968,20 @@ def as_found(model: nn.Module) -> Iterator[None]:
     def state() -> tuple[Any, ...]:
         parameters = [(n, id(p), p._version, p.requires_grad) for n, p in model.named_parameters()]
         modes = [(n, m.training, tuple(sorted(m.__dict__))) for n, m in model.named_modules()]
-        process = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads())
+        process = (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_num_threads(),
+        )
         return parameters, modes, process
 
     def tensors() -> list[Tensor]:
         grads = [torch.full((1,), -1.0) if p.grad is None else p.grad for p in model.parameters()]
-        return [t.detach().clone() for t in (*model.parameters(), *model.buffers(), *grads, torch.get_rng_state())]
+        return [
+            t.detach().clone()
+            for t in (*model.parameters(), *model.buffers(), *grads, torch.get_rng_state())
+        ]
 
     before, values = state(), tensors()
     yield
@@ -844,17 +1003,26 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "unit_fisher": lambda model, x, y: bs.unit_fisher(model, x),
     "unit_fisher-expand": lambda model, x, y: bs.unit_fisher(model, x, weight_sharing="expand"),
     "unit_fisher-implicit": lambda model, x, y: bs.unit_fisher(model, x, storage="implicit")["0"].k,
-    "unit_fisher-sampled": lambda model, x, y: bs.unit_fisher(model, x, labels="sampled", generator=torch.Generator().manual_seed(1)),
+    "unit_fisher-sampled": lambda model, x, y: bs.unit_fisher(
+        model, x, labels="sampled", generator=torch.Generator().manual_seed(1)
+    ),
     "unit_fisher-sampled-global": lambda model, x, y: bs.unit_fisher(model, x, labels="sampled"),
-    "unit_fisher-empirical": lambda model, x, y: bs.unit_fisher(model, [(x, y)], labels="empirical"),
+    "unit_fisher-empirical": lambda model, x, y: bs.unit_fisher(
+        model, [(x, y)], labels="empirical"
+    ),
     "activation_moments": lambda model, x, y: bs.activation_moments(model, x),
     "gradient_gap": lambda model, x, y: bs.gradient_gap(model, x, y),
     "bias_shift": lambda model, x, y: bs.bias_shift(model, x).__enter__(),
 }
 
 
-@pytest.mark.parametrize("measure", [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES])
-@pytest.mark.parametrize("name", ["mlp-frozen", "mlp-elu-inplace", "conv-no-bias", "batchnorm-eval"])
+@pytest.mark.parametrize(
+    "measure",
+    [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES],
+)
+@pytest.mark.parametrize(
+    "name", ["mlp-frozen", "mlp-elu-inplace", "conv-no-bias", "batchnorm-eval"]
+)
 def test_the_model_is_left_as_found(name: str, measure: str) -> None:
     model, x, y = prepared(name)
     kept = x.clone()
@@ -863,7 +1031,10 @@ def test_the_model_is_left_as_found(name: str, measure: str) -> None:
     assert torch.equal(x, kept) and not x.requires_grad
 
 
-@pytest.mark.parametrize("measure", [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES])
+@pytest.mark.parametrize(
+    "measure",
+    [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES],
+)
 def test_the_model_is_left_as_found_when_its_forward_raises(measure: str) -> None:
     class Raises(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -882,7 +1053,10 @@ def test_the_model_is_left_as_found_when_the_block_of_bias_shift_raises() -> Non
         raise KeyError("mine")
 
 
-@pytest.mark.parametrize("measure", [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES])
+@pytest.mark.parametrize(
+    "measure",
+    [pytest.param(name, marks=has_storage) if "implicit" in name else name for name in MEASURES],
+)
 def test_measuring_works_under_no_grad_and_leaves_it_on(measure: str) -> None:
     model, x, y = prepared("mlp-elu")
     with torch.no_grad(), as_found(model):
@@ -905,7 +1079,7 @@ def test_the_user_s_own_hooks_stay_and_fire_once_a_forward() -> None:
     pristine(model)
 
 
-# -- agreement with a gradient the user can compute --------------------------------------------------------------------
+# -- agreement with a gradient the user can compute ------------------------------------------------
 
 
 def test_the_diagonal_is_the_mean_squared_gradient_of_single_examples() -> None:

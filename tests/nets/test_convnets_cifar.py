@@ -47,7 +47,7 @@ def names(net):
     return [name for name, _ in net.named_children()]
 
 
-# -- what the paper prints -----------------------------------------------------------------------------------------------
+# -- what the paper prints -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("build", "count"), [(cifar11, 1_669_028), (cifar18, 39_330_404)])
@@ -81,7 +81,19 @@ def test_maps_after_each_stack(build, geometry, after):
 def test_same_keeps_the_size_of_every_map_and_caffe_grows_those_of_even_kernels():
     before_pooling = sizes(cifar11(width=TINY).eval(), nn.Conv2d, images(1))
     assert before_pooling == [32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1]
-    assert sizes(cifar11(width=TINY, geometry="caffe").eval(), nn.Conv2d, images(1)) == [32, 16, 16, 8, 9, 5, 6, 3, 4, 2, 1]
+    assert sizes(cifar11(width=TINY, geometry="caffe").eval(), nn.Conv2d, images(1)) == [
+        32,
+        16,
+        16,
+        8,
+        9,
+        5,
+        6,
+        3,
+        4,
+        2,
+        1,
+    ]
 
 
 def test_same_is_torchs_same():
@@ -104,16 +116,19 @@ def test_pooling_leaves_maps_of_one_pixel_alone():
 def test_no_activation_normalization_or_dropout_on_the_logits():
     net = cifar11(width=TINY, batch_norm=True, dropout="all")
     assert names(net)[-4:] == ["pool6", "conv7_1", "pool7", "flatten"]
-    assert cifar11(classes=10, width=TINY).conv7_1.out_channels == 10  # the width leaves the classes alone
+    assert (
+        cifar11(classes=10, width=TINY).conv7_1.out_channels == 10
+    )  # the width leaves the classes alone
 
 
-# -- names and weights ---------------------------------------------------------------------------------------------------
+# -- names and weights -----------------------------------------------------------------------------
 
 
 def test_names():
     net = cifar11(width=TINY, batch_norm=True, geometry="caffe")
     assert " ".join(names(net)[:16]) == (
-        "conv1_1 bn1_1 act1_1 pool1 conv2_1 bn2_1 act2_1 drop2_1 conv2_2 bn2_2 act2_2 drop2_2 pool2 conv3_1 bn3_1 act3_1"
+        "conv1_1 bn1_1 act1_1 pool1 conv2_1 bn2_1 act2_1 drop2_1 conv2_2 bn2_2 act2_2 drop2_2 "
+        "pool2 conv3_1 bn3_1 act3_1"
     )
     after = cifar11(width=TINY, batch_norm=True, norm_at="after", geometry="caffe")
     assert " ".join(names(after)[:8]) == "conv1_1 act1_1 bn1_1 pool1 conv2_1 act2_1 bn2_1 drop2_1"
@@ -124,7 +139,10 @@ def test_names():
 def test_equal_seeds_give_equal_weights_whatever_surrounds_them():
     reference = cifar11("relu", 3, width=TINY, dropout="none").state_dict()
     variants = [cifar11(name, 3, width=TINY) for name in ACTIVATIONS]
-    variants += [cifar11("elu", 3, width=TINY, geometry="caffe", batch_norm=True, norm_at=at) for at in ("before", "after")]
+    variants += [
+        cifar11("elu", 3, width=TINY, geometry="caffe", batch_norm=True, norm_at=at)
+        for at in ("before", "after")
+    ]
     for net in variants:
         state = net.state_dict()
         assert all(torch.equal(state[name], reference[name]) for name in reference)
@@ -146,16 +164,32 @@ def test_weights_follow_he_and_the_global_random_state_is_untouched(init):
         assert not layer.bias.any()
 
 
-# -- dropout and its phases ----------------------------------------------------------------------------------------------
+# -- dropout and its phases ------------------------------------------------------------------------
 
 
 def rates(net):
-    return {name.removeprefix("drop"): round(m.p, 3) for name, m in net.named_children() if isinstance(m, StackDropout) and m.p > 0}
+    return {
+        name.removeprefix("drop"): round(m.p, 3)
+        for name, m in net.named_children()
+        if isinstance(m, StackDropout) and m.p > 0
+    }
 
 
 def test_dropout_behind_the_last_layer_of_each_stack():
-    assert rates(cifar11(width=TINY)) == {"2_2": 0.1, "3_2": 0.2, "4_2": 0.3, "5_2": 0.4, "6_1": 0.5}
-    assert rates(cifar18(width=TINY)) == {"2_4": 0.1, "3_4": 0.2, "4_3": 0.3, "5_3": 0.4, "6_2": 0.5}
+    assert rates(cifar11(width=TINY)) == {
+        "2_2": 0.1,
+        "3_2": 0.2,
+        "4_2": 0.3,
+        "5_2": 0.4,
+        "6_1": 0.5,
+    }
+    assert rates(cifar18(width=TINY)) == {
+        "2_4": 0.1,
+        "3_4": 0.2,
+        "4_3": 0.3,
+        "5_3": 0.4,
+        "6_2": 0.5,
+    }
     assert rates(cifar18(width=TINY, rates=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5)))["7_1"] == 0.5
     assert rates(cifar11(width=TINY, dropout="none")) == {}
 
@@ -166,7 +200,12 @@ def test_the_phases_of_the_18_layer_net_share_their_weights():
     outputs = net.eval()(x)
     set_dropout(net, "all")
     assert rates(net) == rates(cifar18(width=TINY, dropout="all"))
-    assert sorted(rates(net).items())[:4] == [("2_1", 0.1), ("2_2", 0.1), ("2_3", 0.1), ("2_4", 0.1)]
+    assert sorted(rates(net).items())[:4] == [
+        ("2_1", 0.1),
+        ("2_2", 0.1),
+        ("2_3", 0.1),
+        ("2_4", 0.1),
+    ]
     set_dropout(net, "all", 1.5)
     set_dropout(net, "all", 1.5)  # factors do not pile up
     assert set(rates(net).values()) == {0.15, 0.3, 0.45, 0.6, 0.75}
@@ -204,7 +243,7 @@ def test_a_rate_of_zero_costs_nothing_and_others_drop():
         assert (net.drop6_1(x) == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-# -- measuring and training ----------------------------------------------------------------------------------------------
+# -- measuring and training ------------------------------------------------------------------------
 
 
 def warmed(net):
@@ -252,13 +291,15 @@ def test_two_stacked_members_run_as_one(geometry):
     members = [cifar11(seed=seed, width=TINY, geometry=geometry, dropout="none") for seed in (1, 2)]
     parameters, buffers = stack_module_state(members)
     x = torch.stack([images(3), images(6)[3:]])
-    together = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)))(parameters, buffers, x)
+    together = vmap(lambda p, b, x: functional_call(members[0], (p, b), (x,)))(
+        parameters, buffers, x
+    )
     for member, inputs, outputs in zip(members, x, together, strict=True):
         torch.testing.assert_close(outputs, member(inputs), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(members[0](x[1]), together[1], rtol=1e-2)
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

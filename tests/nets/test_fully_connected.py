@@ -24,10 +24,15 @@ def as_users_call():
 
 def test_the_network_of_figure_2():
     net = mlp(784)
-    shapes = [(layer.in_features, layer.out_features) for layer in net if isinstance(layer, nn.Linear)]
+    shapes = [
+        (layer.in_features, layer.out_features) for layer in net if isinstance(layer, nn.Linear)
+    ]
     assert shapes == [(784, 128)] + [(128, 128)] * 7 + [(128, 10)]
     assert [isinstance(layer, nn.ELU) for layer in net] == [False, True] * 8 + [False]
-    assert sum(p.numel() for p in net.parameters()) == 784 * 128 + 128 + 7 * (128 * 128 + 128) + 128 * 10 + 10
+    assert (
+        sum(p.numel() for p in net.parameters())
+        == 784 * 128 + 128 + 7 * (128 * 128 + 128) + 128 * 10 + 10
+    )
     assert all(p.dtype == torch.float32 and p.requires_grad for p in net.parameters())
 
 
@@ -36,7 +41,9 @@ def test_no_hidden_layer_is_a_linear_classifier():
 
 
 def test_equal_seeds_give_equal_weights_whatever_the_activation():
-    states = [mlp(20, hidden=8, depth=3, activation=name, seed=4).state_dict() for name in ACTIVATIONS]
+    states = [
+        mlp(20, hidden=8, depth=3, activation=name, seed=4).state_dict() for name in ACTIVATIONS
+    ]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(state[name], states[0][name]) for name in state)
@@ -55,7 +62,10 @@ def test_the_global_random_state_is_untouched(init):
     ("init", "distribution"),
     [
         ("normal", lambda fan_in: stats.norm(0, math.sqrt(2 / fan_in))),
-        ("uniform", lambda fan_in: stats.uniform(-math.sqrt(6 / fan_in), 2 * math.sqrt(6 / fan_in))),
+        (
+            "uniform",
+            lambda fan_in: stats.uniform(-math.sqrt(6 / fan_in), 2 * math.sqrt(6 / fan_in)),
+        ),
     ],
 )
 def test_weights_follow_he(init, distribution):
@@ -65,14 +75,20 @@ def test_weights_follow_he(init, distribution):
         assert stats.kstest(weights, distribution(layer.in_features).cdf).pvalue > 1e-3
         assert not layer.bias.any()
     weights = net[0].weight.detach().flatten().double().numpy()
-    assert stats.kstest(weights * 1.05, distribution(300).cdf).pvalue < 1e-3  # the test can tell 5 %
+    assert (
+        stats.kstest(weights * 1.05, distribution(300).cdf).pvalue < 1e-3
+    )  # the test can tell 5 %
 
 
 def test_relu_networks_keep_the_size_of_their_signal(generator):
-    """He's point: with variance 2/fan_in the mean square of the net inputs neither grows nor dies over 8 ReLU layers."""
+    """He's point: with variance 2/fan_in the mean square of the net inputs neither grows nor dies
+    over 8 ReLU layers.
+    """
     x = torch.randn(200, 400, generator=generator)
     ratios = []
-    for seed in range(1, 6):  # not 0: weights and inputs from one seed are the same numbers, hence correlated
+    for seed in range(
+        1, 6
+    ):  # not 0: weights and inputs from one seed are the same numbers, hence correlated
         net = mlp(400, hidden=400, depth=8, classes=400, activation="relu", seed=seed)
         ratios.append(net(x).square().mean().item() / (2 * x.square().mean().item()))
     assert 0.6 < sum(ratios) / 5 < 1.6, ratios
@@ -91,7 +107,7 @@ def test_mlp_refuses(wrong, message):
         mlp(4, **wrong)
 
 
-# -- a constant added to every activation --------------------------------------------------------------------------------
+# -- a constant added to every activation ----------------------------------------------------------
 
 
 def test_without_a_constant_nothing_changes():
@@ -100,11 +116,15 @@ def test_without_a_constant_nothing_changes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_next_bias_can_absorb_the_constant(activation, randn):
-    """The same function, and the same gradients by the weights below; only the mean activations have moved."""
+    """The same function, and the same gradients by the weights below; only the mean activations
+    have moved.
+    """
     x = randn(30, 6)
     plain = mlp(6, hidden=5, depth=3, activation=activation, seed=2).double()
     moved = mlp(6, hidden=5, depth=3, activation=activation, seed=2, constant=0.7).double()
-    assert [name for name, _ in moved.named_children()] == [name for name, _ in plain.named_children()]
+    assert [name for name, _ in moved.named_children()] == [
+        name for name, _ in plain.named_children()
+    ]
     moved.load_state_dict(plain.state_dict())
     assert not torch.allclose(moved(x), plain(x))
     with torch.no_grad():
@@ -118,7 +138,9 @@ def test_the_next_bias_can_absorb_the_constant(activation, randn):
         torch.testing.assert_close(shifted[name].mean, means[name].mean + 0.7)
         torch.testing.assert_close(shifted[name].var, means[name].var)
     fisher, other = bs.unit_fisher(plain, x)["2"], bs.unit_fisher(moved, x)["2"]
-    torch.testing.assert_close(other.mean_q, fisher.mean_q + 0.7, equal_nan=True)  # a dead unit has none
+    torch.testing.assert_close(
+        other.mean_q, fisher.mean_q + 0.7, equal_nan=True
+    )  # a dead unit has none
     torch.testing.assert_close(other.var_q, fisher.var_q, equal_nan=True)
     live = ~fisher.dead & ~fisher.singular
     assert live.any() and not torch.isclose(other.coupling[live], fisher.coupling[live]).any()
@@ -137,7 +159,7 @@ def test_a_shifted_network_can_be_copied_and_pickled(randn):
         assert torch.equal(other(x), net(x))
 
 
-# -- the autoencoder -----------------------------------------------------------------------------------------------------
+# -- the autoencoder -------------------------------------------------------------------------------
 
 
 def test_the_autoencoder_of_figure_3():
@@ -145,7 +167,10 @@ def test_the_autoencoder_of_figure_3():
     layers = [m for m in net if isinstance(m, nn.Linear)]
     assert [m.in_features for m in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
     assert layers[-1].out_features == 784
-    assert " ".join(name for name, _ in net.named_children()) == "fc1 act1 fc2 act2 fc3 act3 fc4 fc5 act5 fc6 act6 fc7 act7 fc8"
+    assert (
+        " ".join(name for name, _ in net.named_children())
+        == "fc1 act1 fc2 act2 fc3 act3 fc4 fc5 act5 fc6 act6 fc7 act7 fc8"
+    )
     x = torch.rand(4, 784, generator=torch.Generator().manual_seed(1))
     assert net(x).shape == x.shape and net(x).min() < 0  # logits, not pixels
 
@@ -170,7 +195,12 @@ def test_autoencoders_differ_in_the_activation_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
     weight = autoencoder().fc1.weight.detach()
-    assert stats.kstest(weight.flatten()[:50_000].double().numpy(), stats.norm(0, math.sqrt(2 / 784)).cdf).pvalue > 1e-3
+    assert (
+        stats.kstest(
+            weight.flatten()[:50_000].double().numpy(), stats.norm(0, math.sqrt(2 / 784)).cdf
+        ).pvalue
+        > 1e-3
+    )
 
 
 def test_an_autoencoder_can_be_measured(randn):

@@ -9,7 +9,9 @@ from biasshift.optim import UnitNaturalGradient
 
 
 def step(lr: float = 0.1, scale: str = "diagonal", **options):
-    """One step from fixed weights on a fixed batch: the gradients, and by how much the parameters moved, over −lr."""
+    """One step from fixed weights on a fixed batch: the gradients, and by how much the parameters
+    moved, over −lr.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.ELU(), nn.Linear(5, 4)).double()
     before = [p.detach().clone() for p in model.parameters()]
@@ -17,11 +19,15 @@ def step(lr: float = 0.1, scale: str = "diagonal", **options):
     loss = cross_entropy(model(torch.randn(30, 3).double()), torch.arange(30) % 4)
     loss.backward()
     optimizer.step()
-    return [p.grad for p in model.parameters()], [(old - p.detach()) / lr for old, p in zip(before, model.parameters(), strict=True)]
+    return [p.grad for p in model.parameters()], [
+        (old - p.detach()) / lr for old, p in zip(before, model.parameters(), strict=True)
+    ]
 
 
 def moved(gradients, updates, lr):
-    return lr**2 * sum((g * update).sum() for g, update in zip(gradients, updates, strict=True)).item()
+    return (
+        lr**2 * sum((g * update).sum() for g, update in zip(gradients, updates, strict=True)).item()
+    )
 
 
 @pytest.mark.parametrize("scale", ["diagonal", "full"])
@@ -40,7 +46,9 @@ def test_a_step_inside_the_trust_region_is_left_alone():
 
 
 def test_damping_c_is_a_learning_rate_for_each_unit():
-    """Every unit's update is shortened by c / (c + λ mean c), weights and bias alike: their direction stays."""
+    """Every unit's update is shortened by c / (c + λ mean c), weights and bias alike: their
+    direction stays.
+    """
     _, free = step()
     _, held = step(unit_damping=2.0)
     for w, b in ((0, 1), (2, 3)):
@@ -50,7 +58,9 @@ def test_damping_c_is_a_learning_rate_for_each_unit():
         assert (ratio > 0).all() and (ratio < 1).all() and c.mean().item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("option", [{"kl_clip": 0.0}, {"kl_clip": float("nan")}, {"unit_damping": -1.0}])
+@pytest.mark.parametrize(
+    "option", [{"kl_clip": 0.0}, {"kl_clip": float("nan")}, {"unit_damping": -1.0}]
+)
 def test_what_makes_no_sense_is_refused_by_name(option):
     (name,) = option
     with pytest.raises(ValueError, match=name):

@@ -25,8 +25,12 @@ SHARING = ("per_example", "expand")
 CENTERED = [(center, scale) for center, scale in MEMBERS if center != "none"]
 
 
-def negative_log_likelihood(outputs: Tensor, y: Tensor, likelihood: str = "categorical", reduction: str = "mean") -> Tensor:
-    total = -torch.stack([oracles.log_likelihood(o, t, likelihood) for o, t in zip(outputs, y, strict=True)]).sum()
+def negative_log_likelihood(
+    outputs: Tensor, y: Tensor, likelihood: str = "categorical", reduction: str = "mean"
+) -> Tensor:
+    total = -torch.stack(
+        [oracles.log_likelihood(o, t, likelihood) for o, t in zip(outputs, y, strict=True)]
+    ).sum()
     return total / len(outputs) if reduction == "mean" else total
 
 
@@ -45,11 +49,14 @@ def updates(model, before, lr=1.0) -> dict[str, tuple[Tensor, Tensor | None]]:
     found = {}
     for name, layer in oracles.weight_layers(model).items():
         dw = (before[f"{name}.weight"] - layer.weight.detach()).flatten(1) / lr
-        found[name] = dw, None if layer.bias is None else (before[f"{name}.bias"] - layer.bias.detach()) / lr
+        found[name] = (
+            dw,
+            None if layer.bias is None else (before[f"{name}.bias"] - layer.bias.detach()) / lr,
+        )
     return found
 
 
-# -- the definition: section 2 of the theory, from dense matrices of an independent route ----------------------------------
+# -- the definition: section 2 of the theory, from dense matrices of an independent route ----------
 
 
 def under_p(probe: oracles.Probe, units: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +66,15 @@ def under_p(probe: oracles.Probe, units: int) -> tuple[Tensor, Tensor]:
     return mean, torch.einsum("nui,nuj->uij", a - mean, a - mean) / len(a)
 
 
-def defined(F_: Tensor, under: tuple[Tensor, Tensor], g: Tensor, g0: Tensor, member: tuple[str, str], bias: bool, damping: float = DAMPING):
+def defined(
+    F_: Tensor,
+    under: tuple[Tensor, Tensor],
+    g: Tensor,
+    g0: Tensor,
+    member: tuple[str, str],
+    bias: bool,
+    damping: float = DAMPING,
+):
     center, scale = member
     c, b, A = F_[:, -1, -1], F_[:, :-1, -1], F_[:, :-1, :-1]
     m = b / c[:, None]
@@ -73,24 +88,33 @@ def defined(F_: Tensor, under: tuple[Tensor, Tensor], g: Tensor, g0: Tensor, mem
     dw, shift = g - g0[:, None] * r, g0
     if scale != "none":
         variance = W.diagonal(dim1=1, dim2=2).mean(1)
-        whitened = variance > 1e-9 * (A.diagonal(dim1=1, dim2=2).mean(1) / c)  # a unit alive on one example has nothing to whiten with
+        whitened = variance > 1e-9 * (
+            A.diagonal(dim1=1, dim2=2).mean(1) / c
+        )  # a unit alive on one example has nothing to whiten with
         W = torch.diag_embed(W.diagonal(dim1=1, dim2=2)) if scale == "diagonal" else W
         W = W + damping * variance[:, None, None] * torch.eye(W.shape[1], dtype=W.dtype)
         if not bias:
             W = W + (torch.diag_embed(r.square()) if scale == "diagonal" else oracles.outer(r))
-        dw = torch.where(whitened[:, None], oracles.matvec(oracles.spd_inverse(W), dw) / c[:, None], dw)
+        dw = torch.where(
+            whitened[:, None], oracles.matvec(oracles.spd_inverse(W), dw) / c[:, None], dw
+        )
         shift = torch.where(whitened, g0 / c, g0)
     return dw, shift - oracles.dot(r, dw) if bias else None
 
 
-def definitions(model, x, y, member, likelihood="categorical", weight_sharing="per_example", labels=None):
+def definitions(
+    model, x, y, member, likelihood="categorical", weight_sharing="per_example", labels=None
+):
     """The updates of all layers; ``labels`` are those of the curvature, by default y."""
     curvature = y if labels is None else labels
     blocks = oracles.unit_fishers(model, x, likelihood, weight_sharing, curvature)
     probes = oracles.probe_layers(model, x, likelihood, curvature)
     gradients = oracles.gradients(model, x, y, likelihood)
     return {
-        name: defined(block.F, under_p(probes[name], len(block.F)), *gradients[name], member, block.bias) for name, block in blocks.items()
+        name: defined(
+            block.F, under_p(probes[name], len(block.F)), *gradients[name], member, block.bias
+        )
+        for name, block in blocks.items()
     }
 
 
@@ -101,14 +125,31 @@ def assert_same(found, expected, rtol=1e-9):
             assert (one is None) == (other is None), name
             if other is not None:
                 torch.testing.assert_close(
-                    one, other, rtol=rtol, atol=rtol * float(other.abs().max()), msg=lambda text, name=name: f"{name}: {text}"
+                    one,
+                    other,
+                    rtol=rtol,
+                    atol=rtol * float(other.abs().max()),
+                    msg=lambda text, name=name: f"{name}: {text}",
                 )
 
 
-EVERY_MEMBER = [("mlp-elu", "per_example"), ("conv-strided", "per_example"), ("conv-groups", "expand")]
+EVERY_MEMBER = [
+    ("mlp-elu", "per_example"),
+    ("conv-strided", "per_example"),
+    ("conv-groups", "expand"),
+]
 SOME_MEMBERS = [
     (name, sharing)
-    for name in ("mlp-no-bias", "conv-no-bias", "conv-groups", "shared", "tokens-pooled", "conv1d", "conv-inplace", "residual-inplace")
+    for name in (
+        "mlp-no-bias",
+        "conv-no-bias",
+        "conv-groups",
+        "shared",
+        "tokens-pooled",
+        "conv1d",
+        "conv-inplace",
+        "residual-inplace",
+    )
     for sharing in ("per_example", "expand")
 ]
 GRID = [(*case, *member) for case in EVERY_MEMBER for member in MEMBERS] + [
@@ -122,19 +163,36 @@ def test_a_step_is_the_definition(name, sharing, center, scale):
     model, x, y = case.build()
     expected = definitions(model, x, y, (center, scale), case.likelihood, sharing)
     optimizer = UnitNaturalGradient(
-        model, 1.0, center, scale, damping=DAMPING, labels="empirical", likelihood=case.likelihood, decay=0.0, weight_sharing=sharing
+        model,
+        1.0,
+        center,
+        scale,
+        damping=DAMPING,
+        labels="empirical",
+        likelihood=case.likelihood,
+        decay=0.0,
+        weight_sharing=sharing,
     )
     before = parameters(model)
     take_step(model, optimizer, x, y, case.likelihood)
     assert_same(updates(model, before), expected)
 
 
-SEQUENCES = list(itertools.product(("tokens-pooled", "tokens-inplace", "tokens-labeled"), ("empirical", "sampled"), SHARING, MEMBERS))
+SEQUENCES = list(
+    itertools.product(
+        ("tokens-pooled", "tokens-inplace", "tokens-labeled"),
+        ("empirical", "sampled"),
+        SHARING,
+        MEMBERS,
+    )
+)
 
 
 @pytest.mark.parametrize(("name", "labels", "sharing", "member"), SEQUENCES)
 def test_a_step_on_sequences_is_the_definition(name, labels, sharing, member):
-    """On 3-D inputs a linear layer returns a view on some versions of PyTorch, and a matrix product of its own on others."""
+    """On 3-D inputs a linear layer returns a view on some versions of PyTorch, and a matrix product
+    of its own on others.
+    """
     case = BY_NAME[name]
     model, x, y = case.build()
     seen = y
@@ -144,7 +202,14 @@ def test_a_step_on_sequences_is_the_definition(name, labels, sharing, member):
         seen = drawn.view(y.shape)
     expected = definitions(model, x, y, member, weight_sharing=sharing, labels=seen)
     optimizer = UnitNaturalGradient(
-        model, 1.0, *member, damping=DAMPING, labels=labels, decay=0.0, weight_sharing=sharing, generator=torch.Generator().manual_seed(5)
+        model,
+        1.0,
+        *member,
+        damping=DAMPING,
+        labels=labels,
+        decay=0.0,
+        weight_sharing=sharing,
+        generator=torch.Generator().manual_seed(5),
     )
     before = parameters(model)
     take_step(model, optimizer, x, y)
@@ -152,7 +217,9 @@ def test_a_step_on_sequences_is_the_definition(name, labels, sharing, member):
 
 
 @pytest.mark.parametrize(("damping", "stored"), [(1e-3, torch.float64), (0.1, torch.float32)])
-def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(randn, damping, stored):
+def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(
+    randn, damping, stored
+):
     """Few examples of inputs far from the origin: without the damping W has no inverse."""
     x, y = 3 + randn(20, 48), torch.arange(20) % 3
     model = nn.Sequential(nn.Linear(48, 3)).double()
@@ -168,7 +235,9 @@ def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(ran
     kept = optimizer._curvatures["0"]._kept
     assert kept is not None and kept[1].dtype == stored
     dw, other = updates(model, before)["0"][0].double(), expected[0]
-    assert (dw - other).norm() < 2 * torch.finfo(torch.float32).eps * 48 / damping * other.norm()  # what the float32 gradient costs, too
+    assert (dw - other).norm() < 2 * torch.finfo(
+        torch.float32
+    ).eps * 48 / damping * other.norm()  # what the float32 gradient costs, too
 
 
 @pytest.mark.parametrize("name", ["mlp-gaussian", "mlp-bernoulli", "tokens-labeled"])
@@ -178,7 +247,13 @@ def test_empirical_curvature_of_every_likelihood(name, reduction):
     model, x, y = case.build()
     expected = definitions(model, x, y, ("q", "full"), case.likelihood)
     optimizer = UnitNaturalGradient(
-        model, 1.0, damping=DAMPING, labels="empirical", likelihood=case.likelihood, decay=0.0, reduction=reduction
+        model,
+        1.0,
+        damping=DAMPING,
+        labels="empirical",
+        likelihood=case.likelihood,
+        decay=0.0,
+        reduction=reduction,
     )
     before = parameters(model)
     take_step(model, optimizer, x, y, case.likelihood, reduction)
@@ -186,24 +261,39 @@ def test_empirical_curvature_of_every_likelihood(name, reduction):
 
 
 def test_means_over_all_labels_are_recognized():
-    """PyTorch's own means divide by every output; the curvature is that of the sum over outputs all the same."""
+    """PyTorch's own means divide by every output; the curvature is that of the sum over outputs all
+    the same.
+    """
     case = BY_NAME["mlp-bernoulli"]
     model, x, y = case.build()
     expected = definitions(model, x, y, ("q", "full"), "bernoulli")
-    optimizer = UnitNaturalGradient(model, float(y.shape[1]), damping=DAMPING, labels="empirical", likelihood="bernoulli", decay=0.0)
+    optimizer = UnitNaturalGradient(
+        model,
+        float(y.shape[1]),
+        damping=DAMPING,
+        labels="empirical",
+        likelihood="bernoulli",
+        decay=0.0,
+    )
     before = parameters(model)
     F.binary_cross_entropy_with_logits(model(x), y).backward()
     optimizer.step()
     assert_same(updates(model, before), expected)
 
 
-@pytest.mark.parametrize(("center", "scale"), [("q", "full"), ("q", "none"), ("none", "diagonal"), ("p", "full")])
+@pytest.mark.parametrize(
+    ("center", "scale"), [("q", "full"), ("q", "none"), ("none", "diagonal"), ("p", "full")]
+)
 def test_sampled_labels_are_those_of_the_generator(center, scale):
     model, x, y = BY_NAME["mlp-elu"].build()
     logits = model(x).detach().float()
-    drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(5))[
+        :, 0
+    ]
     expected = definitions(model, x, y, (center, scale), labels=drawn)
-    optimizer = UnitNaturalGradient(model, 1.0, center, scale, damping=DAMPING, generator=torch.Generator().manual_seed(5))
+    optimizer = UnitNaturalGradient(
+        model, 1.0, center, scale, damping=DAMPING, generator=torch.Generator().manual_seed(5)
+    )
     before, state = parameters(model), torch.get_rng_state()
     take_step(model, optimizer, x, y)
     assert_same(updates(model, before), expected)
@@ -237,7 +327,10 @@ def test_it_agrees_with_the_measurement():
         model, x, y = BY_NAME[name].build()
         fishers = bs.unit_fisher(model, [(x, y)], labels="empirical", damping=DAMPING)
         gradients = oracles.gradients(model, x, y, "categorical")
-        expected = {n: f.natural_gradient(*(gradients[n] if f.bias else gradients[n][:1])) for n, f in fishers.items()}
+        expected = {
+            n: f.natural_gradient(*(gradients[n] if f.bias else gradients[n][:1]))
+            for n, f in fishers.items()
+        }
         optimizer = UnitNaturalGradient(model, 1.0, damping=DAMPING, labels="empirical")
         before = parameters(model)
         take_step(model, optimizer, x, y)
@@ -247,18 +340,28 @@ def test_it_agrees_with_the_measurement():
 def test_transposed_convolutions_agree_with_the_measurement(randn):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(100, 3)).double()
+        model = nn.Sequential(
+            nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2),
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(100, 3),
+        ).double()
     x, y = randn(20, 2, 2, 2) + 1, torch.arange(20) % 3
     fisher = bs.unit_fisher(model, [(x, y)], labels="empirical", damping=DAMPING, layers=["0"])["0"]
     optimizer = UnitNaturalGradient(model, 1.0, damping=DAMPING, labels="empirical")
     layer, before = model[0], parameters(model)
     take_step(model, optimizer, x, y)
     dw, dw0 = fisher.natural_gradient(layers.weights(layer, layer.weight.grad), layer.bias.grad)
-    torch.testing.assert_close(before["0.weight"] - layer.weight.detach(), layers.as_weight(layer, dw), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        before["0.weight"] - layer.weight.detach(),
+        layers.as_weight(layer, dw),
+        rtol=1e-9,
+        atol=1e-10,
+    )
     torch.testing.assert_close(before["0.bias"] - layer.bias.detach(), dw0, rtol=1e-9, atol=1e-10)
 
 
-# -- what the theory says about all members ----------------------------------------------------------------------------------
+# -- what the theory says about all members --------------------------------------------------------
 
 
 @pytest.mark.parametrize(("center", "scale"), MEMBERS)
@@ -271,17 +374,23 @@ def test_the_mean_net_input_at_the_center_moves_by_the_bias_gradient_alone(cente
     take_step(model, optimizer, x, y)
     for name, (dw, dw0) in updates(model, before).items():
         block, g0 = blocks[name], gradients[name][1]
-        r = {"q": block.mean_q, "p": block.mean_p.expand_as(dw), "none": torch.zeros_like(dw)}[center]
+        r = {"q": block.mean_q, "p": block.mean_p.expand_as(dw), "none": torch.zeros_like(dw)}[
+            center
+        ]
         expected = g0 if scale == "none" else g0 / block.c
         torch.testing.assert_close(oracles.dot(r, dw) + dw0, expected, rtol=1e-9, atol=1e-10)
 
 
 class Shifted(nn.Module):
-    """ELU nets whose inputs and hidden activations are all moved by a constant; the biases take it back."""
+    """ELU nets whose inputs and hidden activations are all moved by a constant; the biases take it
+    back.
+    """
 
     def __init__(self, model: nn.Sequential, shift: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in model if isinstance(layer, nn.Linear))
+        self.layers = nn.ModuleList(
+            copy.deepcopy(layer) for layer in model if isinstance(layer, nn.Linear)
+        )
         self.shift = shift
         with torch.no_grad():
             for layer in self.layers:
@@ -298,7 +407,9 @@ def test_centered_steps_do_not_see_a_shift_of_the_activations(center, scale):
     model, x, y = BY_NAME["mlp-elu"].build()
     outputs = []
     for net in (Shifted(model, 0.0), Shifted(model, 2.0)):
-        optimizer = UnitNaturalGradient(net, 0.05, center, scale, momentum=0.5, damping=DAMPING, decay=0.5)
+        optimizer = UnitNaturalGradient(
+            net, 0.05, center, scale, momentum=0.5, damping=DAMPING, decay=0.5
+        )
         for _ in range(2):
             take_step(net, optimizer, x, y)
         outputs.append(net(x).detach())
@@ -311,15 +422,21 @@ def test_mean_and_sum_are_the_same_step(center, scale):
     found = []
     for reduction in ("mean", "sum"):
         model, x, y = BY_NAME["mlp-layernorm"].build()
-        optimizer = UnitNaturalGradient(model, 0.1, center, scale, labels="empirical", reduction=reduction)
+        optimizer = UnitNaturalGradient(
+            model, 0.1, center, scale, labels="empirical", reduction=reduction
+        )
         for _ in range(2):
             take_step(model, optimizer, x, y, reduction=reduction)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("center", "labels"), [("q", "sampled"), ("q", "empirical"), ("p", "sampled")])
-def test_the_centered_gradient_learns_at_a_rate_at_which_the_plain_one_diverges(center, labels, randn):
+@pytest.mark.parametrize(
+    ("center", "labels"), [("q", "sampled"), ("q", "empirical"), ("p", "sampled")]
+)
+def test_the_centered_gradient_learns_at_a_rate_at_which_the_plain_one_diverges(
+    center, labels, randn
+):
     x = randn(50, 3) + 10
     y = x.sum(1, keepdim=True)
     losses = {}
@@ -327,14 +444,16 @@ def test_the_centered_gradient_learns_at_a_rate_at_which_the_plain_one_diverges(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Linear(3, 1).double()
-        optimizer = UnitNaturalGradient(model, 0.1, one, "none", labels=labels, likelihood="gaussian")
+        optimizer = UnitNaturalGradient(
+            model, 0.1, one, "none", labels=labels, likelihood="gaussian"
+        )
         for _ in range(50):
             take_step(model, optimizer, x, y, "gaussian")
         losses[one] = float(negative_log_likelihood(model(x), y, "gaussian").detach())
     assert losses[center] < 1 < 1e6 < losses["none"]  # 450 at first
 
 
-# -- running estimates ---------------------------------------------------------------------------------------------------------
+# -- running estimates -----------------------------------------------------------------------------
 
 
 def three_batches():
@@ -361,7 +480,9 @@ def test_the_average_is_bias_corrected(center, scale):
         units = len(F_)
         under = mean.expand(units, -1), (second - oracles.outer(mean)).expand(units, -1, -1)
         expected[name] = defined(F_, under, *gradients[name], (center, scale), True)
-    optimizer = UnitNaturalGradient(model, 0.0, center, scale, damping=DAMPING, labels="empirical", decay=0.7)
+    optimizer = UnitNaturalGradient(
+        model, 0.0, center, scale, damping=DAMPING, labels="empirical", decay=0.7
+    )
     for x, y in batches:
         optimizer.param_groups[0]["lr"] = float(x is batches[-1][0])
         before = parameters(model)
@@ -376,7 +497,11 @@ def test_curvature_is_looked_at_every_few_steps():
     for x, y in batches * 2:
         take_step(model, optimizer, x, y)
         states.append(optimizer.generator.get_state())
-    assert [not torch.equal(one, other) for one, other in itertools.pairwise(states)] == [True, False, False] * 2
+    assert [not torch.equal(one, other) for one, other in itertools.pairwise(states)] == [
+        True,
+        False,
+        False,
+    ] * 2
 
 
 def test_between_two_looks_the_old_curvature_is_used():
@@ -387,11 +512,19 @@ def test_between_two_looks_the_old_curvature_is_used():
     optimizer.param_groups[0]["lr"] = 1.0
     before, gradients = parameters(model), oracles.gradients(model, *batches[1], "categorical")
     take_step(model, optimizer, *batches[1])
-    assert_same(updates(model, before), {name: block.natural_gradient(*gradients[name], DAMPING) for name, block in blocks.items()})
+    assert_same(
+        updates(model, before),
+        {name: block.natural_gradient(*gradients[name], DAMPING) for name, block in blocks.items()},
+    )
 
 
 @pytest.mark.parametrize(
-    "member", [{"labels": "empirical"}, {"labels": "empirical", "scale": "diagonal"}, {"center": "p", "scale": "none"}]
+    "member",
+    [
+        {"labels": "empirical"},
+        {"labels": "empirical", "scale": "diagonal"},
+        {"center": "p", "scale": "none"},
+    ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_accumulated_batches_add_up(member, reduction):
@@ -432,7 +565,10 @@ def test_a_saved_state_goes_on_to_the_same_numbers(center, scale):
     resumed.load_state_dict(saved["optimizer"])
     train(model, optimizer, x, y, 4)
     train(twin, resumed, x, y, 4)
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_the_state_of_another_member_is_refused():
@@ -448,7 +584,7 @@ def test_the_state_of_another_member_is_refused():
         UnitNaturalGradient(other, 0.1).load_state_dict(optimizer.state_dict())
 
 
-# -- somebody's training loop --------------------------------------------------------------------------------------------------
+# -- somebody's training loop ----------------------------------------------------------------------
 
 
 def test_only_training_passes_that_went_backwards_count():
@@ -538,7 +674,10 @@ def test_a_skipped_step_changes_nothing():
     optimizer = UnitNaturalGradient(model, 0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for i in range(3):
-        before, curvature = parameters(model), copy.deepcopy(optimizer.state_dict()["biasshift"]["curvature"])
+        before, curvature = (
+            parameters(model),
+            copy.deepcopy(optimizer.state_dict()["biasshift"]["curvature"]),
+        )
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y) * (float("inf") if i == 1 else 1.0)
         scaler.scale(loss).backward()
@@ -550,8 +689,12 @@ def test_a_skipped_step_changes_nothing():
     twin, x, y = BY_NAME["mlp-elu"].build()
     steady = UnitNaturalGradient(twin, 0.1, momentum=0.9)
     take_step(twin, steady, x, y)
-    assert steady.state_dict()["biasshift"]["curvature"]["0"]["examples"] == curvature["0"]["examples"]
-    assert optimizer.state_dict()["biasshift"]["curvature"]["0"]["examples"] == pytest.approx(40 * 1.95)
+    assert (
+        steady.state_dict()["biasshift"]["curvature"]["0"]["examples"] == curvature["0"]["examples"]
+    )
+    assert optimizer.state_dict()["biasshift"]["curvature"]["0"]["examples"] == pytest.approx(
+        40 * 1.95
+    )
 
 
 def test_an_overflow_leaves_no_trace_in_the_curvature():
@@ -590,11 +733,17 @@ def test_schedules_closures_and_decoupled_decay():
 
 def test_momentum_is_of_the_transformed_updates():
     model, batches = three_batches()
-    optimizer = UnitNaturalGradient(model, 0.1, momentum=0.5, damping=DAMPING, labels="empirical", decay=0.0)
+    optimizer = UnitNaturalGradient(
+        model, 0.1, momentum=0.5, damping=DAMPING, labels="empirical", decay=0.0
+    )
     velocity = None
     for x, y in batches:
         new = definitions(model, x, y, ("q", "full"))["2"]
-        velocity = new if velocity is None else tuple(0.5 * v + n for v, n in zip(velocity, new, strict=True))
+        velocity = (
+            new
+            if velocity is None
+            else tuple(0.5 * v + n for v, n in zip(velocity, new, strict=True))
+        )
         before = parameters(model)
         take_step(model, optimizer, x, y)
         assert_same({"2": updates(model, before, 0.1)["2"]}, {"2": velocity}, rtol=1e-8)
@@ -629,7 +778,12 @@ def test_parameters_of_no_unit_take_the_plain_gradient():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.tied, self.used, self.head = nn.Embedding(7, 5), Tied(), nn.Linear(3, 4), nn.Linear(4, 3)
+            self.table, self.tied, self.used, self.head = (
+                nn.Embedding(7, 5),
+                Tied(),
+                nn.Linear(3, 4),
+                nn.Linear(4, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(F.linear(self.tied(self.table(x)), self.used.weight))
@@ -645,7 +799,9 @@ def test_parameters_of_no_unit_take_the_plain_gradient():
     for name in ("table.weight", "tied.first.weight", "used.weight"):
         parameter = model.get_parameter(name)
         torch.testing.assert_close(before[name] - parameter.detach(), parameter.grad)
-    assert not torch.allclose(before["head.weight"] - model.head.weight.detach(), model.head.weight.grad)
+    assert not torch.allclose(
+        before["head.weight"] - model.head.weight.detach(), model.head.weight.grad
+    )
 
 
 @pytest.mark.parametrize("labels", ["sampled", "empirical"])
@@ -673,7 +829,12 @@ def test_nets_with_batchnorm_and_dropout_train(labels, randn):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(64, 3)
+            nn.Conv2d(1, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.1),
+            nn.Flatten(),
+            nn.Linear(64, 3),
         )
         x = randn(60, 1, 6, 6).float() + 1
         y = (x[:, 0, 0, 0] > 1).long() + (x[:, 0, 3, 3] > 1).long()
@@ -717,7 +878,7 @@ def test_remove_leaves_no_hook_and_a_forgotten_optimizer_is_no_burden():
     assert torch.equal(state, generator.get_state())
 
 
-# -- layers too large for matrices ---------------------------------------------------------------------------------------------
+# -- layers too large for matrices -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mlp-elu", "mlp-no-bias", "mlp-gaussian"])
@@ -729,7 +890,13 @@ def test_the_latest_examples_take_the_place_of_large_matrices(name, labels):
     for most in (1024, 4):
         model, x, y = case.build()
         optimizer = UnitNaturalGradient(
-            model, 0.1, damping=DAMPING, labels=labels, likelihood=case.likelihood, decay=0.0, max_dense_inputs=most
+            model,
+            0.1,
+            damping=DAMPING,
+            labels=labels,
+            likelihood=case.likelihood,
+            decay=0.0,
+            max_dense_inputs=most,
         )
         for _ in range(3):
             take_step(model, optimizer, x, y, case.likelihood)
@@ -743,7 +910,9 @@ def test_examples_of_accumulated_batches_add_up():
     found = []
     for parts in (1, 2):
         model, x, y = BY_NAME["mlp-elu"].build()
-        optimizer = UnitNaturalGradient(model, 0.1, damping=DAMPING, labels="empirical", decay=0.9, max_dense_inputs=4)
+        optimizer = UnitNaturalGradient(
+            model, 0.1, damping=DAMPING, labels="empirical", decay=0.9, max_dense_inputs=4
+        )
         for some, their in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (negative_log_likelihood(model(some), their) * len(some) / len(x)).backward()
         optimizer.step()
@@ -779,10 +948,16 @@ def test_large_layers_with_dead_units_and_positions():
     case = BY_NAME["tokens-pooled"]
     model, x, y = case.build()
     with pytest.raises(ValueError, match=r"positions an example.*expand"):
-        take_step(model, UnitNaturalGradient(model, 0.1, likelihood=case.likelihood, max_dense_inputs=2), x, y, case.likelihood)
+        take_step(
+            model,
+            UnitNaturalGradient(model, 0.1, likelihood=case.likelihood, max_dense_inputs=2),
+            x,
+            y,
+            case.likelihood,
+        )
 
 
-# -- singular cases ------------------------------------------------------------------------------------------------------------
+# -- singular cases --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("center", "scale"), MEMBERS)
@@ -827,7 +1002,7 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -846,8 +1021,14 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
         ({"damping": -1e-3}, "damping must be"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"update_every": 0}, "update_every must be a whole number"),
-        ({"max_dense_inputs": 4, "center": "p"}, "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs"),
-        ({"max_dense_inputs": 4, "center": "none"}, "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs"),
+        (
+            {"max_dense_inputs": 4, "center": "p"},
+            "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs",
+        ),
+        (
+            {"max_dense_inputs": 4, "center": "none"},
+            "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_one_sentence(options, words):
@@ -864,7 +1045,9 @@ def test_models_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"'weight'.*run the model once"):
         UnitNaturalGradient(nn.LazyLinear(3), 0.1)
     with pytest.raises(ValueError, match="one group"):
-        UnitNaturalGradient(model, 0.1).add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+        UnitNaturalGradient(model, 0.1).add_param_group(
+            {"params": [torch.zeros(1, requires_grad=True)]}
+        )
     UnitNaturalGradient(model, 0.1, scale="diagonal", max_dense_inputs=4)
 
 
@@ -909,7 +1092,7 @@ def test_maps_with_their_classes_on_axis_one_are_refused():
         take_step(model, optimizer, torch.ones(2, 1, 4, 4), None)
 
 
-# -- several processes ---------------------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 
 
 def _part(rank: int, folder: str) -> None:

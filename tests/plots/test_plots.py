@@ -18,18 +18,43 @@ LEVEL = {"elu": 0.1, "relu": 0.5}
 
 
 def planted(activations=("elu", "relu"), seeds=SEEDS) -> pd.DataFrame:
-    """In every epoch of 10 steps: three units around level + seed/100, two layers, one loss. Steps 5 lie between epochs."""
+    """In every epoch of 10 steps: three units around level + seed/100, two layers, one loss. Steps
+    5 lie between epochs.
+    """
     rows = []
     for name, seed in itertools.product(activations, seeds):
         run = {"activation": name, "seed": seed, "run": f"{name}-{seed}"}
         level = LEVEL.get(name, 0.3) + seed / 100
         for epoch in EPOCHS:
             at = {"step": 10 * epoch, **run}
-            rows.append({**at, "layer": "", "unit": -1, "epoch": epoch, "train_loss": 2 - level - epoch / 2, "valid_loss": 3 - level})
-            rows += [{**at, "layer": "1", "unit": unit, "mean": level * (1 + unit) + epoch} for unit in range(3)]
-            rows += [{**at, "layer": "2", "unit": unit, "coupling": 1 - 10.0 ** -(unit + epoch + seed)} for unit in range(3)]
+            rows.append(
+                {
+                    **at,
+                    "layer": "",
+                    "unit": -1,
+                    "epoch": epoch,
+                    "train_loss": 2 - level - epoch / 2,
+                    "valid_loss": 3 - level,
+                }
+            )
+            rows += [
+                {**at, "layer": "1", "unit": unit, "mean": level * (1 + unit) + epoch}
+                for unit in range(3)
+            ]
+            rows += [
+                {**at, "layer": "2", "unit": unit, "coupling": 1 - 10.0 ** -(unit + epoch + seed)}
+                for unit in range(3)
+            ]
             rows.append({**at, "layer": "0", "unit": -1, "mean_in_abs": 9.0, "cos_gradient": 0.1})
-            rows.append({**at, "layer": "2", "unit": -1, "mean_in_abs": level, "cos_gradient": np.cos(np.radians(100 * level))})
+            rows.append(
+                {
+                    **at,
+                    "layer": "2",
+                    "unit": -1,
+                    "mean_in_abs": level,
+                    "cos_gradient": np.cos(np.radians(100 * level)),
+                }
+            )
         rows.append({**run, "step": 5, "layer": "1", "unit": 0, "mean": level})
     return pd.DataFrame(rows)
 
@@ -48,10 +73,12 @@ def ribbon(collection) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper edge of a ribbon without gaps."""
     corners = collection.get_paths()[0].vertices
     x = np.unique(corners[:, 0])
-    return tuple(np.array([edge(corners[corners[:, 0] == at, 1]) for at in x]) for edge in (np.min, np.max))
+    return tuple(
+        np.array([edge(corners[corners[:, 0] == at, 1]) for at in x]) for edge in (np.min, np.max)
+    )
 
 
-# -- colors ------------------------------------------------------------------------------------------------------
+# -- colors ----------------------------------------------------------------------------------------
 
 
 def lightness(color: str) -> float:
@@ -79,7 +106,10 @@ def test_the_same_color_in_every_figure():
         ax = draw(Figure().subplots(), table)
         assert line(ax, "ELU (").get_color() == plots.LOOKS["elu"].color
         assert line(ax, "ReLU (").get_color() == plots.LOOKS["relu"].color
-    assert line(plots.activation_functions(Figure().subplots()), "ELU").get_color() == plots.LOOKS["elu"].color
+    assert (
+        line(plots.activation_functions(Figure().subplots()), "ELU").get_color()
+        == plots.LOOKS["elu"].color
+    )
 
 
 def test_the_style_ends_with_its_block():
@@ -89,7 +119,7 @@ def test_the_style_ends_with_its_block():
     assert dict(matplotlib.rcParams) == before
 
 
-# -- reductions --------------------------------------------------------------------------------------------------
+# -- reductions ------------------------------------------------------------------------------------
 
 
 def test_epochs_are_interpolated_within_each_run_and_go_on_at_its_pace():
@@ -101,7 +131,13 @@ def test_epochs_are_interpolated_within_each_run_and_go_on_at_its_pace():
         }
     )
     assert plots.with_epochs(table)["epoch"].tolist() == [0, 0.5, 1, 2, 3, 0, 0.5, 1]
-    assert plots.with_epochs(table.drop(columns="run").iloc[:5])["epoch"].tolist() == [0, 0.5, 1, 2, 3]
+    assert plots.with_epochs(table.drop(columns="run").iloc[:5])["epoch"].tolist() == [
+        0,
+        0.5,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_run_without_epochs_is_refused():
@@ -112,7 +148,13 @@ def test_a_run_without_epochs_is_refused():
 
 def test_the_median_is_over_all_units_of_all_layers_of_one_run():
     table = pd.DataFrame(
-        {"run": ["a"] * 5 + ["b"], "layer": list("112211"), "unit": [0, 1, 0, 1, -1, 0], "mean": [1.0, 2, 3, np.nan, 99, 7], "step": 0}
+        {
+            "run": ["a"] * 5 + ["b"],
+            "layer": list("112211"),
+            "unit": [0, 1, 0, 1, -1, 0],
+            "mean": [1.0, 2, 3, np.nan, 99, 7],
+            "step": 0,
+        }
     )
     medians = plots.median_over_units(table, "mean", ["step"])
     assert medians.set_index("run")["mean"].to_dict() == {"a": 2, "b": 7}
@@ -126,17 +168,24 @@ def test_mean_sd_and_n_over_seeds():
 
 
 def test_runs_of_two_settings_are_not_averaged():
-    table = pd.concat([planted().assign(lr=0.1), planted().assign(lr=0.01, run=lambda t: t["run"] + "-slow")])
+    table = pd.concat(
+        [planted().assign(lr=0.1), planted().assign(lr=0.01, run=lambda t: t["run"] + "-slow")]
+    )
     with pytest.raises(ValueError, match=r"activation = elu, epoch = 0.*one setting"):
         plots.learning_curves(Figure().subplots(), table)
 
 
-# -- figures -----------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def test_activation_functions(ax):
     plots.activation_functions(ax)
-    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "SReLU", "LReLU", "ReLU"]  # as the paper has them
+    assert [str(line.get_label()) for line in ax.lines] == [
+        "ELU",
+        "SReLU",
+        "LReLU",
+        "ReLU",
+    ]  # as the paper has them
     expected = {
         "ELU": lambda x: np.where(x > 0, x, np.expm1(x)),
         "LReLU": lambda x: np.where(x > 0, x, x / 10),
@@ -158,14 +207,18 @@ def test_other_functions_get_other_looks(ax):
 def test_unit_means(ax):
     assert plots.unit_means(ax, planted()) is ax
     x, y = line(ax, "ReLU (n = 3)").get_data()
-    # The middle of three units is twice the level; the mean of the seeds is seed 1. At step 5 only one unit was measured.
+    # The middle of three units is twice the level; the mean of the seeds is seed 1. At step 5 only
+    # one unit was measured.
     np.testing.assert_allclose(x, [0, 0.5, 1, 2])
     np.testing.assert_allclose(y, [1.02, 0.51, 2.02, 3.02])
     low, high = ribbon(ax.collections[1])
     sd = np.array([0.02, 0.01, 0.02, 0.02])
     np.testing.assert_allclose([low, high], [y - sd, y + sd])
     assert ax.get_xlabel() == "epoch" and "mean activation" in ax.get_ylabel()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ELU (n = 3)", "ReLU (n = 3)"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "ELU (n = 3)",
+        "ReLU (n = 3)",
+    ]
 
 
 def test_unit_means_against_steps_of_some_layers_and_groups(ax):
@@ -216,7 +269,9 @@ def test_learning_curves(ax):
 
 def test_on_a_log_scale_mean_and_sd_are_those_of_the_logarithm(ax):
     plots.learning_curves(ax, planted(), log=True)
-    losses = np.array([[2 - LEVEL["elu"] - seed / 100 - epoch / 2 for epoch in EPOCHS] for seed in SEEDS])
+    losses = np.array(
+        [[2 - LEVEL["elu"] - seed / 100 - epoch / 2 for epoch in EPOCHS] for seed in SEEDS]
+    )
     mean, sd = np.log(losses).mean(0), np.log(losses).std(0, ddof=1)
     np.testing.assert_allclose(line(ax, "ELU (").get_ydata(), np.exp(mean))
     np.testing.assert_allclose(ribbon(ax.collections[0]), np.exp([mean - sd, mean + sd]))
@@ -227,19 +282,25 @@ def test_one_line_style_for_all_means_markers(ax):
     plots.unit_means(ax, planted(), line="-")
     drawn = [line(ax, name) for name in ("ELU", "ReLU")]
     assert {found.get_linestyle() for found in drawn} == {"-"}
-    assert [found.get_marker() for found in drawn] == [plots.LOOKS[name].marker for name in ("elu", "relu")]
+    assert [found.get_marker() for found in drawn] == [
+        plots.LOOKS[name].marker for name in ("elu", "relu")
+    ]
 
 
 def test_learning_curves_of_one_column(ax):
     table = planted().rename(columns={"valid_loss": "valid_error"})
-    plots.learning_curves(ax, table, column_train=None, column_valid="valid_error", label="error (fraction)")
+    plots.learning_curves(
+        ax, table, column_train=None, column_valid="valid_error", label="error (fraction)"
+    )
     np.testing.assert_allclose(line(ax, "ELU (n = 3)").get_ydata(), [2.89] * 3)
     assert ax.get_ylabel() == "error (fraction)"
 
 
 def test_gap_against_mean(ax):
     plots.gap_against_mean(ax, planted(), skip_input=True)
-    elu_dots, elu_median, relu_dots, relu_median = [dots for one in ax.collections if len(dots := one.get_offsets())]
+    elu_dots, elu_median, relu_dots, relu_median = [
+        dots for one in ax.collections if len(dots := one.get_offsets())
+    ]
     assert len(elu_dots) == len(relu_dots) == 9  # 3 runs, 1 layer, 3 steps
     np.testing.assert_allclose(elu_dots[:, 1], 100 * elu_dots[:, 0])
     np.testing.assert_allclose([elu_median[0], relu_median[0]], [[0.11, 11], [0.51, 51]])
@@ -253,16 +314,26 @@ def test_dots_of_few_samples_are_hollow_and_not_counted(ax):
     plots.gap_against_mean(ax, table.loc[table["activation"] == "elu"], skip_input=True)
     sure, unsure, median = [dots for dots in ax.collections if len(dots.get_offsets())]
     assert unsure.get_alpha() > sure.get_alpha()  # thin lines, to be seen at all
-    assert len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6  # 3 runs, of 3 steps the first
+    assert (
+        len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6
+    )  # 3 runs, of 3 steps the first
     assert not len(unsure.get_facecolors()) and len(sure.get_facecolors())
-    np.testing.assert_allclose(median.get_offsets(), np.median(np.asarray(sure.get_offsets()), axis=0)[None])
+    np.testing.assert_allclose(
+        median.get_offsets(), np.median(np.asarray(sure.get_offsets()), axis=0)[None]
+    )
 
 
 def test_medians_at_one_place_are_both_seen(ax):
-    plots.gap_against_mean(ax, pd.concat([planted(["relu"]), planted(["relu"]).assign(activation="lrelu")]), skip_input=True)
+    plots.gap_against_mean(
+        ax,
+        pd.concat([planted(["relu"]), planted(["relu"]).assign(activation="lrelu")]),
+        skip_input=True,
+    )
     lrelu, relu = [one for one in ax.collections if len(one.get_offsets()) == 1]
     np.testing.assert_array_equal(lrelu.get_offsets(), relu.get_offsets())
-    assert lrelu.get_sizes()[0] > 3 * relu.get_sizes()[0] and lrelu.get_zorder() == relu.get_zorder()  # drawn first, and larger
+    assert (
+        lrelu.get_sizes()[0] > 3 * relu.get_sizes()[0] and lrelu.get_zorder() == relu.get_zorder()
+    )  # drawn first, and larger
 
 
 def test_gap_of_chosen_layers():
@@ -270,11 +341,21 @@ def test_gap_of_chosen_layers():
     assert set(plots.gap_points(table)["layer"]) == {"0", "2"}
     assert set(plots.gap_points(table, layers=["2"])["layer"]) == {"2"}
     assert set(plots.gap_points(table, skip_input=True)["layer"]) == {"2"}
-    np.testing.assert_allclose(plots.gap_points(table, layers=["0"])["degrees"], np.degrees(np.arccos(0.1)))
+    np.testing.assert_allclose(
+        plots.gap_points(table, layers=["0"])["degrees"], np.degrees(np.arccos(0.1))
+    )
 
 
 def test_a_cosine_rounded_past_one_is_an_angle_of_zero():
-    table = pd.DataFrame({"step": [0], "layer": ["0"], "unit": [-1], "mean_in_abs": [0.1], "cos_gradient": [1 + 1e-7]})
+    table = pd.DataFrame(
+        {
+            "step": [0],
+            "layer": ["0"],
+            "unit": [-1],
+            "mean_in_abs": [0.1],
+            "cos_gradient": [1 + 1e-7],
+        }
+    )
     assert plots.gap_points(table)["degrees"].tolist() == [0]
 
 
@@ -296,16 +377,24 @@ def test_a_coupling_of_one_draws_without_a_word(ax):
 
 def test_curves_are_of_the_whole_network_and_medians_have_no_ribbon(ax):
     plots.curves(ax, planted(), "train_loss", middle="median")
-    np.testing.assert_allclose(line(ax, "ELU (n = 3)").get_data(), [[0, 10, 20], [1.89, 1.39, 0.89]])
+    np.testing.assert_allclose(
+        line(ax, "ELU (n = 3)").get_data(), [[0, 10, 20], [1.89, 1.39, 0.89]]
+    )
     assert not ax.collections
     plots.curves(ax, planted(seeds=[0, 1, 5]), "train_loss")
-    np.testing.assert_allclose(ax.lines[2].get_ydata(), [1.88, 1.38, 0.88])  # the mean, where seed 5 pulls
+    np.testing.assert_allclose(
+        ax.lines[2].get_ydata(), [1.88, 1.38, 0.88]
+    )  # the mean, where seed 5 pulls
 
 
 def test_medians_over_runs_count_them():
     table = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2, 6, 5]})
     found = plots.median_over_runs(table, "value", ["step"])
-    assert found["mean"].tolist() == [2, 5] and found["n"].tolist() == [3, 1] and found["sd"].isna().all()
+    assert (
+        found["mean"].tolist() == [2, 5]
+        and found["n"].tolist() == [3, 1]
+        and found["sd"].isna().all()
+    )
 
 
 def test_a_single_point_is_seen(ax):
@@ -315,7 +404,14 @@ def test_a_single_point_is_seen(ax):
 
 
 def test_lines_by_layer(ax):
-    table = pd.DataFrame({"number": [1, 2] * 2, "activation": "elu", "seed": [0, 0, 1, 1], "variance": [1.0, 0.1, 100.0, 0.1]})
+    table = pd.DataFrame(
+        {
+            "number": [1, 2] * 2,
+            "activation": "elu",
+            "seed": [0, 0, 1, 1],
+            "variance": [1.0, 0.1, 100.0, 0.1],
+        }
+    )
     plots.layer_lines(ax, table, "variance", log=True)
     np.testing.assert_allclose(line(ax, "ELU (n = 2)").get_data(), [[1, 2], [10, 0.1]])
     assert ax.get_yscale() == "log"
@@ -343,21 +439,35 @@ def test_spans_stand_side_by_side(ax):
 def test_published_numbers_are_hollow_and_say_so(ax):
     plots.published(ax, [(1.0, 2.0, "relu")])
     mark, legend = ax.lines
-    assert mark.get_markerfacecolor() == "white" and mark.get_markeredgecolor() == plots.LOOKS["relu"].color
-    assert (list(mark.get_xdata()), list(mark.get_ydata()), legend.get_label()) == ([1], [2], "paper")
+    assert (
+        mark.get_markerfacecolor() == "white"
+        and mark.get_markeredgecolor() == plots.LOOKS["relu"].color
+    )
+    assert (list(mark.get_xdata()), list(mark.get_ydata()), legend.get_label()) == (
+        [1],
+        [2],
+        "paper",
+    )
 
 
 def test_shares_add_up(ax):
     table = pd.DataFrame({"activation": ["relu", "elu"], "own": [0.2, 0.3], "rest": [0.8, 0.7]})
     plots.stacked(ax, table, {"own": "own weights", "rest": "inherited"})
     own, rest = ax.containers
-    assert [bar.get_height() for bar in own] == [0.3, 0.2] and [bar.get_y() for bar in rest] == [0.3, 0.2]
+    assert [bar.get_height() for bar in own] == [0.3, 0.2] and [bar.get_y() for bar in rest] == [
+        0.3,
+        0.2,
+    ]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["ELU", "ReLU"]
 
 
-@pytest.mark.parametrize(("share", "said"), [(0.2, ""), (0.004, " (< 1 %)"), (0.0004, " (< 0.1 %)"), (0.0, "")])
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.2, ""), (0.004, " (< 1 %)"), (0.0004, " (< 0.1 %)"), (0.0, "")]
+)
 def test_a_share_that_nobody_sees_is_said(ax, share, said):
-    table = pd.DataFrame({"activation": ["relu", "elu"], "own": [1 - share, 1.0], "rest": [share, 0.0]})
+    table = pd.DataFrame(
+        {"activation": ["relu", "elu"], "own": [1 - share, 1.0], "rest": [share, 0.0]}
+    )
     plots.stacked(ax, table, {"own": "own weights", "rest": "second order"})
     assert ax.containers[1].get_label() == f"second order{said}"
 
@@ -365,8 +475,15 @@ def test_a_share_that_nobody_sees_is_said(ax, share, said):
 def test_rows_of_a_ranking_may_have_looks_of_their_own(ax):
     plots.ranking(ax, {"a": 1.0, "$b$ $": 2.0}, {"c": 3.0}, {"$b$ $": plots.LOOKS["relu"]})
     paper, alike, own = ax.lines
-    assert (list(paper.get_xydata()[0]), list(alike.get_xydata()[0]), list(own.get_xydata()[0])) == ([3, 3], [1, 2], [2, 1])
-    assert (own.get_marker(), own.get_color()) == ("s", plots.LOOKS["relu"].color) and paper.get_markerfacecolor() == "white"
+    assert (
+        list(paper.get_xydata()[0]),
+        list(alike.get_xydata()[0]),
+        list(own.get_xydata()[0]),
+    ) == ([3, 3], [1, 2], [2, 1])
+    assert (own.get_marker(), own.get_color()) == (
+        "s",
+        plots.LOOKS["relu"].color,
+    ) and paper.get_markerfacecolor() == "white"
     ax.figure.draw_without_rendering()
 
 
@@ -391,11 +508,18 @@ def test_one_legend_joins_the_counts_of_all_panels():
     plots.curves(left, planted(), "train_loss")
     plots.learning_curves(right, planted(["elu"], seeds=[0]))
     plots.one_legend(figure, [left, right])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ELU (n = 1–3)", "ReLU (n = 3)", "training", "validation"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "ELU (n = 1–3)",
+        "ReLU (n = 3)",
+        "training",
+        "validation",
+    ]
     assert left.get_legend() is None and right.get_legend() is None
 
 
-@pytest.mark.parametrize(("last", "label", "tick"), [(150_000, "thousand updates", "100"), (1000, "updates", None)])
+@pytest.mark.parametrize(
+    ("last", "label", "tick"), [(150_000, "thousand updates", "100"), (1000, "updates", None)]
+)
 def test_steps_are_counted_in_thousands_if_there_are_many(ax, last, label, tick):
     ax.plot([0, last], [0, 1])
     plots.in_thousands(ax)
@@ -407,10 +531,12 @@ def test_log_scales_have_plain_numbers(ax):
     ax.plot([0.1, 8], [1, 1])
     ax.set_xscale("log")
     plots.on_log_scale(ax.xaxis)
-    assert {0.1, 0.2, 0.5, 1, 2, 5} <= set(np.round(ax.get_xticks(), 6)) and ax.xaxis.get_major_formatter()(0.2) == "0.2"
+    assert {0.1, 0.2, 0.5, 1, 2, 5} <= set(
+        np.round(ax.get_xticks(), 6)
+    ) and ax.xaxis.get_major_formatter()(0.2) == "0.2"
 
 
-# -- tables that cannot be drawn ---------------------------------------------------------------------------------
+# -- tables that cannot be drawn -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +557,9 @@ def test_a_missing_column_is_named(ax, draw, column):
         draw(ax, planted().drop(columns=column))
 
 
-@pytest.mark.parametrize("draw", [plots.unit_means, plots.learning_curves, plots.gap_against_mean, plots.coupling])
+@pytest.mark.parametrize(
+    "draw", [plots.unit_means, plots.learning_curves, plots.gap_against_mean, plots.coupling]
+)
 def test_an_empty_table_is_refused(ax, draw):
     with pytest.raises(ValueError, match="none"):
         draw(ax, planted().iloc[:0])
@@ -446,10 +574,18 @@ def test_a_table_without_units_is_refused(ax):
 def test_a_title_is_no_wider_than_the_figure():
     with plots.style():
         figure, _ = plots.panels(1)
-        plots.headed(figure, "Squared error per pixel, of networks with eight hidden layers, medians over runs\nmnist: 2 epochs")
+        plots.headed(
+            figure,
+            "Squared error per pixel, of networks with eight hidden layers, medians over "
+            "runs\nmnist: 2 epochs",
+        )
         figure.draw_without_rendering()
     title = figure._suptitle
-    assert title is not None and title.get_text().count("\n") == 2 and title.get_text().endswith("\nmnist: 2 epochs")
+    assert (
+        title is not None
+        and title.get_text().count("\n") == 2
+        and title.get_text().endswith("\nmnist: 2 epochs")
+    )
     assert title.get_window_extent().width <= figure.bbox.width
 
 

@@ -1,4 +1,6 @@
-"""The page: its numbers against numpy, its text against an HTML parser, its charts in a real browser."""
+"""The page: its numbers against numpy, its text against an HTML parser, its charts in a real
+browser.
+"""
 
 import base64
 import hashlib
@@ -21,14 +23,25 @@ from biasshift.analysis.verdicts import claims
 from biasshift.plots.theme import LOOKS, ON_DARK
 from biasshift.report import report
 from biasshift.report.claims_section import claims_part
-from biasshift.report.downsample import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, DRAWN, LEVELS, MOST_CELLS, MOST_STEPS, by_depth
+from biasshift.report.downsample import (
+    ALL_LAYERS,
+    CELL_COLUMNS,
+    CURVE_COLUMNS,
+    DRAWN,
+    LEVELS,
+    MOST_CELLS,
+    MOST_STEPS,
+    by_depth,
+)
 from biasshift.report.equal_loss import MOST_LAYERS
 from biasshift.report.html import as_json, escaped, plain, told_apart
 from biasshift.runs.reader import read_runs
 from biasshift.runs.writer import Run
 
 MOST_BYTES = 5_000_000
-HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
+HOSTILE = (
+    "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
+)
 FORMULA = "=HYPERLINK(\"http://example.invalid\")'; datum['x']; ${1}"
 
 
@@ -61,15 +74,25 @@ class Page(HTMLParser):
 
     def options(self, select: str) -> dict[str, str]:
         inner = self.source.split(f'<select id="{select}">')[1].split("</select>")[0]
-        return {part.split('"')[1]: part.split(">")[1].split("<")[0] for part in inner.split("<option ")[1:]}
+        return {
+            part.split('"')[1]: part.split(">")[1].split("<")[0]
+            for part in inner.split("<option ")[1:]
+        }
 
     def table(self, summary: str) -> list[list[str]]:
         """The texts of the cells in the table that opens below a line."""
-        inner = self.source.split(f"<summary>{html.escape(summary)}</summary>")[1].split("</table>")[0]
-        return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in inner.split("<tr>")[1:]]
+        inner = self.source.split(f"<summary>{html.escape(summary)}</summary>")[1].split(
+            "</table>"
+        )[0]
+        return [
+            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in inner.split("<tr>")[1:]
+        ]
 
     def rows(self, name: str) -> pd.DataFrame:
-        return pd.DataFrame(self.data["datasets"][name]["rows"], columns=self.data["datasets"][name]["names"])
+        return pd.DataFrame(
+            self.data["datasets"][name]["rows"], columns=self.data["datasets"][name]["names"]
+        )
 
 
 def write(folder: Path, config: dict, *frames: pd.DataFrame) -> Path:
@@ -88,7 +111,10 @@ def units(rng, steps, layers, count, quantity="mean", offset=0.0) -> pd.DataFram
 
 def curves(rng, steps) -> pd.DataFrame:
     steps = np.asarray(steps)
-    losses = {name: np.exp(-steps / 50) + rng.random(len(steps)) for name in ("train_loss", "valid_loss", "train_error", "valid_error")}
+    losses = {
+        name: np.exp(-steps / 50) + rng.random(len(steps))
+        for name in ("train_loss", "valid_loss", "train_error", "valid_error")
+    }
     return pd.DataFrame({"step": steps, "epoch": steps / 10, **losses})
 
 
@@ -98,9 +124,17 @@ def small(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     for activation in ("elu", "relu"):
         for seed in range(3):
-            whole = pd.DataFrame({"step": [0, 10], "layer": "b", "unit": -1, "cos_gradient": rng.random(2)})
-            frames = curves(rng, [0, 10, 20]), units(rng, [0, 10, 20], ["a", "c"], 5, offset=seed), whole
-            write(folder / f"{activation}-{seed}", {"activation": activation, "seed": seed}, *frames)
+            whole = pd.DataFrame(
+                {"step": [0, 10], "layer": "b", "unit": -1, "cos_gradient": rng.random(2)}
+            )
+            frames = (
+                curves(rng, [0, 10, 20]),
+                units(rng, [0, 10, 20], ["a", "c"], 5, offset=seed),
+                whole,
+            )
+            write(
+                folder / f"{activation}-{seed}", {"activation": activation, "seed": seed}, *frames
+            )
     return folder
 
 
@@ -109,7 +143,7 @@ def page(small) -> Page:
     return Page(report([small], small.parent / "small.html"))
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def test_cells_are_medians_per_run_then_mean_and_sd_over_runs(small, page):
@@ -118,9 +152,19 @@ def test_cells_are_medians_per_run_then_mean_and_sd_over_runs(small, page):
     code = {name: code for code, name in page.data["datasets"]["layers"]["rows"]}
     for group, activation in enumerate(("elu", "relu")):
         for layer, names in ((code["a"], ["a"]), (code["c"], ["c"]), (ALL_LAYERS, ["a", "c"])):
-            wanted = table[(table["activation"] == activation) & (table["step"] == 10) & table["layer"].isin(names) & (table["unit"] >= 0)]
-            values = [wanted.loc[wanted["run"] == f"{activation}-{seed}", "mean"].to_numpy(float) for seed in range(3)]
-            (found,) = cells[(cells.q == mean) & (cells.g == group) & (cells.l == layer) & (cells.s == 10)].itertuples()
+            wanted = table[
+                (table["activation"] == activation)
+                & (table["step"] == 10)
+                & table["layer"].isin(names)
+                & (table["unit"] >= 0)
+            ]
+            values = [
+                wanted.loc[wanted["run"] == f"{activation}-{seed}", "mean"].to_numpy(float)
+                for seed in range(3)
+            ]
+            (found,) = cells[
+                (cells.q == mean) & (cells.g == group) & (cells.l == layer) & (cells.s == 10)
+            ].itertuples()
             medians = [np.median(some) for some in values]
             assert (found.n, found.runs) == (5 * len(names) * 3, 3)
             assert found.mean == pytest.approx(np.mean(medians), rel=1e-3)
@@ -131,36 +175,71 @@ def test_cells_are_medians_per_run_then_mean_and_sd_over_runs(small, page):
 
 def test_a_quantity_of_whole_layers_is_spread_over_runs(small, page):
     cells, table = page.rows("cells"), read_runs(small, units=False)
-    (code,) = (int(code) for code, name in page.options("quantity").items() if name == "cos_gradient")
-    values = table.loc[(table["activation"] == "relu") & (table["step"] == 0), "cos_gradient"].dropna()
-    (found,) = cells[(cells.q == code) & (cells.g == 1) & (cells.s == 0) & (cells.l >= 0)].itertuples()
+    (code,) = (
+        int(code) for code, name in page.options("quantity").items() if name == "cos_gradient"
+    )
+    values = table.loc[
+        (table["activation"] == "relu") & (table["step"] == 0), "cos_gradient"
+    ].dropna()
+    (found,) = cells[
+        (cells.q == code) & (cells.g == 1) & (cells.s == 0) & (cells.l >= 0)
+    ].itertuples()
     assert (found.n, found.runs) == (3, 3) and found.mean == pytest.approx(values.mean(), rel=1e-3)
     assert page.data["measured"][str(code)] == {"layers": [found.l], "steps": [0, 10]}
 
 
 def test_curves_are_mean_and_sd_over_runs(small, page):
     points, table = page.rows("curves"), read_runs(small, units=False)
-    assert set(points["metric"]) == {0, 1} and list(points.columns) == CURVE_COLUMNS and list(page.rows("cells")) == CELL_COLUMNS
+    assert (
+        set(points["metric"]) == {0, 1}
+        and list(points.columns) == CURVE_COLUMNS
+        and list(page.rows("cells")) == CELL_COLUMNS
+    )
     for metric, name in enumerate(("loss", "error")):
         for split in ("train", "valid"):
-            wanted = table.loc[(table["activation"] == "elu") & (table["step"] == 20), f"{split}_{name}"].dropna()
-            (found,) = points[(points.metric == metric) & (points.split == split) & (points.g == 0) & (points.step == 20)].itertuples()
+            wanted = table.loc[
+                (table["activation"] == "elu") & (table["step"] == 20), f"{split}_{name}"
+            ].dropna()
+            (found,) = points[
+                (points.metric == metric)
+                & (points.split == split)
+                & (points.g == 0)
+                & (points.step == 20)
+            ].itertuples()
             assert (found.epoch, found.n) == (2, 3)
-            assert found.mean == pytest.approx(wanted.mean(), rel=1e-3) and found.sd == pytest.approx(wanted.std(), rel=1e-2)
+            assert found.mean == pytest.approx(
+                wanted.mean(), rel=1e-3
+            ) and found.sd == pytest.approx(wanted.std(), rel=1e-2)
             logs = np.log10(wanted)
-            assert found.log == pytest.approx(logs.mean(), rel=1e-3, abs=1e-4) and found.log_sd == pytest.approx(logs.std(), rel=1e-2)
+            assert found.log == pytest.approx(
+                logs.mean(), rel=1e-3, abs=1e-4
+            ) and found.log_sd == pytest.approx(logs.std(), rel=1e-2)
 
 
 def test_claims_are_those_of_the_runs(tmp_path):
     for activation, loss in (("elu", 0.5), ("relu", 0.9)):
         for seed in range(6):
-            rows = Planted(activation, seed, train_loss=loss + 0.01 * seed * (activation == "elu")).rows()
+            rows = Planted(
+                activation, seed, train_loss=loss + 0.01 * seed * (activation == "elu")
+            ).rows()
             of_the_run = {"run", "activation", "seed", "experiment", "epochs", "lr"}
-            config = {"activation": activation, "seed": seed, "experiment": "planted", "epochs": 4, "lr": 0.1}
-            write(tmp_path / "runs" / f"{activation}-{seed}", config, rows.drop(columns=[*of_the_run.intersection(rows)]))
+            config = {
+                "activation": activation,
+                "seed": seed,
+                "experiment": "planted",
+                "epochs": 4,
+                "lr": 0.1,
+            }
+            write(
+                tmp_path / "runs" / f"{activation}-{seed}",
+                config,
+                rows.drop(columns=[*of_the_run.intersection(rows)]),
+            )
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
     verdicts = claims(tmp_path / "runs")
-    assert [text for text in found.text if text in ("supported", "not supported", "undecided")] == list(verdicts["verdict"])
+    assert [
+        text for text in found.text if text in ("supported", "not supported", "undecided")
+    ] == list(verdicts["verdict"])
     assert "supported" in set(verdicts["verdict"]) and set(sentences(verdicts)) <= set(found.text)
 
 
@@ -169,26 +248,50 @@ def test_settings_that_may_not_be_compared_are_judged_one_by_one(tmp_path):
         for activation in ("elu", "relu"):
             for seed in range(2):
                 rows = Planted(activation, seed, train_loss=0.5 + seed / 10).rows()
-                rows = rows.drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
-                config = {"activation": activation, "seed": seed, "experiment": "planted", "epochs": 4, "lr": 0.1, "batch_size": size}
+                rows = rows.drop(
+                    columns=["run", "activation", "seed", "experiment", "epochs", "lr"]
+                )
+                config = {
+                    "activation": activation,
+                    "seed": seed,
+                    "experiment": "planted",
+                    "epochs": 4,
+                    "lr": 0.1,
+                    "batch_size": size,
+                }
                 write(tmp_path / "runs" / f"{activation}-{seed}-{size}", config, rows)
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
     assert [label for _, label in found.data["datasets"]["labels"]["rows"]] == [
         f"{name}, batch_size = {size} (n = 2)" for name in ("ELU", "ReLU") for size in (16, 32)
     ]
-    assert {"batch_size = 16", "batch_size = 32"} <= set(found.text) and found.text.count("undecided") >= 10
+    assert {"batch_size = 16", "batch_size = 32"} <= set(found.text) and found.text.count(
+        "undecided"
+    ) >= 10
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path):
     rng = np.random.default_rng(0)
     for update in ("sgd", "ung"):
-        for activation, slope in (("elu", 0.0), ("swish", 1.0)):  # the slope follows from the activation: no setting of its own
+        for activation, slope in (
+            ("elu", 0.0),
+            ("swish", 1.0),
+        ):  # the slope follows from the activation: no setting of its own
             for seed in range(2):
-                config = {"activation": activation, "seed": seed, "update": update, "slope": slope, "out": [update]}
+                config = {
+                    "activation": activation,
+                    "seed": seed,
+                    "update": update,
+                    "slope": slope,
+                    "out": [update],
+                }
                 write(tmp_path / "runs" / f"{activation}-{update}-{seed}", config, curves(rng, [0]))
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
     labels = [label for _, label in found.data["datasets"]["labels"]["rows"]]
-    assert labels == [f"{name}, update = {update} (n = 2)" for name in ("ELU", "swish") for update in ("sgd", "ung")]
+    assert labels == [
+        f"{name}, update = {update} (n = 2)"
+        for name in ("ELU", "swish")
+        for update in ("sgd", "ung")
+    ]
     assert found.rows("curves")["n"].eq(2).all()
     light, dark = (found.data["themes"][theme]["range"]["category"] for theme in ("light", "dark"))
     assert len(set(light)) == len(set(dark)) == 4
@@ -201,27 +304,53 @@ def labels(found: Page) -> list[str]:
 
 def test_of_many_learning_rates_the_best_is_drawn(tmp_path):
     """Each network at its own; a run that failed is no candidate, however low its last loss."""
-    best = {("elu", "plain"): 0.2, ("elu", "centered"): 0.4, ("relu", "plain"): 0.1, ("relu", "centered"): 0.3}
+    best = {
+        ("elu", "plain"): 0.2,
+        ("elu", "centered"): 0.4,
+        ("relu", "plain"): 0.1,
+        ("relu", "centered"): 0.3,
+    }
     for (activation, update), rate in best.items():
         for lr in (0.1, 0.2, 0.3, 0.4, 0.5):
             folder = tmp_path / "runs" / f"{activation}-{update}-{lr}"
-            frame = pd.DataFrame({"step": [0, 10], "train_loss": [1.0 if lr == rate else 9.0, 0.5 + abs(lr - rate)]})
+            frame = pd.DataFrame(
+                {"step": [0, 10], "train_loss": [1.0 if lr == rate else 9.0, 0.5 + abs(lr - rate)]}
+            )
             # Examining is no part of training: it makes no setting.
-            config = {"activation": activation, "seed": 0, "update": update, "lr": lr, "examined": update == "plain"}
+            config = {
+                "activation": activation,
+                "seed": 0,
+                "update": update,
+                "lr": lr,
+                "examined": update == "plain",
+            }
             if lr == 0.5:
                 frame["train_loss"] = 1e-3
-                with pytest.raises(RuntimeError, match="diverged"), Run.create(folder, config) as run:
+                with (
+                    pytest.raises(RuntimeError, match="diverged"),
+                    Run.create(folder, config) as run,
+                ):
                     run.append(frame)
                     raise RuntimeError("diverged")
             else:
                 write(folder, config, frame)
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
     names = {"elu": "ELU", "relu": "ReLU"}
-    assert set(labels(found)) == {f"{names[name]}, update = {update}, lr = {lr:g} (n = 1)" for (name, update), lr in best.items()}
-    assert "4 of 20 groups of runs" in " ".join(found.text) and "ELU, update = plain, lr = 0.1" in " ".join(found.text)
-    # The four that are drawn can be told apart: pale and full are as far from each other as they would be without the others.
+    assert set(labels(found)) == {
+        f"{names[name]}, update = {update}, lr = {lr:g} (n = 1)"
+        for (name, update), lr in best.items()
+    }
+    assert "4 of 20 groups of runs" in " ".join(
+        found.text
+    ) and "ELU, update = plain, lr = 0.1" in " ".join(found.text)
+    # The four that are drawn can be told apart: pale and full are as far from each other as they
+    # would be without the others.
     colors = found.data["themes"]["light"]["range"]["category"]
-    assert LOOKS["elu"].color.lower() in colors and LOOKS["relu"].color.lower() in colors and len(set(colors)) == 4
+    assert (
+        LOOKS["elu"].color.lower() in colors
+        and LOOKS["relu"].color.lower() in colors
+        and len(set(colors)) == 4
+    )
 
 
 def test_without_losses_as_many_groups_are_drawn_as_can_be_told_apart(tmp_path):
@@ -242,13 +371,17 @@ def test_steep_losses_begin_on_a_logarithmic_scale(tmp_path, last, scale):
 
 def test_a_command_of_all_runs_stands_once(small, tmp_path):
     shutil.copytree(small, tmp_path / "runs")
-    origin = json.loads((small / "elu-0" / "provenance.json").read_text()) | {"command": ["made", "of-all"]}
+    origin = json.loads((small / "elu-0" / "provenance.json").read_text()) | {
+        "command": ["made", "of-all"]
+    }
     command = "made of-all"
     for folder in (tmp_path / "runs").iterdir():
         (folder / "provenance.json").write_text(json.dumps(origin))
     found = Page(report([tmp_path / "runs"], tmp_path / "same.html"))
     assert sum(command in text for text in found.text) == 1
-    (tmp_path / "runs" / "elu-0" / "provenance.json").write_text(json.dumps({**origin, "command": ["another"]}))
+    (tmp_path / "runs" / "elu-0" / "provenance.json").write_text(
+        json.dumps({**origin, "command": ["another"]})
+    )
     found = Page(report([tmp_path / "runs"], tmp_path / "others.html"))
     assert sum(command in text for text in found.text) == 5 and found.text.count("another") == 1
 
@@ -256,15 +389,25 @@ def test_a_command_of_all_runs_stands_once(small, tmp_path):
 def test_what_is_not_added_to_a_network_is_not_in_its_label(tmp_path):
     for number, (constant, norm) in enumerate([(0.0, False), (0.5, False), (0.0, True)]):
         config = {"activation": "elu", "seed": 0, "constant": constant, "batch_norm": norm}
-        write(tmp_path / "runs" / f"run-{number}", config, pd.DataFrame({"step": [0], "train_loss": [1.0]}))
+        write(
+            tmp_path / "runs" / f"run-{number}",
+            config,
+            pd.DataFrame({"step": [0], "train_loss": [1.0]}),
+        )
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
-    assert labels(found) == ["ELU (n = 1)", "ELU, constant = 0.5 (n = 1)", "ELU, batch_norm = True (n = 1)"]
+    assert labels(found) == [
+        "ELU (n = 1)",
+        "ELU, constant = 0.5 (n = 1)",
+        "ELU, batch_norm = True (n = 1)",
+    ]
 
 
-# -- odd runs ----------------------------------------------------------------------------------------------------
+# -- odd runs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [{}, {"activation": 3}, {"seed": "x"}, {"activation": "elu", "seed": 0}])
+@pytest.mark.parametrize(
+    "config", [{}, {"activation": 3}, {"seed": "x"}, {"activation": "elu", "seed": 0}]
+)
 def test_a_run_without_rows_or_options_has_a_page(tmp_path, config):
     write(tmp_path / "runs" / "a", config)
     found = Page(report([tmp_path / "runs"], tmp_path / "deeper" / "a.html"))
@@ -274,34 +417,73 @@ def test_a_run_without_rows_or_options_has_a_page(tmp_path, config):
 
 def test_options_of_odd_kinds_take_no_chart_away(tmp_path):
     for activation in ("elu", "relu"):
-        rows = Planted(activation, 0).rows().drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
-        config = {"activation": activation, "seed": 0, "experiment": "planted", "epochs": "four", "lr": [1]}
+        rows = (
+            Planted(activation, 0)
+            .rows()
+            .drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
+        )
+        config = {
+            "activation": activation,
+            "seed": 0,
+            "experiment": "planted",
+            "epochs": "four",
+            "lr": [1],
+        }
         write(tmp_path / "runs" / activation, config, rows)
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
-    assert "heat" in found.data["charts"] and any("No verdicts. These runs' options" in text for text in found.text)
+    assert "heat" in found.data["charts"] and any(
+        "No verdicts. These runs' options" in text for text in found.text
+    )
 
 
 def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
-    frame = pd.DataFrame({"step": 0, "layer": "a", "unit": range(6), "s": [1.0, 2.0, 3.0, np.inf, 1e300, np.nan]})
+    frame = pd.DataFrame(
+        {"step": 0, "layer": "a", "unit": range(6), "s": [1.0, 2.0, 3.0, np.inf, 1e300, np.nan]}
+    )
     found = Page(report([write(tmp_path / "a", {"activation": "elu"}, frame)], tmp_path / "a.html"))
     assert found.rows("cells")["n"].tolist() == [3, 3] and found.rows("cells")["sd"].isna().all()
     assert any("'s': 2 of 5 values are infinite" in text for text in found.text)
 
 
 def test_examinations_at_equal_loss_are_at_no_step(tmp_path):
-    rows = {"step": [0, 0], "layer": "a", "unit": [-1, 0], "exam_damping": [0.1, np.nan], "exam_k": [9.0, np.nan], "mean": [9.0, 1.0]}
-    found = Page(report([write(tmp_path / "a", {"activation": "elu"}, pd.DataFrame(rows))], tmp_path / "a.html"))
-    assert list(found.options("quantity").values()) == ["mean"] and set(found.rows("cells")["mean"]) == {1}
+    rows = {
+        "step": [0, 0],
+        "layer": "a",
+        "unit": [-1, 0],
+        "exam_damping": [0.1, np.nan],
+        "exam_k": [9.0, np.nan],
+        "mean": [9.0, 1.0],
+    }
+    found = Page(
+        report(
+            [write(tmp_path / "a", {"activation": "elu"}, pd.DataFrame(rows))], tmp_path / "a.html"
+        )
+    )
+    assert list(found.options("quantity").values()) == ["mean"] and set(
+        found.rows("cells")["mean"]
+    ) == {1}
 
 
 def examined(folder: Path, runs: int = 3) -> Path:
-    """Runs examined at two probes and three dampings; "2" is recorded before "1", as weight layers are before activations."""
+    """Runs examined at two probes and three dampings; "2" is recorded before "1", as weight layers
+    are before activations.
+    """
     for seed in range(runs):
-        keys = [(layer, probe, damping) for layer in ("2", "10", "1") for probe in (0, 1) for damping in (1e-4, 1e-2, 1.0)]
+        keys = [
+            (layer, probe, damping)
+            for layer in ("2", "10", "1")
+            for probe in (0, 1)
+            for damping in (1e-4, 1e-2, 1.0)
+        ]
         rows = pd.DataFrame(keys, columns=["layer", "exam_probe", "exam_damping"]).assign(
             step=70 + seed, unit=-1, exam_loss=0.4 + seed / 10
         )
-        rows["exam_gap_degrees"] = rows["layer"].astype(float) * 4 + rows["exam_probe"] * 2 + seed + rows["exam_damping"] * 1000
+        rows["exam_gap_degrees"] = (
+            rows["layer"].astype(float) * 4
+            + rows["exam_probe"] * 2
+            + seed
+            + rows["exam_damping"] * 1000
+        )
         rows["exam_k"] = np.where(rows["layer"] == "10", np.nan, 1e-9)
         units = pd.DataFrame({"step": 0, "layer": ["2", "10", "1"], "unit": 0, "mean": 1.0})
         write(folder / f"elu-{seed}", {"activation": "elu", "seed": seed}, units, rows)
@@ -310,73 +492,163 @@ def examined(folder: Path, runs: int = 3) -> Path:
 
 def test_examinations_at_equal_loss_are_in_tables(tmp_path):
     found = Page(report([examined(tmp_path / "runs")], tmp_path / "a.html"))
-    # 4 · layer, on average 1 more for the probe and for the seed, 10 for the damping 0.01; seeds 0, 1, 2 have SD 1.
-    wanted = [["layer", "ELU (n = 3)"], ["1", "16.0 ± 1.0"], ["2", "20.0 ± 1.0"], ["10", "52.0 ± 1.0"]]
+    # 4 · layer, on average 1 more for the probe and for the seed, 10 for the damping 0.01; seeds 0,
+    # 1, 2 have SD 1.
+    wanted = [
+        ["layer", "ELU (n = 3)"],
+        ["1", "16.0 ± 1.0"],
+        ["2", "20.0 ± 1.0"],
+        ["10", "52.0 ± 1.0"],
+    ]
     assert found.table("gradient gap (degrees)") == wanted
-    # What is the same in all layers stands once; tiny numbers are no zeros, and what was not measured is a dash.
+    # What is the same in all layers stands once; tiny numbers are no zeros, and what was not
+    # measured is a dash.
     assert found.table("training loss")[1:] == [["all layers", "0.500 ± 0.100"]]
     assert found.table("steps to equal loss")[1:] == [["all layers", "71.0 ± 1.0"]]
     assert found.table("k")[1:] == [["1", "1e−09 ± 0"], ["2", "1e−09 ± 0"], ["10", "–"]]
     said = " ".join(found.text)
-    assert "dampings 0.0001, 1: their table is of 0.01" in said and "The 2 probes" in said and "Nothing: every" not in said
+    assert (
+        "dampings 0.0001, 1: their table is of 0.01" in said
+        and "The 2 probes" in said
+        and "Nothing: every" not in said
+    )
 
 
 def test_a_page_that_leaves_nothing_out_says_so_and_others_do_not(small, tmp_path):
     assert "Nothing: every" in " ".join(Page(report([small], tmp_path / "a.html")).text)
     rows = pd.DataFrame({"step": 0, "layer": "a", "unit": [-1, 0, 1], "s": [9.0, 1.0, 1.0]})
-    said = " ".join(Page(report([write(tmp_path / "runs", {"activation": "elu"}, rows)], tmp_path / "b.html")).text)
-    assert "Nothing: every" not in said and "Values of whole layers, of what was measured of units, too: s." in said
+    said = " ".join(
+        Page(
+            report([write(tmp_path / "runs", {"activation": "elu"}, rows)], tmp_path / "b.html")
+        ).text
+    )
+    assert (
+        "Nothing: every" not in said
+        and "Values of whole layers, of what was measured of units, too: s." in said
+    )
 
 
 @pytest.mark.parametrize("damping", [np.inf, 0.5])
 def test_foreign_examinations_have_a_page(tmp_path, damping):
-    rows = {"step": 0, "layer": [f"l{number}" for number in range(70)], "unit": -1, "exam_damping": damping, "exam_x": [*range(69), 1e300]}
-    found = Page(report([write(tmp_path / "runs", {"activation": "elu"}, pd.DataFrame(rows))], tmp_path / "a.html"))
+    rows = {
+        "step": 0,
+        "layer": [f"l{number}" for number in range(70)],
+        "unit": -1,
+        "exam_damping": damping,
+        "exam_x": [*range(69), 1e300],
+    }
+    found = Page(
+        report(
+            [write(tmp_path / "runs", {"activation": "elu"}, pd.DataFrame(rows))],
+            tmp_path / "a.html",
+        )
+    )
     said = " ".join(found.text)
-    assert len(found.table("x")) == MOST_LAYERS + 1 and "32 of 70 layers" in said and found.table("x")[-1] == ["l69", "–"]
+    assert (
+        len(found.table("x")) == MOST_LAYERS + 1
+        and "32 of 70 layers" in said
+        and found.table("x")[-1] == ["l69", "–"]
+    )
 
 
 def planted_claims() -> pd.DataFrame:
-    """Three claims about two questions, as the others see them: raw, corrected and contrary p all differ."""
-    columns = {"source": "section 3", "statistic": "x", "effect": 0.5, "low": 0.25, "high": 0.75, "n": 6, "family": "f"}
+    """Three claims about two questions, as the others see them: raw, corrected and contrary p all
+    differ.
+    """
+    columns = {
+        "source": "section 3",
+        "statistic": "x",
+        "effect": 0.5,
+        "low": 0.25,
+        "high": 0.75,
+        "n": 6,
+        "family": "f",
+    }
     rows = [
-        {"number": 1, "claim": "a", "statement": "first", "verdict": "supported", "p": 0.011, "p_holm": 0.022, "p_contrary": 0.99},
-        {"number": 1, "claim": "b", "statement": "second", "verdict": "not supported", "p": 0.97, "p_holm": 0.98, "p_contrary": 0.033},
-        {"number": 6, "claim": "c", "statement": "third", "verdict": "undecided", "p": 0.044, "p_holm": 0.055, "p_contrary": 0.96},
+        {
+            "number": 1,
+            "claim": "a",
+            "statement": "first",
+            "verdict": "supported",
+            "p": 0.011,
+            "p_holm": 0.022,
+            "p_contrary": 0.99,
+        },
+        {
+            "number": 1,
+            "claim": "b",
+            "statement": "second",
+            "verdict": "not supported",
+            "p": 0.97,
+            "p_holm": 0.98,
+            "p_contrary": 0.033,
+        },
+        {
+            "number": 6,
+            "claim": "c",
+            "statement": "third",
+            "verdict": "undecided",
+            "p": 0.044,
+            "p_holm": 0.055,
+            "p_contrary": 0.96,
+        },
     ]
     return pd.DataFrame(rows).assign(**columns, caveat="mind this")
 
 
 def test_a_claim_shows_the_p_that_its_verdict_goes_by():
     rows = re.findall(r"<tr>(.*?)</tr>", claims_part(planted_claims(), []))
-    cells = [[html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
+    cells = [
+        [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows
+    ]
     shown = [(row[2], row[3], row[4]) for row in cells if row]
     numbers = ("0.5 [0.25, 0.75]", "n = 6")
-    assert shown == [(*numbers, "p = 0.022"), (*numbers, "p = 0.033<br>the contrary holds"), (*numbers, "p = 0.055")]
+    assert shown == [
+        (*numbers, "p = 0.022"),
+        (*numbers, "p = 0.033<br>the contrary holds"),
+        (*numbers, "p = 0.055"),
+    ]
 
 
 def test_claims_are_folded_by_question():
     text = claims_part(planted_claims(), ["said"])
-    questions = [re.findall(r">([^<>]+)<", line) for line in re.findall(r"<summary>(<b>.*?)</summary>", text)]
+    questions = [
+        re.findall(r">([^<>]+)<", line) for line in re.findall(r"<summary>(<b>.*?)</summary>", text)
+    ]
     assert [[part for part in parts if part.strip()] for parts in questions] == [
         ["1 · Mean activations", "1 supported", "1 not supported"],
         ["6 · Speed", "1 undecided"],
     ]
-    assert "open" not in re.findall(r"<details([^>]*)>", text) and text.count("<details") == 2 + 3 + 1
-    visible = re.sub(r"</summary>.*?</details>", "</summary>", text.replace("<table", "</summary><table"))
+    assert (
+        "open" not in re.findall(r"<details([^>]*)>", text) and text.count("<details") == 2 + 3 + 1
+    )
+    visible = re.sub(
+        r"</summary>.*?</details>", "</summary>", text.replace("<table", "</summary><table")
+    )
     assert "mind this" not in visible and text.count("mind this") == 3
 
 
 def test_layers_lie_by_depth():
     assert by_depth(["0", "2", "10", "1", "3", "11"]) == ["0", "1", "2", "3", "10", "11"]
     # Words keep the order of the modules; a cut or strange number does not stop it.
-    names = ["stem.0", "block.2.conv", "block.10.conv", "head", "stem.1", "block.2.relu", "²", "9" * 5000]
+    names = [
+        "stem.0",
+        "block.2.conv",
+        "block.10.conv",
+        "head",
+        "stem.1",
+        "block.2.relu",
+        "²",
+        "9" * 5000,
+    ]
     expected = ["stem.0", "stem.1", "block.2.conv", "block.2.relu", "block.10.conv", "head", "²"]
     assert [name for name in by_depth(names) if name != names[-1]] == expected
 
 
 def test_a_long_tail_does_not_squeeze_the_rest(tmp_path):
-    """One activation has a tail at 5 and 10 %; an axis over all drawn percentiles would begin at −5,000."""
+    """One activation has a tail at 5 and 10 %; an axis over all drawn percentiles would begin at
+    −5,000.
+    """
     rng = np.random.default_rng(0)
     for activation in ("elu", "relu", "srelu"):
         values = rng.normal(size=400)
@@ -384,7 +656,10 @@ def test_a_long_tail_does_not_squeeze_the_rest(tmp_path):
         values[:300] = 0 if activation == "srelu" else values[:300]  # dead units
         frame = pd.DataFrame({"step": 0, "layer": "a", "unit": range(400), "k": values})
         write(tmp_path / "runs" / activation, {"activation": activation, "seed": 0}, frame)
-    table, cells = read_runs(tmp_path / "runs"), Page(report([tmp_path / "runs"], tmp_path / "a.html")).rows("cells")
+    table, cells = (
+        read_runs(tmp_path / "runs"),
+        Page(report([tmp_path / "runs"], tmp_path / "a.html")).rows("cells"),
+    )
     cells = cells[cells["l"] >= 0]
     (low,), (high,) = set(cells["low"]), set(cells["high"])  # one axis for all
     assert -5 < low < -1 and 1 < high < 5
@@ -398,69 +673,128 @@ def test_a_long_tail_does_not_squeeze_the_rest(tmp_path):
 
 def test_no_path_of_a_machine_is_on_the_page(small, tmp_path):
     shutil.copytree(small, tmp_path / "runs")
-    command = ["/opt/secret/biasshift/__main__.py", "train", "--data", "/opt/secret/sets", "--out=/opt/secret/runs", "--lr", "1/3"]
+    command = [
+        "/opt/secret/biasshift/__main__.py",
+        "train",
+        "--data",
+        "/opt/secret/sets",
+        "--out=/opt/secret/runs",
+        "--lr",
+        "1/3",
+    ]
     for folder in (tmp_path / "runs").iterdir():
-        origin = json.loads((folder / "provenance.json").read_text()) | {"command": command, "code": "/opt/secret/code"}
+        origin = json.loads((folder / "provenance.json").read_text()) | {
+            "command": command,
+            "code": "/opt/secret/code",
+        }
         (folder / "provenance.json").write_text(json.dumps(origin))
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
-    assert "secret" not in found.source and "biasshift train --data sets --out=runs --lr 1/3" in found.text
+    assert (
+        "secret" not in found.source
+        and "biasshift train --data sets --out=runs --lr 1/3" in found.text
+    )
 
 
 def test_escapes_and_directions_reach_neither_text_nor_charts(tmp_path):
     """A terminal's escapes and characters that turn text around, in every name that a run can have."""
     bad = "\x1b[31m\u202egnp\u2066\x9b"
     rng = np.random.default_rng(0)
-    frames = [units(rng, [0, 10], [f"{bad}layer"], 3, f"{bad}quantity"), pd.DataFrame({"step": [0, 10], f"train_{bad}": [1.0, 2.0]})]
-    frames.append(pd.DataFrame({"step": [5], "layer": bad, "unit": -1, "exam_damping": 0.01, f"exam_{bad}": 1.0}))
+    frames = [
+        units(rng, [0, 10], [f"{bad}layer"], 3, f"{bad}quantity"),
+        pd.DataFrame({"step": [0, 10], f"train_{bad}": [1.0, 2.0]}),
+    ]
+    frames.append(
+        pd.DataFrame(
+            {"step": [5], "layer": bad, "unit": -1, "exam_damping": 0.01, f"exam_{bad}": 1.0}
+        )
+    )
     for seed in range(2):
         config = {"activation": f"{bad}activation", "seed": seed, f"{bad}key": f"{bad}{seed}"}
         write(tmp_path / "runs" / f"{bad}{seed}", config, *frames)
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     found = Page(out)
     decoded = json.dumps(found.data, ensure_ascii=False)
-    for text in (decoded, *found.text, *found.scripts[:1], json.dumps(found.elements, ensure_ascii=False)):
+    for text in (
+        decoded,
+        *found.text,
+        *found.scripts[:1],
+        json.dumps(found.elements, ensure_ascii=False),
+    ):
         assert not [char for char in text if char in "\x1b\u202e\u2066\x9b"]
     assert "\\u001b" not in found.scripts[0]
-    assert "layer" in decoded and "activation" in decoded and any("quantity" in text for text in found.text)
+    assert (
+        "layer" in decoded
+        and "activation" in decoded
+        and any("quantity" in text for text in found.text)
+    )
 
 
-# -- text from runs ----------------------------------------------------------------------------------------------
+# -- text from runs --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
     """A run in which every text that can be chosen is chosen badly."""
     folder, rng = tmp_path_factory.mktemp("hostile"), np.random.default_rng(0)
-    config = {"activation": HOSTILE, "seed": 0, HOSTILE: HOSTILE, "formula": FORMULA, "huge": "<" * 1_000_000, "bidi": "\u202egnp.exe\0"}
+    config = {
+        "activation": HOSTILE,
+        "seed": 0,
+        HOSTILE: HOSTILE,
+        "formula": FORMULA,
+        "huge": "<" * 1_000_000,
+        "bidi": "\u202egnp.exe\0",
+    }
     frames = [curves(rng, [0, 10]), units(rng, [0, 10], [HOSTILE, FORMULA, "x" * 10_000], 3)]
     frames += [units(rng, [0, 10], ["a"], 3, name) for name in (HOSTILE + "1", FORMULA, "q" * 5000)]
     frames.append(pd.DataFrame({"step": [0, 10], HOSTILE + "2": 1.0}))
     run = write(folder / "runs" / "<img src=x onerror=alert(1)>", config, *frames)
     write(folder / "runs" / "other", {**config, HOSTILE: "other"}, *frames)
-    origin = {"command": [HOSTILE, {"a": HOSTILE}], "commit": [HOSTILE], "device": {"<b>": HOSTILE}, "seed": HOSTILE, "started": HOSTILE}
+    origin = {
+        "command": [HOSTILE, {"a": HOSTILE}],
+        "commit": [HOSTILE],
+        "device": {"<b>": HOSTILE},
+        "seed": HOSTILE,
+        "started": HOSTILE,
+    }
     (run / "provenance.json").write_text(json.dumps({**origin, HOSTILE: HOSTILE}), encoding="utf-8")
     return report([folder / "runs"], folder / "hostile.html")
 
 
 def test_text_of_runs_makes_no_elements(hostile, page):
     found = Page(hostile)
-    assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements} | {"details", "summary", "code", "pre"}
+    assert {tag for tag, _ in found.elements} <= {tag for tag, _ in page.elements} | {
+        "details",
+        "summary",
+        "code",
+        "pre",
+    }
     assert {name for _, attributes in found.elements for name in attributes} <= {
         name for _, attributes in page.elements for name in attributes
     }
     assert len(found.scripts) == 3 and HOSTILE in "".join(found.text)
-    assert "(1,000,000 characters)" in json.dumps(found.text) or "characters)" in "".join(found.text)
-    assert "\u202e" not in found.source and "\0" not in found.source and hostile.stat().st_size < MOST_BYTES
+    assert "(1,000,000 characters)" in json.dumps(found.text) or "characters)" in "".join(
+        found.text
+    )
+    assert (
+        "\u202e" not in found.source
+        and "\0" not in found.source
+        and hostile.stat().st_size < MOST_BYTES
+    )
 
 
 def test_text_of_runs_enters_charts_as_data_only(hostile):
     charts = json.dumps(Page(hostile).data["charts"])
-    charts = charts.replace(json.dumps([label for _, label in Page(hostile).data["datasets"]["labels"]["rows"]]), "")
+    charts = charts.replace(
+        json.dumps([label for _, label in Page(hostile).data["datasets"]["labels"]["rows"]]), ""
+    )
     assert "pwned" not in charts and "HYPERLINK" not in charts and "qqqq" not in charts
 
 
 def test_text_helpers():
-    assert as_json({"a": "<!--</script>"}) == '{"a":"\\u003c!--\\u003c/script>"}' and json.loads(as_json("<")) == "<"
+    assert (
+        as_json({"a": "<!--</script>"}) == '{"a":"\\u003c!--\\u003c/script>"}'
+        and json.loads(as_json("<")) == "<"
+    )
     assert escaped("<\"'&>") == "&lt;&quot;&#x27;&amp;&gt;"
     assert plain("a\ud800\x1bb\n") == "a\ufffd\ufffdb\n"
     assert told_apart(["a", "a", "a #2", "a"]) == ["a", "a #2", "a #2 #2", "a #3"]
@@ -468,16 +802,30 @@ def test_text_helpers():
 
 def test_the_page_loads_nothing_and_runs_its_own_scripts_only(page):
     attributes = [(tag, name) for tag, some in page.elements for name in some]
-    assert not [(tag, name) for tag, name in attributes if name in ("src", "srcset", "action") or name.startswith("on")]
+    assert not [
+        (tag, name)
+        for tag, name in attributes
+        if name in ("src", "srcset", "action") or name.startswith("on")
+    ]
     assert all(some["href"].startswith("#part-") for _, some in page.elements if "href" in some)
-    (policy,) = (some["content"] for _, some in page.elements if some.get("http-equiv") == "Content-Security-Policy")
+    (policy,) = (
+        some["content"]
+        for _, some in page.elements
+        if some.get("http-equiv") == "Content-Security-Policy"
+    )
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
-    assert rules["script-src"].split() == [f"'sha256-{value}'" for value in hashes] and rules["default-src"] == "'none'"
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in page.scripts[1:]
+    ]
+    assert (
+        rules["script-src"].split() == [f"'sha256-{value}'" for value in hashes]
+        and rules["default-src"] == "'none'"
+    )
     assert len(page.source.encode()) < 1_200_000
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "config.json", "report"])
@@ -500,20 +848,34 @@ def test_a_failure_leaves_the_earlier_page(small, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report([small], out)
-    assert out.read_text() == "earlier" and sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "runs"]
+    assert out.read_text() == "earlier" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.html",
+        "runs",
+    ]
 
 
-# -- large input -------------------------------------------------------------------------------------------------
+# -- large input -----------------------------------------------------------------------------------
 
 
 def test_200_runs_stay_small_and_quick(tmp_path):
     rng, steps = np.random.default_rng(0), range(0, 3000, 50)
     layers = [f"layer.{number}" for number in range(12)]
     names = ["mean", "var", "own", "incoming", "k", *(f"quantity_{number}" for number in range(15))]
-    frame = units(rng, steps, layers, 2).assign(**{name: rng.normal(size=60 * 12 * 2) for name in names})
+    frame = units(rng, steps, layers, 2).assign(
+        **{name: rng.normal(size=60 * 12 * 2) for name in names}
+    )
     for number in range(200):
-        config = {"activation": ("elu", "relu", "lrelu", "srelu")[number % 4], "seed": number // 20, "lr": 0.1 * (1 + number // 4 % 5)}
-        write(tmp_path / "runs" / f"run-{number}", {**config, "note": "n" * 20_000}, curves(rng, range(0, 3000, 10)), frame)
+        config = {
+            "activation": ("elu", "relu", "lrelu", "srelu")[number % 4],
+            "seed": number // 20,
+            "lr": 0.1 * (1 + number // 4 % 5),
+        }
+        write(
+            tmp_path / "runs" / f"run-{number}",
+            {**config, "note": "n" * 20_000},
+            curves(rng, range(0, 3000, 10)),
+            frame,
+        )
     begun = time.process_time()  # not of the machine, which others may load
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     taken, found = time.process_time() - begun, Page(out)
@@ -521,31 +883,58 @@ def test_200_runs_stay_small_and_quick(tmp_path):
     cells = found.rows("cells")
     assert len(cells) <= MOST_CELLS and cells.groupby(["q", "g"])["s"].nunique().max() <= MOST_STEPS
     # First and last stay, and the page says what went.
-    assert set(cells.groupby(["q", "g"])["s"].min()) == {0} and set(cells.groupby(["q", "g"])["s"].max()) == {2950}
+    assert set(cells.groupby(["q", "g"])["s"].min()) == {0} and set(
+        cells.groupby(["q", "g"])["s"].max()
+    ) == {2950}
     said = " ".join(found.text)
-    assert "4 of 20 groups of runs" in said and "of 60 measured steps, evenly chosen" in said and "of 300 measured steps" in said
+    assert (
+        "4 of 20 groups of runs" in said
+        and "of 60 measured steps, evenly chosen" in said
+        and "of 300 measured steps" in said
+    )
 
 
 def test_the_worst_mixture_keeps_its_limits(tmp_path):
     rng = np.random.default_rng(0)
-    layers, names = [f"{'<' * 100}{number}" for number in range(70)], [f"{'<' * 80}{number}" for number in range(45)]
-    frame = units(rng, [0, 1, 2], layers, 1).assign(**{name: rng.normal(size=210) * 1e-100 for name in names})
-    network = pd.DataFrame({"step": range(50), **{f"n{name}": rng.normal(size=50) for name in names}})
+    layers, names = (
+        [f"{'<' * 100}{number}" for number in range(70)],
+        [f"{'<' * 80}{number}" for number in range(45)],
+    )
+    frame = units(rng, [0, 1, 2], layers, 1).assign(
+        **{name: rng.normal(size=210) * 1e-100 for name in names}
+    )
+    network = pd.DataFrame(
+        {"step": range(50), **{f"n{name}": rng.normal(size=50) for name in names}}
+    )
     for number in range(30):
-        write(tmp_path / "runs" / f"run-{number}", {"activation": "<" * 500 + str(number), "note": "<" * 5000}, frame, network)
+        write(
+            tmp_path / "runs" / f"run-{number}",
+            {"activation": "<" * 500 + str(number), "note": "<" * 5000},
+            frame,
+            network,
+        )
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     found = Page(out)
     assert out.stat().st_size < MOST_BYTES and len(found.rows("cells")) <= MOST_CELLS
     assert len(found.options("quantity")) == 40 and "32 of 70 layers" in " ".join(found.text)
-    assert all(count == 1 for count in pd.Series(label for _, label in found.data["datasets"]["labels"]["rows"]).value_counts())
+    assert all(
+        count == 1
+        for count in pd.Series(
+            label for _, label in found.data["datasets"]["labels"]["rows"]
+        ).value_counts()
+    )
 
 
-# -- in a browser ------------------------------------------------------------------------------------------------
+# -- in a browser ----------------------------------------------------------------------------------
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 needs_browser = [
     pytest.mark.browser,
-    pytest.mark.skipif(not (BROWSER and shutil.which("chromedriver")), reason="no Chromium and chromedriver here"),
+    pytest.mark.skipif(
+        not (BROWSER and shutil.which("chromedriver")), reason="no Chromium and chromedriver here"
+    ),
 ]
 
 
@@ -557,13 +946,18 @@ def driver():
         options.add_argument(argument)
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     yield browser
     browser.quit()
 
 
 def scheme(driver, name: str) -> None:
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]})
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": name}]},
+    )
 
 
 def wait(driver, script: str):
@@ -614,17 +1008,27 @@ def browser(test):
 def test_the_page_opens_and_draws_without_a_complaint(shown, page):
     assert set(page.data["charts"]) == {"curves-loss", "curves-error", "heat", "across", "within"}
     for chart in page.data["charts"]:
-        assert shown.execute_script("return document.querySelectorAll(`#${arguments[0]} svg path`).length", chart) > 10
+        assert (
+            shown.execute_script(
+                "return document.querySelectorAll(`#${arguments[0]} svg path`).length", chart
+            )
+            > 10
+        )
     assert len(marks(shown, "heat", "rect")) == 2 * 3 and shown.get_log("browser") == []
 
 
 @browser
 def test_the_colors_are_those_of_the_figures_and_change_with_the_scheme(shown):
     colors = "[...document.querySelectorAll('#across g.mark-line path')].map(p => p.getAttribute('stroke'))"
-    assert shown.execute_script(f"return {colors}") == [LOOKS["elu"].color.lower(), LOOKS["relu"].color.lower()]
+    assert shown.execute_script(f"return {colors}") == [
+        LOOKS["elu"].color.lower(),
+        LOOKS["relu"].color.lower(),
+    ]
     scheme(shown, "dark")
     wait(shown, "document.body.dataset.drawn .startsWith('dark')")
-    assert shown.execute_script(f"return {colors}") == [ON_DARK[LOOKS[name].color].lower() for name in ("elu", "relu")]
+    assert shown.execute_script(f"return {colors}") == [
+        ON_DARK[LOOKS[name].color].lower() for name in ("elu", "relu")
+    ]
     assert shown.get_log("browser") == []
 
 
@@ -641,20 +1045,28 @@ def test_another_quantity_and_layer_are_drawn(shown, page):
     free = "[...document.querySelectorAll('#{} option')].filter(o => !o.disabled).map(o => o.text)"
     assert shown.execute_script(f"return {free.format('layer')}") == ["all layers", "b"]
     assert shown.execute_script(f"return {free.format('step')}") == ["0", "10"]
-    assert shown.execute_script("return [document.getElementById('layer').value, document.getElementById('step').value]") == ["-1", "10"]
+    assert shown.execute_script(
+        "return [document.getElementById('layer').value, document.getElementById('step').value]"
+    ) == ["-1", "10"]
     assert shown.get_log("browser") == []
 
 
 @browser
 def test_a_logarithmic_scale_has_mean_and_sd_of_the_logarithm(shown, page):
     points = page.rows("curves")
-    points = points[(points.metric == 0) & (points.split == "train") & (points.g == 0)].sort_values("step")
+    points = points[(points.metric == 0) & (points.split == "train") & (points.g == 0)].sort_values(
+        "step"
+    )
     heights = "[...document.querySelectorAll('#curves-loss g.mark-line.role-mark path')].map(path => path.getAttribute('d'))"
     for scale, values in (("linear", points["mean"]), ("logarithmic", points["log"])):
         choose(shown, "scale", scale)
         wait(shown, f"document.body.dataset.drawn.includes('{scale[:3]}')")
-        lines = [[float(pair.split(",")[1]) for pair in path[1:].split("L")] for path in shown.execute_script(f"return {heights}")]
-        # On the right scale the heights are linear in the values; the first line is the first series' training.
+        lines = [
+            [float(pair.split(",")[1]) for pair in path[1:].split("L")]
+            for path in shown.execute_script(f"return {heights}")
+        ]
+        # On the right scale the heights are linear in the values; the first line is the first
+        # series' training.
         assert any(abs(np.corrcoef(line, values)[0, 1]) > 0.99999 for line in lines)
     assert shown.get_log("browser") == []
 
@@ -667,13 +1079,17 @@ def test_compressed_colors_keep_what_they_show(shown):
     wait(shown, "document.body.dataset.drawn.includes('compressed')")
     after = shown.execute_script(f"return {fills}")
     # Another scale, the same order: the largest cell is the lightest on both.
-    assert len(set(after)) == len(before) and before.index("rgb(253, 231, 37)") == after.index("rgb(253, 231, 37)")
+    assert len(set(after)) == len(before) and before.index("rgb(253, 231, 37)") == after.index(
+        "rgb(253, 231, 37)"
+    )
     assert shown.get_log("browser") == []
 
 
 @browser
 def test_a_click_on_the_heat_map_chooses_layer_and_step(shown, page):
-    chosen = "[...document.querySelectorAll('#layer, #step')].map(s => s.selectedOptions[0].text).join()"
+    chosen = (
+        "[...document.querySelectorAll('#layer, #step')].map(s => s.selectedOptions[0].text).join()"
+    )
     assert shown.execute_script(f"return {chosen}") == "all layers,20"
     before = marks(shown, "within", "line")
     from selenium.webdriver import ActionChains
@@ -692,8 +1108,17 @@ def test_a_click_on_the_heat_map_chooses_layer_and_step(shown, page):
 @browser
 def test_a_narrow_screen_holds_the_page(driver, page, small):
     opened(driver, small.parent / "small.html", width=360)
-    assert driver.execute_script("const d = document.documentElement; return d.scrollWidth === d.clientWidth && d.clientWidth > 300")
-    assert 200 < driver.execute_script("return document.querySelector('#heat svg').getBoundingClientRect().width") < 360
+    assert driver.execute_script(
+        "const d = document.documentElement; return d.scrollWidth === d.clientWidth && "
+        "d.clientWidth > 300"
+    )
+    assert (
+        200
+        < driver.execute_script(
+            "return document.querySelector('#heat svg').getBoundingClientRect().width"
+        )
+        < 360
+    )
 
 
 @browser
@@ -702,7 +1127,10 @@ def test_text_of_runs_does_nothing_in_a_browser(driver, hostile):
     for quantity in list(Page(hostile).options("quantity").values()):
         choose(driver, "quantity", html.unescape(quantity))
     title = Page(hostile).title
-    assert driver.title == title and driver.execute_script("return document.querySelectorAll('img').length") == 0
+    assert (
+        driver.title == title
+        and driver.execute_script("return document.querySelectorAll('img').length") == 0
+    )
     assert driver.get_log("browser") == []
 
 
@@ -710,9 +1138,15 @@ def test_text_of_runs_does_nothing_in_a_browser(driver, hostile):
 def test_a_script_that_slipped_in_would_not_run(driver, page, small, tmp_path):
     """The policy is a second wall: the page with a hole in the first."""
     holed = tmp_path / "holed.html"
-    holed.write_text(page.source.replace("<h1>", "<script>document.title = 'pwned'</script><h1>", 1), encoding="utf-8")
+    holed.write_text(
+        page.source.replace("<h1>", "<script>document.title = 'pwned'</script><h1>", 1),
+        encoding="utf-8",
+    )
     opened(driver, holed)
-    assert driver.title == page.title and "Content Security Policy" in driver.get_log("browser")[0]["message"]
+    assert (
+        driver.title == page.title
+        and "Content Security Policy" in driver.get_log("browser")[0]["message"]
+    )
 
 
 @browser
@@ -720,21 +1154,48 @@ def test_claims_open_on_demand_and_curves_come_soon(driver, tmp_path):
     for activation, loss in (("elu", 0.5), ("relu", 0.9)):
         for seed in range(6):
             rows = (
-                Planted(activation, seed, train_loss=loss).rows().drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
+                Planted(activation, seed, train_loss=loss)
+                .rows()
+                .drop(columns=["run", "activation", "seed", "experiment", "epochs", "lr"])
             )
-            config = {"activation": activation, "seed": seed, "experiment": "planted", "epochs": 4, "lr": 0.1}
+            config = {
+                "activation": activation,
+                "seed": seed,
+                "experiment": "planted",
+                "epochs": 4,
+                "lr": 0.1,
+            }
             write(tmp_path / "runs" / f"{activation}-{seed}", config, rows)
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     narrow = "const d = document.documentElement; return d.scrollWidth === d.clientWidth"
     for width in (1280, 390):
         opened(driver, out, width)
-        assert driver.execute_script("return document.querySelector('#curves-loss').getBoundingClientRect().top + scrollY") < 2 * 900
-        assert driver.execute_script("return [...document.querySelectorAll('.claims')].filter(t => t.checkVisibility()).length") == 0
-        driver.execute_script("document.querySelectorAll('section > details').forEach(d => d.open = true)")
-        heights = driver.execute_script(
-            "return [...document.querySelectorAll('.claims tbody tr')].map(r => r.getBoundingClientRect().height)"
+        assert (
+            driver.execute_script(
+                "return document.querySelector('#curves-loss').getBoundingClientRect().top + "
+                "scrollY"
+            )
+            < 2 * 900
         )
-        assert len(heights) > 10 and 0 < max(heights) < (70, 170)[width < 700] and driver.execute_script(narrow)
+        assert (
+            driver.execute_script(
+                "return [...document.querySelectorAll('.claims')].filter(t => "
+                "t.checkVisibility()).length"
+            )
+            == 0
+        )
+        driver.execute_script(
+            "document.querySelectorAll('section > details').forEach(d => d.open = true)"
+        )
+        heights = driver.execute_script(
+            "return [...document.querySelectorAll('.claims tbody tr')].map(r => "
+            "r.getBoundingClientRect().height)"
+        )
+        assert (
+            len(heights) > 10
+            and 0 < max(heights) < (70, 170)[width < 700]
+            and driver.execute_script(narrow)
+        )
         driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert driver.execute_script(narrow) and driver.get_log("browser") == []
 
@@ -747,7 +1208,10 @@ def test_only_measured_layers_are_on_the_menu_and_come_back(shown):
     choose(shown, "quantity", "cos_gradient")
     assert shown.execute_script(f"return {menu}") == ["all layers", "b"]
     choose(shown, "quantity", "mean")
-    assert shown.execute_script(f"return {menu}") == ["all layers", "a", "c"] and shown.get_log("browser") == []
+    assert (
+        shown.execute_script(f"return {menu}") == ["all layers", "a", "c"]
+        and shown.get_log("browser") == []
+    )
 
 
 @browser

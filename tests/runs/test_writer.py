@@ -1,4 +1,6 @@
-"""A run survives what happens to runs: kills, Ctrl-C, a second start, and being handed around as a folder of files."""
+"""A run survives what happens to runs: kills, Ctrl-C, a second start, and being handed around as a
+folder of files.
+"""
 
 import json
 import os
@@ -45,7 +47,7 @@ def record(folder: Path, steps: int = 3, **config) -> Path:
     return folder
 
 
-# -- the round trip ----------------------------------------------------------------------------------------------
+# -- the round trip --------------------------------------------------------------------------------
 
 
 def test_what_is_appended_is_read_back(tmp_path):
@@ -54,7 +56,9 @@ def test_what_is_appended_is_read_back(tmp_path):
     expected = pd.concat([rows(step) for step in range(3)], ignore_index=True)
     read = table[expected.columns].astype({"layer": "str"})
     pd.testing.assert_frame_equal(read, expected, check_dtype=False, rtol=1e-7)
-    assert table["coupling"].max() == 1 - 1e-9  # float32 would make it 1, and 1/(1 - coupling) infinite
+    assert (
+        table["coupling"].max() == 1 - 1e-9
+    )  # float32 would make it 1, and 1/(1 - coupling) infinite
     assert (table["run"] == "elu-0").all() and (table["activation"] == "elu").all()
     assert (table["seed"] == 0).all() and (table["lr"] == 0.01).all()
     assert "sizes" not in table  # only scalars become columns
@@ -83,7 +87,9 @@ def test_a_bounded_number_of_rows_waits_in_memory(tmp_path):
     with Run.create(tmp_path / "run", {}, max_rows=12) as run:
         for step in range(4):  # 5 rows each: the third passes 12
             run.append(rows(step))
-        assert [path.name for path in sorted(tmp_path.glob("run/segment*"))] == ["segment-00000.parquet"]
+        assert [path.name for path in sorted(tmp_path.glob("run/segment*"))] == [
+            "segment-00000.parquet"
+        ]
         assert len(read_run(tmp_path / "run")) == 15
     assert len(read_run(tmp_path / "run")) == 20
 
@@ -114,7 +120,7 @@ def test_provenance_says_where_a_run_came_from(tmp_path):
     assert {"commit", "dirty"} <= provenance.keys() or "version" in provenance
 
 
-# -- many runs ---------------------------------------------------------------------------------------------------
+# -- many runs -------------------------------------------------------------------------------------
 
 
 def test_many_runs_make_one_table(tmp_path):
@@ -123,10 +129,18 @@ def test_many_runs_make_one_table(tmp_path):
     with Run.create(tmp_path / "elu" / "deep" / "seed-1", {"activation": "elu", "seed": 1}) as run:
         run.append(pd.DataFrame({"step": [0], "layer": ["7"], "unit": [0], "var": [2.0]}))
     table = read_runs(tmp_path)
-    assert table.groupby("run").size().to_dict() == {"deep/seed-1": 1, "elu/seed-0": 15, "relu/seed-0": 15}
+    assert table.groupby("run").size().to_dict() == {
+        "deep/seed-1": 1,
+        "elu/seed-0": 15,
+        "relu/seed-0": 15,
+    }
     deep, relu = table[table["run"] == "deep/seed-1"], table[table["run"] == "relu/seed-0"]
     assert deep["mean"].isna().all() and deep["lr"].isna().all() and (deep["var"] == 2).all()
-    assert (relu["activation"] == "relu").all() and relu["var"].isna().all() and relu["batch_norm"].isna().all()
+    assert (
+        (relu["activation"] == "relu").all()
+        and relu["var"].isna().all()
+        and relu["batch_norm"].isna().all()
+    )
     assert table["seed"].dtype == np.int64 and table["lr"].dtype == np.float64
     assert set(table["layer"].cat.categories) == {"1", "10", "", "7"}
 
@@ -163,10 +177,12 @@ def test_states_of_runs(tmp_path):
     assert (states["started"] <= states["updated"]).all()
 
 
-# -- ends that nobody planned ------------------------------------------------------------------------------------
+# -- ends that nobody planned ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt, "interrupted"), (RuntimeError, "failed")])
+@pytest.mark.parametrize(
+    ("error", "state"), [(KeyboardInterrupt, "interrupted"), (RuntimeError, "failed")]
+)
 def test_an_exception_keeps_the_rows_and_marks_the_run(tmp_path, error, state):
     with pytest.raises(error), Run.create(tmp_path / "run", {}) as run:
         run.append(rows(0))
@@ -201,7 +217,9 @@ for step in range(10**9):
 
 
 def test_a_killed_run_is_readable_up_to_its_last_flush(tmp_path):
-    code = KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    code = KILLED.format(
+        root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path / "run")
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     seen = next(int(line) for line in process.stdout if int(line) >= 57)
@@ -233,7 +251,7 @@ def test_only_temporary_files_are_no_hindrance(tmp_path):
     assert run_states(tmp_path)["state"].tolist() == ["finished"]
 
 
-# -- starting where something is already -------------------------------------------------------------------------
+# -- starting where something is already -----------------------------------------------------------
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path):
@@ -250,13 +268,17 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path):
     assert (folder / "notes.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "state.json", "segment-00000.parquet"])
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "config.json", "state.json", "segment-00000.parquet"]
+)
 @pytest.mark.parametrize("exist", ["refuse", "replace"])
 def test_files_of_something_else_are_never_touched(tmp_path, name, exist):
     (tmp_path / name).write_text('{"model_type": "bert"}')
     with pytest.raises(FileExistsError, match="holds no run"):
         Run.create(tmp_path, {}, exist=exist)
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"model_type": "bert"}'
+    assert (
+        os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"model_type": "bert"}'
+    )
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -266,7 +288,16 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [{"mean": 1}, {"run": "a"}, {"state": "x"}, {1: 2}, {"lr": float("nan")}, {"seed": 2**64}, {"net": object()}]
+    "config",
+    [
+        {"mean": 1},
+        {"run": "a"},
+        {"state": "x"},
+        {1: 2},
+        {"lr": float("nan")},
+        {"seed": 2**64},
+        {"net": object()},
+    ],
 )
 def test_a_config_that_cannot_be_stored_is_refused_before_anything_is_written(tmp_path, config):
     with pytest.raises(ValueError):
@@ -301,7 +332,7 @@ def test_a_closed_run_takes_no_rows(tmp_path):
         run.append(rows(0))
 
 
-# -- folders from elsewhere --------------------------------------------------------------------------------------
+# -- folders from elsewhere ------------------------------------------------------------------------
 
 
 class Bomb:
@@ -318,8 +349,14 @@ DAMAGES = {
     "config of the future": ("config.json", b'{"biasshift_run": 99, "config": {}}'),
     "config without options": ("config.json", b'{"biasshift_run": 1, "config": [1]}'),
     "config names a column": ("config.json", b'{"biasshift_run": 1, "config": {"mean": 3}}'),
-    "config with a huge number": ("config.json", b'{"biasshift_run": 1, "config": {"seed": 1' + b"0" * 400 + b"}}"),
-    "config with half a character": ("config.json", b'{"biasshift_run": 1, "config": {"name": "\\ud800"}}'),
+    "config with a huge number": (
+        "config.json",
+        b'{"biasshift_run": 1, "config": {"seed": 1' + b"0" * 400 + b"}}",
+    ),
+    "config with half a character": (
+        "config.json",
+        b'{"biasshift_run": 1, "config": {"name": "\\ud800"}}',
+    ),
     "cut segment": ("segment-00000.parquet", None),
     "empty segment": ("segment-00000.parquet", b""),
     "pickled segment": ("segment-00000.parquet", pickle.dumps(Bomb())),
@@ -339,7 +376,14 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b'{"state": "great"}', b'{"state": ["running"]}', b'{"state": "failed", "last_step": 1.5}']
+    "content",
+    [
+        b"{",
+        b"[]",
+        b'{"state": "great"}',
+        b'{"state": ["running"]}',
+        b'{"state": "failed", "last_step": 1.5}',
+    ],
 )
 def test_a_damaged_state_is_named(tmp_path, content):
     record(tmp_path / "run", seed=0)
@@ -349,7 +393,12 @@ def test_a_damaged_state_is_named(tmp_path, content):
 
 
 def keys(**more) -> dict:
-    return {"step": pa.array([0], pa.int64()), "layer": ["1"], "unit": pa.array([0], pa.int32()), **more}
+    return {
+        "step": pa.array([0], pa.int64()),
+        "layer": ["1"],
+        "unit": pa.array([0], pa.int32()),
+        **more,
+    }
 
 
 FOREIGN = {
@@ -413,12 +462,15 @@ def test_a_key_of_one_run_measured_in_another_is_refused(tmp_path):
         read_runs(tmp_path)
 
 
-# -- going on with a run -----------------------------------------------------------------------------------------
+# -- going on with a run ---------------------------------------------------------------------------
 
 
 def interrupted(folder: Path) -> Path:
     """Three segments, of the steps 0, 1 and 2; config and state of a run that was interrupted."""
-    with pytest.raises(KeyboardInterrupt), Run.create(folder, {"seed": 0, "lr": 0.5, "out": Path("runs")}) as run:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Run.create(folder, {"seed": 0, "lr": 0.5, "out": Path("runs")}) as run,
+    ):
         for step in range(3):
             run.append(rows(step))
             run.flush()
@@ -436,13 +488,17 @@ def test_a_run_is_gone_on_with_behind_its_first_segments(tmp_path, segments):
     provenance = (folder / "provenance.json").read_bytes()
     with Run.resume(folder, CONFIG, segments, last_step=segments - 1 if segments else None) as run:
         states = run_states(folder)
-        assert states["state"].tolist() == ["running"] and states["last_step"].tolist() == [segments - 1 if segments else pd.NA]
+        assert states["state"].tolist() == ["running"] and states["last_step"].tolist() == [
+            segments - 1 if segments else pd.NA
+        ]
         assert len(read_run(folder)) == 5 * segments and run.segments == segments
         for step in range(segments, 5):
             run.append(rows(step))
             run.flush()
     assert read_run(folder)["step"].tolist() == [step for step in range(5) for _ in range(5)]
-    assert run_states(folder)["state"].tolist() == ["finished"] and run_states(folder)["last_step"].tolist() == [4]
+    assert run_states(folder)["state"].tolist() == ["finished"] and run_states(folder)[
+        "last_step"
+    ].tolist() == [4]
     assert (folder / "provenance.json").read_bytes() == provenance
 
 
@@ -457,7 +513,10 @@ def test_a_run_is_gone_on_with_behind_its_first_segments(tmp_path, segments):
 def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, change, says):
     folder = interrupted(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for call in (lambda config: Run.resume(folder, config, 1), lambda config: Run.is_finished(folder, config)):
+    for call in (
+        lambda config: Run.resume(folder, config, 1),
+        lambda config: Run.is_finished(folder, config),
+    ):
         with pytest.raises(ValueError, match=f"holds a run {says}"):
             call(CONFIG | change)
     with pytest.raises(ValueError, match=r"lr = 0\.5, and this one has None"):
@@ -474,7 +533,9 @@ def test_a_run_that_lacks_a_segment_is_not_gone_on_with(tmp_path):
 
 
 def test_a_run_is_finished_when_it_says_so(tmp_path):
-    assert not Run.is_finished(tmp_path / "nowhere", CONFIG) and not Run.is_finished(tmp_path, CONFIG)
+    assert not Run.is_finished(tmp_path / "nowhere", CONFIG) and not Run.is_finished(
+        tmp_path, CONFIG
+    )
     folder = interrupted(tmp_path / "run")
     assert not Run.is_finished(folder, CONFIG)
     (folder / "state.json").unlink()
@@ -488,11 +549,16 @@ def test_whoever_knows_that_a_run_is_lost_can_say_so(tmp_path):
     with Run.create(tmp_path / "run", {}) as run:
         run.append(rows(0))
         run.failed = True
-    assert run_states(tmp_path)["state"].tolist() == ["failed"] and len(read_run(tmp_path / "run")) == 5
+    assert (
+        run_states(tmp_path)["state"].tolist() == ["failed"]
+        and len(read_run(tmp_path / "run")) == 5
+    )
 
 
 def test_a_replaced_run_loses_its_checkpoint_first_and_its_config_last(tmp_path, monkeypatch):
-    """Killed at any moment, what is left is a run that begins anew: never a checkpoint of something that is not there."""
+    """Killed at any moment, what is left is a run that begins anew: never a checkpoint of something
+    that is not there.
+    """
     folder = record(tmp_path / "run", seed=0)
     (folder / "checkpoint.pt").write_bytes(b"")
     gone: list[str] = []
@@ -505,4 +571,10 @@ def test_a_replaced_run_loses_its_checkpoint_first_and_its_config_last(tmp_path,
     monkeypatch.setattr(Path, "unlink", noted)
     with Run.create(folder, {"seed": 1}, exist="replace"):
         pass
-    assert gone == ["checkpoint.pt", "state.json", "segment-00000.parquet", "provenance.json", "config.json"]
+    assert gone == [
+        "checkpoint.pt",
+        "state.json",
+        "segment-00000.parquet",
+        "provenance.json",
+        "config.json",
+    ]

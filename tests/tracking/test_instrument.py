@@ -1,4 +1,6 @@
-"""`bs.instrument`: one tidy table, equal to direct measurements at the same steps, from a training loop that notices nothing."""
+"""`bs.instrument`: one tidy table, equal to direct measurements at the same steps, from a training
+loop that notices nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ MORE = ["coupling_corrected", "norm_cov_p", "cov_distance"]
 UPDATES = ["shift_gradient", "shift_centered", "shift_natural"]
 OWN_OF = ["own_gradient", "own_centered", "own_natural"]
 MORE_GAP = ["norm_ratio_centered", "norm_ratio_diagonal", "gap_explained"]
-FISHER = ["mean_delta2", "s", "k", "k0", "coupling", "effective_samples", "norm_mean_p", "norm_mean_q", "norm_corrected_mean"]
+FISHER = [
+    "mean_delta2",
+    "s",
+    "k",
+    "k0",
+    "coupling",
+    "effective_samples",
+    "norm_mean_p",
+    "norm_mean_q",
+    "norm_corrected_mean",
+]
 GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
 DAMPING = 1e-3
 
@@ -33,10 +45,15 @@ def mlp() -> tuple[nn.Module, Tensor, Tensor]:
     return BY_NAME["mlp-elu"].build()
 
 
-def batches(steps: int, dtype: torch.dtype = DOUBLE, inputs: tuple[int, ...] = (5,)) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    steps: int, dtype: torch.dtype = DOUBLE, inputs: tuple[int, ...] = (5,)
+) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(17)
     for _ in range(steps):
-        yield torch.randn(8, *inputs, generator=generator, dtype=dtype) + 0.5, torch.randint(3, (8,), generator=generator)
+        yield (
+            torch.randn(8, *inputs, generator=generator, dtype=dtype) + 0.5,
+            torch.randint(3, (8,), generator=generator),
+        )
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **options: Any) -> None:
@@ -51,7 +68,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **opti
 def logged(steps: int = 4, every: int = 2, **options: Any) -> tuple[Any, nn.Module]:
     model, x, y = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=every, damping=DAMPING, **options) as log:
+    with bs.instrument(
+        model, optimizer=optimizer, probe=(x, y), every=every, damping=DAMPING, **options
+    ) as log:
         train(model, optimizer, steps)
     return log, model
 
@@ -65,17 +84,33 @@ def row(table: pd.DataFrame, step: int, layer: str) -> pd.DataFrame:
 def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
     scale = max(float(value.nan_to_num().abs().max()), 1e-300)
     torch.testing.assert_close(
-        torch.tensor(column.to_numpy(), dtype=DOUBLE), value.double(), rtol=0, atol=tolerance * scale, equal_nan=True
+        torch.tensor(column.to_numpy(), dtype=DOUBLE),
+        value.double(),
+        rtol=0,
+        atol=tolerance * scale,
+        equal_nan=True,
     )
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_columns_and_their_types() -> None:
     table = logged()[0].table()
-    assert list(table.columns) == [*KEYS, *ACTIVATION, *SHIFT, *FISHER, *GAP, *MORE, *UPDATES, *MORE_GAP, *OWN_OF]
-    assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(table["unit"])
+    assert list(table.columns) == [
+        *KEYS,
+        *ACTIVATION,
+        *SHIFT,
+        *FISHER,
+        *GAP,
+        *MORE,
+        *UPDATES,
+        *MORE_GAP,
+        *OWN_OF,
+    ]
+    assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(
+        table["unit"]
+    )
     assert all(isinstance(name, str) for name in table["layer"])
     assert all(pd.api.types.is_float_dtype(table[name]) for name in table.columns[3:])
     assert table.index.tolist() == list(range(len(table)))
@@ -96,13 +131,21 @@ def test_values_stand_in_the_rows_they_belong_to() -> None:
     table = logged()[0].table()
     later, weights = table["step"] > 0, table["layer"].isin(["0", "2", "4"])
     units, step = table["unit"] >= 0, SHIFT + UPDATES + OWN_OF
-    for columns, rows in ((ACTIVATION, ~weights), (FISHER, weights & units), (GAP, weights & ~units), (step, weights & units & later)):
+    for columns, rows in (
+        (ACTIVATION, ~weights),
+        (FISHER, weights & units),
+        (GAP, weights & ~units),
+        (step, weights & units & later),
+    ):
         for column in columns:
             assert table.loc[rows, column].notna().all(), column
             assert table.loc[~rows, column].isna().all(), column
 
 
-@pytest.mark.parametrize(("steps", "every", "expected"), [(5, 1, [0, 1, 2, 3, 4, 5]), (7, 3, [0, 3, 6]), (2, 5, [0]), (0, 1, [0])])
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [(5, 1, [0, 1, 2, 3, 4, 5]), (7, 3, [0, 3, 6]), (2, 5, [0]), (0, 1, [0])],
+)
 def test_steps_are_completed_optimizer_steps(steps: int, every: int, expected: list[int]) -> None:
     table = logged(steps, every)[0].table()
     assert table["step"].drop_duplicates().tolist() == expected
@@ -122,7 +165,7 @@ def test_the_table_can_be_read_while_training() -> None:
     pd.testing.assert_frame_equal(late.iloc[: len(early)], early)
 
 
-# -- the values --------------------------------------------------------------------------------------------------------
+# -- the values ------------------------------------------------------------------------------------
 
 
 def direct(steps: int, every: int) -> dict[int, dict[str, Any]]:
@@ -170,14 +213,19 @@ def test_values_are_those_of_direct_calls() -> None:
         layer_rows = table[(table["step"] == step) & (table["unit"] == -1)].set_index("layer")
         for layer in ("0", "2", "4"):
             for column in GAP:
-                assert layer_rows.loc[layer, column] == pytest.approx(measured["gap"].loc[layer, column], rel=1e-9), (step, layer, column)
+                assert layer_rows.loc[layer, column] == pytest.approx(
+                    measured["gap"].loc[layer, column], rel=1e-9
+                ), (step, layer, column)
 
 
 def test_values_move_with_training() -> None:
     """What a table of stale measurements would not show."""
     table = logged(4, 2)[0].table()
     for layer, column in (("0", "s"), ("2", "k"), ("1", "mean")):
-        first, last = row(table, 0, layer)[column].to_numpy(), row(table, 4, layer)[column].to_numpy()
+        first, last = (
+            row(table, 0, layer)[column].to_numpy(),
+            row(table, 4, layer)[column].to_numpy(),
+        )
         assert (abs(first - last) > 1e-6 * abs(first)).all()
 
 
@@ -233,22 +281,38 @@ def test_layers_and_units_filter_and_keep_their_indices() -> None:
     rows = weights[weights["unit"] >= 0]
     assert rows["unit"].unique().tolist() == [1, 4]
     expected = row(full, 1, "2")
-    equal(row(table, 1, "2")["k"], torch.tensor(expected[expected["unit"].isin([1, 4])]["k"].to_numpy()), 1e-9)
+    equal(
+        row(table, 1, "2")["k"],
+        torch.tensor(expected[expected["unit"].isin([1, 4])]["k"].to_numpy()),
+        1e-9,
+    )
 
 
 def test_other_likelihoods_and_label_rules() -> None:
     model, x, y = BY_NAME["mlp-bernoulli"].build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with bs.instrument(model, optimizer=optimizer, probe=(x, y), likelihood="bernoulli", labels="empirical", damping=DAMPING) as log:
+    with bs.instrument(
+        model,
+        optimizer=optimizer,
+        probe=(x, y),
+        likelihood="bernoulli",
+        labels="empirical",
+        damping=DAMPING,
+    ) as log:
         pass
-    fisher = bs.unit_fisher(model, [(x, y)], likelihood="bernoulli", labels="empirical", damping=DAMPING)["2"]
+    fisher = bs.unit_fisher(
+        model, [(x, y)], likelihood="bernoulli", labels="empirical", damping=DAMPING
+    )["2"]
     equal(row(log.table(), 0, "2")["mean_delta2"], fisher.c)
     expected = bs.unit_fisher(model, x, likelihood="bernoulli", damping=DAMPING)["2"]
     assert float((fisher.c - expected.c).abs().max()) > 1e-3 * float(expected.c.max())
 
 
 def test_sampled_labels_follow_the_generator() -> None:
-    tables = [logged(2, 1, labels="sampled", generator=torch.Generator().manual_seed(seed))[0].table() for seed in (0, 0, 1)]
+    tables = [
+        logged(2, 1, labels="sampled", generator=torch.Generator().manual_seed(seed))[0].table()
+        for seed in (0, 0, 1)
+    ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
     assert not tables[0]["k"].equals(tables[2]["k"])
 
@@ -259,7 +323,10 @@ def test_the_layers_frame() -> None:
     by_name = layers.set_index("layer")
     assert by_name.index.tolist() == ["0", "1", "2", "3", "4"]
     assert by_name["units"].tolist() == [6, 6, 5, 5, 3]
-    assert by_name.loc[["0", "2", "4"], "kind"].nunique() == 1 and by_name.loc["0", "kind"] != by_name.loc["1", "kind"]
+    assert (
+        by_name.loc[["0", "2", "4"], "kind"].nunique() == 1
+        and by_name.loc["0", "kind"] != by_name.loc["1", "kind"]
+    )
     assert by_name.loc[["2", "4"], "fed_by"].tolist() == ["1", "3"]
     assert by_name.loc["0", "fed_by"] not in list(by_name.index)  # the data
 
@@ -293,7 +360,9 @@ def test_a_layer_that_does_not_run_has_no_rows() -> None:
 
 
 def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
-    """A transposed convolution has no unit Fisher matrix here; the means of its activation are no problem."""
+    """A transposed convolution has no unit Fisher matrix here; the means of its activation are no
+    problem.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.ConvTranspose2d(2, 3, 3), nn.ReLU())
     x = torch.randn(6, 1, 5, 5)
@@ -306,17 +375,25 @@ def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
         bs.unit_fisher(model, x)
 
 
-# -- the loop is untouched ---------------------------------------------------------------------------------------------
+# -- the loop is untouched -------------------------------------------------------------------------
 
 
 def random_net() -> nn.Module:
     """BatchNorm and dropout: anything that is disturbed shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ELU(inplace=True), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+        return nn.Sequential(
+            nn.Linear(5, 6),
+            nn.BatchNorm1d(6),
+            nn.ELU(inplace=True),
+            nn.Dropout(0.3),
+            nn.Linear(6, 3),
+        ).double()
 
 
-def run(build: Callable[[nn.Module, torch.optim.Optimizer], Any] | None) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+def run(
+    build: Callable[[nn.Module, torch.optim.Optimizer], Any] | None,
+) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
     model = random_net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with torch.random.fork_rng(devices=[]):
@@ -330,9 +407,16 @@ def run(build: Callable[[nn.Module, torch.optim.Optimizer], Any] | None) -> tupl
 
 
 INSTRUMENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
-    "probe": lambda model, optimizer: bs.instrument(model, optimizer=optimizer, probe=probe(), every=2),
+    "probe": lambda model, optimizer: bs.instrument(
+        model, optimizer=optimizer, probe=probe(), every=2
+    ),
     "sampled": lambda model, optimizer: bs.instrument(
-        model, optimizer=optimizer, probe=probe(), every=1, labels="sampled", generator=torch.Generator().manual_seed(0)
+        model,
+        optimizer=optimizer,
+        probe=probe(),
+        every=1,
+        labels="sampled",
+        generator=torch.Generator().manual_seed(0),
     ),
     "no-probe": lambda model, optimizer: bs.instrument(model),
 }
@@ -340,7 +424,9 @@ INSTRUMENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 
 def probe() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(20, 5, generator=generator, dtype=DOUBLE), torch.randint(3, (20,), generator=generator)
+    return torch.randn(20, 5, generator=generator, dtype=DOUBLE), torch.randint(
+        3, (20,), generator=generator
+    )
 
 
 @pytest.mark.parametrize("kind", INSTRUMENTS)
@@ -351,7 +437,10 @@ def test_training_is_bit_identical(kind: str) -> None:
         assert torch.equal(watched.state_dict()[name], value), name
     assert str(optimizer.state_dict()) == str(other.state_dict())
     assert torch.equal(rng, other_rng)
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(plain.parameters(), watched.parameters(), strict=True)
+    )
     changed = random_net()
     assert not torch.equal(changed[0].weight, watched[0].weight)
 
@@ -433,12 +522,14 @@ def test_a_mode_of_its_own_stays() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-# -- steps that a gradient scaler skips --------------------------------------------------------------------------------
+# -- steps that a gradient scaler skips ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_step_writes_no_row(fused: bool) -> None:
-    """Four backward passes, the second of them infinite. A fused optimizer is called all the same and skips inside its kernel."""
+    """Four backward passes, the second of them infinite. A fused optimizer is called all the same
+    and skips inside its kernel.
+    """
     model, x, y = mlp()
     model, x = model.float(), x.float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
@@ -452,13 +543,15 @@ def test_a_skipped_step_writes_no_row(fused: bool) -> None:
             scaler.step(optimizer)
             scaler.update()
             weights.append(model[0].weight.detach().clone())
-    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])  # it was skipped
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(
+        weights[2], weights[3]
+    )  # it was skipped
     table = log.table()
     assert table["step"].drop_duplicates().tolist() == [0, 1, 2, 3]
     assert all(row(table, step, "0")["total"].abs().max() > 0 for step in (1, 2, 3))
 
 
-# -- without a probe ---------------------------------------------------------------------------------------------------
+# -- without a probe -------------------------------------------------------------------------------
 
 
 def test_without_a_probe_training_batches_are_accumulated() -> None:
@@ -493,11 +586,16 @@ def test_without_a_probe_flush_starts_anew() -> None:
         model(second)
         last = log.table()
     for table, data in ((whole, first), (both, torch.cat([first, second])), (last, second)):
-        equal(table[table["layer"] == "1"].sort_values("unit")["mean"], bs.activation_moments(model, data)["1"].mean)
+        equal(
+            table[table["layer"] == "1"].sort_values("unit")["mean"],
+            bs.activation_moments(model, data)["1"].mean,
+        )
 
 
 def test_without_a_probe_forwards_of_a_real_loop_count_once_each() -> None:
-    """In single precision; a step moves the weights between batches, so the totals are those of the models as they were."""
+    """In single precision; a step moves the weights between batches, so the totals are those of the
+    models as they were.
+    """
     model, _, _ = mlp()
     model = model.float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -542,7 +640,7 @@ def test_a_log_whose_hooks_never_fired_raises() -> None:
             log.table()
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

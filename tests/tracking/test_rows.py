@@ -1,4 +1,6 @@
-"""What the table holds behind its first columns: what a step's gradient would shift, Cov_p(δ², a), h corrected for few samples."""
+"""What the table holds behind its first columns: what a step's gradient would shift, Cov_p(δ², a),
+h corrected for few samples.
+"""
 
 import copy
 import weakref
@@ -29,7 +31,7 @@ def column(table, step, layer, name) -> torch.Tensor:
     return torch.tensor(row(table, step, layer)[name].to_numpy(), dtype=DOUBLE)
 
 
-# -- what the gradient of a step would shift -------------------------------------------------------------------------------------
+# -- what the gradient of a step would shift -------------------------------------------------------
 
 LR = 1e-2
 
@@ -37,15 +39,21 @@ LR = 1e-2
 def minibatch(seed: int = 3, shape: tuple[int, ...] = (5,)) -> tuple[torch.Tensor, torch.Tensor]:
     """Examples that are not those of the probe."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(16, *shape, generator=generator, dtype=DOUBLE) - 0.4, torch.randint(3, (16,), generator=generator)
+    return torch.randn(16, *shape, generator=generator, dtype=DOUBLE) - 0.4, torch.randint(
+        3, (16,), generator=generator
+    )
 
 
-def backward(model: nn.Module, scale: float = 1.0, seed: int = 3, shape: tuple[int, ...] = (5,)) -> None:
+def backward(
+    model: nn.Module, scale: float = 1.0, seed: int = 3, shape: tuple[int, ...] = (5,)
+) -> None:
     x, y = minibatch(seed, shape)
     (scale * F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)).backward()
 
 
-def stepped(model, optimizer, probe, step=None, fill: Callable[[nn.Module], None] = backward, **options):
+def stepped(
+    model, optimizer, probe, step=None, fill: Callable[[nn.Module], None] = backward, **options
+):
     """The table of one step of somebody's loop."""
     with bs.instrument(model, optimizer, probe, every=1, damping=DAMPING, **options) as log:
         fill(model)
@@ -58,16 +66,33 @@ def sgd(model: nn.Module, **options) -> torch.optim.SGD:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-8) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-12 * float(expected.abs().nan_to_num().max()), equal_nan=True)
+    torch.testing.assert_close(
+        found,
+        expected,
+        rtol=rtol,
+        atol=1e-12 * float(expected.abs().nan_to_num().max()),
+        equal_nan=True,
+    )
 
 
-@pytest.mark.parametrize(("name", "center", "scale"), [("gradient", "none", "none"), ("centered", "q", "none"), ("natural", "q", "full")])
+@pytest.mark.parametrize(
+    ("name", "center", "scale"),
+    [("gradient", "none", "none"), ("centered", "q", "none"), ("natural", "q", "full")],
+)
 def test_the_shift_of_an_update_is_the_own_part_that_a_step_of_it_measures(name, center, scale):
-    """The optimizer looks at the probe's own examples; the curvature is exact, too, by its empirical labels."""
+    """The optimizer looks at the probe's own examples; the curvature is exact, too, by its
+    empirical labels.
+    """
     model, x, y = BY_NAME["mlp-elu"].build()
     options = {"likelihood": "categorical", "labels": "empirical"}
     optimizer = UnitNaturalGradient(model, LR, center, scale, damping=DAMPING, **options)
-    table = stepped(model, optimizer, (x, y), fill=lambda model: F.cross_entropy(model(x), y).backward(), **options)
+    table = stepped(
+        model,
+        optimizer,
+        (x, y),
+        fill=lambda model: F.cross_entropy(model(x), y).backward(),
+        **options,
+    )
     for layer in ("0", "2", "4"):
         own = column(table, 1, layer, "own")
         close(own, LR * column(table, 1, layer, f"shift_{name}"), 1e-7)
@@ -84,31 +109,54 @@ def test_the_columns_are_those_of_the_theorems_in_block_form():
         g, g0, mu, c, m = layer.weight.grad, layer.bias.grad, fisher.mean_p, fisher.c, fisher.mean_q
         A = c[:, None, None] * (theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :])
         dw, dw0 = theory.natural_gradient_blocks(A, c[:, None] * m, c, g, g0)
-        plain, natural = theory.bias_shift(mu, g, g0), theory.theorem2_shift(A, c[:, None] * m, c, mu, g, g0)
+        plain, natural = (
+            theory.bias_shift(mu, g, g0),
+            theory.theorem2_shift(A, c[:, None] * m, c, mu, g, g0),
+        )
         close(natural, theory.bias_shift(mu, dw, dw0))
         close(column(table, 1, name, "own"), -LR * plain)
         close(column(table, 1, name, "shift_gradient"), -plain)
         close(column(table, 1, name, "shift_natural"), -natural)
         length = (g.square().sum(1) + g0.square()).sqrt()
         close(column(table, 1, name, "own_gradient"), -LR * plain)
-        close(column(table, 1, name, "own_natural"), -LR * natural * length / (dw.square().sum(1) + dw0.square()).sqrt())
+        close(
+            column(table, 1, name, "own_natural"),
+            -LR * natural * length / (dw.square().sum(1) + dw0.square()).sqrt(),
+        )
         dw = g - g0[:, None] * m
         dw0 = g0 - (m * dw).sum(1)
         shift = theory.bias_shift(mu, dw, dw0)
         close(column(table, 1, name, "shift_centered"), -shift)
-        close(column(table, 1, name, "own_centered"), -LR * shift * length / (dw.square().sum(1) + dw0.square()).sqrt())
+        close(
+            column(table, 1, name, "own_centered"),
+            -LR * shift * length / (dw.square().sum(1) + dw0.square()).sqrt(),
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "shared", "tokens-pooled", "conv-uneven", "conv-groups", "conv-no-bias", "conv1d", "batchnorm-eval"]
+    "name",
+    [
+        "residual",
+        "shared",
+        "tokens-pooled",
+        "conv-uneven",
+        "conv-groups",
+        "conv-no-bias",
+        "conv1d",
+        "batchnorm-eval",
+    ],
 )
 def test_gradient_descent_shifts_what_its_gradient_says_in_every_kind_of_layer(name):
     case = BY_NAME[name]
     model, x, y = case.build()
-    table = stepped(model, sgd(model), (x, y), fill=lambda model: backward(model, shape=case.x_shape[1:]))
+    table = stepped(
+        model, sgd(model), (x, y), fill=lambda model: backward(model, shape=case.x_shape[1:])
+    )
     rows = table[table["own"].notna()]
     assert len(rows) and rows["layer"].nunique() >= 2
-    own, shift, same = (torch.tensor(rows[name].to_numpy()) for name in ("own", "shift_gradient", "own_gradient"))
+    own, shift, same = (
+        torch.tensor(rows[name].to_numpy()) for name in ("own", "shift_gradient", "own_gradient")
+    )
     close(own, LR * shift)
     close(own, same)
 
@@ -123,7 +171,9 @@ def test_units_are_chosen_from_the_gradient_as_from_everything_else():
 
 
 def test_the_gradient_is_the_one_in_grad_when_the_step_begins():
-    """Several backward passes, clipped and changed by hand; the actual update has a momentum of another gradient, and decay."""
+    """Several backward passes, clipped and changed by hand; the actual update has a momentum of
+    another gradient, and decay.
+    """
     model, x, y = BY_NAME["mlp-elu"].build()
     optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
     backward(model, seed=9)
@@ -141,10 +191,15 @@ def test_the_gradient_is_the_one_in_grad_when_the_step_begins():
     table = stepped(model, optimizer, (x, y), fill=fill)
     shift = column(table, 1, "2", "shift_gradient")
     close(shift, -theory.bias_shift(mu, model[2].weight.grad, model[2].bias.grad))
-    moved = torch.cat([model[2].weight - before["2.weight"], (model[2].bias - before["2.bias"])[:, None]], 1).detach()
+    moved = torch.cat(
+        [model[2].weight - before["2.weight"], (model[2].bias - before["2.bias"])[:, None]], 1
+    ).detach()
     length = torch.cat([model[2].weight.grad, model[2].bias.grad[:, None]], 1).norm(dim=1)
     close(column(table, 1, "2", "own_gradient"), moved.norm(dim=1) * shift / length)
-    assert ((column(table, 1, "2", "own") - column(table, 1, "2", "own_gradient")).abs() > 0.01 * shift.abs() * LR).all()
+    assert (
+        (column(table, 1, "2", "own") - column(table, 1, "2", "own_gradient")).abs()
+        > 0.01 * shift.abs() * LR
+    ).all()
 
 
 def test_parameter_groups_of_their_own_rate_and_an_ascent():
@@ -159,11 +214,13 @@ def test_parameter_groups_of_their_own_rate_and_an_ascent():
         own = column(table, 1, layer, "own")
         close(own, rate * column(table, 1, layer, "shift_gradient"))
         close(own, column(table, 1, layer, "own_gradient"))
-    assert (column(table, 1, "4", "own_natural") == 0).all() and (column(table, 1, "4", "shift_natural") != 0).all()
+    assert (column(table, 1, "4", "own_natural") == 0).all() and (
+        column(table, 1, "4", "shift_natural") != 0
+    ).all()
     assert (column(table, 1, "2", "own") != 0).all()
 
 
-# -- gradients that are scaled, stacked, or not there -----------------------------------------------------------------------------
+# -- gradients that are scaled, stacked, or not there ----------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -188,7 +245,9 @@ def test_the_scale_of_a_gradient_scaler_is_divided_out(fused, unscaled):
         close(column(found, 1, "2", name), column(expected, 1, "2", name), 1e-3)
 
 
-@pytest.mark.parametrize("make", [lambda: BY_NAME["mlp-elu"].build(), lambda: BY_NAME["conv-groups"].build()])
+@pytest.mark.parametrize(
+    "make", [lambda: BY_NAME["mlp-elu"].build(), lambda: BY_NAME["conv-groups"].build()]
+)
 def test_a_member_of_an_ensemble_has_its_slice_of_the_gradient(make):
     model, x, y = make()
     members = [model, copy.deepcopy(model)]
@@ -199,10 +258,20 @@ def test_a_member_of_an_ensemble_has_its_slice_of_the_gradient(make):
     batches = [minibatch(seed, tuple(x.shape[1:])) for seed in (1, 2)]
     ensemble = Ensemble(members, lambda parameters: torch.optim.SGD(parameters, lr=LR))
     with ExitStack() as stack:
-        logs = [stack.enter_context(bs.instrument(net, ensemble.optimizer, (x, y), every=1, damping=DAMPING)) for net in members]
+        logs = [
+            stack.enter_context(
+                bs.instrument(net, ensemble.optimizer, (x, y), every=1, damping=DAMPING)
+            )
+            for net in members
+        ]
         ensemble(*(torch.stack(parts) for parts in zip(*batches, strict=True)))
     for log, net, (bx, by) in zip(logs, alone, batches, strict=True):
-        expected = stepped(net, sgd(net), (x, y), fill=lambda net, bx=bx, by=by: F.cross_entropy(net(bx), by).backward())
+        expected = stepped(
+            net,
+            sgd(net),
+            (x, y),
+            fill=lambda net, bx=bx, by=by: F.cross_entropy(net(bx), by).backward(),
+        )
         for name in ("own", "shift_gradient", "own_natural"):
             close(column(log.table(), 1, "0", name), column(expected, 1, "0", name), 1e-6)
 
@@ -212,15 +281,24 @@ def test_a_bias_that_stays_has_nothing_to_center_with():
     model[2].bias.requires_grad_(False)
     fisher = bs.unit_fisher(model, x)["2"]
     table = stepped(model, sgd(model), (x, y))
-    assert column(table, 1, "2", "shift_centered").isnan().all() and column(table, 1, "2", "own_centered").isnan().all()
+    assert (
+        column(table, 1, "2", "shift_centered").isnan().all()
+        and column(table, 1, "2", "own_centered").isnan().all()
+    )
     close(column(table, 1, "2", "own"), LR * column(table, 1, "2", "shift_gradient"))
-    close(column(table, 1, "2", "shift_natural"), -torch.einsum("i,uij,uj->u", fisher.mean_p, inverse(fisher), model[2].weight.grad))
+    close(
+        column(table, 1, "2", "shift_natural"),
+        -torch.einsum("i,uij,uj->u", fisher.mean_p, inverse(fisher), model[2].weight.grad),
+    )
 
 
 def inverse(fisher: bs.UnitFisher) -> torch.Tensor:
     """``A⁻¹``, damped as everything here."""
     m = fisher.mean_q
-    return torch.linalg.inv(fisher.c[:, None, None] * (theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :]))
+    return torch.linalg.inv(
+        fisher.c[:, None, None]
+        * (theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :])
+    )
 
 
 def test_without_a_bias_there_is_nothing_to_center_with():
@@ -229,7 +307,10 @@ def test_without_a_bias_there_is_nothing_to_center_with():
     found = stepped(model, sgd(model), (x, y))
     assert column(found, 1, "0", "shift_centered").isnan().all()
     close(column(found, 1, "0", "shift_gradient"), -(model[0].weight.grad @ fisher.mean_p))
-    close(column(found, 1, "0", "shift_natural"), -torch.einsum("i,uij,uj->u", fisher.mean_p, inverse(fisher), model[0].weight.grad))
+    close(
+        column(found, 1, "0", "shift_natural"),
+        -torch.einsum("i,uij,uj->u", fisher.mean_p, inverse(fisher), model[0].weight.grad),
+    )
     layers = found[(found["unit"] < 0) & (found["layer"] == "0")]
     assert layers["gap_explained"].isna().all() and layers["norm_ratio_diagonal"].notna().all()
 
@@ -304,10 +385,15 @@ def test_a_singular_matrix_before_the_step_does_not_end_the_loop():
             model[0].bias[1:] = -100.0
         backward(model)
         optimizer.register_step_post_hook(lambda *_: model[0].bias.data.copy_(kept))
-        optimizer._optimizer_step_post_hooks.move_to_end(next(reversed(optimizer._optimizer_step_post_hooks)), last=False)
+        optimizer._optimizer_step_post_hooks.move_to_end(
+            next(reversed(optimizer._optimizer_step_post_hooks)), last=False
+        )
         with pytest.warns(UserWarning, match="singular.*left out"):
             optimizer.step()
-    assert row(log.table(), 1, "2")["shift_gradient"].isna().all() and row(log.table(), 1, "2")["own"].notna().all()
+    assert (
+        row(log.table(), 1, "2")["shift_gradient"].isna().all()
+        and row(log.table(), 1, "2")["own"].notna().all()
+    )
 
 
 def test_no_gradient_outlives_its_step():
@@ -323,7 +409,13 @@ def test_no_gradient_outlives_its_step():
 
 def test_looking_before_the_step_leaves_the_labels_drawn_after_it_as_they_would_be():
     tables = [
-        logged(4, 2, quantities=quantities, labels="sampled", generator=torch.Generator().manual_seed(0))[0].table()
+        logged(
+            4,
+            2,
+            quantities=quantities,
+            labels="sampled",
+            generator=torch.Generator().manual_seed(0),
+        )[0].table()
         for quantities in (("fisher",), ("fisher", "gap"))
     ]
     for step in (0, 2, 4):
@@ -331,7 +423,7 @@ def test_looking_before_the_step_leaves_the_labels_drawn_after_it_as_they_would_
     assert column(tables[1], 4, "2", "shift_natural").isfinite().all()
 
 
-# -- the gap ----------------------------------------------------------------------------------------------------------------------
+# -- the gap ---------------------------------------------------------------------------------------
 
 
 def test_norm_ratios_and_the_share_that_bias_shift_explains():
@@ -342,25 +434,36 @@ def test_norm_ratios_and_the_share_that_bias_shift_explains():
         m = fisher.mean_q
         dw = g - g0[:, None] * m
         centered = torch.cat([dw, (g0 - (m * dw).sum(1))[:, None]], 1)
-        natural = torch.cat([part.reshape(len(g), -1) for part in fisher.natural_gradient(g, g0)], 1)
+        natural = torch.cat(
+            [part.reshape(len(g), -1) for part in fisher.natural_gradient(g, g0)], 1
+        )
         plain = torch.cat([g, g0[:, None]], 1)
-        cosines = [torch.cosine_similarity(part.flatten(), natural.flatten(), 0).item() for part in (plain, centered)]
+        cosines = [
+            torch.cosine_similarity(part.flatten(), natural.flatten(), 0).item()
+            for part in (plain, centered)
+        ]
         found = frame.loc[name]
-        assert found["norm_ratio_centered"] == pytest.approx((centered.norm() / natural.norm()).item())
+        assert found["norm_ratio_centered"] == pytest.approx(
+            (centered.norm() / natural.norm()).item()
+        )
         assert found["gap_explained"] == pytest.approx((cosines[1] - cosines[0]) / (1 - cosines[0]))
 
 
 def test_where_bias_shift_is_all_of_the_gap_centering_explains_all_of_it():
-    """Large means, and white activations about them: the centered gradient is the natural one but for its length."""
+    """Large means, and white activations about them: the centered gradient is the natural one but
+    for its length.
+    """
     a = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=DOUBLE) + 50
     fisher = bs.UnitFisher.from_samples(a, torch.full((4, 1), 1.0, dtype=DOUBLE))
     g0 = torch.tensor([0.3], dtype=DOUBLE)
     found = gap(Measured(fisher, torch.tensor([[0.2, -0.1]], dtype=DOUBLE) + g0 * 50, g0))
     assert found["gap_explained"] == pytest.approx(1) and found["cos_gradient"] < 0.1
-    assert found["norm_ratio_centered"] == pytest.approx(1) and found["norm_ratio_diagonal"] == pytest.approx(1)
+    assert found["norm_ratio_centered"] == pytest.approx(1) and found[
+        "norm_ratio_diagonal"
+    ] == pytest.approx(1)
 
 
-# -- Cov_p(δ², a) -----------------------------------------------------------------------------------------------------------------
+# -- Cov_p(δ², a) ----------------------------------------------------------------------------------
 
 
 def test_cov_p_and_its_distance_from_zero():
@@ -375,14 +478,24 @@ def test_cov_p_and_its_distance_from_zero():
 
 def test_the_distance_is_free_of_scales_and_1_over_the_root_of_the_samples_by_chance(randn):
     generator = torch.Generator().manual_seed(0)
-    a, weights = randn(3000, 40) * 3 + 2, torch.rand(3000, 200, generator=generator, dtype=DOUBLE) ** 4
+    a, weights = (
+        randn(3000, 40) * 3 + 2,
+        torch.rand(3000, 200, generator=generator, dtype=DOUBLE) ** 4,
+    )
     fisher = bs.UnitFisher.from_samples(a, weights, damping=1e-6)
-    squares = ((fisher.mean_q - fisher.mean_p).square().sum(1) / fisher.var_q.diagonal(dim1=1, dim2=2).sum(1)).mean().item()
+    squares = (
+        (
+            (fisher.mean_q - fisher.mean_p).square().sum(1)
+            / fisher.var_q.diagonal(dim1=1, dim2=2).sum(1)
+        )
+        .mean()
+        .item()
+    )
     expected = (1 / fisher.effective_samples - 1 / 3000).mean().item()
     assert squares == pytest.approx(expected, rel=0.1)
 
 
-# -- few samples ------------------------------------------------------------------------------------------------------------------
+# -- few samples -----------------------------------------------------------------------------------
 
 
 def test_the_column_is_the_corrected_coupling_of_the_effective_samples():
@@ -390,4 +503,6 @@ def test_the_column_is_the_corrected_coupling_of_the_effective_samples():
     rows = row(table, 0, "2")
     h, n = rows["coupling"].to_numpy(), rows["effective_samples"].to_numpy()
     t = h / (1 - h) * (n - 6 - 2) / (n - 1) - 6 / n
-    torch.testing.assert_close(column(table, 0, "2", "coupling_corrected"), torch.tensor(t / (1 + t)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        column(table, 0, "2", "coupling_corrected"), torch.tensor(t / (1 + t)), rtol=1e-9, atol=1e-9
+    )

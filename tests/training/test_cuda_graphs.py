@@ -21,12 +21,18 @@ def minibatches(count: int, device="cpu", dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     sizes = [3 if i % 5 == 4 else 8 for i in range(count)]  # every fifth is short
     return [
-        (torch.randn(n, 4, generator=generator).to(device, dtype), torch.randint(3, (n,), generator=generator).to(device)) for n in sizes
+        (
+            torch.randn(n, 4, generator=generator).to(device, dtype),
+            torch.randint(3, (n,), generator=generator).to(device),
+        )
+        for n in sizes
     ]
 
 
 class Tape:
-    """Records as CUDA does: nothing runs while it records but the optimizer's hooks, and a replay makes the step."""
+    """Records as CUDA does: nothing runs while it records but the optimizer's hooks, and a replay
+    makes the step.
+    """
 
     def __init__(self):
         self.captures = self.replays = 0
@@ -58,7 +64,9 @@ def test_recorded_steps_are_the_same_steps():
     one, two, tape = network(), network(), Tape()
     expected = trained(one, Gradient(one, sgd(one)), minibatches(20))
     losses, state = trained(two, Graphed(Gradient(two, sgd(two)), capture=tape), minibatches(20))
-    assert losses == expected[0] and all(torch.equal(state[name], value) for name, value in expected[1].items())
+    assert losses == expected[0] and all(
+        torch.equal(state[name], value) for name, value in expected[1].items()
+    )
     assert tape.captures == 1 and tape.replays == 20 - WARM_UP - 4  # four of twenty are short
 
 
@@ -81,7 +89,10 @@ def test_measured_steps_run_as_they_are_and_the_log_counts_all():
     tables = []
     for model, graphed in ((one, False), (two, True)):
         optimizer = sgd(model)
-        x, y = torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64), torch.arange(9) % 3
+        x, y = (
+            torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
+            torch.arange(9) % 3,
+        )
         with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=4) as log:
             update = Gradient(model, optimizer)
             if graphed:
@@ -89,7 +100,9 @@ def test_measured_steps_run_as_they_are_and_the_log_counts_all():
                 def count(log=log):
                     log.step += 1
 
-                update = Graphed(update, due=lambda log=log: log.due, passed=count, capture=Unheard(optimizer))
+                update = Graphed(
+                    update, due=lambda log=log: log.due, passed=count, capture=Unheard(optimizer)
+                )
             trained(model, update, minibatches(12))
         tables.append(log.table())
     assert sorted(set(tables[0]["step"])) == [0, 4, 8, 12]
@@ -109,12 +122,21 @@ class Unheard(Tape):
             hook(self.optimizer, (), {})
 
         def silently():
-            before = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-            self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = type(before[0])(), type(before[1])()
+            before = (
+                self.optimizer._optimizer_step_pre_hooks,
+                self.optimizer._optimizer_step_post_hooks,
+            )
+            self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = (
+                type(before[0])(),
+                type(before[1])(),
+            )
             try:
                 replay()
             finally:
-                self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = before
+                (
+                    self.optimizer._optimizer_step_pre_hooks,
+                    self.optimizer._optimizer_step_post_hooks,
+                ) = before
 
         return silently, loss
 

@@ -1,4 +1,6 @@
-"""Networks trained together against networks trained alone: the same trajectories, the same run folders, the same checkpoints."""
+"""Networks trained together against networks trained alone: the same trajectories, the same run
+folders, the same checkpoints.
+"""
 
 import math
 import shutil
@@ -33,14 +35,25 @@ def perceptron() -> nn.Module:
 def convolutional() -> nn.Module:
     """Weights that are shared over positions, in groups, and a tied layer."""
     same = nn.Linear(4, 4)
-    net = [nn.Conv1d(1, 4, 3, padding=1), nn.ELU(), nn.Conv1d(4, 4, 3, groups=2), nn.LeakyReLU(), nn.AvgPool1d(4), nn.Flatten()]
+    net = [
+        nn.Conv1d(1, 4, 3, padding=1),
+        nn.ELU(),
+        nn.Conv1d(4, 4, 3, groups=2),
+        nn.LeakyReLU(),
+        nn.AvgPool1d(4),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*net, same, nn.ELU(), same, nn.Linear(4, 3))
 
 
 def normalized() -> nn.Module:
-    """No biases before a normalization: their gradient is 0 up to rounding, which Adam would blow up."""
+    """No biases before a normalization: their gradient is 0 up to rounding, which Adam would blow
+    up.
+    """
     first, second = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False)
-    return nn.Sequential(first, nn.BatchNorm1d(8), nn.ELU(), second, nn.BatchNorm1d(8, momentum=0.3), nn.Linear(8, 3))
+    return nn.Sequential(
+        first, nn.BatchNorm1d(8), nn.ELU(), second, nn.BatchNorm1d(8, momentum=0.3), nn.Linear(8, 3)
+    )
 
 
 def network(make, seed: int) -> nn.Module:
@@ -69,16 +82,28 @@ def alone(make, seed: int, optimizer=sgd) -> tuple[nn.Module, list[float]]:
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=1e-10,
+            atol=1e-12,
+            msg=lambda told, name=name: f"{name}: {told}",
+        )
 
 
 @pytest.mark.parametrize("make", [perceptron, convolutional, normalized])
-@pytest.mark.parametrize("optimizer", [sgd, lambda parameters: torch.optim.Adam(parameters, lr=0.01)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [sgd, lambda parameters: torch.optim.Adam(parameters, lr=0.01)],
+    ids=["sgd", "adam"],
+)
 def test_members_follow_the_trajectories_that_they_would_have_alone(make, optimizer):
     """Parameters and buffers, over tens of steps of momentum and weight decay."""
     members = [network(make, seed) for seed in SEEDS]
     together = Together([stream(make, seed) for seed in SEEDS])
-    losses = torch.stack([step.loss for step in train(Ensemble(members, optimizer), together, steps=STEPS)])
+    losses = torch.stack(
+        [step.loss for step in train(Ensemble(members, optimizer), together, steps=STEPS)]
+    )
     for number, seed in enumerate(SEEDS):
         model, expected = alone(make, seed, optimizer)
         np.testing.assert_allclose(losses[:, number].numpy(), expected, rtol=1e-9)
@@ -110,26 +135,44 @@ class OneOf:
 
 
 def test_members_are_what_the_ensemble_trains_at_any_time():
-    """Measured, saved or even changed between two steps, a member is its slice of the stacked parameters."""
+    """Measured, saved or even changed between two steps, a member is its slice of the stacked
+    parameters.
+    """
     members = [network(normalized, seed) for seed in SEEDS]
     ensemble = Ensemble(members, sgd)
     for step in train(ensemble, Together([stream(normalized, seed) for seed in SEEDS]), steps=12):
         for number, member in enumerate(members):
-            for name, value in {**dict(member.named_parameters()), **dict(member.named_buffers())}.items():
+            for name, value in {
+                **dict(member.named_parameters()),
+                **dict(member.named_buffers()),
+            }.items():
                 whole = {**ensemble.parameters, **ensemble.buffers}[name]
-                assert torch.equal(value, whole[number]) and value.data_ptr() == whole[number].data_ptr()
+                assert (
+                    torch.equal(value, whole[number])
+                    and value.data_ptr() == whole[number].data_ptr()
+                )
         if step.number == 5:
             with torch.no_grad():
                 members[1].get_parameter("0.weight").zero_()
-            assert not ensemble.parameters["0.weight"][1].any() and ensemble.parameters["0.weight"][0].any()
+            assert (
+                not ensemble.parameters["0.weight"][1].any()
+                and ensemble.parameters["0.weight"][0].any()
+            )
 
 
 def test_the_members_modes_are_left_as_found_and_they_train_in_training_mode():
     members = [network(normalized, seed).eval() for seed in SEEDS]
     before = [member[1].running_mean.clone() for member in members]
-    list(train(Ensemble(members, sgd), Together([stream(normalized, seed) for seed in SEEDS]), steps=1))
+    list(
+        train(
+            Ensemble(members, sgd), Together([stream(normalized, seed) for seed in SEEDS]), steps=1
+        )
+    )
     assert not any(member.training for member in members)
-    assert not any(torch.equal(member[1].running_mean, mean) for member, mean in zip(members, before, strict=True))
+    assert not any(
+        torch.equal(member[1].running_mean, mean)
+        for member, mean in zip(members, before, strict=True)
+    )
 
 
 def test_dropout_draws_for_every_member_its_own():
@@ -145,35 +188,64 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
     members = [network(perceptron, seed) for seed in SEEDS]
     with torch.no_grad():
         members[1].get_parameter("0.weight").fill_(math.nan)
-    list(train(Ensemble(members, sgd), Together([stream(perceptron, seed) for seed in SEEDS]), steps=STEPS))
+    list(
+        train(
+            Ensemble(members, sgd),
+            Together([stream(perceptron, seed) for seed in SEEDS]),
+            steps=STEPS,
+        )
+    )
     for number in (0, 2):
-        assert_close(dict(members[number].state_dict()), dict(alone(perceptron, SEEDS[number])[0].state_dict()))
+        assert_close(
+            dict(members[number].state_dict()),
+            dict(alone(perceptron, SEEDS[number])[0].state_dict()),
+        )
 
 
-# -- networks that cannot be trained together --------------------------------------------------------------------
+# -- networks that cannot be trained together ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("members", "says"),
     [
         ([], "at least one member"),
-        ([nn.Linear(3, 2), nn.Linear(2, 3)], "member 1 of the ensemble has other parameters than member 0"),
-        ([nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2, bias=False)], "member 2 of the ensemble has other parameters"),
-        ([nn.Linear(3, 2), nn.Linear(3, 2).double()], "member 1 of the ensemble has other parameters"),
-        ([nn.Sequential(nn.Linear(3, 2), nn.ELU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())], "member 1 .* other modules"),
-        ([nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)) for p in (0.1, 0.2)], "member 1 .* other modules"),
+        (
+            [nn.Linear(3, 2), nn.Linear(2, 3)],
+            "member 1 of the ensemble has other parameters than member 0",
+        ),
+        (
+            [nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2, bias=False)],
+            "member 2 of the ensemble has other parameters",
+        ),
+        (
+            [nn.Linear(3, 2), nn.Linear(3, 2).double()],
+            "member 1 of the ensemble has other parameters",
+        ),
+        (
+            [nn.Sequential(nn.Linear(3, 2), nn.ELU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())],
+            "member 1 .* other modules",
+        ),
+        (
+            [nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)) for p in (0.1, 0.2)],
+            "member 1 .* other modules",
+        ),
     ],
 )
 def test_unlike_members_are_refused(members, says):
     weights = [p.detach().clone() for member in members for p in member.parameters()]
     with pytest.raises(ValueError, match=says):
         Ensemble(members, sgd)
-    assert all(torch.equal(p, was) for p, was in zip((p for m in members for p in m.parameters()), weights, strict=True))
+    assert all(
+        torch.equal(p, was)
+        for p, was in zip((p for m in members for p in m.parameters()), weights, strict=True)
+    )
 
 
 def test_an_optimizer_that_watches_a_network_is_refused():
     members = [network(perceptron, seed) for seed in SEEDS]
-    with pytest.raises(ValueError, match="UnitNaturalGradient does not train the members of an ensemble together"):
+    with pytest.raises(
+        ValueError, match="UnitNaturalGradient does not train the members of an ensemble together"
+    ):
         Ensemble(members, lambda parameters: UnitNaturalGradient(members[0], lr=0.1))
 
 
@@ -192,7 +264,7 @@ def test_trials_of_different_shapes_are_refused_before_anything_is_written(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-# -- run folders -------------------------------------------------------------------------------------------------
+# -- run folders -----------------------------------------------------------------------------------
 
 
 def ignore(report: Progress) -> None: ...
@@ -201,10 +273,25 @@ def ignore(report: Progress) -> None: ...
 def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Trial]:
     """In float64, where the two ways agree to many digits over all steps."""
     found = []
-    for one in (trial(setting, data()) for setting in Tiny(activations=activations, seeds=seeds, momentum=0.5).settings()):
+    for one in (
+        trial(setting, data())
+        for setting in Tiny(activations=activations, seeds=seeds, momentum=0.5).settings()
+    ):
         stream = replace(one.stream, x=one.stream.x.double())
-        watches = [replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in one.watches]
-        found.append(replace(one, model=one.model.double(), stream=stream, watches=watches, exam=None, closing=None, score=weights))
+        watches = [
+            replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in one.watches
+        ]
+        found.append(
+            replace(
+                one,
+                model=one.model.double(),
+                stream=stream,
+                watches=watches,
+                exam=None,
+                closing=None,
+                score=weights,
+            )
+        )
     return found
 
 
@@ -233,9 +320,14 @@ def single(tmp_path_factory) -> list[Path]:
 def assert_same_runs(found: list[Path], expected: list[Path]) -> None:
     for one, other in zip(found, expected, strict=True):
         tables = [read_run(folder).drop(columns="seconds") for folder in (one, other)]
-        tables = [table.sort_values(["step", "layer", "unit"], kind="stable").reset_index(drop=True) for table in tables]
+        tables = [
+            table.sort_values(["step", "layer", "unit"], kind="stable").reset_index(drop=True)
+            for table in tables
+        ]
         pd.testing.assert_frame_equal(*tables, rtol=2e-6, atol=1e-7, check_like=True)
-        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (one, other))
+        mine, theirs = (
+            torch.load(folder / CHECKPOINT, weights_only=True) for folder in (one, other)
+        )
         assert_close(mine["model"], theirs["model"])
         assert mine["step"] == theirs["step"]
         for key, state in theirs["optimizer"]["state"].items():
@@ -247,13 +339,22 @@ def test_the_runs_of_an_ensemble_are_those_of_its_members_alone(tmp_path, single
     reports: list[Progress] = []
     run(trials(), folders(tmp_path), "refuse", reports.append, KEEP)
     assert_same_runs(folders(tmp_path), single)
-    assert read_run(single[0])[["mean", "total", "s", "cos_gradient", "batch_loss", "inputs"]].notna().any().all()
+    assert (
+        read_run(single[0])[["mean", "total", "s", "cos_gradient", "batch_loss", "inputs"]]
+        .notna()
+        .any()
+        .all()
+    )
     ends = [report for report in reports if report.step == report.steps]
-    assert [report.run for report in ends] == ["elu-0", "elu-1", "elu-2"] and len({report.loss for report in ends}) == 3
+    assert [report.run for report in ends] == ["elu-0", "elu-1", "elu-2"] and len(
+        {report.loss for report in ends}
+    ) == 3
 
 
 def stopped_at(step: int, trials: list[Trial]) -> list[Trial]:
-    """An interruption when a network scores at a step; the last one of an ensemble, so that the others are already through."""
+    """An interruption when a network scores at a step; the last one of an ensemble, so that the
+    others are already through.
+    """
     last = trials[-1]
     scored = 0
 
@@ -268,7 +369,10 @@ def stopped_at(step: int, trials: list[Trial]) -> list[Trial]:
 
 
 def test_an_interrupted_ensemble_goes_on(tmp_path, single):
-    for step in (1, 1):  # scores at 0 (once), 23 and 46: interrupted in the first checkpoint, then behind it
+    for step in (
+        1,
+        1,
+    ):  # scores at 0 (once), 23 and 46: interrupted in the first checkpoint, then behind it
         with pytest.raises(KeyboardInterrupt):
             run(stopped_at(step, trials()), folders(tmp_path), "resume", ignore, KEEP)
     run(trials(), folders(tmp_path), "resume", ignore, KEEP)
@@ -280,7 +384,9 @@ def half(tmp_path) -> list[Path]:
     """Three interrupted runs of one ensemble, each with a checkpoint after the first epoch."""
     with pytest.raises(KeyboardInterrupt):
         run(stopped_at(2, trials()), folders(tmp_path), "refuse", ignore, KEEP)
-    assert {torch.load(folder / CHECKPOINT, weights_only=True)["step"] for folder in folders(tmp_path)} == {EPOCH_STEPS}
+    assert {
+        torch.load(folder / CHECKPOINT, weights_only=True)["step"] for folder in folders(tmp_path)
+    } == {EPOCH_STEPS}
     return folders(tmp_path)
 
 
@@ -309,7 +415,7 @@ def test_members_at_different_steps_go_on_apart_and_a_finished_one_stays(half, s
     assert {path: path.stat().st_mtime_ns for path in half[2].iterdir()} == before
 
 
-# -- members that diverge ----------------------------------------------------------------------------------------
+# -- members that diverge --------------------------------------------------------------------------
 
 
 def lost(trial: Trial) -> Trial:
@@ -332,7 +438,10 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
     assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
     assert closed == [one.model, three.model]
     for number in (0, 2):
-        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (folders(tmp_path)[number], single[number]))
+        mine, theirs = (
+            torch.load(folder / CHECKPOINT, weights_only=True)
+            for folder in (folders(tmp_path)[number], single[number])
+        )
         assert_close(mine["model"], theirs["model"])
     with pytest.raises(Diverged):
         run(trials(), folders(tmp_path), "resume", ignore, KEEP)

@@ -32,9 +32,13 @@ def stream(data, batch_size=10, **options) -> TensorStream:
     return TensorStream(data.x_train, data.y_train, batch_size, seed=0, **options)
 
 
-def run(model, data, lr=0.1, steps=6, batch_size=10, start=0, before_step=lambda number: None, **options):
+def run(
+    model, data, lr=0.1, steps=6, batch_size=10, start=0, before_step=lambda number: None, **options
+):
     update = Gradient(model, torch.optim.SGD(model.parameters(), lr=lr), **options)
-    return train(update, stream(data, batch_size), steps=steps, start=start, before_step=before_step)
+    return train(
+        update, stream(data, batch_size), steps=steps, start=start, before_step=before_step
+    )
 
 
 def test_training_is_gradient_descent_by_hand(little):
@@ -57,7 +61,10 @@ def test_training_is_gradient_descent_by_hand(little):
 def test_steps_are_numbered_from_one_and_carry_detached_losses(little):
     steps = list(run(linear(), little, steps=9))
     assert [(step.number, step.epoch) for step in steps] == [(n + 1, n // 3 + 1) for n in range(9)]
-    assert all(isinstance(step, Step) and step.loss.shape == () and not step.loss.requires_grad for step in steps)
+    assert all(
+        isinstance(step, Step) and step.loss.shape == () and not step.loss.requires_grad
+        for step in steps
+    )
 
 
 def test_training_learns(little):
@@ -87,22 +94,34 @@ def test_an_evaluation_between_two_steps_changes_nothing(little):
     list(run(quiet, little))
     for _ in run(watched, little):
         evaluate(watched, little.x_valid, little.y_valid)
-    assert all(torch.equal(a, b) for a, b in zip(quiet.state_dict().values(), watched.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(quiet.state_dict().values(), watched.state_dict().values(), strict=True)
+    )
 
 
 def test_the_loss_is_an_argument(little):
     model = linear()
-    step = next(run(model, little, loss=lambda outputs, labels: (outputs - labels[:, None]).square().mean()))
+    step = next(
+        run(model, little, loss=lambda outputs, labels: (outputs - labels[:, None]).square().mean())
+    )
     assert 0 <= float(step.loss) <= 1 and model.weight.any()
 
 
 @pytest.mark.parametrize(("start", "steps"), [(2, 7), (3, 7), (6, 7), (7, 7), (9, 7)])
 def test_a_training_goes_on_where_another_one_stopped(little, start, steps):
-    """In the middle of an epoch, between two, and at or behind the end: the same weights as in one go."""
+    """In the middle of an epoch, between two, and at or behind the end: the same weights as in one
+    go.
+    """
     whole, halves = linear(), linear()
-    expected = [(step.number, step.epoch, float(step.loss)) for step in run(whole, little, steps=steps)]
+    expected = [
+        (step.number, step.epoch, float(step.loss)) for step in run(whole, little, steps=steps)
+    ]
     list(run(halves, little, steps=min(start, steps)))
-    found = [(step.number, step.epoch, float(step.loss)) for step in run(halves, little, steps=steps, start=start)]
+    found = [
+        (step.number, step.epoch, float(step.loss))
+        for step in run(halves, little, steps=steps, start=start)
+    ]
     assert found == expected[start:]
     assert torch.equal(whole.weight, halves.weight) and torch.equal(whole.bias, halves.bias)
 
@@ -113,7 +132,9 @@ def test_the_last_step_may_be_in_the_middle_of_an_epoch(little):
 
 def test_somebody_is_told_the_number_of_every_step_before_it_is_made(little):
     model, told = linear(), []
-    for step in run(model, little, before_step=lambda number: told.append((number, bool(model.weight.any())))):
+    for step in run(
+        model, little, before_step=lambda number: told.append((number, bool(model.weight.any())))
+    ):
         assert told[-1][0] == step.number
     assert told == [(1, False), *((n, True) for n in range(2, 7))]
 
@@ -127,9 +148,16 @@ def settled(outputs, labels):
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 6])
 def test_a_loss_that_is_not_finite_is_refused_by_its_step(little, bad, at):
     calls = iter(range(1, 100))
-    steps = run(linear(), little, loss=lambda outputs, labels: settled(outputs, labels) * (bad if next(calls) == at else 1.0))
+    steps = run(
+        linear(),
+        little,
+        loss=lambda outputs, labels: settled(outputs, labels) * (bad if next(calls) == at else 1.0),
+    )
     seen = []
-    with pytest.raises(Diverged, match=rf"the loss became {bad} at step {at}: training diverged; lower the learning rate") as caught:
+    with pytest.raises(
+        Diverged,
+        match=rf"the loss became {bad} at step {at}: training diverged; lower the learning rate",
+    ) as caught:
         seen += [step.number for step in steps]
         pytest.fail("no error")
     assert "\n" not in str(caught.value)
@@ -159,7 +187,16 @@ def test_a_loss_that_is_not_finite_is_found_within_a_long_epoch(little):
 
 def test_an_ensemble_has_diverged_when_all_of_it_has(little):
     """Losses of two members, stacked: one that is lost is no reason to end the other."""
-    losses = iter([[1.0, 1.0], [math.nan, 1.0], [math.nan, 1.0], [math.nan, 1.0], [math.nan, math.inf], [math.nan, 1.0]])
+    losses = iter(
+        [
+            [1.0, 1.0],
+            [math.nan, 1.0],
+            [math.nan, 1.0],
+            [math.nan, 1.0],
+            [math.nan, math.inf],
+            [math.nan, 1.0],
+        ]
+    )
     seen = []
     with pytest.raises(Diverged, match="at step 5:"):
         for step in train(lambda x, y: torch.tensor(next(losses)), stream(little), steps=6):
@@ -173,7 +210,9 @@ def test_float16_away_from_a_gpu_is_refused():
 
 
 def test_bfloat16_trains_weights_that_stay_in_float32(little):
-    """Autocast rounds the products to 8 bits: the losses are near those of float32, and not the same."""
+    """Autocast rounds the products to 8 bits: the losses are near those of float32, and not the
+    same.
+    """
     exact, rounded = linear(), linear()
     expected = torch.stack([step.loss for step in run(exact, little)])
     found = torch.stack([step.loss.float() for step in run(rounded, little, precision="bfloat16")])
@@ -181,11 +220,13 @@ def test_bfloat16_trains_weights_that_stay_in_float32(little):
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
-# -- evaluate ---------------------------------------------------------------------------------------------------------
+# -- evaluate --------------------------------------------------------------------------------------
 
 
 def test_evaluate_counts_and_averages(randn):
-    """Logits chosen by hand: with a margin of ln 3 the right class has probability 3/4, the wrong one 1/4."""
+    """Logits chosen by hand: with a margin of ln 3 the right class has probability 3/4, the wrong
+    one 1/4.
+    """
     x = torch.tensor([[1.0], [1.0], [-1.0], [1.0]]) * math.log(3)
     model = nn.Linear(1, 2, bias=False)
     with torch.no_grad():
@@ -197,11 +238,15 @@ def test_evaluate_counts_and_averages(randn):
 @pytest.mark.parametrize("batch_size", [1, 7, 45, 1000])
 def test_the_batch_size_of_an_evaluation_does_not_matter(randn, batch_size):
     x, y, model = randn(45, 3), torch.arange(45) % 2, nn.Linear(3, 2).double()
-    assert evaluate(model, x, y, batch_size=batch_size) == pytest.approx(evaluate(model, x, y, batch_size=45), rel=1e-12)
+    assert evaluate(model, x, y, batch_size=batch_size) == pytest.approx(
+        evaluate(model, x, y, batch_size=45), rel=1e-12
+    )
 
 
 def test_evaluate_leaves_modes_gradients_and_buffers_as_found(randn):
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)
+    ).double()
     model[1].eval()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -209,7 +254,10 @@ def test_evaluate_leaves_modes_gradients_and_buffers_as_found(randn):
     with pytest.raises(RuntimeError):
         evaluate(model, randn(6, 5), torch.arange(6) % 2)
     assert [module.training for module in model.modules()] == [True, True, False, True, True]
-    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[3].weight.grad is None
+    assert (
+        torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+        and model[3].weight.grad is None
+    )
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -229,10 +277,17 @@ def test_evaluate_in_batches_knows_the_five_best_answers_and_other_losses(randn)
     """Against sorting, class by class."""
     x, y = randn(60, 8), torch.randint(8, (60,), generator=torch.Generator().manual_seed(0))
     model = nn.Linear(8, 8).double()
-    ranks = (model(x).argsort(dim=1, descending=True) == y[:, None]).int().argmax(dim=1)  # of the right answer
+    ranks = (
+        (model(x).argsort(dim=1, descending=True) == y[:, None]).int().argmax(dim=1)
+    )  # of the right answer
     pieces = lambda: zip(x.split(7), y.split(7), strict=True)  # noqa: E731
     found = evaluate_batches(model, pieces, top=(1, 5))
     assert found.keys() == {"loss", "error", "error5"}
-    assert found["error"] == (ranks > 0).double().mean().item() and found["error5"] == (ranks > 4).double().mean().item()
-    squares = evaluate_batches(model, pieces, top=(), loss=lambda outputs, labels: outputs.square().mean(1))
+    assert (
+        found["error"] == (ranks > 0).double().mean().item()
+        and found["error5"] == (ranks > 4).double().mean().item()
+    )
+    squares = evaluate_batches(
+        model, pieces, top=(), loss=lambda outputs, labels: outputs.square().mean(1)
+    )
     assert squares == {"loss": pytest.approx(model(x).square().mean().item(), rel=1e-12)}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds, for a machine that is busy with something else
 
 
-# -- jobs: functions of this module, because workers import them -------------------------------------------------
+# -- jobs: functions of this module, because workers import them -----------------------------------
 
 
 def count(folder: Path, name: str, reports: int, report) -> None:
@@ -89,18 +89,28 @@ def gone(pids: list[int]) -> bool:
     return not any(map(alive, pids))
 
 
-# -- in this process ---------------------------------------------------------------------------------------------
+# -- in this process -------------------------------------------------------------------------------
 
 
 def test_one_worker_does_the_jobs_in_order_in_this_process(tmp_path):
     done: list[object] = []
     before = torch.get_num_threads()
-    run_jobs([(count, (tmp_path, "a", 2)), (lambda report: done.append(1), ()), (count, (tmp_path, "b", 1))], 1, done.append)
+    run_jobs(
+        [
+            (count, (tmp_path, "a", 2)),
+            (lambda report: done.append(1), ()),
+            (count, (tmp_path, "b", 1)),
+        ],
+        1,
+        done.append,
+    )
     assert done == [("a", 0), ("a", 1), 1, ("b", 0)]
     assert (tmp_path / "a").read_text() == f"{os.getpid()} 1" and torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("job", "error"), [((interrupt, ()), KeyboardInterrupt), ((count, ()), TypeError)])
+@pytest.mark.parametrize(
+    ("job", "error"), [((interrupt, ()), KeyboardInterrupt), ((count, ()), TypeError)]
+)
 def test_what_ends_a_job_ends_all_and_the_threads_come_back(tmp_path, job, error):
     before = torch.get_num_threads()
     with pytest.raises(error):
@@ -114,13 +124,17 @@ def test_less_than_one_worker_is_refused(tmp_path, workers):
         run_jobs([(count, (tmp_path, "never", 1))] * 2, workers, ignore)
 
 
-# -- in two processes --------------------------------------------------------------------------------------------
+# -- in two processes ------------------------------------------------------------------------------
 
 
 def test_every_report_of_every_job_arrives_in_its_order(tmp_path):
     told: list[tuple[str, int]] = []  # in this process, where the progress is shown
-    run_jobs([(count, (tmp_path, str(reports), reports)) for reports in (3, 0, 5, 7)], 2, told.append)
-    assert sorted(told) == [(str(reports), number) for reports in (3, 5, 7) for number in range(reports)]
+    run_jobs(
+        [(count, (tmp_path, str(reports), reports)) for reports in (3, 0, 5, 7)], 2, told.append
+    )
+    assert sorted(told) == [
+        (str(reports), number) for reports in (3, 5, 7) for number in range(reports)
+    ]
     for reports in (3, 5, 7):
         assert [number for name, number in told if name == str(reports)] == list(range(reports))
     found = [(tmp_path / name).read_text().split() for name in "0357"]
@@ -130,7 +144,9 @@ def test_every_report_of_every_job_arrives_in_its_order(tmp_path):
 
 
 def test_a_failing_job_ends_the_others_with_its_exception(tmp_path):
-    """The interruption almost surely comes while the other job reports; what it reports is not read any more."""
+    """The interruption almost surely comes while the other job reports; what it reports is not read
+    any more.
+    """
     never = [(count, (tmp_path, f"never-{i}", 1)) for i in range(6)]
     start = time.monotonic()
     with pytest.raises(ValueError, match="planted to fail"):
@@ -149,7 +165,9 @@ def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch):
 
 
 def start_lingering(folder: Path) -> tuple[subprocess.Popen, list[int]]:
-    """A process group of its own, as of a terminal: the parent and two workers, each in the middle of a run; six more wait."""
+    """A process group of its own, as of a terminal: the parent and two workers, each in the middle
+    of a run; six more wait.
+    """
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from test_process_pool import count, ignore, linger, run_jobs\n"
@@ -170,7 +188,11 @@ def test_ctrl_c_closes_every_run_as_interrupted_and_leaves_no_process(tmp_path):
     process, workers = start_lingering(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
     _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0 and errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")  # the parent's own
+    assert (
+        process.returncode != 0
+        and errors.count("Traceback") == 1
+        and errors.rstrip().endswith("KeyboardInterrupt")
+    )  # the parent's own
     assert run_states(tmp_path)["state"].tolist() == ["interrupted"] * 2
     assert not list(tmp_path.glob("never-*")) and gone(workers)
 
@@ -180,4 +202,6 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path):
     process.kill()
     process.communicate(timeout=PATIENCE)
     assert gone(workers)
-    assert run_states(tmp_path)["state"].tolist() == ["running"] * 2  # as of any run that was killed
+    assert (
+        run_states(tmp_path)["state"].tolist() == ["running"] * 2
+    )  # as of any run that was killed

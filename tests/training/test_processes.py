@@ -1,6 +1,8 @@
-"""Two processes on one network against one process: the same weights, the same run folder, the same end.
+"""Two processes on one network against one process: the same weights, the same run folder, the same
+end.
 
-This file is also the program that the processes run: ``python tests/training/test_processes.py folder``, as torchrun starts it.
+This file is also the program that the processes run: ``python tests/training/test_processes.py
+folder``, as torchrun starts it.
 """
 
 import math
@@ -34,10 +36,14 @@ from biasshift.training.trial import Execution, Progress, Trial
 
 ROOT = Path(__file__).parents[2]
 WORLD, PATIENCE = 2, 90
-EXAMPLES, BATCH, STEPS = 47, 11, 23  # shares of 6 and 5, and of 2 and 1 in the last minibatch of an epoch
+EXAMPLES, BATCH, STEPS = (
+    47,
+    11,
+    23,
+)  # shares of 6 and 5, and of 2 and 1 in the last minibatch of an epoch
 KEEP = Execution(checkpoint_seconds=0.0, keep_weights=True)
 
-# -- what the processes do, and what one process does alone ------------------------------------------------------------
+# -- what the processes do, and what one process does alone ----------------------------------------
 
 
 def examples(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +55,9 @@ def examples(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def network(dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(6, 7), nn.ELU(), nn.Linear(7, 7), nn.ELU(), nn.Linear(7, 3)).to(dtype)
+        return nn.Sequential(
+            nn.Linear(6, 7), nn.ELU(), nn.Linear(7, 7), nn.ELU(), nn.Linear(7, 3)
+        ).to(dtype)
 
 
 def stream(dtype: torch.dtype) -> TensorStream:
@@ -58,34 +66,55 @@ def stream(dtype: torch.dtype) -> TensorStream:
 
 def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = network(dtype)
-    update = Gradient(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3))
+    update = Gradient(
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    )
     list(train(update, stream(dtype), steps=STEPS))
     return model.state_dict()
 
 
 def natural(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """Its curvature comes from the passes of all processes; no labels are drawn, which would be other ones."""
-    return UnitNaturalGradient(model, lr=1.0, damping=0.1, momentum=0.5, labels="empirical", update_every=2)
+    """Its curvature comes from the passes of all processes; no labels are drawn, which would be
+    other ones.
+    """
+    return UnitNaturalGradient(
+        model, lr=1.0, damping=0.1, momentum=0.5, labels="empirical", update_every=2
+    )
 
 
 def ignore(report: Progress) -> None: ...
 
 
 def tiny(**options: Any) -> Trial:
-    """A run of the demo in small, in float64, in which the shares add up in another order to nearly the same."""
+    """A run of the demo in small, in float64, in which the shares add up in another order to nearly
+    the same.
+    """
     (setting,) = Tiny(activations=("elu",), momentum=0.5, **options).settings()
     made = trial(setting, data())
-    probes = [replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in made.watches]
+    probes = [
+        replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in made.watches
+    ]
     stream = replace(made.stream, x=made.stream.x.double())
     score = lambda model: {"norm": sum(p.square().sum().item() for p in model.parameters())}  # noqa: E731
-    return replace(made, model=made.model.double(), stream=stream, watches=probes, score=score, exam=None, closing=None)
+    return replace(
+        made,
+        model=made.model.double(),
+        stream=stream,
+        watches=probes,
+        score=score,
+        exam=None,
+        closing=None,
+    )
 
 
 def dropping() -> Trial:
     """Every process drops other units."""
     made = tiny()
     made.model.insert(2, nn.Dropout(0.3).train())  # type: ignore[operator]
-    watches = [replace(watch, options={}, quantities=("activations", "bias_shift")) for watch in made.watches]
+    watches = [
+        replace(watch, options={}, quantities=("activations", "bias_shift"))
+        for watch in made.watches
+    ]
     return replace(made, score_every=10, watches=watches)
 
 
@@ -117,7 +146,13 @@ def lost_at(step: int, at_rank: int) -> Callable[[], object]:
         return outputs.mean() * 0 + (math.nan if bad else 1.0)
 
     model = network(torch.float32)
-    return lambda: list(train(Gradient(model, torch.optim.SGD(model.parameters(), lr=0.1), loss), stream(torch.float32), steps=5))
+    return lambda: list(
+        train(
+            Gradient(model, torch.optim.SGD(model.parameters(), lr=0.1), loss),
+            stream(torch.float32),
+            steps=5,
+        )
+    )
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
@@ -128,9 +163,12 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "float64": trained(torch.float64),
         "float32": trained(torch.float32),
-        "evaluated": evaluate_batches(model, lambda: zip(x[share].split(4), y[share].split(4), strict=True), top=(1, 5)),
+        "evaluated": evaluate_batches(
+            model, lambda: zip(x[share].split(4), y[share].split(4), strict=True), top=(1, 5)
+        ),
         "evaluated by one": evaluate_batches(
-            model, lambda: zip(x.split(4), y.split(4), strict=True) if rank() == world() - 1 else iter(())
+            model,
+            lambda: zip(x.split(4), y.split(4), strict=True) if rank() == world() - 1 else iter(()),
         ),
         "no examples": ends(lambda: evaluate_batches(model, lambda: iter(()))),
         "lost in the first process": ends(lost_at(5, 0)),
@@ -139,21 +177,39 @@ def scenarios(folder: Path) -> dict[str, Any]:
     one = tiny()
     run([one], [folder / "tiny"], "refuse", ignore, KEEP)
     found["tiny"] = one.model.state_dict()
-    other = tiny()  # empirical errors must be those of the mean loss: in shares of one length they are
-    other = replace(other, stream=replace(other.stream, drop_last=True), steps=40, make_optimizer=natural, watches=[])
+    other = (
+        tiny()
+    )  # empirical errors must be those of the mean loss: in shares of one length they are
+    other = replace(
+        other,
+        stream=replace(other.stream, drop_last=True),
+        steps=40,
+        make_optimizer=natural,
+        watches=[],
+    )
     run([other], [folder / "natural"], "refuse", ignore)
     found["natural"] = other.model.state_dict()
     run([dropping()], [folder / "dropping"], "refuse", ignore, KEEP)
     for number in (1, 3, 2):
         made = interrupted_at(number, dropping())
-        found[f"interrupted {number}"] = ends(lambda made=made: run([made], [folder / "resumed"], "resume", ignore, KEEP))
+        found[f"interrupted {number}"] = ends(
+            lambda made=made: run([made], [folder / "resumed"], "resume", ignore, KEEP)
+        )
     last = dropping()
     run([last], [folder / "resumed"], "resume", ignore, KEEP)
     found["resumed"] = last.model.state_dict()
-    before = {path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()} if rank() == 0 else {}
+    before = (
+        {path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()}
+        if rank() == 0
+        else {}
+    )
     run([dropping()], [folder / "resumed"], "resume", ignore, KEEP)
-    found["untouched"] = rank() > 0 or before == {path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()}
-    found["stopped"] = ends(lambda: run([interrupted_at(3, dropping())], [folder / "stopped"], "refuse", ignore, KEEP))
+    found["untouched"] = rank() > 0 or before == {
+        path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()
+    }
+    found["stopped"] = ends(
+        lambda: run([interrupted_at(3, dropping())], [folder / "stopped"], "refuse", ignore, KEEP)
+    )
     return found
 
 
@@ -175,7 +231,12 @@ def together(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
-    shared = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)], stderr=subprocess.PIPE, text=True,
@@ -190,7 +251,9 @@ def together(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(told)
-    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(WORLD)], folder / "runs"
+    return [
+        torch.load(folder / f"{number}.pt", weights_only=True) for number in range(WORLD)
+    ], folder / "runs"
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +263,18 @@ def alone(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     return scenarios(folder), folder
 
 
-# -- the same as one -----------------------------------------------------------------------------------------------------
+# -- the same as one -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("float64", 1e-12), ("float32", 1e-6), ("tiny", 1e-12), ("natural", 1e-9)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("float64", 1e-12), ("float32", 1e-6), ("tiny", 1e-12), ("natural", 1e-9)],
+)
 @pytest.mark.parametrize("number", range(WORLD))
 def test_two_processes_train_the_network_of_one(together, alone, name, tolerance, number):
-    """Minibatches and shares of uneven lengths; momentum, weight decay, and curvature from all passes."""
+    """Minibatches and shares of uneven lengths; momentum, weight decay, and curvature from all
+    passes.
+    """
     found, expected = together[0][number][name], alone[0][name]
     assert found.keys() == expected.keys()
     for parameter, value in expected.items():
@@ -225,26 +293,53 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def test_the_run_folder_is_that_of_one_process(together, alone):
-    """Written once, by the first process: measurements of the probe, scores, and the mean loss of all shares."""
+    """Written once, by the first process: measurements of the probe, scores, and the mean loss of
+    all shares.
+    """
     found, expected = rows(together[1] / "tiny"), rows(alone[1] / "tiny")
     pd.testing.assert_frame_equal(found, expected, rtol=2e-6, atol=1e-7, check_like=True)
-    assert found[["mean", "total", "s", "cos_gradient", "norm", "batch_loss", "inputs"]].notna().any().all()
-    np.testing.assert_allclose(found["batch_loss"].dropna(), expected["batch_loss"].dropna(), rtol=1e-12)
+    assert (
+        found[["mean", "total", "s", "cos_gradient", "norm", "batch_loss", "inputs"]]
+        .notna()
+        .any()
+        .all()
+    )
+    np.testing.assert_allclose(
+        found["batch_loss"].dropna(), expected["batch_loss"].dropna(), rtol=1e-12
+    )
 
 
 def test_there_is_one_set_of_folders_and_they_are_closed(together):
     folder = together[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["dropping", "natural", "resumed", "stopped", "tiny"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dropping",
+        "natural",
+        "resumed",
+        "stopped",
+        "tiny",
+    ]
     states = run_states(folder).set_index("run")["state"].to_dict()
-    assert states == {"dropping": "finished", "natural": "finished", "resumed": "finished", "stopped": "interrupted", "tiny": "finished"}
-    assert (folder / "tiny" / CHECKPOINT).exists() and not (folder / "natural" / CHECKPOINT).exists()
+    assert states == {
+        "dropping": "finished",
+        "natural": "finished",
+        "resumed": "finished",
+        "stopped": "interrupted",
+        "tiny": "finished",
+    }
+    assert (folder / "tiny" / CHECKPOINT).exists() and not (
+        folder / "natural" / CHECKPOINT
+    ).exists()
 
 
 def test_scores_are_means_over_the_examples_of_all_processes(together, alone):
     for number in range(WORLD):
         for name in ("evaluated", "evaluated by one"):
             assert together[0][number][name] == pytest.approx(alone[0][name], rel=1e-12)
-        assert together[0][number]["no examples"] == alone[0]["no examples"] == "ValueError: there are no examples to evaluate on."
+        assert (
+            together[0][number]["no examples"]
+            == alone[0]["no examples"]
+            == "ValueError: there are no examples to evaluate on."
+        )
 
 
 def test_a_loss_that_one_process_loses_ends_all_of_them(together, alone):
@@ -252,10 +347,13 @@ def test_a_loss_that_one_process_loses_ends_all_of_them(together, alone):
     for number in range(WORLD):
         for name in ("lost in the first process", "lost in the last process"):
             assert together[0][number][name] == alone[0][name] != "nothing"
-    assert f"{Diverged.__name__}: the loss became nan at step 5:" in alone[0]["lost in the last process"]
+    assert (
+        f"{Diverged.__name__}: the loss became nan at step 5:"
+        in alone[0]["lost in the last process"]
+    )
 
 
-# -- going on --------------------------------------------------------------------------------------------------------------
+# -- going on --------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_numbers(together, alone):
@@ -263,17 +361,29 @@ def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_numbers(togethe
     for found, folder in ((together[0][0], together[1]), (together[0][1], together[1]), alone):
         for number in (1, 2, 3):
             assert found[f"interrupted {number}"].startswith("KeyboardInterrupt")
-        pd.testing.assert_frame_equal(rows(folder / "resumed"), rows(folder / "dropping"), check_exact=True)
-        one, two = (torch.load(folder / name / CHECKPOINT, weights_only=True) for name in ("resumed", "dropping"))
-        assert one["step"] == two["step"] and len(one["random"]) == (1 if folder == alone[1] else WORLD)
+        pd.testing.assert_frame_equal(
+            rows(folder / "resumed"), rows(folder / "dropping"), check_exact=True
+        )
+        one, two = (
+            torch.load(folder / name / CHECKPOINT, weights_only=True)
+            for name in ("resumed", "dropping")
+        )
+        assert one["step"] == two["step"] and len(one["random"]) == (
+            1 if folder == alone[1] else WORLD
+        )
         for name, value in two["model"].items():
-            assert torch.equal(one["model"][name], value) and torch.equal(found["resumed"][name], value)
+            assert torch.equal(one["model"][name], value) and torch.equal(
+                found["resumed"][name], value
+            )
         for number, state in two["random"].items():
             assert torch.equal(one["random"][number]["cpu"], state["cpu"])
 
 
 def test_the_processes_draw_other_units(together, alone):
-    found, expected = rows(together[1] / "dropping")["batch_loss"].dropna(), rows(alone[1] / "dropping")["batch_loss"].dropna()
+    found, expected = (
+        rows(together[1] / "dropping")["batch_loss"].dropna(),
+        rows(alone[1] / "dropping")["batch_loss"].dropna(),
+    )
     assert len(found) == len(expected) and not np.allclose(found, expected, rtol=1e-4)
 
 
@@ -282,22 +392,44 @@ def test_finished_runs_are_not_touched(together):
 
 
 def test_a_run_is_gone_on_with_by_as_many_processes(together):
-    with pytest.raises(ValueError, match="was begun by 2 processes and is resumed by 1: start as many"):
+    with pytest.raises(
+        ValueError, match="was begun by 2 processes and is resumed by 1: start as many"
+    ):
         run([dropping()], [together[1] / "stopped"], "resume", ignore, KEEP)
 
 
-# -- torchrun --------------------------------------------------------------------------------------------------------------
+# -- torchrun --------------------------------------------------------------------------------------
 
 
 def test_torchrun_runs_the_demo_once(tmp_path):
     """Status 0, one set of folders, one voice."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD), "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(WORLD),
+        "--master-port",
+        str(free_port()),
+    ]
     command += ["-m", "biasshift", "demo", "--smoke", "--device", "cpu", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["elu-0", "lrelu-0", "relu-0", "srelu-0"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        "elu-0",
+        "lrelu-0",
+        "relu-0",
+        "srelu-0",
+    ]
     assert set(run_states(out)["state"]) == {"finished"}
     assert done.stdout.count("Exact identities") == 1 and done.stdout.count("4 runs on cpu") == 1
 

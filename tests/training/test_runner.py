@@ -1,4 +1,6 @@
-"""Runs that are killed, interrupted, damaged or lost: what goes on ends as if nothing had happened, and nothing else is touched."""
+"""Runs that are killed, interrupted, damaged or lost: what goes on ends as if nothing had happened,
+and nothing else is touched.
+"""
 
 import copy
 import json
@@ -35,7 +37,9 @@ TESTS = Path(__file__).parents[1]
 PATIENCE = 60  # seconds, for a machine that is busy with something else
 EXAMPLES, BATCH, EPOCH_STEPS = 230, 32, 8  # the last minibatch of an epoch has 6 examples
 STEPS, SCORE_EVERY = 26, 3  # neither divides an epoch, nor each other
-KEEP = Execution(checkpoint_seconds=0.0, keep_weights=True)  # a checkpoint whenever there may be one
+KEEP = Execution(
+    checkpoint_seconds=0.0, keep_weights=True
+)  # a checkpoint whenever there may be one
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ def network(seed: int = 0) -> nn.Sequential:
     """Chance in every forward pass, and buffers."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(64, 12), nn.ELU(), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.Linear(12, 10))
+        return nn.Sequential(
+            nn.Linear(64, 12), nn.ELU(), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.Linear(12, 10)
+        )
 
 
 def sgd(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,8 +65,17 @@ def sgd(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Opt
 
 
 def natural(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """Labels drawn by a generator of its own; the curvature is looked at now and then, and remembered."""
-    return UnitNaturalGradient(model, lr=1.0, momentum=0.5, damping=0.1, update_every=5, generator=torch.Generator().manual_seed(3))
+    """Labels drawn by a generator of its own; the curvature is looked at now and then, and
+    remembered.
+    """
+    return UnitNaturalGradient(
+        model,
+        lr=1.0,
+        momentum=0.5,
+        damping=0.1,
+        update_every=5,
+        generator=torch.Generator().manual_seed(3),
+    )
 
 
 def enter(model: nn.Module, phase: Phase) -> None:
@@ -75,12 +90,19 @@ def rows(model: nn.Module, step: int, name: str) -> pd.DataFrame:
 
 
 def make(kind: str = "dropout", config: Config | None = None) -> Trial:
-    """A run with everything: momentum, dropout, phases, probes with labels drawn by a generator, an examination, an end."""
+    """A run with everything: momentum, dropout, phases, probes with labels drawn by a generator, an
+    examination, an end.
+    """
     data = digits()
     x, y = data.x_train[:EXAMPLES], data.y_train[:EXAMPLES]
     config = config or Config(kind)
     generator = torch.Generator().manual_seed(5)
-    sampled = {"labels": "sampled", "generator": generator, "units": list(range(4)), "layers": ["0", "4"]}
+    sampled = {
+        "labels": "sampled",
+        "generator": generator,
+        "units": list(range(4)),
+        "layers": ["0", "4"],
+    }
     return Trial(
         config,
         network(config.seed),
@@ -88,13 +110,20 @@ def make(kind: str = "dropout", config: Config | None = None) -> Trial:
         TensorStream(x, y, BATCH, config.seed),
         STEPS,
         (Phase(1, config.lr), Phase(14, config.lr / 5, factor=2.0)),
-        score=lambda model: dict(zip(("train_loss", "train_error"), evaluate(model, x, y), strict=True)),
+        score=lambda model: dict(
+            zip(("train_loss", "train_error"), evaluate(model, x, y), strict=True)
+        ),
         score_every=SCORE_EVERY,
         watches=[
             Watch((x[:40], y[:40]), 7, ("activations", "bias_shift")),
             Watch((x[40:140], y[40:140]), 10, ("fisher", "gap"), sampled),
         ],
-        exam=Exam(4, 1.2, lambda model: evaluate(model, x, y)[0], lambda model, step: rows(model, step, "exam")),
+        exam=Exam(
+            4,
+            1.2,
+            lambda model: evaluate(model, x, y)[0],
+            lambda model, step: rows(model, step, "exam"),
+        ),
         enter=enter,
         closing=lambda model, step: rows(model, step, "closing"),
     )
@@ -103,12 +132,20 @@ def make(kind: str = "dropout", config: Config | None = None) -> Trial:
 def ignore(report: Progress) -> None: ...
 
 
-def go(folder: Path, exist: Exist = "refuse", trial: Trial | None = None, execution: Execution = KEEP, report=ignore) -> None:
+def go(
+    folder: Path,
+    exist: Exist = "refuse",
+    trial: Trial | None = None,
+    execution: Execution = KEEP,
+    report=ignore,
+) -> None:
     run([trial or make()], [folder], exist, report, execution)
 
 
 def canonical(folder: Path) -> pd.DataFrame:
-    """All rows and columns but the seconds, in an order that does not depend on when they were put on disk."""
+    """All rows and columns but the seconds, in an order that does not depend on when they were put
+    on disk.
+    """
     table = read_run(folder).drop(columns=["seconds", "run"]).astype({"layer": str})
     table = table[sorted(table)]
     return table.sort_values(list(table)).reset_index(drop=True)
@@ -123,7 +160,11 @@ def same(one: Any, two: Any) -> bool:
         return torch.equal(one, two)
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    return all(map(same, one, two)) and len(one) == len(two) if isinstance(one, list | tuple) else one == two
+    return (
+        all(map(same, one, two)) and len(one) == len(two)
+        if isinstance(one, list | tuple)
+        else one == two
+    )
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -156,7 +197,16 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_the_uninterrupted_run_has_everything(uninterrupted):
     """Or the tests below would say little."""
     table = read_run(uninterrupted("dropout"))
-    for column in ("total", "s", "cos_gradient", "exam", "closing", "train_loss", "batch_loss", "inputs"):
+    for column in (
+        "total",
+        "s",
+        "cos_gradient",
+        "exam",
+        "closing",
+        "train_loss",
+        "batch_loss",
+        "inputs",
+    ):
         assert table[column].notna().any(), column
     exam = table[table["exam"].notna()]["step"].item()
     assert 10 < exam < STEPS and exam % 4 == 0
@@ -168,7 +218,7 @@ def test_the_uninterrupted_run_has_everything(uninterrupted):
     assert not torch.equal(weights["0.weight"], network().state_dict()["0.weight"])
 
 
-# -- kills -------------------------------------------------------------------------------------------------------
+# -- kills -----------------------------------------------------------------------------------------
 
 
 def work(kind: str, folder: Path) -> None:
@@ -184,7 +234,15 @@ def context() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pyarrow.parquet", "sklearn.datasets", "torch._dynamo", "torch.distributed", "test_runner"])
+        context.set_forkserver_preload(
+            [
+                "pyarrow.parquet",
+                "sklearn.datasets",
+                "torch._dynamo",
+                "torch.distributed",
+                "test_runner",
+            ]
+        )
         yield context
 
 
@@ -215,8 +273,12 @@ def seen_safely(seen: Callable[[], list]) -> list:
 
 
 @pytest.mark.parametrize("kind", ["dropout", "natural"])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(kind, tmp_path, context, uninterrupted):
-    """Kills come a random moment after something was written: while steps are made, files written, or earlier ones deleted."""
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
+    kind, tmp_path, context, uninterrupted
+):
+    """Kills come a random moment after something was written: while steps are made, files written,
+    or earlier ones deleted.
+    """
     chance, folder, kills, steps = random.Random(kind), tmp_path / "run", 0, set()
     while True:
         process = context.Process(target=work, args=(kind, folder))
@@ -237,7 +299,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ki
     assert_same_run(folder, uninterrupted(kind))
 
 
-# -- interruptions -----------------------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 class Tripwire:
@@ -278,7 +340,11 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
         loss=tripwire.around("a loss", trial.loss),
         score=tripwire.around("a score", trial.score),
         enter=tripwire.around("a phase", trial.enter),
-        exam=replace(exam, loss=tripwire.around("a look", exam.loss), examine=tripwire.around("the examination", exam.examine)),
+        exam=replace(
+            exam,
+            loss=tripwire.around("a look", exam.loss),
+            examine=tripwire.around("the examination", exam.examine),
+        ),
         closing=tripwire.around("the end", trial.closing),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -292,7 +358,8 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
         go(folder, exist, trial, report=lambda report: tripwire("a report"))
 
 
-# What happens, in the order of a run. Each time the run is gone on with, and interrupted at the next one of these moments.
+# What happens, in the order of a run. Each time the run is gone on with, and interrupted at the
+# next one of these moments.
 CHAINS = {
     "before anything is on disk": [
         (f"{when} os.{what}", n) for n in (1, 2, 3) for what in ("fsync", "replace") for when in ("before", "after")
@@ -320,7 +387,9 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_a_run_that_is_interrupted_again_and_again_ends_as_if_nothing_had_happened(tmp_path, chain, uninterrupted):
+def test_a_run_that_is_interrupted_again_and_again_ends_as_if_nothing_had_happened(
+    tmp_path, chain, uninterrupted
+):
     for kind, occurrence in CHAINS[chain]:
         random_state = torch.get_rng_state()
         with pytest.raises(KeyboardInterrupt):
@@ -332,10 +401,16 @@ def test_a_run_that_is_interrupted_again_and_again_ends_as_if_nothing_had_happen
 
 
 @pytest.mark.parametrize("occurrence", [1, 2, 4])
-def test_a_replacement_that_is_interrupted_leaves_a_run_that_begins_anew(tmp_path, occurrence, uninterrupted):
-    """The checkpoint goes first: what is left of the earlier run, which is this one's in all but the rate, must not be gone on with."""
+def test_a_replacement_that_is_interrupted_leaves_a_run_that_begins_anew(
+    tmp_path, occurrence, uninterrupted
+):
+    """The checkpoint goes first: what is left of the earlier run, which is this one's in all but
+    the rate, must not be gone on with.
+    """
     folder = Path(shutil.copytree(uninterrupted("dropout"), tmp_path / "run"))
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("0.05", "0.02"))
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("0.05", "0.02")
+    )
     (folder / "state.json").write_text('{"state": "interrupted"}')
     with pytest.raises(KeyboardInterrupt):
         interrupted_run(folder, Tripwire("after Path.unlink", occurrence), "replace")
@@ -346,7 +421,7 @@ def test_a_replacement_that_is_interrupted_leaves_a_run_that_begins_anew(tmp_pat
     assert reports[0].step <= SCORE_EVERY and read_run(folder)["step"].min() == 0
 
 
-# -- runs that are not gone on with ------------------------------------------------------------------------------
+# -- runs that are not gone on with ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -386,14 +461,22 @@ def test_a_finished_run_is_not_touched(uninterrupted, tmp_path):
     before = files(folder)
     go(folder, "resume", execution=replace(KEEP, keep_weights=False), report=reports.append)
     assert files(folder) == before
-    assert [(report.step, report.steps) for report in reports] == [(reports[0].steps, reports[0].steps)]  # it counts
+    assert [(report.step, report.steps) for report in reports] == [
+        (reports[0].steps, reports[0].steps)
+    ]  # it counts
 
 
-@pytest.mark.parametrize(("finished", "name", "value"), [(False, "seed", 1), (True, "lr", 0.2), (False, "kind", "other")])
-def test_a_run_of_another_configuration_is_refused_by_name(half, uninterrupted, finished, name, value):
+@pytest.mark.parametrize(
+    ("finished", "name", "value"), [(False, "seed", 1), (True, "lr", 0.2), (False, "kind", "other")]
+)
+def test_a_run_of_another_configuration_is_refused_by_name(
+    half, uninterrupted, finished, name, value
+):
     folder = uninterrupted("dropout") if finished else half
     before = files(folder)
-    with pytest.raises(ValueError, match=f"holds a run with {name} = .*and this one has {value!r}") as caught:
+    with pytest.raises(
+        ValueError, match=f"holds a run with {name} = .*and this one has {value!r}"
+    ) as caught:
         go(folder, "resume", make(config=replace(Config("dropout"), **{name: value})))
     assert "--out" in str(caught.value) and "\n" not in str(caught.value)
     assert files(folder) == before
@@ -444,13 +527,18 @@ def damage(path: Path, how: str, mark: Path) -> None:
     elif how == "a whole network":
         torch.save(network(), path)
     elif how.startswith("without "):
-        torch.save({name: value for name, value in good.items() if name != how.removeprefix("without ")}, path)
+        torch.save(
+            {name: value for name, value in good.items() if name != how.removeprefix("without ")},
+            path,
+        )
     elif how.startswith("nonsense in "):
         torch.save({**good, how.removeprefix("nonsense in "): {"0": {"state": "nonsense"}}}, path)
     elif how == "another network":
         torch.save({**good, "model": nn.Linear(3, 2).state_dict()}, path)
     elif how == "another optimizer":
-        torch.save({**good, "optimizer": torch.optim.Adam(nn.Linear(3, 2).parameters()).state_dict()}, path)
+        torch.save(
+            {**good, "optimizer": torch.optim.Adam(nn.Linear(3, 2).parameters()).state_dict()}, path
+        )
     elif how == "two processes":
         torch.save({**good, "random": {"0": good["random"]["0"], "1": good["random"]["0"]}}, path)
     elif how == "a link":
@@ -461,13 +549,41 @@ def damage(path: Path, how: str, mark: Path) -> None:
         os.mkfifo(path) if how == "a pipe" else path.mkdir()
 
 
-UNREADABLE = ["empty", "truncated", "without its end", "noise", "a pickle that executes", "a checkpoint that executes", "a whole network"]
-WRONG = ["a tensor", "without step", "without model", "without labels", "nonsense in step", "nonsense in segments", "nonsense in examined"]
-UNFIT = ["nonsense in model", "nonsense in optimizer", "nonsense in random", "another network", "another optimizer"]
+UNREADABLE = [
+    "empty",
+    "truncated",
+    "without its end",
+    "noise",
+    "a pickle that executes",
+    "a checkpoint that executes",
+    "a whole network",
+]
+WRONG = [
+    "a tensor",
+    "without step",
+    "without model",
+    "without labels",
+    "nonsense in step",
+    "nonsense in segments",
+    "nonsense in examined",
+]
+UNFIT = [
+    "nonsense in model",
+    "nonsense in optimizer",
+    "nonsense in random",
+    "another network",
+    "another optimizer",
+]
 SAID = {
-    **dict.fromkeys(UNREADABLE, "is no readable checkpoint: delete it to begin this run anew with --replace"),
-    **dict.fromkeys(WRONG, "is no checkpoint of a training run: delete it to begin this run anew with --replace"),
-    **dict.fromkeys(UNFIT, "is of another network or optimizer: give this run another --out, or begin it anew"),
+    **dict.fromkeys(
+        UNREADABLE, "is no readable checkpoint: delete it to begin this run anew with --replace"
+    ),
+    **dict.fromkeys(
+        WRONG, "is no checkpoint of a training run: delete it to begin this run anew with --replace"
+    ),
+    **dict.fromkeys(
+        UNFIT, "is of another network or optimizer: give this run another --out, or begin it anew"
+    ),
     "two processes": "was begun by 2 processes and is resumed by 1: start as many",
     "a link": "is a link out of its run",
     "a pipe": "is missing or no ordinary file",
@@ -493,7 +609,7 @@ def test_a_damaged_checkpoint_can_be_replaced(half, uninterrupted):
     assert_same_run(half, uninterrupted("dropout"))
 
 
-# -- runs that are lost ------------------------------------------------------------------------------------------
+# -- runs that are lost ----------------------------------------------------------------------------
 
 
 def test_a_run_that_diverges_keeps_its_rows_and_is_failed_again_when_it_is_gone_on_with(tmp_path):
@@ -501,7 +617,9 @@ def test_a_run_that_diverges_keeps_its_rows_and_is_failed_again_when_it_is_gone_
     trial = replace(trial, watches=[], phases=(Phase(1, 0.01), Phase(12, 1e30)))
     state = torch.get_rng_state()
     for exist in ("refuse", "resume"):
-        with pytest.raises(Diverged, match=r"at step 1[3-6]: training diverged; lower the learning rate"):
+        with pytest.raises(
+            Diverged, match=r"at step 1[3-6]: training diverged; lower the learning rate"
+        ):
             go(tmp_path / "run", exist, copy.deepcopy(trial))
         assert run_states(tmp_path)["state"].tolist() == ["failed"]
         assert read_run(tmp_path / "run")["train_loss"].dropna().iloc[:4].between(0, 4).all()
@@ -521,7 +639,11 @@ def test_reports_say_how_far_a_run_is(tmp_path):
     reports: list[Progress] = []
     go(tmp_path / "run", report=reports.append)
     steps = [report.step for report in reports]
-    assert set(range(SCORE_EVERY, STEPS, SCORE_EVERY)) < set(steps) and steps == sorted(steps) and steps[-1] == STEPS
+    assert (
+        set(range(SCORE_EVERY, STEPS, SCORE_EVERY)) < set(steps)
+        and steps == sorted(steps)
+        and steps[-1] == STEPS
+    )
     assert {(report.run, report.steps) for report in reports} == {("run", STEPS)}
     assert all(0 < report.loss < 10 for report in reports)
 
@@ -534,7 +656,9 @@ def test_phases_change_the_learning_rate_and_enter_the_network_once(tmp_path):
 
     def make_optimizer(model, parameters):
         optimizer = sgd(model, parameters)
-        optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+        )
         return optimizer
 
     def noted(model: nn.Module, phase: Phase) -> None:
@@ -546,10 +670,16 @@ def test_phases_change_the_learning_rate_and_enter_the_network_once(tmp_path):
     assert entered == [(0, 1.0), (13, 2.0)]
 
 
-# -- products of float32 -----------------------------------------------------------------------------------------
+# -- products of float32 ---------------------------------------------------------------------------
 
 
-FLAGS = ("backends", "backends.cuda.matmul", "backends.cudnn.conv", "backends.cudnn.rnn", "backends.mkldnn.matmul")
+FLAGS = (
+    "backends",
+    "backends.cuda.matmul",
+    "backends.cudnn.conv",
+    "backends.cudnn.rnn",
+    "backends.mkldnn.matmul",
+)
 
 
 def rounding() -> list[str]:
@@ -565,14 +695,29 @@ def set_one(name: str, value: str) -> None:
 
 
 def noting(precision: Precision, folder: Path, found: list[Any]) -> None:
-    """A run of which every step notes on which products TF32 is allowed, in both generations of flags."""
+    """A run of which every step notes on which products TF32 is allowed, in both generations of
+    flags.
+    """
 
     def loss(outputs, y):
-        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # raises where the generations differ
-        found.append([torch.get_float32_matmul_precision(), *allowed, *(value == "tf32" for value in rounding()[1:])])
+        allowed = (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+        )  # raises where the generations differ
+        found.append(
+            [
+                torch.get_float32_matmul_precision(),
+                *allowed,
+                *(value == "tf32" for value in rounding()[1:]),
+            ]
+        )
         return nn.functional.cross_entropy(outputs, y)
 
-    go(folder, trial=replace(make(), loss=loss, watches=[], exam=None), execution=Execution(precision))
+    go(
+        folder,
+        trial=replace(make(), loss=loss, watches=[], exam=None),
+        execution=Execution(precision),
+    )
 
 
 def noting_job(precision: Precision, folder: Path, report: Callable[[Any], None]) -> None:
@@ -581,15 +726,27 @@ def noting_job(precision: Precision, folder: Path, report: Callable[[Any], None]
     report((precision, found[-1]))
 
 
-NOTED = {"tf32": ["high", True, True, True, True, True, False], "float32": ["highest", *6 * [False]]}  # no products on the CPU
+NOTED = {
+    "tf32": ["high", True, True, True, True, True, False],
+    "float32": ["highest", *6 * [False]],
+}  # no products on the CPU
 
 
 @pytest.mark.parametrize(
     "state",
-    [None, ("older", "medium"), ("older", "high"), ("backends", "tf32"), ("backends.cudnn.conv", "ieee"), ("backends.cuda.matmul", "tf32")],
+    [
+        None,
+        ("older", "medium"),
+        ("older", "high"),
+        ("backends", "tf32"),
+        ("backends.cudnn.conv", "ieee"),
+        ("backends.cuda.matmul", "tf32"),
+    ],
 )
 @pytest.mark.parametrize("precision", NOTED)
-def test_products_are_rounded_as_a_run_says_and_the_process_is_left_as_found(tmp_path, precision, state):
+def test_products_are_rounded_as_a_run_says_and_the_process_is_left_as_found(
+    tmp_path, precision, state
+):
     found, original = [], rounding()
     try:
         if state is not None:

@@ -13,7 +13,13 @@ from biasshift.training.trial import Execution
 
 def go(folder) -> None:
     (setting,) = Tiny(activations=("elu",)).settings()
-    run([trial(setting, data())], [folder], "refuse", lambda report: None, Execution(tensorboard=True))
+    run(
+        [trial(setting, data())],
+        [folder],
+        "refuse",
+        lambda report: None,
+        Execution(tensorboard=True),
+    )
 
 
 def test_the_board_has_the_scores_of_the_run(tmp_path):
@@ -26,7 +32,10 @@ def test_the_board_has_the_scores_of_the_run(tmp_path):
     scores = read_run(tmp_path / "elu-0").dropna(subset="train_loss")
     for name in ("train_loss", "valid_error", "epoch"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in zip(scores["step"], scores[name], strict=True)]
+        assert found == [
+            (step, pytest.approx(value, rel=1e-6))
+            for step, value in zip(scores["step"], scores[name], strict=True)
+        ]
 
 
 def test_without_tensorboard_it_says_so(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""`check`: what is covered is compared by a second route that finds planted errors; what is not says why; nothing raises."""
+"""`check`: what is covered is compared by a second route that finds planted errors; what is not
+says why; nothing raises.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,24 @@ DOUBLE = torch.float64
 COLUMNS = ["module", "kind", "covered", "reason", "calls", "units", "inputs", "error"]
 
 
-def rows(model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> dict[str, dict[str, Any]]:
+def rows(
+    model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any
+) -> dict[str, dict[str, Any]]:
     return bs.check(model, x, y, **options).set_index("module").to_dict("index")
 
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.ELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ELU(), nn.Linear(6, 4), nn.ELU(), nn.Linear(4, 3)
+    ).double()
 
 
 def inputs(examples: int = 9) -> Tensor:
     return torch.randn(examples, 5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE) + 0.5
 
 
-# -- the second opinion against the tests' own oracle --------------------------------------------------------------------
+# -- the second opinion against the tests' own oracle ----------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -47,13 +53,20 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
     for labels in (None, y):
         blocks = oracles.unit_fishers(model, x, case.likelihood, weight_sharing, labels)
         units = {name: torch.arange(len(block.F)) for name, block in blocks.items()}
-        vectors = {name: torch.eye(block.F.shape[-1], dtype=DOUBLE).expand_as(block.F) for name, block in blocks.items()}
-        found = opinions.products(copy.deepcopy(model), units, vectors, x, case.likelihood, weight_sharing, labels)
+        vectors = {
+            name: torch.eye(block.F.shape[-1], dtype=DOUBLE).expand_as(block.F)
+            for name, block in blocks.items()
+        }
+        found = opinions.products(
+            copy.deepcopy(model), units, vectors, x, case.likelihood, weight_sharing, labels
+        )
         for name, block in blocks.items():
-            torch.testing.assert_close(found[name], block.F, rtol=0, atol=1e-12 * float(block.F.abs().max()))
+            torch.testing.assert_close(
+                found[name], block.F, rtol=0, atol=1e-12 * float(block.F.abs().max())
+            )
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -61,18 +74,31 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
 def test_every_covered_layer_is_right(case: Case, weight_sharing: str) -> None:
     model, x, y = case.build()
     table = bs.check(model, x, y, likelihood=case.likelihood, weight_sharing=weight_sharing)
-    assert list(table.columns) == COLUMNS and table["module"].tolist() == [name for name, _ in model.named_modules()]
+    assert list(table.columns) == COLUMNS and table["module"].tolist() == [
+        name for name, _ in model.named_modules()
+    ]
     layers = {name: module for name, module in model.named_modules() if kinds.is_covered(module)}
     covered = table[table["covered"]].set_index("module")
     assert list(covered.index) == list(layers)
-    assert (covered["error"] < 1e-10).all() and (covered["reason"] == "").all() and (covered["calls"] > 0).all()
+    assert (
+        (covered["error"] < 1e-10).all()
+        and (covered["reason"] == "").all()
+        and (covered["calls"] > 0).all()
+    )
     for name, module in layers.items():
-        assert (covered.loc[name, "units"], covered.loc[name, "inputs"]) == tuple(module.weight.flatten(1).shape)
+        assert (covered.loc[name, "units"], covered.loc[name, "inputs"]) == tuple(
+            module.weight.flatten(1).shape
+        )
 
 
 def test_calls_are_counted() -> None:
     model, x, _ = BY_NAME["shared"].build()
-    assert {name: row["calls"] for name, row in rows(model, x).items()} == {"": 1, "stem": 1, "twice": 2, "head": 1}
+    assert {name: row["calls"] for name, row in rows(model, x).items()} == {
+        "": 1,
+        "stem": 1,
+        "twice": 2,
+        "head": 1,
+    }
 
 
 def test_many_outputs_and_large_layers_are_compared_in_part() -> None:
@@ -85,7 +111,11 @@ def test_many_outputs_and_large_layers_are_compared_in_part() -> None:
 
 
 def test_a_model_in_single_precision_is_compared_in_double() -> None:
-    assert all(row["error"] < 1e-12 for row in rows(mlp().float(), inputs().float()).values() if row["covered"])
+    assert all(
+        row["error"] < 1e-12
+        for row in rows(mlp().float(), inputs().float()).values()
+        if row["covered"]
+    )
 
 
 def test_a_model_that_fixes_its_precision_is_compared_in_it() -> None:
@@ -110,7 +140,7 @@ def test_batches_are_read_and_the_arguments_checked() -> None:
             bs.check(model, x, **options)
 
 
-# -- a planted error is seen ---------------------------------------------------------------------------------------------
+# -- a planted error is seen -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
@@ -125,20 +155,28 @@ def test_a_wrong_patch_is_seen(monkeypatch: pytest.MonkeyPatch, weight_sharing: 
 def test_a_wrong_label_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from biasshift.measure import likelihoods as labels
 
-    monkeypatch.setattr(labels, "_expected", lambda outputs, likelihood: labels.seeds(outputs, likelihood, "sampled", None, None))
+    monkeypatch.setattr(
+        labels,
+        "_expected",
+        lambda outputs, likelihood: labels.seeds(outputs, likelihood, "sampled", None, None),
+    )
     table = rows(mlp(), inputs())
     assert all(table[name]["error"] > 1e-2 for name in ("0", "2", "4"))
 
 
-def test_a_wrong_unit_order_of_a_transposed_convolution_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_unit_order_of_a_transposed_convolution_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     right = kinds.errors
     monkeypatch.setattr(kinds, "errors", lambda module, delta: right(module, delta).roll(1, -1))
     torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(100, 3)).double()
+    model = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(100, 3)
+    ).double()
     assert rows(model, torch.randn(4, 2, 3, 3, dtype=DOUBLE))["0"]["error"] > 1e-2
 
 
-# -- why not -------------------------------------------------------------------------------------------------------------
+# -- why not ---------------------------------------------------------------------------------------
 
 
 def test_batchnorm_in_training_mode_refuses_everything_by_name() -> None:
@@ -146,13 +184,17 @@ def test_batchnorm_in_training_mode_refuses_everything_by_name() -> None:
     table = rows(model.train(), x)
     assert not any(row["covered"] for row in table.values())
     for name in ("0", "1", "4", "5", "6"):
-        assert "statistics of its batch" in table[name]["reason"] and "eval()" in table[name]["reason"]
+        assert (
+            "statistics of its batch" in table[name]["reason"] and "eval()" in table[name]["reason"]
+        )
     assert "'1' (BatchNorm2d)" in table["0"]["reason"]
     assert table["2"]["reason"] == "no layer with units"
 
 
 def test_tied_parameters_are_named_on_both_sides() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.ELU(), nn.Linear(5, 5), nn.ELU(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(5, 5), nn.ELU(), nn.Linear(5, 5), nn.ELU(), nn.Linear(5, 3)
+    ).double()
     model[2].weight = model[0].weight
     table = rows(model, inputs())
     assert "'2'" in table["0"]["reason"] and "'0'" in table["2"]["reason"]
@@ -163,25 +205,44 @@ def test_layers_that_do_not_run_or_run_inside_a_function() -> None:
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.inside, self.unused, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.stem, self.inside, self.unused, self.head = (
+                nn.Linear(5, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.elu(self.stem(x))
             return self.head(F.elu(F.linear(h, self.inside.weight, self.inside.bias)))
 
     table = rows(Strange().double(), inputs())
-    assert "not called as a module: its weight is used inside a function" in table["inside"]["reason"]
+    assert (
+        "not called as a module: its weight is used inside a function" in table["inside"]["reason"]
+    )
     assert "not called in the forward pass" in table["unused"]["reason"]
-    assert table["stem"]["error"] < 1e-12 and table["head"]["error"] < 1e-12 and table["inside"]["calls"] == 0
+    assert (
+        table["stem"]["error"] < 1e-12
+        and table["head"]["error"] < 1e-12
+        and table["inside"]["calls"] == 0
+    )
 
 
 def test_windows_are_refused_per_example_and_right_under_expand() -> None:
     torch.manual_seed(0)
     model, x = Windows().double(), torch.randn(6, 4, 3, dtype=DOUBLE)
-    assert "24 rows" not in rows(model, x)["inner"]["reason"] and "rows" in rows(model, x)["inner"]["reason"]
+    assert (
+        "24 rows" not in rows(model, x)["inner"]["reason"]
+        and "rows" in rows(model, x)["inner"]["reason"]
+    )
     assert rows(model, x)["head"]["error"] < 1e-12
-    assert all(rows(model, x, weight_sharing="expand")[name]["error"] < 1e-12 for name in ("inner", "head"))
-    assert "rows" in rows(SequenceFirst().double(), torch.randn(4, 4, 3, dtype=DOUBLE))["inner"]["reason"]
+    assert all(
+        rows(model, x, weight_sharing="expand")[name]["error"] < 1e-12 for name in ("inner", "head")
+    )
+    assert (
+        "rows"
+        in rows(SequenceFirst().double(), torch.randn(4, 4, 3, dtype=DOUBLE))["inner"]["reason"]
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -189,7 +250,9 @@ def test_checkpoints(reentrant: bool) -> None:
     torch.manual_seed(0)
     table = rows(Checkpointed(reentrant).double(), inputs())
     for name in ("stem", "block.0", "block.2"):
-        assert ("checkpoint" in table[name]["reason"]) == reentrant and table[name]["covered"] != reentrant
+        assert ("checkpoint" in table[name]["reason"]) == reentrant and table[name][
+            "covered"
+        ] != reentrant
         assert reentrant or table[name]["error"] < 1e-12
     assert table["head"]["error"] < 1e-12
 
@@ -198,14 +261,26 @@ def test_checkpoints(reentrant: bool) -> None:
     ("model", "x", "name", "word"),
     [
         (nn.Sequential(nn.LazyLinear(3)), torch.randn(4, 5), "0", "no shape"),
-        (nn.Sequential(nn.Linear(5, 3, dtype=torch.complex64)), torch.randn(4, 5, dtype=torch.complex64), "0", "complex64"),
+        (
+            nn.Sequential(nn.Linear(5, 3, dtype=torch.complex64)),
+            torch.randn(4, 5, dtype=torch.complex64),
+            "0",
+            "complex64",
+        ),
         (nn.Sequential(nn.Bilinear(5, 5, 3)), None, "0", "vector of incoming"),
         (nn.LSTM(5, 3, batch_first=True), torch.randn(4, 6, 5), "", "fused"),
-        (nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval(), torch.randn(3, 5, 4), "self_attn", "one function call"),
+        (
+            nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval(),
+            torch.randn(3, 5, 4),
+            "self_attn",
+            "one function call",
+        ),
     ],
     ids=["lazy", "complex", "bilinear", "lstm", "attention"],
 )
-def test_kinds_that_are_not_covered(model: nn.Module, x: Tensor | None, name: str, word: str) -> None:
+def test_kinds_that_are_not_covered(
+    model: nn.Module, x: Tensor | None, name: str, word: str
+) -> None:
     if x is None:
         x, inner = torch.randn(4, 5), model[0]
         model = nn.Module()
@@ -229,7 +304,7 @@ def test_weights_of_an_unknown_kind_are_pointed_at() -> None:
     assert table["1"]["reason"] == "no layer with units" and table["0"]["error"] < 1e-12
 
 
-# -- it never raises for a model that runs -------------------------------------------------------------------------------
+# -- it never raises for a model that runs ---------------------------------------------------------
 
 
 def test_a_function_that_torch_func_cannot_run_is_compared_by_a_loop() -> None:
@@ -240,7 +315,9 @@ def test_a_function_that_torch_func_cannot_run_is_compared_by_a_loop() -> None:
             return x.clamp(min=0)
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # looks at the data: no vmap, neither there nor here
+        def backward(
+            ctx: Any, g: Tensor
+        ) -> Tensor:  # looks at the data: no vmap, neither there nor here
             return g * (ctx.saved_tensors[0] > 0) if float(g.abs().sum()) >= 0 else g
 
     class Custom(nn.Sequential):
@@ -250,16 +327,26 @@ def test_a_function_that_torch_func_cannot_run_is_compared_by_a_loop() -> None:
     torch.manual_seed(0)
     model = Custom(nn.Linear(5, 6), nn.Linear(6, 3)).double()
     for weight_sharing in ("per_example", "expand"):
-        assert all(rows(model, inputs(), weight_sharing=weight_sharing)[name]["error"] < 1e-12 for name in ("0", "1"))
+        assert all(
+            rows(model, inputs(), weight_sharing=weight_sharing)[name]["error"] < 1e-12
+            for name in ("0", "1")
+        )
     plain = nn.Sequential(copy.deepcopy(model[0]), nn.ReLU(), copy.deepcopy(model[1]))
-    assert torch.equal(bs.unit_fisher(model, inputs())["0"].matrix(), bs.unit_fisher(plain, inputs())["0"].matrix())
+    assert torch.equal(
+        bs.unit_fisher(model, inputs())["0"].matrix(), bs.unit_fisher(plain, inputs())["0"].matrix()
+    )
 
 
 def test_a_flow_of_control_that_depends_on_the_data() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.one, self.other, self.head = nn.Linear(5, 1), nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+            self.gate, self.one, self.other, self.head = (
+                nn.Linear(5, 1),
+                nn.Linear(5, 4),
+                nn.Linear(5, 4),
+                nn.Linear(4, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = []
@@ -270,7 +357,9 @@ def test_a_flow_of_control_that_depends_on_the_data() -> None:
     torch.manual_seed(0)
     table = rows(Branches().double(), inputs(), weight_sharing="expand", examples=6)
     assert all(table[name]["error"] < 1e-12 for name in ("one", "other", "head"))
-    assert rows(Branches().double(), inputs())["one"]["covered"] is False  # one row a call: which example is it?
+    assert (
+        rows(Branches().double(), inputs())["one"]["covered"] is False
+    )  # one row a call: which example is it?
 
 
 def test_models_that_cannot_be_compared_say_so() -> None:
@@ -279,10 +368,16 @@ def test_models_that_cannot_be_compared_say_so() -> None:
             return super().forward(x.reshape(4, 5))
 
     table = rows(Fixed(*mlp()), inputs())
-    assert table["0"]["covered"] and table["0"]["reason"].startswith("not compared: ") and table["0"]["error"] != table["0"]["error"]
+    assert (
+        table["0"]["covered"]
+        and table["0"]["reason"].startswith("not compared: ")
+        and table["0"]["error"] != table["0"]["error"]
+    )
     model = mlp()
     model.lock = threading.Lock()
-    assert rows(model, inputs())["0"]["reason"].startswith("not compared: the model cannot be copied")
+    assert rows(model, inputs())["0"]["reason"].startswith(
+        "not compared: the model cannot be copied"
+    )
     pristine(model)
 
 
@@ -328,10 +423,14 @@ def test_hooks_of_the_user_are_a_part_of_the_model_in_both_routes() -> None:
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2 + 1,))
     model[2].register_forward_hook(lambda module, args, output: output.mul_(3))
     for weight_sharing in ("per_example", "expand"):
-        assert all(row["error"] < 1e-12 for row in rows(model, x, weight_sharing=weight_sharing).values() if row["covered"])
+        assert all(
+            row["error"] < 1e-12
+            for row in rows(model, x, weight_sharing=weight_sharing).values()
+            if row["covered"]
+        )
 
 
-# -- as found ------------------------------------------------------------------------------------------------------------
+# -- as found --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
@@ -339,11 +438,21 @@ def test_the_model_is_left_as_found(weight_sharing: str) -> None:
     model, x, y = BY_NAME["batchnorm-eval"].build()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model[4].weight.requires_grad_(False)
-    before = {name: (id(t), t._version, t.requires_grad, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (id(t), t._version, t.requires_grad, t.clone())
+        for name, t in model.state_dict(keep_vars=True).items()
+    }
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     bs.check(model, x, y, weight_sharing=weight_sharing)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        assert (id(tensor), tensor._version, tensor.requires_grad) == before[name][:3] and torch.equal(tensor, before[name][3])
-    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[4].weight.grad is None
-    assert modes == [m.training for m in model.modules()] and torch.equal(torch.get_rng_state(), state)
+        assert (id(tensor), tensor._version, tensor.requires_grad) == before[name][
+            :3
+        ] and torch.equal(tensor, before[name][3])
+    assert (
+        torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+        and model[4].weight.grad is None
+    )
+    assert modes == [m.training for m in model.modules()] and torch.equal(
+        torch.get_rng_state(), state
+    )
     pristine(model)
