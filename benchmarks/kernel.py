@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 
 from .harness import devices, seconds, write
 
@@ -28,9 +28,9 @@ def ratio(inputs: int, device: str, repeats: int) -> dict:
     )
     left, right = torch.randn(2, SIZE, SIZE, device=device).unbind()
 
-    def blocks() -> triangle.Rows:
-        rows = triangle.zeros(inputs, inputs, a.device)
-        triangle.add_weighted(rows, a, weights)
+    def blocks() -> packed.Rows:
+        rows = packed.zeros(inputs, inputs, a.device)
+        packed.add_weighted(rows, a, weights)
         return rows
 
     def product() -> torch.Tensor:
@@ -46,7 +46,7 @@ def ratio(inputs: int, device: str, repeats: int) -> dict:
         times.append(taken)
         rates.append((2 * SAMPLES * inputs**3 / taken) / (4 * SIZE**3 / (before + after)))
     exact = torch.einsum("n,ni,nj->ij", weights[:, 0].double(), a.double(), a.double())
-    error = ((triangle.dense(blocks(), slice(0, 1))[0] - exact).norm() / exact.norm()).item()
+    error = ((packed.dense(blocks(), slice(0, 1))[0] - exact).norm() / exact.norm()).item()
     row = {
         "method": f"{inputs} inputs, {inputs} units",
         "seconds": median(times[1:]),

@@ -1,17 +1,36 @@
-"""Measure, test and exploit the theory of bias shift and the unit natural gradient."""
+"""Measure, test and exploit the theory of bias shift and the unit natural gradient.
+
+Public names load when they are first used (PEP 562), so that ``import biasshift`` itself is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from biasshift import _sigint  # noqa: F401  before all that takes long
 
-# isort: split
-from biasshift import optim
-from biasshift.analysis.verdicts import claims
-from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure.activation_moments import ActivationMoments, activation_moments
-from biasshift.measure.bias_shift import bias_shift
-from biasshift.measure.fisher import unit_fisher
-from biasshift.measure.gradient_gap import gradient_gap
-from biasshift.tracking.instrument import instrument
-from biasshift.verification.check import check
+if TYPE_CHECKING:
+    from biasshift import (
+        analysis as analysis,
+        data as data,
+        experiments as experiments,
+        nets as nets,
+        optim as optim,
+        plots as plots,
+        runs as runs,
+        theory as theory,
+        training as training,
+    )
+    from biasshift.analysis.verdicts import claims as claims
+    from biasshift.fisher.unit_fisher import UnitFisher as UnitFisher
+    from biasshift.measure.activation_moments import (
+        ActivationMoments as ActivationMoments,
+        activation_moments as activation_moments,
+    )
+    from biasshift.measure.bias_shift import bias_shift as bias_shift
+    from biasshift.measure.fisher import unit_fisher as unit_fisher
+    from biasshift.measure.gradient_gap import gradient_gap as gradient_gap
+    from biasshift.tracking.instrument import instrument as instrument
+    from biasshift.verification.check import check as check
 
 __all__ = [
     "ActivationMoments",
@@ -26,3 +45,34 @@ __all__ = [
     "unit_fisher",
 ]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "ActivationMoments": "measure.activation_moments",
+    "UnitFisher": "fisher.unit_fisher",
+    "activation_moments": "measure.activation_moments",
+    "bias_shift": "measure.bias_shift",
+    "check": "verification.check",
+    "claims": "analysis.verdicts",
+    "gradient_gap": "measure.gradient_gap",
+    "instrument": "tracking.instrument",
+    "unit_fisher": "measure.fisher",
+}
+_PACKAGES = (
+    "analysis", "data", "experiments", "nets", "optim", "plots", "runs", "theory", "training",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at its first use."""
+    if name in _MODULES:
+        value = getattr(import_module(f"biasshift.{_MODULES[name]}"), name)
+    elif name in _PACKAGES:
+        value = import_module(f"biasshift.{name}")
+    else:
+        raise AttributeError(f"module 'biasshift' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_PACKAGES, "__version__"})

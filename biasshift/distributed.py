@@ -11,30 +11,30 @@ import torch
 from torch import Tensor, distributed as dist
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
     """The number of this process; 0 writes the run folders and speaks."""
-    return dist.get_rank() if together() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if together() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether `torchrun` has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that `torchrun` has started beside this one; without it, nothing happens."""
-    if not launched():
+    if not under_torchrun():
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -46,17 +46,17 @@ def joined(device: torch.device) -> Iterator[None]:
 
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this process among those of its machine; any other device as it is."""
-    if device.type == "cuda" and device.index is None and launched():
+    if device.type == "cuda" and device.index is None and under_torchrun():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
-def summed(values: Tensor | None, length: int) -> Tensor:
+def all_reduce_sum(values: Tensor | None, length: int) -> Tensor:
     """The sum over all processes of a float64 vector; ``None`` stands for zeros. ``length`` is the
     same on all of them.
     """
     values = torch.zeros(length, dtype=torch.float64) if values is None else values
-    if together():
+    if is_distributed():
         device = (
             torch.device("cuda", torch.cuda.current_device())
             if dist.get_backend() == "nccl"
@@ -67,9 +67,9 @@ def summed(values: Tensor | None, length: int) -> Tensor:
     return values
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What process 0 has; the others' is not looked at. Plain values only."""
-    if not together():
+    if not is_distributed():
         return value
     box = [value]
     dist.broadcast_object_list(box)

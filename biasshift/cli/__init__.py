@@ -17,7 +17,7 @@ from biasshift.cli.claims import judge
 from biasshift.cli.commands import Claims, Figure, Report, Runs
 from biasshift.cli.console import say_runs, sentence
 from biasshift.cli.figure import draw_figures
-from biasshift.distributed import launched
+from biasshift.distributed import under_torchrun
 from biasshift.experiments.autoencoder import Autoencoder
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
@@ -103,7 +103,7 @@ def _carry_out(options: Any) -> None:
     console = Console(
         highlight=False, markup=False, emoji=False
     )  # a path may hold brackets and colons
-    if launched() and int(os.environ.get("RANK", "0")) > 0:
+    if under_torchrun() and int(os.environ.get("RANK", "0")) > 0:
         console.quiet = True
     if isinstance(options, Figure):
         draw_figures(console, options, _parsed)

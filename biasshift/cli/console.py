@@ -23,7 +23,7 @@ from rich.table import Table
 from biasshift.analysis.formatting import READING, SAID, effect, reading_table, sweep_table
 from biasshift.analysis.per_run import per_run
 from biasshift.analysis.verdicts import claims
-from biasshift.training import trial as trials
+from biasshift.training import trial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +159,7 @@ class Counter:
         self.steps: dict[str, int] = {}
         self.first: dict[str, int] = {}
 
-    def add(self, report: trials.Progress) -> int:
+    def add(self, report: trial.Progress) -> int:
         """Notes a report; all completed steps, those of an earlier command included."""
         self.first.setdefault(report.run, report.step)
         self.steps[report.run] = report.step
@@ -177,7 +177,7 @@ class Counter:
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[trials.Progress], None]]:
+def progress(console: Console, total: int) -> Iterator[Callable[[trial.Progress], None]]:
     """Yields what takes every report of every run; ``total`` is the number of steps of all."""
     counter = Counter(total)
     if not console.is_terminal:
@@ -199,10 +199,10 @@ def progress(console: Console, total: int) -> Iterator[Callable[[trials.Progress
         )
 
 
-def _lines(console: Console, counter: Counter) -> Callable[[trials.Progress], None]:
+def _lines(console: Console, counter: Counter) -> Callable[[trial.Progress], None]:
     tenths = 0
 
-    def line(report: trials.Progress) -> None:
+    def line(report: trial.Progress) -> None:
         nonlocal tenths
         done = counter.add(report) * 10 // counter.total
         if done > tenths:
@@ -212,6 +212,6 @@ def _lines(console: Console, counter: Counter) -> Callable[[trials.Progress], No
     return line
 
 
-def _said(report: trials.Progress, counter: Counter) -> str:
+def _said(report: trial.Progress, counter: Counter) -> str:
     loss = f", loss {report.loss:.3g}" if math.isfinite(report.loss) else ""
     return f"{counter.rate():.0f} steps/s{loss} ({report.run}, step {report.step:,})"

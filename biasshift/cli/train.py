@@ -20,7 +20,7 @@ from biasshift.cli.console import (
     say_verdicts,
     sentence,
 )
-from biasshift.distributed import joined, launched, rank, together
+from biasshift.distributed import is_distributed, process_group, rank, under_torchrun
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
 from biasshift.runs.reader import run_states
@@ -50,7 +50,7 @@ def train(console: Console, experiment: Experiment) -> None:
         return
     folders = [experiment.folder(setting) for setting in settings]
     device = experiment.where()
-    with joined(device):
+    with process_group(device):
         if rank() == 0:
             _refuse_taken(folders, settings, experiment)
         _prepare(experiment, device)
@@ -72,7 +72,7 @@ def _prepare(experiment: Experiment, device: torch.device) -> None:
 
 
 def _workers(experiment: Experiment, groups: list[Group], device: torch.device) -> int:
-    if launched():
+    if under_torchrun():
         return 1
     usual = cores() if device.type == "cpu" else 1
     return min(experiment.workers or usual, len(groups)) if experiment.small else 1
@@ -107,7 +107,7 @@ def _work(console: Console, experiment: Experiment, groups: list[Group], workers
         groups
     )
     with progress(console, max(total, 1)) as report:
-        if experiment.small and not together():
+        if experiment.small and not is_distributed():
             run_jobs([(_run, (experiment, group)) for group in groups], workers, report)
         else:  # all cores for one run
             for group in groups:

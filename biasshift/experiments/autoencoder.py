@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
-from biasshift.distributed import rank, world
+from biasshift.distributed import rank, world_size
 from biasshift.experiments.convnet_trial import share
 from biasshift.experiments.experiment import (
     Activation,
@@ -29,7 +29,7 @@ from biasshift.experiments.experiment import (
 )
 from biasshift.nets import autoencoder
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.trial import Phase, Quantity, Trial, Watching
+from biasshift.training.trial import Instrumentation, Phase, Quantity, Trial
 
 BATCH_SIZE = 64
 EPOCHS = 500
@@ -149,10 +149,15 @@ def _trial(setting: Setting, data: DataSet) -> Trial:
         data.x_train.device
     )
     stream = TensorStream(
-        data.x_train, data.x_train, setting.batch_size, setting.seed, rank=rank(), world=world()
+        data.x_train,
+        data.x_train,
+        setting.batch_size,
+        setting.seed,
+        rank=rank(),
+        world=world_size(),
     )
     quantities: tuple[Quantity, ...] = setting.quantities  # pyright: ignore[reportAssignmentType]
-    watching = Watching(
+    instrumentation = Instrumentation(
         quantities,
         setting.every * len(stream),
         setting.probe_size,
@@ -170,7 +175,7 @@ def _trial(setting: Setting, data: DataSet) -> Trial:
         phases=(Phase(1, setting.lr),),
         score=partial(_scores, data=data, loss=LOSSES[setting.loss]),
         score_every=len(stream),
-        watches=watching.watches(model, probe, labels="sampled", likelihood="bernoulli"),
+        schedules=instrumentation.schedules(model, probe, labels="sampled", likelihood="bernoulli"),
         loss=lambda outputs, x: LOSSES[setting.loss](outputs, x).mean(),
     )
 

@@ -23,7 +23,7 @@ from biasshift.data import (
     synthetic_cifar,
     whitened,
 )
-from biasshift.distributed import rank, world
+from biasshift.distributed import rank, world_size
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, scores_on_test
 from biasshift.experiments.experiment import (
     Activation,
@@ -35,7 +35,7 @@ from biasshift.experiments.experiment import (
     shares,
 )
 from biasshift.nets import set_dropout
-from biasshift.training.trial import Phase, Quantity, Trial, Watching
+from biasshift.training.trial import Instrumentation, Phase, Quantity, Trial
 
 Geometry = Literal["same", "caffe"]
 
@@ -197,9 +197,9 @@ class Pictures(Experiment):
             setting.seed,
             augment=augment,
             rank=rank(),
-            world=world(),
+            world=world_size(),
         )
-        watching = Watching(
+        instrumentation = Instrumentation(
             setting.quantities,
             setting.every,
             setting.probe_size,
@@ -217,7 +217,7 @@ class Pictures(Experiment):
             self.phases(setting),
             score=partial(scores_on_test, data=data, images=setting.test_images),
             score_every=setting.score_every,
-            watches=watching.watches(
+            schedules=instrumentation.schedules(
                 model, probe, labels="expected" if data.classes <= 10 else "sampled"
             ),
             enter=lambda module, phase: set_dropout(module, phase.where, phase.factor),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.data import DataSet
-from biasshift.distributed import rank, world
+from biasshift.distributed import rank, world_size
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Phase
 
@@ -71,4 +71,4 @@ def scores_on_test(
 
 def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Every so many examples, from this process's number on."""
-    return x[rank() :: world()], y[rank() :: world()]
+    return x[rank() :: world_size()], y[rank() :: world_size()]

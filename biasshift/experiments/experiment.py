@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from biasshift.distributed import launched, local_device
+from biasshift.distributed import local_device, under_torchrun
 from biasshift.precision import Precision
 from biasshift.training.trial import Execution, Exist, Trial
 
@@ -213,13 +213,13 @@ class Experiment:
                 "--tensorboard needs TensorBoard: pip install tensorboard, or leave it out."
             )
         if self.graph and (
-            self.where().type != "cuda" or self.ensemble or self.compile or launched()
+            self.where().type != "cuda" or self.ensemble or self.compile or under_torchrun()
         ):
             raise ValueError(
                 "--graph needs a GPU, and one process that trains one network, uncompiled: leave "
                 "it out."
             )
-        if launched() and (self.ensemble or (self.workers or 1) > 1):
+        if under_torchrun() and (self.ensemble or (self.workers or 1) > 1):
             raise ValueError(
                 "Under torchrun all processes train one network: leave --ensemble and --workers "
                 "out."

@@ -24,7 +24,7 @@ from biasshift.data import (
     mean_image,
     synthetic_imagenet,
 )
-from biasshift.distributed import rank, world
+from biasshift.distributed import rank, world_size
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, schedule
 from biasshift.experiments.experiment import (
     Activation,
@@ -37,7 +37,7 @@ from biasshift.experiments.experiment import (
 )
 from biasshift.nets import imagenet15
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.trial import Quantity, Trial, Watching
+from biasshift.training.trial import Instrumentation, Quantity, Trial
 
 WEIGHT_DECAY = 5e-4
 DROPOUT = 0.5
@@ -225,13 +225,13 @@ def _trial(setting: Setting, data: Loaded, loaders: int) -> Trial:
     crop = Crop(SIDE, setting.crop)
     stream = ImageStream(
         data.images.train, setting.batch_size, setting.seed, prepare=data.prepare, crop=crop, workers=loaders, device=data.device,
-        rank=rank(), world=world(),
+        rank=rank(), world=world_size(),
     )  # fmt: skip
     model = imagenet15(
         setting.activation, setting.seed, data.images.classes, setting.stride, BINS, setting.batch_norm, setting.dropout, setting.init,
         width=setting.width,
     )  # fmt: skip
-    watching = Watching(
+    instrumentation = Instrumentation(
         setting.quantities,
         setting.every,
         setting.probe_size,
@@ -248,7 +248,7 @@ def _trial(setting: Setting, data: Loaded, loaders: int) -> Trial:
         schedule(SCHEDULE, setting.steps, setting.lr),
         score=partial(_scores, crops=_crops(setting, data, crop, loaders)),
         score_every=setting.score_every,
-        watches=watching.watches(model, _probe(setting, data, crop), labels="sampled"),
+        schedules=instrumentation.schedules(model, _probe(setting, data, crop), labels="sampled"),
     )
 
 
@@ -263,7 +263,7 @@ def _crops(setting: Setting, data: Loaded, crop: Crop, loaders: int) -> CenterCr
         workers=loaders,
         device=data.device,
         rank=rank(),
-        world=world(),
+        world=world_size(),
     )
 
 

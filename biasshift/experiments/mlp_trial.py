@@ -10,12 +10,12 @@ from torch import nn
 
 from biasshift.data import DataSet
 from biasshift.data.stream import TensorStream
-from biasshift.distributed import rank, world
+from biasshift.distributed import rank, world_size
 from biasshift.experiments.exam import examine, residuals
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 from biasshift.training.evaluation import evaluate
-from biasshift.training.trial import Exam, Phase, Probe, Trial, Watch, evenly_spaced
+from biasshift.training.trial import Exam, Phase, Probe, ProbeSchedule, Trial, evenly_spaced
 
 Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
 UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
@@ -90,7 +90,7 @@ def trial(setting: Setting, data: DataSet) -> Trial:
         setting.batch_norm,
     )  # fmt: skip
     stream = TensorStream(
-        data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world()
+        data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world_size()
     )  # fmt: skip
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     measured = layers[setting.skip_input_layer :]
@@ -113,7 +113,7 @@ def trial(setting: Setting, data: DataSet) -> Trial:
         phases=(Phase(1, setting.lr),),
         score=partial(_scores, data=data, scored=setting.scored),
         score_every=max(1, len(stream) // setting.scores_per_epoch),
-        watches=_watches(setting, probe, len(stream), measured, units),
+        schedules=_schedules(setting, probe, len(stream), measured, units),
         exam=exam if setting.examined else None,
         closing=(lambda model, step: residuals(model, probe, units, step))
         if setting.examined
@@ -121,18 +121,22 @@ def trial(setting: Setting, data: DataSet) -> Trial:
     )
 
 
-def _watches(
+def _schedules(
     setting: Setting,
     probe: Probe,
     epoch_steps: int,
     measured: list[str],
     units: dict[str, list[int]],
-) -> list[Watch]:
-    watches = [Watch(probe, setting.means_every * epoch_steps, ("activations", "bias_shift"))]
+) -> list[ProbeSchedule]:
+    schedules = [
+        ProbeSchedule(probe, setting.means_every * epoch_steps, ("activations", "bias_shift"))
+    ]
     if setting.fisher_every:
         options = {"layers": measured, "units": units, "damping": setting.damping}
-        watches.append(Watch(probe, setting.fisher_every * epoch_steps, ("fisher", "gap"), options))
-    return watches
+        schedules.append(
+            ProbeSchedule(probe, setting.fisher_every * epoch_steps, ("fisher", "gap"), options)
+        )
+    return schedules
 
 
 def _optimizer(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from biasshift import plots
 from biasshift.figures import (
-    benchmarks as speed,
-    convnets as pictures,
-    mlp as connected,
-    sweep as causal,
+    benchmarks,
+    convnets,
+    mlp,
+    sweep,
     theory,
 )
 from biasshift.figures.captions import described
@@ -69,7 +69,7 @@ _ORDER = (
     "theory4",
     "bench",
 )
-_FOUND = connected.FIGURES | pictures.FIGURES | theory.FIGURES | causal.FIGURES | speed.FIGURES
+_FOUND = mlp.FIGURES | convnets.FIGURES | theory.FIGURES | sweep.FIGURES | benchmarks.FIGURES
 FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
 ALIASES = {"gap": "theory1"}
 
@@ -94,7 +94,9 @@ def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
             raise ValueError("Figure 1 shows functions, and no runs: leave the folders out.")
         return None
     if paths:
-        return condensed(name, speed.read_benchmarks(*paths) if name == "bench" else read(*paths))
+        return condensed(
+            name, benchmarks.read_benchmarks(*paths) if name == "bench" else read(*paths)
+        )
     table = committed(ALIASES.get(name, name))
     if table is None:
         raise ValueError(

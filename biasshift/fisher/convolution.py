@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 from biasshift.fisher.samples import Moments, Pieces, Work, chunks
 
 Vectors = Float[Tensor, "units inputs"]
@@ -229,26 +229,25 @@ class Maps:
             sums += [own.sum(2).T for own in self._seeds(n)]
         return torch.cat(vectors, 1), torch.cat(sums, 1)
 
-    def blocks(self) -> triangle.Rows:
+    def blocks(self) -> packed.Rows:
         rows = [
-            triangle.zeros(int(mine.sum()), self._inputs, mine.device)
-            for _, mine in self._by_group()
+            packed.zeros(int(mine.sum()), self._inputs, mine.device) for _, mine in self._by_group()
         ]
         for n in self._chunks(self._inputs * max(self._positions, len(self.units))):
             a = self._patches(n)
             for own, (g, mine) in zip(rows, self._by_group(), strict=True):
                 if self.squared:
-                    triangle.add_weighted(
+                    packed.add_weighted(
                         own,
                         a[:, :, g].flatten(0, 1),
                         self.delta[0][n][:, mine].transpose(1, 2).flatten(0, 1),
                     )
                 else:
                     for delta in self._seeds(n):
-                        triangle.add_outer(
+                        packed.add_outer(
                             own, torch.einsum("nut,nti->uni", delta[:, mine], a[:, :, g])
                         )
-        return triangle.stack(rows)
+        return packed.stack(rows)
 
     def spread(self, share: Float[Tensor, " units"]) -> Pieces:
         """Over channels: all places of an example's maps have the weight of the example. Groups are

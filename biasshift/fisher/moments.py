@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 
 AnySums = TypeVar("AnySums", bound="Sums")
 
@@ -114,7 +114,7 @@ class Sums:
 class WeightedSums(Sums):
     """What the unit Fisher matrices of a layer are made of, blocks included."""
 
-    second: triangle.Rows  # Σ δ² (a − reference)(a − reference)ᵀ
+    second: packed.Rows  # Σ δ² (a − reference)(a − reference)ᵀ
 
     @classmethod
     def empty(cls, units: int, reference: Float[Tensor, " inputs"]) -> "WeightedSums":
@@ -123,7 +123,7 @@ class WeightedSums(Sums):
         """
         wide, inputs = reference.double(), len(reference)
         zero = wide.new_zeros(units)
-        second = triangle.zeros(units, inputs, reference.device)
+        second = packed.zeros(units, inputs, reference.device)
         return cls(
             0,
             0,
@@ -141,7 +141,7 @@ class WeightedSums(Sums):
         """These sums and a batch in which a sample has one weight per unit. Reuses (and spoils) the
         memory of ``self``.
         """
-        triangle.add_weighted(self.second, shifted, delta2)
+        packed.add_weighted(self.second, shifted, delta2)
         weight, squares = delta2.sum(0, dtype=torch.float64), delta2.double().square().sum(0)
         return self._weighted(weight, squares, delta2.T @ shifted)
 
@@ -154,7 +154,7 @@ class WeightedSums(Sums):
         The squared weights are those of whole examples, all classes together, and come by
         `with_weight_squares`.
         """
-        triangle.add_outer(self.second, vectors)
+        packed.add_outer(self.second, vectors)
         weight = delta.double().square().sum(0)
         return self._weighted(
             weight, torch.zeros_like(weight), torch.einsum("nu,uni->ui", delta, vectors)
@@ -178,8 +178,8 @@ class WeightedSums(Sums):
         """The same sums about another reference; memory of its own."""
         d = self.reference - reference
         step = d.expand_as(self.first)
-        second = triangle.copied(self.second)
-        triangle.add_symmetric(second, step, self.first + 0.5 * self.weight[:, None] * step)
+        second = packed.copied(self.second)
+        packed.add_symmetric(second, step, self.first + 0.5 * self.weight[:, None] * step)
         return replace(self.about(reference), second=second)
 
     def __add__(self, other: "WeightedSums") -> "WeightedSums":
@@ -203,7 +203,7 @@ class WeightedSums(Sums):
             torch.cat([p.weight for p in parts]),
             torch.cat([p.weight_squares for p in parts]),
             torch.cat([p.first for p in parts]),
-            triangle.stack([p.second for p in parts]),
+            packed.stack([p.second for p in parts]),
         )
 
     # -- expectations of second order, float64 -----------------------------------------------------
@@ -217,7 +217,7 @@ class WeightedSums(Sums):
 
     def second_q(self, units: slice | Tensor) -> Tensor:
         """``E_q (a − reference)(a − reference)ᵀ`` of some units."""
-        return triangle.dense(self.second, units).div_(self.weight[units][:, None, None])
+        return packed.dense(self.second, units).div_(self.weight[units][:, None, None])
 
     def var_q(self, units: slice | Tensor = slice(None)) -> Tensor:
         """``V``, the covariance of the incoming activations under q, of some units."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 from biasshift.fisher.moments import Sums
 from biasshift.theory import dot
 
@@ -75,7 +75,7 @@ class Part(Protocol):
         """With ``d``, (inputs,) or (units, inputs), added to every activation."""
         ...
 
-    def blocks(self) -> triangle.Rows:
+    def blocks(self) -> packed.Rows:
         """``Σ δ² a aᵀ``, which only few units can afford."""
         ...
 
@@ -123,9 +123,9 @@ class Samples:
     def moved(self, d: Tensor) -> "Samples":
         return replace(self, a=(self.a + d).to(self.a.dtype))
 
-    def blocks(self) -> triangle.Rows:
-        rows = triangle.zeros(len(self.delta2), self.a.shape[1], self.a.device)
-        triangle.add_weighted(rows, self.a, self.delta2.T)
+    def blocks(self) -> packed.Rows:
+        rows = packed.zeros(len(self.delta2), self.a.shape[1], self.a.device)
+        packed.add_weighted(rows, self.a, self.delta2.T)
         return rows
 
     def spread(self, share: Float[Tensor, " units"]) -> Pieces:
@@ -183,7 +183,7 @@ class Again:
     def moved(self, d: Tensor) -> "Again":
         return replace(self, d=d if self.d is None else self.d + d)
 
-    def blocks(self) -> triangle.Rows:
+    def blocks(self) -> packed.Rows:
         return _added([part.blocks() for part in self.parts()])
 
     def spread(self, share: Float[Tensor, " units"]) -> Pieces:
@@ -300,7 +300,7 @@ class ImplicitSums(Sums):
     def covariances(self, units: Tensor) -> Float[Tensor, "units inputs inputs"]:
         """`var_q` without a look at the budget."""
         few = self.select(units)
-        second = triangle.dense(_added([part.blocks() for part in few.parts])).div_(
+        second = packed.dense(_added([part.blocks() for part in few.parts])).div_(
             few.weight[:, None, None]
         )
         return torch.baddbmm(second, few.offset_q[:, :, None], few.offset_q[:, None, :], alpha=-1)
@@ -325,18 +325,18 @@ def chunks(samples: int, width: int) -> Iterator[slice]:
 
 def block_bytes(units: int, inputs: int) -> int:
     """What the block rows of a layer take in float64."""
-    return 8 * units * sum((j - i) * (inputs - i) for i, j in triangle.starts(inputs))
+    return 8 * units * sum((j - i) * (inputs - i) for i, j in packed.starts(inputs))
 
 
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _added(parts: list[triangle.Rows]) -> triangle.Rows:
+def _added(parts: list[packed.Rows]) -> packed.Rows:
     rows = parts[0]
     for other in parts[1:]:
         for k, block in enumerate(other):
-            triangle.add_block(rows, k, block)
+            packed.add_block(rows, k, block)
     return rows
 
 

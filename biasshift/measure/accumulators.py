@@ -10,7 +10,7 @@ from torch import Tensor
 from biasshift.fisher.moments import WeightedSums
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.hooks import Call
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Measured, Options, Units
@@ -26,7 +26,7 @@ class LayerBatch:
         self.expand = options.weight_sharing == "expand"
         self.draws = options.draws if options.labels == "sampled" else 1
         self.units = kept_units(name, self.module, options.units, calls[0].a.device)
-        sizes = [call.shape.numel() // kinds.unit_count(self.module) for call in calls]
+        sizes = [call.shape.numel() // layer_types.unit_count(self.module) for call in calls]
         self.shares_weights = not self.expand and sum(sizes) != examples
 
     def positions(self, parts: list[Tensor], axis: int) -> Tensor:
@@ -41,10 +41,10 @@ class LayerBatch:
         """(batch, positions, groups, inputs), about a reference of every channel; a batch of one
         under ``expand``.
         """
-        work = kinds.dtype_of_sums(self.calls[0].a)
+        work = layer_types.dtype_of_sums(self.calls[0].a)
         return self.positions(
             [
-                kinds.patches(self.module, call.a.to(work), call.shape, reference)
+                layer_types.patches(self.module, call.a.to(work), call.shape, reference)
                 for call in self.calls
             ],
             axis=0,
@@ -52,10 +52,10 @@ class LayerBatch:
 
     def summed(self) -> tuple[Tensor, int]:
         """The sum of all patches, (groups, inputs) in float64, and their number."""
-        parts = [kinds.summed_patch(self.module, call.a, call.shape) for call in self.calls]
+        parts = [layer_types.summed_patch(self.module, call.a, call.shape) for call in self.calls]
         return torch.stack(parts).sum(0), sum(
             call.shape.numel() for call in self.calls
-        ) // kinds.unit_count(self.module)
+        ) // layer_types.unit_count(self.module)
 
 
 class Spread:
@@ -95,7 +95,7 @@ class LayerState:
         self.name, self.module, self.dtype = layer.name, layer.module, layer.calls[0].a.dtype
         self.groups = [
             (g, units)
-            for g, units in enumerate(kinds.grouped(layer.module, layer.units))
+            for g, units in enumerate(layer_types.grouped(layer.module, layer.units))
             if len(units)
         ]
         self.sums: list[WeightedSums] = []
@@ -106,10 +106,10 @@ class LayerState:
     def start_batch(self, layer: LayerBatch) -> None:
         summed, positions = layer.summed()
         if not self.sums:
-            self.reference = kinds.channel_means(self.module, summed / positions).to(
-                kinds.dtype_of_sums(layer.calls[0].a)
+            self.reference = layer_types.channel_means(self.module, summed / positions).to(
+                layer_types.dtype_of_sums(layer.calls[0].a)
             )
-            references = kinds.of_channels(self.module, self.reference)
+            references = layer_types.of_channels(self.module, self.reference)
             self.sums = [WeightedSums.empty(len(units), references[g]) for g, units in self.groups]
         for i, (g, _) in enumerate(self.groups):
             total = summed[g] - positions * self.sums[i].reference
@@ -136,7 +136,7 @@ class LayerState:
                 by_unit = vectors.permute(2, 0, 1, 3).flatten(1, 2)
                 self.sums[i] = self.sums[i].with_vectors(by_unit, summed[:, :, some].flatten(0, 1))
         else:
-            squares = delta.to(kinds.dtype_of_sums(delta)).square().sum(0).flatten(0, 1)
+            squares = delta.to(layer_types.dtype_of_sums(delta)).square().sum(0).flatten(0, 1)
         self.delta2 = squares if self.delta2 is None else self.delta2 + squares
 
     def note_draws(self, layer: LayerBatch, delta: Tensor) -> None:
@@ -170,7 +170,9 @@ class LayerState:
     def total(self) -> WeightedSums | ImplicitSums:
         """The sums of all units."""
         return (
-            self.sums[0] if kinds.group_count(self.module) == 1 else WeightedSums.stacked(self.sums)
+            self.sums[0]
+            if layer_types.group_count(self.module) == 1
+            else WeightedSums.stacked(self.sums)
         )
 
     def result(self, options: Options) -> Measured:
@@ -185,7 +187,7 @@ class LayerState:
 
 
 def kept_units(name: str, module: WeightLayer, units: Units, device: torch.device) -> Tensor:
-    count = kinds.unit_count(module)
+    count = layer_types.unit_count(module)
     chosen = units.get(name) if isinstance(units, Mapping) else units
     if chosen is None:
         return torch.arange(count, device=device)
@@ -208,7 +210,7 @@ def passes_at_once(batch: list[LayerBatch], dense: Collection[str], budget: int)
     vectors = [
         layer.examples
         * len(layer.units)
-        * kinds.input_count(layer.module)
+        * layer_types.input_count(layer.module)
         * layer.calls[0].a.element_size()
         for layer in batch
         if layer.shares_weights and layer.name in dense

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from biasshift.measure.hooks import underlying, watching
+from biasshift.measure.hooks import output_hooks, underlying
 from biasshift.measure.probe import Probe, Selection, batches
 from biasshift.measure.sandbox import undisturbed
 
@@ -109,7 +109,7 @@ def activation_moments(
     """
     model = underlying(model)
     watcher = ActivationWatcher(model, layers, unit_axis)
-    with undisturbed(model), watching(watcher.modules, watcher.watch):
+    with undisturbed(model), output_hooks(watcher.modules, watcher.record):
         for a, _ in batches(model, x, None, batch_size):
             watcher.start_forward()
             model(a)
@@ -172,7 +172,7 @@ class ActivationWatcher:
         self.axis: int | None = None
         self.units = 0
 
-    def watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+    def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         if name in self.activations:
             if output.is_floating_point() and output.dim() >= 2:
                 key = (name, self.called.get(name, 0))

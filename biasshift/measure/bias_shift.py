@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.coverage import own_function, refuse
-from biasshift.measure.hooks import underlying, watching
+from biasshift.measure.hooks import output_hooks, underlying
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.probe import Probe, Selection, batches, rereadable, weight_layers
 from biasshift.measure.sandbox import undisturbed
@@ -121,20 +121,20 @@ def net_means(
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     dtypes: dict[str, torch.dtype] = {}
 
-    def watch(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         if why := own_function(modules[name], a, output):
             refuse(modules, {name: why})
-        positions = output.numel() // kinds.unit_count(modules[name])
-        incoming = kinds.summed_patch(modules[name], a, output.shape)
+        positions = output.numel() // layer_types.unit_count(modules[name])
+        incoming = layer_types.summed_patch(modules[name], a, output.shape)
         old = sums.get(name, (0.0, 0.0, 0))
         sums[name] = (
             old[0] + incoming,
-            old[1] + kinds.summed_output(modules[name], output),
+            old[1] + layer_types.summed_output(modules[name], output),
             old[2] + positions,
         )
         dtypes[name] = output.dtype
 
-    with undisturbed(model, evaluate=True), watching(modules, watch, raw=True):
+    with undisturbed(model, evaluate=True), output_hooks(modules, record, raw=True):
         for a, _ in batches(model, x, None, batch_size):
             model(a)
         return {
@@ -147,10 +147,10 @@ def net_means(
 def _net_means(
     module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype
 ) -> NetMeans:
-    w = kinds.weights(module).detach().double().clone()
+    w = layer_types.weights(module).detach().double().clone()
     w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
     return NetMeans(
-        w, w0, kinds.per_unit(module, incoming / positions), net / positions, dtype, positions
+        w, w0, layer_types.per_unit(module, incoming / positions), net / positions, dtype, positions
     )
 
 
@@ -203,14 +203,14 @@ def used_gradients(
         own = module._parameters  # a look at a parametrized weight would compute it
         g = _used(own.get("weight"), factors, scale)
         if g is not None and "bias" in own:
-            found[name] = kinds.weights(module, g), _used(own["bias"], factors, scale)
+            found[name] = layer_types.weights(module, g), _used(own["bias"], factors, scale)
     return found
 
 
 def unit_weights(module: WeightLayer) -> tuple[Tensor, Tensor | None]:
     """The weights (units, inputs) and biases of every unit, copied to float64."""
     w0 = None if module.bias is None else module.bias.detach().double().clone()
-    return kinds.weights(module).detach().double().clone(), w0
+    return layer_types.weights(module).detach().double().clone(), w0
 
 
 def _used(p: Tensor | None, factors: Mapping[Tensor, float], scale: Tensor | None) -> Tensor | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from biasshift.measure import layer_types as kinds
-from biasshift.measure.hooks import Tape, watching
+from biasshift.measure import layer_types
+from biasshift.measure.hooks import Tape, output_hooks
 from biasshift.measure.layer_types import WeightLayer
 
 Layers = Mapping[str, WeightLayer]
@@ -114,8 +114,8 @@ def _run_fewer(
     rows: dict[str, set[int]] = {}
     reasons: Reasons = {}
 
-    def watch(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if not kinds.is_batched(modules[name], a):
+    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if not layer_types.is_batched(modules[name], a):
             raise ValueError(
                 f"Layer '{name}' was called without an axis of examples."
             )  # a squeeze: another size of batch may keep it
@@ -126,7 +126,7 @@ def _run_fewer(
     for count in sorted({1, max(len(x) - 1, 1), len(x)}):
         rows.clear()
         try:
-            with torch.no_grad(), watching(modules, watch, raw=True):
+            with torch.no_grad(), output_hooks(modules, record, raw=True):
                 return count, model(x[:count]), rows, reasons
         except Exception:  # a model for one size of batch: what it raises depends on the model
             if count == len(x):
@@ -136,24 +136,24 @@ def _run_fewer(
 
 def own_function(module: WeightLayer, a: Tensor, output: Tensor) -> str | None:
     """What to say of a layer whose forward was replaced, and computed something else in this call."""
-    if not kinds.has_own_forward(module) or _is_affine(module, a, output):
+    if not layer_types.has_own_forward(module) or _is_affine(module, a, output):
         return None
-    return f"its own forward does not return weight · input + bias, as that of {kinds.kind(module).__name__} does"
+    return f"its own forward does not return weight · input + bias, as that of {layer_types.kind(module).__name__} does"
 
 
 def _is_affine(module: WeightLayer, a: Tensor, output: Tensor) -> bool:
     """Whether ``weight · patch + bias`` is what a layer returned."""
     a, output = a[:1], output[:1]
-    if not kinds.is_batched(module, a) or output.dim() != a.dim():
+    if not layer_types.is_batched(module, a) or output.dim() != a.dim():
         return False
     try:
-        inputs = kinds.patches(module, a, output.shape)
+        inputs = layer_types.patches(module, a, output.shape)
         net = torch.einsum(
             "npgi,gui->npgu",
             inputs,
-            kinds.weights(module).unflatten(0, (inputs.shape[2], -1)).to(inputs),
+            layer_types.weights(module).unflatten(0, (inputs.shape[2], -1)).to(inputs),
         ).flatten(2)
-        found = kinds.errors(module, output[None])[0]
+        found = layer_types.errors(module, output[None])[0]
     except RuntimeError:  # a padding of its own: the sizes do not fit
         return False
     net = net if module.bias is None else net + module.bias
@@ -179,7 +179,7 @@ def _first_difference(model: nn.Module, x: Tensor, examples: int) -> str:
     for part in (x, x[:examples]):
         seen: list[tuple[str, Tensor]] = []
 
-        def watch(
+        def record(
             name: str,
             module: nn.Module,
             a: Tensor,
@@ -189,7 +189,7 @@ def _first_difference(model: nn.Module, x: Tensor, examples: int) -> str:
             if output.dim() > 0:
                 seen.append((name, output[:examples].clone()))
 
-        with torch.no_grad(), watching(named, watch):
+        with torch.no_grad(), output_hooks(named, record):
             model(part)
         runs.append(seen)
     for (name, one), (_, other) in zip(*runs, strict=False):
@@ -339,7 +339,7 @@ def unfit_calls(tape: Tape, modules: Layers, examples: int, expand: bool) -> Rea
     reasons = dict(tape.refused)
     for name, calls in tape.calls.items():
         for call in calls:
-            if not kinds.is_batched(modules[name], call.a):
+            if not layer_types.is_batched(modules[name], call.a):
                 reasons.setdefault(
                     name, f"it was called without an axis of examples, on {tuple(call.a.shape)}"
                 )

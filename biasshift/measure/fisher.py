@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biasshift.fisher.samples import block_bytes
 from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
-from biasshift.measure import layer_types as kinds, likelihoods as label_rules
+from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.accumulators import LayerBatch, LayerState, passes_at_once
 from biasshift.measure.coverage import (
     check_outputs,
@@ -146,7 +146,7 @@ class States(dict[str, LayerState]):
 
     def meet(self, batch: list[LayerBatch]) -> None:
         sizes = {
-            layer.name: block_bytes(len(layer.units), kinds.input_count(layer.module))
+            layer.name: block_bytes(len(layer.units), layer_types.input_count(layer.module))
             for layer in batch
         }
         for layer in sorted(batch, key=lambda layer: sizes[layer.name]):
@@ -178,7 +178,7 @@ def _add_batch(
         modules,
         unsound(model, tape, modules, x, outputs, expand, categorical, first_batch=not states),
     )
-    rule = label_rules.seeds(
+    rule = likelihoods.seeds(
         outputs, options.likelihood, options.labels, y, options.generator, options.draws
     )
     if options.labels == "expected" and rule.count > options.max_passes:
@@ -198,7 +198,7 @@ def _add_batch(
     if gradient and isinstance(states, States):
         if y is None:
             raise ValueError("The gradient needs the data's labels: give y, or batches (x, y).")
-        seeds = label_rules.error(outputs.detach(), options.likelihood, y)[None]
+        seeds = likelihoods.error(outputs.detach(), options.likelihood, y)[None]
         for layer, delta in _backward(batch, outputs, seeds, keep=True):
             states[layer.name].add_gradient(layer, delta[0])
     dense = {name for name, state in states.items() if type(state) is LayerState}
@@ -223,7 +223,7 @@ def _backward(
         zero = [
             d if d is not None else seeds.new_zeros(len(seeds), *call.shape) for call, d in deltas
         ]
-        yield layer, layer.positions([kinds.errors(layer.module, d) for d in zero], axis=1)
+        yield layer, layer.positions([layer_types.errors(layer.module, d) for d in zero], axis=1)
 
 
 def _refuse_uncalled(

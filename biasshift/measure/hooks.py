@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 
-Watcher = Callable[
+OutputHook = Callable[
     [str, nn.Module, Tensor, Tensor], Tensor | None
 ]  # may return something else for the module to have returned
 
 
 @contextmanager
-def watching(
-    modules: Mapping[str, nn.Module], watcher: Watcher, *, raw: bool = False
+def output_hooks(
+    modules: Mapping[str, nn.Module], hook: OutputHook, *, raw: bool = False
 ) -> Iterator[None]:
-    """Calls ``watcher(name, module, first input, output)`` after each forward of the modules,
+    """Calls ``hook(name, module, first input, output)`` after each forward of the modules,
     within the block only.
 
     ``raw`` shows the module's own output, before the user's forward hooks may replace it.
     """
-    handles = [watch(name, module, watcher, raw=raw) for name, module in modules.items()]
+    handles = [add_output_hook(name, module, hook, raw=raw) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -40,21 +40,21 @@ def watching(
             handle.remove()
 
 
-def watch(
-    name: str, module: nn.Module, watcher: Watcher, *, raw: bool = False
+def add_output_hook(
+    name: str, module: nn.Module, hook: OutputHook, *, raw: bool = False
 ) -> torch.utils.hooks.RemovableHandle:
     """One hook on one module, until its handle is removed."""
     return module.register_forward_hook(
-        partial(_call_watcher, name, watcher), with_kwargs=True, prepend=raw
+        partial(_call_hook, name, hook), with_kwargs=True, prepend=raw
     )
 
 
-def _call_watcher(
-    name: str, watcher: Watcher, module: nn.Module, args: tuple, kwargs: dict, output: object
+def _call_hook(
+    name: str, hook: OutputHook, module: nn.Module, args: tuple, kwargs: dict, output: object
 ) -> Tensor | None:
     a = args[0] if args else next(iter(kwargs.values()), None)
     return (
-        watcher(name, module, a if isinstance(a, Tensor) else output, output)
+        hook(name, module, a if isinstance(a, Tensor) else output, output)
         if isinstance(output, Tensor)
         else None
     )
@@ -144,11 +144,11 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tup
     is repeated with every layer reading a copy.
     """
     tape = Tape()
-    with watching(modules, tape.record, raw=True):
+    with output_hooks(modules, tape.record, raw=True):
         outputs = model(x)
     if tape.overwritten():
         tape = Tape()
-        with _reading_copies(modules.values()), watching(modules, tape.record, raw=True):
+        with _reading_copies(modules.values()), output_hooks(modules, tape.record, raw=True):
             outputs = model(x)
     return tape, outputs
 
@@ -246,14 +246,14 @@ class Feeding:
         default_factory=list
     )  # an address is reused once its tensor is gone
 
-    def watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        """A watcher for `biasshift.measure.hooks.watching`."""
+    def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        """A watcher for `output_hooks`."""
         self.kinds_of[name] = type(module).__name__
         self.fed_by.setdefault(name, self.writer.get(_address(a), ""))
-        if kinds.is_covered(module):
+        if layer_types.is_covered(module):
             self.units[name], self.inputs[name] = (
-                kinds.unit_count(module),
-                kinds.input_count(module),
+                layer_types.unit_count(module),
+                layer_types.input_count(module),
             )
         self.writer[_address(output)] = name
         self.alive += [a.detach(), output.detach()]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, STORAGES, UnitFisher
-from biasshift.measure import likelihoods as label_rules
+from biasshift.measure import likelihoods
 from biasshift.measure.likelihoods import Labels, Likelihood
 from biasshift.measure.probe import Selection
 
@@ -37,7 +37,7 @@ class Options:
     max_iterations: int = MAX_ITERATIONS
 
     def __post_init__(self) -> None:
-        label_rules.check(self.likelihood, self.labels)
+        likelihoods.check(self.likelihood, self.labels)
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"draws must be a whole number of draws ≥ 1, got {self.draws!r}.")
         for name, value, known in (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.hooks import underlying
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.sandbox import undisturbed
@@ -28,12 +28,12 @@ def weight_layers(
     """
     chosen = _selected(model, select)
     for name, module in chosen.items():
-        why = kinds.why_uncovered(module)
+        why = layer_types.why_uncovered(module)
         if (
             why is None
             and select is not None
             and not callable(select)
-            and not kinds.is_covered(module)
+            and not layer_types.is_covered(module)
         ):
             why = "it has no units with weights"
         if why:
@@ -41,7 +41,7 @@ def weight_layers(
                 f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out "
                 "with layers=."
             )
-    covered = {name: module for name, module in chosen.items() if kinds.is_covered(module)}
+    covered = {name: module for name, module in chosen.items() if layer_types.is_covered(module)}
     if not covered and required:
         raise ValueError(
             "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or "
@@ -65,7 +65,9 @@ def _selected(model: nn.Module, select: Selection) -> dict[str, nn.Module]:
             for name, m in model.named_modules(remove_duplicate=False)
             if name in unknown
         ]
-        known = ", ".join(f"'{name}'" for name, module in named.items() if kinds.is_covered(module))
+        known = ", ".join(
+            f"'{name}'" for name, module in named.items() if layer_types.is_covered(module)
+        )
         hint = f" ({'; '.join(again)} under another name)" if again else ""
         raise ValueError(
             f"The model has no layer {', '.join(map(repr, unknown))}{hint}. Its measurable layers "

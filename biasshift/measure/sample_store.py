@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from biasshift.fisher.convolution import Geometry, Maps
 from biasshift.fisher.samples import Again, ImplicitSums, Part, Samples, Work
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.accumulators import LayerBatch, LayerState
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
@@ -86,7 +86,7 @@ class Collector:
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Errors (passes, batch, positions, units)."""
         own = delta if len(layer.units) == delta.shape[-1] else delta[..., layer.units]
-        own = own.to(kinds.dtype_of_sums(own))
+        own = own.to(layer_types.dtype_of_sums(own))
         if layer.shares_weights:
             self.delta.append(own.transpose(2, 3).contiguous())
         else:
@@ -149,18 +149,23 @@ def _maps(layer: LayerBatch) -> list[Tensor]:
         a = layer.patches()[:, :, 0]
         return [a.flatten(0, 1) if _are_samples(layer) else a.transpose(1, 2).contiguous()]
     return [
-        kinds.padded(layer.module, call.a, call.shape).to(kinds.dtype_of_sums(call.a))
+        layer_types.padded(layer.module, call.a, call.shape).to(layer_types.dtype_of_sums(call.a))
         for call in layer.calls
     ]
 
 
 def _geometry(module: WeightLayer) -> Geometry:
-    units = kinds.unit_count(module)
+    units = layer_types.unit_count(module)
     if isinstance(module, nn.Linear):
         return Geometry(units, 1, (1,), (1,), (1,), False)
     kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
     return Geometry(
-        units, module.groups, kernel, kinds.stride_of_patches(module), dilation, module.transposed
+        units,
+        module.groups,
+        kernel,
+        layer_types.stride_of_patches(module),
+        dilation,
+        module.transposed,
     )
 
 
@@ -181,7 +186,7 @@ class ImplicitState(LayerState):
         self.collector.start_batch(layer)
         assert self.collector.reference is not None
         module, reference = self.module, self.collector.reference.double()
-        expanded = self._per_unit(layer, kinds.of_channels(module, reference))
+        expanded = self._per_unit(layer, layer_types.of_channels(module, reference))
         if self.implicit is None:
             self.implicit = ImplicitSums.empty(len(layer.units), expanded, self.budget)
         summed, positions = layer.summed()
@@ -189,7 +194,7 @@ class ImplicitState(LayerState):
         self.implicit = self.implicit.with_inputs(layer.examples, positions, total)
 
     def _per_unit(self, layer: LayerBatch, x: Tensor) -> Tensor:
-        x = kinds.per_unit(self.module, x)
+        x = layer_types.per_unit(self.module, x)
         return x if x.dim() == 1 else x[layer.units]
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:

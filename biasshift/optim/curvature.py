@@ -5,13 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 from biasshift.fisher.cholesky import Singular, rounding
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.solver import Solver
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.optim.running_sums import Sums
-from biasshift.optim.update_rule import Member
+from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.update_rule import UpdateRule
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
@@ -40,13 +40,13 @@ class Curvature:
     group of units is.
     """
 
-    def __init__(self, name: str, sums: Sums, member: Member, dtype: torch.dtype) -> None:
-        self.name, self.sums, self.member, self.dtype = name, sums, member, dtype
+    def __init__(self, name: str, sums: RunningSums, rule: UpdateRule, dtype: torch.dtype) -> None:
+        self.name, self.sums, self.rule, self.dtype = name, sums, rule, dtype
         self._examples: tuple[tuple[float, bool], Examples] | None = None
         self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
 
-    def add(self, new: Sums, decay: float) -> None:
-        """Sums decay together with the counts that divide them: their quotients are bias-corrected
+    def add(self, new: RunningSums, decay: float) -> None:
+        """RunningSums decay together with the counts that divide them: their quotients are bias-corrected
         running averages.
         """
         self.sums.add(new, decay)
@@ -64,7 +64,7 @@ class Curvature:
         r = _repeated(moments.center, len(g))
         dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
         moved = g0
-        if self.member.scale != "none":
+        if self.rule.scale != "none":
             c = self.sums.parts["weight"][0] / self.sums.examples
             solved, usable = self._solve(dw, moments, damping, bias=g0 is not None)
             usable = usable & (c > 0)
@@ -76,7 +76,7 @@ class Curvature:
     def _moments(self) -> Moments:
         """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
-        if self.member.center == "p":
+        if self.rule.center == "p":
             weight, first = (
                 reference.new_full((len(reference), 1), self.sums.positions),
                 parts["total"][0],
@@ -88,7 +88,7 @@ class Curvature:
         offset = first / weight
         mean = (_repeated(reference, len(offset)) + offset).mul_(alive)
         return Moments(
-            weight, offset, mean, torch.zeros_like(mean) if self.member.center == "none" else mean
+            weight, offset, mean, torch.zeros_like(mean) if self.rule.center == "none" else mean
         )
 
     # -- the curvature: second moments about the center --------------------------------------------
@@ -102,7 +102,7 @@ class Curvature:
                 self._examples = (damping, bias), Examples(self.name, self.sums, damping, bias)
             return self._examples[1].solve(rhs)
         if self._kept is None or self._kept[0] != (damping, bias):
-            form = self._diagonal if self.member.scale == "diagonal" else self._factors
+            form = self._diagonal if self.rule.scale == "diagonal" else self._factors
             factors, usable = form(moments, damping, bias)
             self._kept = (damping, bias), factors, usable
         _, factors, usable = self._kept
@@ -120,7 +120,7 @@ class Curvature:
         """The diagonal of every block's W, and which are usable."""
         weight, offset, mean, r = moments
         W = (self.sums.parts["second"][0] / weight - offset.square()).clamp_(min=0)
-        if self.member.center == "none":
+        if self.rule.center == "none":
             W += mean.square()
         usable, measured = self._usable(W, offset), W
         W = W + damping * W.mean(1, keepdim=True)
@@ -170,7 +170,7 @@ class Curvature:
 
     def _second(self, some: slice) -> Tensor:
         second = self.sums.parts["second"]
-        return second[0][some] if self.member.center == "p" else triangle.dense(second, some)
+        return second[0][some] if self.rule.center == "p" else packed.dense(second, some)
 
     def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
         """Blocks with more variance than rounding: relative damping helps no others."""
@@ -202,7 +202,7 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 class Examples:
     """Solves with ``V = Var_q(a)`` of the examples of one look, without forming it."""
 
-    def __init__(self, name: str, sums: Sums, damping: float, bias: bool) -> None:
+    def __init__(self, name: str, sums: RunningSums, damping: float, bias: bool) -> None:
         shifted, delta2 = sums.parts["samples"]
         fisher = UnitFisher.from_samples(shifted, delta2, storage="implicit")
         assert isinstance(fisher.sums, ImplicitSums)

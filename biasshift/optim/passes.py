@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biasshift.optim.running_sums import Sums
-from biasshift.optim.update_rule import Member
+from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.update_rule import UpdateRule
 
 # by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
 SLACK = 0.05
 
 
 @dataclass(eq=False)
-class Heard:
+class RecordedCall:
     """One call of a layer, and the error that came back. It holds no part of the graph, whose nodes
     hold it.
     """
@@ -40,21 +40,21 @@ class Pass:
     """
 
     examples: int
-    sums: dict[str, Sums] = field(default_factory=dict)
-    heard: dict[str, list[Heard]] = field(default_factory=dict)
-    outputs: Heard | None = None
+    sums: dict[str, RunningSums] = field(default_factory=dict)
+    heard: dict[str, list[RecordedCall]] = field(default_factory=dict)
+    outputs: RecordedCall | None = None
 
 
-class Ear:
+class WeakHook:
     """A hook that keeps no optimizer alive, and hears nothing in a copied or unpickled model."""
 
-    def __init__(self, listener: object, method: str) -> None:
-        self._listener, self._method = weakref.ref(listener), method
+    def __init__(self, recorder: object, method: str) -> None:
+        self._recorder, self._method = weakref.ref(recorder), method
 
     def __call__(self, *args: object) -> Any:
-        """What the listener answers: another output of the module, or None for its own."""
-        listener = self._listener()
-        return None if listener is None else getattr(listener, self._method)(*args)
+        """What the recorder answers: another output of the module, or None for its own."""
+        recorder = self._recorder()
+        return None if recorder is None else getattr(recorder, self._method)(*args)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return _deaf_ear, ()
@@ -74,8 +74,8 @@ def _hear_nothing(*args: object) -> None:
 class Divisor:
     """Reads off the first passes which of the means the user's loss is, and keeps to it."""
 
-    def __init__(self, member: Member) -> None:
-        self.member = member
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule
         self._divides_by: str | None = None
 
     def of(self, passes: list[Pass]) -> float:
@@ -86,14 +86,14 @@ class Divisor:
         the outputs is prediction minus target, divided by that number, and a target lies between 0
         and 1. Nothing can be proven for ``gaussian``.
         """
-        if self.member.reduction == "sum":
+        if self.rule.reduction == "sum":
             divisors = {"examples": 1.0}
         else:
             divisors = {
                 "labels": sum(map(self._labels, passes)),
                 "examples": float(sum(one.examples for one in passes)),
             }
-        if self._divides_by is None and self.member.likelihood == "gaussian":
+        if self._divides_by is None and self.rule.likelihood == "gaussian":
             self._divides_by = "examples"
         if self._divides_by is None:
             self._divides_by = next(
@@ -102,7 +102,7 @@ class Divisor:
             )
         if self._divides_by is None:
             raise ValueError(
-                f"The loss is not a {self.member.reduction} of {self.member.likelihood} negative "
+                f"The loss is not a {self.rule.reduction} of {self.rule.likelihood} negative "
                 'log-likelihoods, as labels="empirical" '
                 "needs: its gradient by the outputs leads to targets outside 0 … 1. Give "
                 "reduction= as in the loss, divide the losses of "
@@ -115,7 +115,7 @@ class Divisor:
         outputs = one.outputs.a
         return float(
             outputs.numel() // outputs.shape[-1]
-            if self.member.likelihood == "categorical"
+            if self.rule.likelihood == "categorical"
             else outputs.numel()
         )
 
@@ -125,14 +125,10 @@ class Divisor:
             outputs, gradient = one.outputs.a.double(), one.outputs.delta
             if gradient is None or one.outputs.a._version != one.outputs.version:
                 continue
-            p = (
-                outputs.softmax(-1)
-                if self.member.likelihood == "categorical"
-                else outputs.sigmoid()
-            )
+            p = outputs.softmax(-1) if self.rule.likelihood == "categorical" else outputs.sigmoid()
             targets = p - divisor * gradient.double()
             total = (
-                targets.sum(-1) if self.member.likelihood == "categorical" else targets.new_ones(())
+                targets.sum(-1) if self.rule.likelihood == "categorical" else targets.new_ones(())
             )
             if not (
                 (targets > -SLACK).all()

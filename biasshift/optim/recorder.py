@@ -16,30 +16,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from biasshift.measure import layer_types as kinds, likelihoods as label_rules
-from biasshift.measure.hooks import Call, Tape, watch
+from biasshift.measure import layer_types, likelihoods
+from biasshift.measure.hooks import Call, Tape, add_output_hook
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
-from biasshift.optim.passes import Divisor, Ear, Heard, Pass
-from biasshift.optim.running_sums import Sums, batch_sums
-from biasshift.optim.update_rule import Member
+from biasshift.optim.passes import Divisor, Pass, RecordedCall, WeakHook
+from biasshift.optim.running_sums import RunningSums, batch_sums
+from biasshift.optim.update_rule import UpdateRule
 
 
-class Listener:
+class Recorder:
     """The hooks of one optimizer on one model, and the passes since its last step."""
 
     def __init__(
         self,
         root: nn.Module,
         layers: Mapping[str, WeightLayer],
-        member: Member,
+        rule: UpdateRule,
         generator: torch.Generator,
         distributed: bool,
     ) -> None:
-        self.root, self.layers, self.member, self.generator, self.distributed = (
+        self.root, self.layers, self.rule, self.generator, self.distributed = (
             root,
             layers,
-            member,
+            rule,
             generator,
             distributed,
         )
@@ -47,15 +47,16 @@ class Listener:
         self.references: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._tape: Tape | None = None
-        self._divisor = Divisor(member)
+        self._divisor = Divisor(rule)
         # the last to register runs first, so that a layer that is the whole model is recorded
         # before its pass ends
         self._handles = [
-            root.register_forward_pre_hook(Ear(self, "_start")),
-            watch("", root, Ear(self, "_stop"), raw=True),
+            root.register_forward_pre_hook(WeakHook(self, "_start")),
+            add_output_hook("", root, WeakHook(self, "_stop"), raw=True),
         ]
         self._handles += [
-            watch(name, module, Ear(self, "_record"), raw=True) for name, module in layers.items()
+            add_output_hook(name, module, WeakHook(self, "_record"), raw=True)
+            for name, module in layers.items()
         ]
 
     def remove(self) -> None:
@@ -66,14 +67,14 @@ class Listener:
         """Drops the passes whose gradients have been dropped."""
         self._passes.clear()
 
-    def take(self) -> tuple[float, dict[str, Sums]]:
+    def take(self) -> tuple[float, dict[str, RunningSums]]:
         """How many examples the gradients are of, and the sums of every layer over them; a fresh
         start.
         """
         passes, self._passes = self._passes, []
         if any(one.heard for one in passes):
             self._read_errors(passes)
-        sums: dict[str, Sums] = {}
+        sums: dict[str, RunningSums] = {}
         for one in passes:
             for name, new in one.sums.items():
                 if new.reference is not self.references.get(name):  # from before a state was loaded
@@ -88,7 +89,7 @@ class Listener:
                 name for name in self.layers if name in sums
             ):  # in the same order everywhere
                 sums[name].all_reduce()
-            if self.member.reduction == "sum":  # gradients are means over the processes
+            if self.rule.reduction == "sum":  # gradients are means over the processes
                 count = torch.tensor(examples, device=next(self.root.parameters()).device)
                 dist.all_reduce(count)
                 examples = count.item() / dist.get_world_size()
@@ -145,7 +146,7 @@ class Listener:
 
     def _hear(self, found: Pass, calls: Mapping[str, list[Call]], output: Tensor) -> None:
         found.heard = {
-            name: [Heard(call.a, call.version, call.shape) for call in some]
+            name: [RecordedCall(call.a, call.version, call.shape) for call in some]
             for name, some in calls.items()
         }
         flat = [
@@ -153,20 +154,20 @@ class Listener:
             for name, some in calls.items()
             for call, heard in zip(some, found.heard[name], strict=True)
         ]
-        if self.member.needs_errors:
+        if self.rule.needs_errors:
             self._check_outputs(output, calls)
-        if self.member.needs_errors and self.member.labels == "empirical":
-            found.outputs = Heard(output.detach(), output._version, output.shape)
+        if self.rule.needs_errors and self.rule.labels == "empirical":
+            found.outputs = RecordedCall(output.detach(), output._version, output.shape)
             for edge, heard in flat:
                 edge.node.register_prehook(partial(heard.keep, edge.output_nr))
             return
-        if self.member.needs_errors:
+        if self.rule.needs_errors:
             # no label can be drawn from NaN; a pass that overflowed has NaN errors all the same,
             # and a gradient scaler skips it
             drawn_from = output.detach().nan_to_num()
-            rule = label_rules.seeds(
+            rule = likelihoods.seeds(
                 drawn_from,
-                cast(Likelihood, self.member.likelihood),
+                cast(Likelihood, self.rule.likelihood),
                 "sampled",
                 None,
                 self.generator,
@@ -186,26 +187,28 @@ class Listener:
         for name, calls in found.heard.items():
             module = self.layers[name]
             self._check_calls(name, calls, found.examples)
-            a = _side_by_side([kinds.patches(module, heard.a, heard.shape) for heard in calls])
-            a = a.to(kinds.dtype_of_sums(a))
+            a = _side_by_side(
+                [layer_types.patches(module, heard.a, heard.shape) for heard in calls]
+            )
+            a = a.to(layer_types.dtype_of_sums(a))
             self._check_positions(name, a)
             delta = None
-            if self.member.needs_errors:
+            if self.rule.needs_errors:
                 came = [
                     a.new_zeros(heard.shape) if heard.delta is None else heard.delta
                     for heard in calls
                 ]
-                delta = _side_by_side([kinds.errors(module, one[None])[0] for one in came]).to(
-                    a.dtype
-                )
+                delta = _side_by_side(
+                    [layer_types.errors(module, one[None])[0] for one in came]
+                ).to(a.dtype)
                 delta = delta if factor == 1 else factor * delta
-            if self.member.weight_sharing == "expand":
+            if self.rule.weight_sharing == "expand":
                 a, delta = (
                     a.flatten(0, 1)[:, None],
                     None if delta is None else delta.flatten(0, 1)[:, None],
                 )
             found.sums[name] = batch_sums(
-                a, delta, self._reference(name, a), self.member, found.examples
+                a, delta, self._reference(name, a), self.rule, found.examples
             )
         found.heard = {}
 
@@ -234,7 +237,7 @@ class Listener:
                 "The model must return floating outputs (batch, …, classes) in training, got "
                 f"{tuple(output.shape)} {output.dtype}."
             )
-        if self.member.likelihood == "categorical" and output.dim() > 2:
+        if self.rule.likelihood == "categorical" and output.dim() > 2:
             for name, some in calls.items():
                 if not isinstance(self.layers[name], nn.Linear) and some[-1].shape == output.shape:
                     raise ValueError(
@@ -246,9 +249,9 @@ class Listener:
 
     def _check_positions(self, name: str, a: Tensor) -> None:
         if (
-            self.member.keeps_examples(a.shape[3])
+            self.rule.keeps_examples(a.shape[3])
             and a.shape[1] > 1
-            and self.member.weight_sharing == "per_example"
+            and self.rule.weight_sharing == "per_example"
         ):
             raise ValueError(
                 f"Layer '{name}' has {a.shape[3]} inputs a unit and sees {a.shape[1]} positions an "
@@ -257,19 +260,19 @@ class Listener:
                 "max_dense_inputs."
             )
 
-    def _check_calls(self, name: str, calls: Iterable[Heard], examples: int) -> None:
+    def _check_calls(self, name: str, calls: Iterable[RecordedCall], examples: int) -> None:
         for heard in calls:
             if heard.a._version != heard.version:
                 raise ValueError(
                     f"Layer '{name}': what came in was changed in place after it was read. Write h "
                     "= h + u for h += u."
                 )
-            if not kinds.is_batched(self.layers[name], heard.a):
+            if not layer_types.is_batched(self.layers[name], heard.a):
                 raise ValueError(
                     f"Layer '{name}' was called without an axis of examples, on "
                     f"{tuple(heard.a.shape)}."
                 )
-            if self.member.weight_sharing == "per_example" and len(heard.a) != examples:
+            if self.rule.weight_sharing == "per_example" and len(heard.a) != examples:
                 raise ValueError(
                     f"Layer '{name}' sees {len(heard.a)} rows for {examples} examples: its first "
                     "axis is not that of the examples. "
@@ -277,7 +280,7 @@ class Listener:
                 )
 
 
-def _are_finite(sums: Mapping[str, Sums]) -> bool:
+def _are_finite(sums: Mapping[str, RunningSums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
     parts = [
         part

@@ -1,4 +1,4 @@
-"""Sums over the examples of a pass, uncentered: what decays from one look at the curvature to the
+"""RunningSums over the examples of a pass, uncentered: what decays from one look at the curvature to the
 next.
 """
 
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biasshift.fisher import packed as triangle
-from biasshift.optim.update_rule import Member
+from biasshift.fisher import packed
+from biasshift.optim.update_rule import UpdateRule
 
 VECTORS = (
     2**22
@@ -18,8 +18,8 @@ VECTORS = (
 
 
 @dataclass
-class Sums:
-    """Uncentered sums of one layer about a reference, float64: what `Member` reads, and nothing
+class RunningSums:
+    """Uncentered sums of one layer about a reference, float64: what `UpdateRule` reads, and nothing
     else.
 
     ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs); ``second`` the same of
@@ -35,7 +35,7 @@ class Sums:
     reference: Tensor  # (groups, inputs): products about the first batch's mean do not cancel
     parts: dict[str, list[Tensor]]
 
-    def add(self, other: "Sums", decay: float = 1.0) -> None:
+    def add(self, other: "RunningSums", decay: float = 1.0) -> None:
         """Decays these sums and adds others about the same reference, in place."""
         self.examples = decay * self.examples + other.examples
         self.positions = decay * self.positions + other.positions
@@ -60,7 +60,7 @@ class Sums:
         }
 
     @classmethod
-    def loaded(cls, saved: dict[str, Any], device: torch.device) -> "Sums":
+    def loaded(cls, saved: dict[str, Any], device: torch.device) -> "RunningSums":
         """With memory of their own."""
         parts = {
             name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()
@@ -80,8 +80,8 @@ class Sums:
 
 
 def batch_sums(
-    a: Tensor, delta: Tensor | None, reference: Tensor, member: Member, examples: int
-) -> Sums:
+    a: Tensor, delta: Tensor | None, reference: Tensor, rule: UpdateRule, examples: int
+) -> RunningSums:
     """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions,
     units).
 
@@ -89,24 +89,24 @@ def batch_sums(
     position a sample.
     """
     shifted = a - reference.to(a.dtype)
-    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if member.center == "p" else {}
+    parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if rule.center == "p" else {}
     if delta is not None:
         delta = delta.unflatten(
             2, (a.shape[2], -1)
         )  # (samples, positions, groups, units of a group)
         whole = delta.sum(1)
         parts["weight"] = [whole.double().square().sum(0).flatten()]
-        if member.center != "p":
+        if rule.center != "p":
             parts["first"] = [_weighted(delta * whole[:, None], shifted)]
-    if delta is not None and member.keeps_examples(a.shape[3]):
+    if delta is not None and rule.keeps_examples(a.shape[3]):
         parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
-    elif member.scale != "none":
+    elif rule.scale != "none":
         parts["second"] = (
-            _shared_second(shifted, member)
-            if member.center == "p"
-            else _unit_second(shifted, delta, member)
+            _shared_second(shifted, rule)
+            if rule.center == "p"
+            else _unit_second(shifted, delta, rule)
         )
-    return Sums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
+    return RunningSums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
 
 
 def _weighted(weights: Tensor, x: Tensor) -> Tensor:
@@ -115,26 +115,26 @@ def _weighted(weights: Tensor, x: Tensor) -> Tensor:
     return (by_group[0].mT @ by_group[1]).flatten(0, 1).double()
 
 
-def _shared_second(shifted: Tensor, member: Member) -> list[Tensor]:
+def _shared_second(shifted: Tensor, rule: UpdateRule) -> list[Tensor]:
     by_group = shifted.flatten(0, 1).transpose(0, 1)
-    if member.scale == "diagonal":
+    if rule.scale == "diagonal":
         return [by_group.square().sum(1, dtype=torch.float64)]
     return [(by_group.mT @ by_group).double()]
 
 
-def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[Tensor]:
+def _unit_second(shifted: Tensor, delta: Tensor | None, rule: UpdateRule) -> list[Tensor]:
     assert delta is not None
     samples, positions, groups, inputs = shifted.shape
-    units, diagonal = groups * delta.shape[-1], member.scale == "diagonal"
+    units, diagonal = groups * delta.shape[-1], rule.scale == "diagonal"
     if positions == 1 and diagonal:
         return [_weighted(delta.square(), shifted.square())]
     rows = (
         [shifted.new_zeros(units, inputs, dtype=torch.float64)]
         if diagonal
-        else triangle.zeros(units, inputs, shifted.device)
+        else packed.zeros(units, inputs, shifted.device)
     )
     if positions == groups == 1:
-        triangle.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
+        packed.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
         return rows
     step = max(1, VECTORS // (units * inputs))
     for n in (slice(i, i + step) for i in range(0, samples, step)):
@@ -142,5 +142,5 @@ def _unit_second(shifted: Tensor, delta: Tensor | None, member: Member) -> list[
         if diagonal:
             rows[0] += vectors.square().sum(1)
         else:
-            triangle.add_outer(rows, vectors)
+            packed.add_outer(rows, vectors)
     return rows

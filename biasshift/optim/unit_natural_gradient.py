@@ -14,12 +14,12 @@ from torch import (
     nn,
 )
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.hooks import underlying
 from biasshift.optim.curvature import Curvature
-from biasshift.optim.recorder import Listener
-from biasshift.optim.running_sums import Sums
-from biasshift.optim.update_rule import Member, check, covered, refuse_large
+from biasshift.optim.recorder import Recorder
+from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.update_rule import UpdateRule, check, covered, refuse_large
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -130,7 +130,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         kl_clip: float | None = None,
         unit_damping: float = 0.0,
     ) -> None:
-        self.member = Member(
+        self.rule = UpdateRule(
             center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs
         )
         check(
@@ -146,12 +146,12 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             unit_damping,
         )
         root = underlying(model)
-        layers = covered(root) if self.member.needs_sums else {}
+        layers = covered(root) if self.rule.needs_sums else {}
         distributed = (
             isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
         )
         if scale == "full":
-            refuse_large(layers, self.member, distributed)
+            refuse_large(layers, self.rule, distributed)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -167,7 +167,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         )
         self._layers, self._steps = layers, 0
         self._curvatures: dict[str, Curvature] = {}
-        self._listener = Listener(root, layers, self.member, self.generator, distributed)
+        self._recorder = Recorder(root, layers, self.rule, self.generator, distributed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The model's parameters are the only group."""
@@ -182,14 +182,14 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         """Takes all hooks off the model; later steps keep the last curvature. Calling it again does
         nothing.
         """
-        self._listener.remove()
+        self._recorder.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and the passes they came from: those of a step that a gradient
         scaler has skipped.
         """
         super().zero_grad(set_to_none)
-        self._listener.forget()
+        self._recorder.forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -220,7 +220,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         if params:
             _foreach_add_(params, steps, alpha=-lr)
         self._steps += 1
-        self._listener.due = self._due()
+        self._recorder.due = self._due()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -228,7 +228,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         generator of labels, too.
         """
         curvature = {name: one.sums.saved() for name, one in self._curvatures.items()}
-        kind = (self.member.center, self.member.scale)
+        kind = (self.rule.center, self.rule.scale)
         rest = {
             "member": kind,
             "steps": self._steps,
@@ -238,13 +238,13 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         return {**super().state_dict(), "biasshift": rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a ``state_dict`` of the same member and model.
+        """Goes on from a ``state_dict`` of the same rule and model.
 
         Raises:
-            ValueError: when it is that of another member, optimizer or model.
+            ValueError: when it is that of another rule, optimizer or model.
         """
         rest = state_dict.get("biasshift")
-        kind = (self.member.center, self.member.scale)
+        kind = (self.rule.center, self.rule.scale)
         if rest is None or tuple(rest["member"]) != kind:
             of = (
                 "another optimizer"
@@ -266,13 +266,13 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         self._steps = rest["steps"]
         self.generator.set_state(rest["generator"].cpu())
         self._curvatures = {
-            name: self._curvature(name, Sums.loaded(one, self._layers[name].weight.device))
+            name: self._curvature(name, RunningSums.loaded(one, self._layers[name].weight.device))
             for name, one in rest["curvature"].items()
         }
-        self._listener.references = {
+        self._recorder.references = {
             name: one.sums.reference for name, one in self._curvatures.items()
         }
-        self._listener.due = self._due()
+        self._recorder.due = self._due()
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -283,24 +283,26 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         """Takes in the passes since the last step. Returns what turns the gradients into those of
         the mean loss.
         """
-        examples, sums = self._listener.take()
+        examples, sums = self._recorder.take()
         for name, new in sums.items():
             if name in self._curvatures:
                 self._curvatures[name].add(new, self.decay)
             else:
                 self._curvatures[name] = self._curvature(name, new)
         learning = any(layer.weight.grad is not None for layer in self._layers.values())
-        if not examples and ((learning and not self._curvatures) or self.member.reduction == "sum"):
+        if not examples and ((learning and not self._curvatures) or self.rule.reduction == "sum"):
             raise RuntimeError(
                 "No forward pass of the model was seen before this step: it must be called as a "
                 "whole, in training mode, with gradients "
                 "enabled, and return one tensor whose loss goes backwards; the optimizer must be "
                 "made before torch.compile runs the model."
             )
-        return examples if self.member.reduction == "sum" else 1.0
+        return examples if self.rule.reduction == "sum" else 1.0
 
-    def _curvature(self, name: str, sums: Sums) -> Curvature:
-        return Curvature(name, sums, self.member, kinds.dtype_of_sums(self._layers[name].weight))
+    def _curvature(self, name: str, sums: RunningSums) -> Curvature:
+        return Curvature(
+            name, sums, self.rule, layer_types.dtype_of_sums(self._layers[name].weight)
+        )
 
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
         """The update of every parameter that has a gradient, before momentum and learning rate."""
@@ -315,10 +317,10 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             weight, bias = layer.weight, layer.bias
             if weight not in updates:
                 continue
-            g = kinds.weights(layer, updates[weight]).double()
+            g = layer_types.weights(layer, updates[weight]).double()
             g0 = updates[bias].double() if bias is not None and bias in updates else None
             dw, dw0 = curvature.update(g, g0, group["damping"], group["unit_damping"])
-            updates[weight] = kinds.as_weight(layer, dw).to(weight.dtype)
+            updates[weight] = layer_types.as_weight(layer, dw).to(weight.dtype)
             if bias is not None and dw0 is not None:
                 updates[bias] = dw0.to(bias.dtype)
         return updates

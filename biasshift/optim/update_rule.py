@@ -1,4 +1,4 @@
-"""One member of the family of updates: its center, its scale, and how they are estimated."""
+"""One rule of the family of updates: its center, its scale, and how they are estimated."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from biasshift.measure import layer_types as kinds, likelihoods as label_rules
+from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.coverage import tied
 from biasshift.measure.layer_types import WeightLayer
 
@@ -15,15 +15,15 @@ CHOICES = {
     "center": ("q", "p", "none"),
     "scale": ("full", "diagonal", "none"),
     "labels": ("sampled", "empirical"),
-    "likelihood": label_rules.LIKELIHOODS,
+    "likelihood": likelihoods.LIKELIHOODS,
     "reduction": ("mean", "sum"),
     "weight_sharing": ("per_example", "expand"),
 }
 
 
 @dataclass(frozen=True)
-class Member:
-    """One member of the family of updates, and how its curvature is estimated."""
+class UpdateRule:
+    """One rule of the family of updates, and how its curvature is estimated."""
 
     center: str
     scale: str
@@ -66,7 +66,7 @@ def covered(root: nn.Module) -> dict[str, WeightLayer]:
     found = {
         name: module
         for name, module in root.named_modules()
-        if kinds.is_covered(module) and kinds.why_uncovered(module) is None
+        if layer_types.is_covered(module) and layer_types.why_uncovered(module) is None
     }
     shared = tied(root, found)
     return {
@@ -76,13 +76,13 @@ def covered(root: nn.Module) -> dict[str, WeightLayer]:
     }
 
 
-def refuse_large(layers: dict[str, WeightLayer], member: Member, distributed: bool) -> None:
+def refuse_large(layers: dict[str, WeightLayer], rule: UpdateRule, distributed: bool) -> None:
     """Linear layers of one process are solved with by their examples; others must keep the matrices
     of all their units.
     """
-    by_examples = member.center == "q" and not distributed
+    by_examples = rule.center == "q" and not distributed
     for name, layer in layers.items():
-        inputs, most = kinds.input_count(layer), member.dense_inputs
+        inputs, most = layer_types.input_count(layer), rule.dense_inputs
         if (
             inputs > most
             and layer.weight.requires_grad
@@ -91,7 +91,7 @@ def refuse_large(layers: dict[str, WeightLayer], member: Member, distributed: bo
             raise ValueError(
                 f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: "
                 "its full matrices would take "
-                f'{8 * kinds.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or '
+                f'{8 * layer_types.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or '
                 "raise max_dense_inputs."
             )
 

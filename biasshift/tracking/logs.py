@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from biasshift.distributed import together
-from biasshift.measure import all_reduce as merging, layer_types as kinds
+from biasshift.distributed import is_distributed
+from biasshift.measure import all_reduce, layer_types
 from biasshift.measure.accumulators import kept_units
 from biasshift.measure.activation_moments import (
     ActivationMoments,
@@ -23,7 +23,7 @@ from biasshift.measure.bias_shift import NetMeans, compare, net_means, unit_weig
 from biasshift.measure.coverage import NonFiniteOutputs
 from biasshift.measure.fisher import measure
 from biasshift.measure.gradient_gap import Foreseen, gap
-from biasshift.measure.hooks import Feeding, underlying, watch, watching
+from biasshift.measure.hooks import Feeding, add_output_hook, output_hooks, underlying
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Measured, Options
 from biasshift.measure.probe import Probe, Selection, batches, weight_layers
@@ -119,7 +119,7 @@ class ProbeLog(Log):
             model, optimizer, options.layers, measure_weights=quantities != ("activations",)
         )
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
-        self._merging = distributed and together()
+        self._merging = distributed and is_distributed()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
         self._foreseen: dict[str, Foreseen] = {}
@@ -148,7 +148,10 @@ class ProbeLog(Log):
 
     def _see_layers(self, batch_size: int | None) -> None:
         """One example through the model: who feeds whom, and which layers take part at all."""
-        with undisturbed(self.model, evaluate=True), watching(self._watched(), self._feeding.watch):
+        with (
+            undisturbed(self.model, evaluate=True),
+            output_hooks(self._watched(), self._feeding.record),
+        ):
             first, _ = next(batches(self.model, self.x, None, batch_size))
             self.model(first[:1])
         self._feeding.finish()
@@ -234,7 +237,9 @@ class ProbeLog(Log):
                     layers=list(self.activations),
                     batch_size=self.options.batch_size,
                 )
-                self._last_moments = merging.merged_moments(moments) if self._merging else moments
+                self._last_moments = (
+                    all_reduce.merged_moments(moments) if self._merging else moments
+                )
                 frames += [
                     unit_rows(self.step, name, activation_columns(moments))
                     for name, moments in self._last_moments.items()
@@ -256,7 +261,7 @@ class ProbeLog(Log):
 
     def _net_means(self) -> dict[str, NetMeans]:
         means = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
-        return merging.merged_means(means) if self._merging else means
+        return all_reduce.merged_means(means) if self._merging else means
 
     def _measure_fishers(self) -> dict[str, Measured]:
         """A diverged network has no Fisher matrices; that is no reason to end somebody's training."""
@@ -270,7 +275,7 @@ class ProbeLog(Log):
 
     def _fishers(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
         measured = measure(self.model, self.x, self.y, options, gradient)
-        return merging.merged_measurements(measured) if self._merging else measured
+        return all_reduce.merged_measurements(measured) if self._merging else measured
 
     def _kept(
         self, name: str, of_units: tuple[Tensor, Tensor | None]
@@ -306,7 +311,7 @@ class TrainingLog(Log):
         self._ever = False
         self._watcher = ActivationWatcher(self.model, list(self.activations))
         self._handles += [
-            watch(name, module, self._watch)
+            add_output_hook(name, module, self._watch)
             for name, module in {**self._watcher.modules, **self.weights}.items()
         ]
         self._handles += [
@@ -355,10 +360,10 @@ class TrainingLog(Log):
     def _watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         if self._open:
             if not self._ever:
-                self._feeding.watch(name, module, a, output)
+                self._feeding.record(name, module, a, output)
             if name in self._watcher.modules:
                 with torch.no_grad():
-                    self._watcher.watch(name, module, a, output)
+                    self._watcher.record(name, module, a, output)
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.step += 0 if _skipped(optimizer) else 1
@@ -378,8 +383,8 @@ def _split(
     if not measure_weights and (select is None or callable(select)):
         inner = select
         select = lambda name, module: (  # noqa: E731
-            (inner is None or inner(name, module)) and kinds.why_uncovered(module) is None
-        )  # noqa: E731
+            (inner is None or inner(name, module)) and layer_types.why_uncovered(module) is None
+        )
     if select is None or callable(select):
         chosen: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
         activations = {name: module for name, module in everything.items() if chosen(name, module)}

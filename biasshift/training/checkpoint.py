@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from biasshift.distributed import rank, together, told, world
+from biasshift.distributed import broadcast, is_distributed, rank, world_size
 from biasshift.runs.schema import own_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -21,9 +21,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
     own = {"cpu": torch.get_rng_state()} | (
         {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     )
-    if not together():
+    if not is_distributed():
         return {"0": own}
-    gathered: list[Any] = [None] * world()
+    gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, own)
     return {str(rank): state for rank, state in enumerate(gathered)}
 
@@ -34,9 +34,9 @@ def restore_random_state(folder: Path, state: Mapping[str, Any], device: torch.d
     Raises:
         ValueError: the run was made by more or fewer processes, or this is no random state.
     """
-    if len(state) != world():
+    if len(state) != world_size():
         raise ValueError(
-            f"'{folder}' was begun by {len(state)} processes and is resumed by {world()}: start as "
+            f"'{folder}' was begun by {len(state)} processes and is resumed by {world_size()}: start as "
             "many."
         )
     with fitting(folder):
@@ -66,7 +66,7 @@ def load(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged or no checkpoint.
     """
-    return told(
+    return broadcast(
         _read(folder / CHECKPOINT, kinds)
         if rank() == 0 and os.path.lexists(folder / CHECKPOINT)
         else None

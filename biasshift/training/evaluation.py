@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biasshift.distributed import summed
+from biasshift.distributed import all_reduce_sum
 from biasshift.measure.sandbox import evaluation_mode
 
 Examples = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -59,7 +59,7 @@ def evaluate_batches(
                 *values,
             ]
             sums = batch if sums is None else [a + b for a, b in zip(sums, batch, strict=True)]
-    totals = summed(torch.stack(sums) if sums else None, 2 + len(top)).tolist()
+    totals = all_reduce_sum(torch.stack(sums) if sums else None, 2 + len(top)).tolist()
     if totals[0] == 0:
         raise ValueError("there are no examples to evaluate on.")
     names = ("loss", *("error" if k == 1 else f"error{k}" for k in top))

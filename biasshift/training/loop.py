@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.data.stream import Stream
-from biasshift.distributed import summed, together
+from biasshift.distributed import all_reduce_sum, is_distributed
 
 LOOK_EVERY = (
     500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
@@ -96,8 +96,8 @@ def _refuse_divergence(losses: list[Tensor], number: int) -> None:
     """
     values = torch.stack(losses)
     values = values[:, None] if values.dim() == 1 else values
-    if together():  # or the one process that finds it would leave the others waiting
-        values = summed(values.double().flatten(), values.numel()).reshape(values.shape)
+    if is_distributed():  # or the one process that finds it would leave the others waiting
+        values = all_reduce_sum(values.double().flatten(), values.numel()).reshape(values.shape)
     wrong = ~values.isfinite().any(1)
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])

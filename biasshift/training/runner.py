@@ -1,5 +1,5 @@
 """The way from the first step to the last, of one network or an ensemble: phases, scores,
-examinations and checkpoints.
+examinations and checkpoint.
 """
 
 import math
@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from biasshift.distributed import rank, summed, told, world
+from biasshift.distributed import all_reduce_sum, broadcast, rank, world_size
 from biasshift.precision import products
-from biasshift.training import checkpoint as checkpoints
+from biasshift.training import checkpoint
 from biasshift.training.cuda_graphs import Graphed
 from biasshift.training.ensemble import Ensemble, Together, load_slice, refuse_unlike, state_slice
 from biasshift.training.loop import train
 from biasshift.training.step import Gradient, shared
 from biasshift.training.trial import Execution, Exist, Phase, Progress, Report, Trial
-from biasshift.training.trial_run import Clock, Member, board
+from biasshift.training.trial_run import Clock, TrialRun, board
 
 REPORT_SECONDS = 0.5  # between two reports of progress, each of which waits for the device
 __all__ = ["Together", "run"]
@@ -30,7 +30,7 @@ __all__ = ["Together", "run"]
 class Training:
     """The members of one ensemble, or one network alone, on their way."""
 
-    members: list[Member]
+    members: list[TrialRun]
     execution: Execution
     device: torch.device
     stack: ExitStack
@@ -47,19 +47,19 @@ class Training:
         self.optimizer = self.update.optimizer
         for number, member in enumerate(self.members):
             if member.state is not None:
-                with checkpoints.fitting(member.folder):
+                with checkpoint.fitting(member.folder):
                     load_slice(
                         self.optimizer,
                         member.state["optimizer"],
                         number if len(self.members) > 1 else None,
                     )
         if (state := self.members[0].state) is not None:
-            checkpoints.restore_random_state(self.members[0].folder, state["random"], self.device)
-            with checkpoints.fitting(self.members[0].folder):
+            checkpoint.restore_random_state(self.members[0].folder, state["random"], self.device)
+            with checkpoint.fitting(self.members[0].folder):
                 if not isinstance(self.update, Ensemble):
                     self.update.load_state_dict(state["update"])
         for member in self.members:
-            member.watch(self.optimizer, self.stack)
+            member.instrument(self.optimizer, self.stack)
 
     def _make_update(self, first: Trial) -> "Gradient | Graphed | Ensemble":
         if len(self.members) == 1:
@@ -152,13 +152,15 @@ class Training:
         over all of them.
         """
         sums = torch.full((len(self.members),), torch.nan) if losses is None else losses.reshape(-1)
-        means = summed(sums.double() / max(count, 1) / world(), len(self.members)).tolist()
+        means = all_reduce_sum(
+            sums.double() / max(count, 1) / world_size(), len(self.members)
+        ).tolist()
         for member, mean in zip(self.members, means, strict=True):
             member.score(step, epoch, mean)
 
     def _keep(self, step: int) -> None:
         """A checkpoint, if the last one is old enough; all processes agree on that."""
-        if step < self.steps and told(
+        if step < self.steps and broadcast(
             time.monotonic() - self.saved >= self.execution.checkpoint_seconds
         ):
             self._save(step)
@@ -168,14 +170,14 @@ class Training:
         """Flushes, then saves a checkpoint that says how much is on disk: what is written after it
         is written again by a resumed run.
         """
-        random = checkpoints.random_state(self.device)
+        random = checkpoint.random_state(self.device)
         for number, member in enumerate(self.members):
             member.flush()
             if (
                 rank() == 0 and not member.record.failed
             ):  # gone on with, a lost network would pass for a finished one
                 part = number if len(self.members) > 1 else None
-                checkpoints.save(
+                checkpoint.save(
                     member.folder,
                     {
                         "step": step, "model": member.trial.model.state_dict(), "optimizer": state_slice(self.optimizer, part),
@@ -195,7 +197,7 @@ def run(
     exist: Exist,
     report: Report,
     execution: Execution = Execution(),  # noqa: B008
-) -> None:  # noqa: B008
+) -> None:
     """Trains one network, or several as an ensemble, measures them along the way, and leaves a run
     folder of each.
 
@@ -223,7 +225,7 @@ def run(
         _random_state(trials[0].config.seed, device),
         ExitStack() as stack,
     ):
-        members = [Member(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
+        members = [TrialRun(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
             if execution.tensorboard and rank() == 0 and not member.finished:
@@ -242,7 +244,7 @@ def run(
             ).run(report)
     if rank() == 0 and not execution.keep_weights:
         for member in members:
-            (member.folder / checkpoints.CHECKPOINT).unlink(missing_ok=True)
+            (member.folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
 
 
 def _refuse_different(trials: Sequence[Trial]) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biasshift.distributed import summed, together, world
+from biasshift.distributed import all_reduce_sum, is_distributed, world_size
 from biasshift.precision import Precision
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -17,7 +17,7 @@ def shared(model: nn.Module) -> nn.Module:
     """The model in ``DistributedDataParallel``, once; alone, as it is. An optimizer that watches
     the model is to be given this one.
     """
-    if not together() or isinstance(model, nn.parallel.DistributedDataParallel):
+    if not is_distributed() or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     return nn.parallel.DistributedDataParallel(model)
 
@@ -67,7 +67,7 @@ class Gradient:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             value = self.loss(self.forward(x), y)
-        total = value * self._share(len(y)) if together() else value
+        total = value * self._share(len(y)) if is_distributed() else value
         if self.scaler is None:
             total.backward()
             self.optimizer.step()
@@ -81,8 +81,8 @@ class Gradient:
         """What this process's mean counts for in the mean over all: 1 where all have as many
         examples.
         """
-        everyone = summed(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
-        return examples * world() / everyone
+        everyone = all_reduce_sum(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
+        return examples * world_size() / everyone
 
     def state_dict(self) -> dict:
         """Of the gradient scaler, if there is one."""

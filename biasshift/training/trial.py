@@ -37,7 +37,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Watch:
+class ProbeSchedule:
     """Measurements on a probe every so many steps: what `biasshift.instrument` is told."""
 
     probe: Probe
@@ -82,7 +82,7 @@ class Trial:
     phases: tuple[Phase, ...]
     score: Callable[[nn.Module], dict[str, float]]
     score_every: int
-    watches: Sequence[Watch] = ()
+    schedules: Sequence[ProbeSchedule] = ()
     exam: Exam | None = None
     loss: Loss = F.cross_entropy
     enter: Callable[[nn.Module, Phase], None] = lambda model, phase: None
@@ -119,7 +119,7 @@ Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
-class Watching:
+class Instrumentation:
     """Every ``every`` steps on the first ``examples`` of a probe; Fisher matrices of ``units`` of
     every layer.
     """
@@ -131,9 +131,9 @@ class Watching:
     damping: float
     batch_size: int
 
-    def watches(
+    def schedules(
         self, model: nn.Module, probe: Probe, labels: str, likelihood: str = "categorical"
-    ) -> list[Watch]:
+    ) -> list[ProbeSchedule]:
         """The measurements of a model; none without quantities."""
         if not self.quantities:
             return []
@@ -159,7 +159,7 @@ class Watching:
                 "generator": generator,
             }
         x, y = (part[: self.examples] for part in probe)
-        return [Watch((x, y), self.every, tuple(self.quantities), options)]
+        return [ProbeSchedule((x, y), self.every, tuple(self.quantities), options)]
 
 
 def _weights_and_activations(name: str, module: nn.Module) -> bool:

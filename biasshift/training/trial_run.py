@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biasshift.distributed import rank, told, world
+from biasshift.distributed import broadcast, rank, world_size
 from biasshift.runs.writer import Run
 from biasshift.tracking.instrument import instrument
 from biasshift.tracking.logs import ProbeLog
-from biasshift.training import checkpoint as checkpoints
+from biasshift.training import checkpoint
 from biasshift.training.trial import Exist, Trial
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Clock:
         return steps * self.spent / self.undisturbed if self.undisturbed else 0.0
 
 
-class Member:
+class TrialRun:
     """One trial and its folder."""
 
     def __init__(self, trial: Trial, folder: Path):
@@ -87,14 +87,14 @@ class Member:
 
     def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
         """Makes the run folder, or finds what is there to go on from."""
-        self.finished = told(
+        self.finished = broadcast(
             exist == "resume" and rank() == 0 and Run.is_finished(self.folder, self.trial.config)
         )
         if self.finished:
             return
-        self.state = checkpoints.load(self.folder, KEPT) if exist == "resume" else None
+        self.state = checkpoint.load(self.folder, KEPT) if exist == "resume" else None
         if self.state is not None:
-            with checkpoints.fitting(self.folder):
+            with checkpoint.fitting(self.folder):
                 self.trial.model.load_state_dict(self.state["model"])
             self.start, self.examined, self.seconds = (
                 self.state["step"],
@@ -118,20 +118,20 @@ class Member:
                 Run.create(self.folder, self.trial.config, how, device=device)
             )
 
-    def watch(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
+    def instrument(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
         """Starts the measurements; those on entry are the step before the first."""
-        for watch in self.trial.watches:
+        for schedule in self.trial.schedules:
             share = tuple(
-                part[rank() :: world()] for part in watch.probe
+                part[rank() :: world_size()] for part in schedule.probe
             )  # of several processes, each measures its own
             log = instrument(
                 self.trial.model,
                 optimizer,
                 share,
-                watch.every,
-                quantities=watch.quantities,
+                schedule.every,
+                quantities=schedule.quantities,
                 distributed=True,
-                **watch.options,
+                **schedule.options,
             )
             assert isinstance(log, ProbeLog)
             stack.enter_context(log)
@@ -140,7 +140,7 @@ class Member:
                 log.step = self.start
             self.logs.append(log)
         if self.state is not None:
-            with checkpoints.fitting(self.folder):
+            with checkpoint.fitting(self.folder):
                 for generator, state in zip(self._generators(), self.state["labels"], strict=True):
                     generator.set_state(state)
         if not self.start and self.logs:
@@ -150,8 +150,8 @@ class Member:
         """Those that the measurements draw labels from."""
         return [
             generator
-            for watch in self.trial.watches
-            if (generator := watch.options.get("generator")) is not None
+            for schedule in self.trial.schedules
+            if (generator := schedule.options.get("generator")) is not None
         ]
 
     def labels(self) -> list[Tensor]:

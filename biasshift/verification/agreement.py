@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.fisher.unit_fisher import UnitFisher
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.fisher import measure
 from biasshift.measure.hooks import followed_by
 from biasshift.measure.layer_types import WeightLayer
@@ -137,11 +137,11 @@ class Combinations:
 
 
 def _is_small(layer: WeightLayer) -> bool:
-    return kinds.unit_count(layer) * (kinds.input_count(layer) + 1) ** 2 <= SMALL
+    return layer_types.unit_count(layer) * (layer_types.input_count(layer) + 1) ** 2 <= SMALL
 
 
 def _some_units(layer: WeightLayer) -> Tensor:
-    count = kinds.unit_count(layer)
+    count = layer_types.unit_count(layer)
     return torch.tensor(
         range(count) if _is_small(layer) else sorted({0, count - 1}), device=layer.weight.device
     )
@@ -151,7 +151,7 @@ def _vectors(layer: WeightLayer, units: int) -> Tensor:
     """(units, params, vectors): the identity where blocks are small, so that their entries
     themselves are compared.
     """
-    params = kinds.input_count(layer) + 1
+    params = layer_types.input_count(layer) + 1
     if params <= PARAMS:
         columns = torch.eye(params).repeat(units, 1, 1)
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.coverage import (
     Reasons,
     check_outputs,
@@ -86,7 +86,7 @@ def check(
         layers = {
             name: module
             for name, module in copied.named_modules()
-            if kinds.is_covered(module) and name not in reasons
+            if layer_types.is_covered(module) and name not in reasons
         }
         sizes = {name: _sizes(module) for name, module in model.named_modules()}
         comparison = (
@@ -161,8 +161,8 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Units and inputs; 0 where a module has none, or not yet."""
     return (
-        (kinds.unit_count(module), kinds.input_count(module))
-        if kinds.is_covered(module) and not kinds.is_lazy(module)
+        (layer_types.unit_count(module), layer_types.input_count(module))
+        if layer_types.is_covered(module) and not layer_types.is_lazy(module)
         else (0, 0)
     )
 
@@ -170,13 +170,15 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -> Reasons:
     """Why modules are not covered, for all that are not."""
     reasons = {
-        name: why for name, module in model.named_modules() if (why := kinds.why_uncovered(module))
+        name: why
+        for name, module in model.named_modules()
+        if (why := layer_types.why_uncovered(module))
     }
     named = dict(copied.named_modules())
     layers = {
         name: module
         for name, module in named.items()
-        if kinds.is_covered(module) and name not in reasons
+        if layer_types.is_covered(module) and name not in reasons
     }
     reasons |= tied(copied, layers)
     layers = {name: module for name, module in layers.items() if name not in reasons}
@@ -201,7 +203,7 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
     except ValueError as error:  # about the model as a whole: nothing of it can be measured
         reasons |= {name: str(error) for name in layers}
     others = {
-        name: _other(module) for name, module in named.items() if not kinds.is_covered(module)
+        name: _other(module) for name, module in named.items() if not layer_types.is_covered(module)
     }
     return others | own | reasons
 

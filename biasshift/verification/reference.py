@@ -18,7 +18,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 from biasshift.measure.layer_types import WeightLayer
 
 Layers = Mapping[str, WeightLayer]
@@ -82,7 +82,7 @@ def _plain(layer: nn.Module) -> WeightLayer:
     """The layer with its weight as an ordinary parameter, at its present value, and a bias, which
     may be 0.
     """
-    assert kinds.is_covered(layer)
+    assert layer_types.is_covered(layer)
     if parametrize.is_parametrized(layer):
         for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
             parametrize.remove_parametrizations(layer, name)
@@ -96,7 +96,7 @@ def _plain(layer: nn.Module) -> WeightLayer:
         del layer.weight
         layer.weight = nn.Parameter(value)
     if layer.bias is None and has_bias_row(layer):
-        layer.bias = nn.Parameter(layer.weight.new_zeros(kinds.unit_count(layer)))
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer_types.unit_count(layer)))
     return layer
 
 
@@ -104,7 +104,7 @@ def has_bias_row(layer: WeightLayer) -> bool:
     """Whether a bias that is not there could be added: what a forward of somebody's own does with
     it is unknown.
     """
-    return layer.bias is not None or not kinds.has_own_forward(layer)
+    return layer.bias is not None or not layer_types.has_own_forward(layer)
 
 
 # -- per_example: the weights themselves -----------------------------------------------------------
@@ -137,14 +137,16 @@ def _scores(
     """
     at = {}
     for name, layer in layers.items():
-        bias = torch.zeros_like(kinds.weights(layer)[:, 0]) if layer.bias is None else layer.bias
-        at[name] = torch.cat([kinds.weights(layer), bias[:, None]], 1)[units[name]]
+        bias = (
+            torch.zeros_like(layer_types.weights(layer)[:, 0]) if layer.bias is None else layer.bias
+        )
+        at[name] = torch.cat([layer_types.weights(layer), bias[:, None]], 1)[units[name]]
 
     def function(rows: dict[str, Tensor]) -> Tensor:
         changed = {}
         for name, layer in layers.items():
-            weights = kinds.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
-            changed[_join(name, "weight")] = kinds.as_weight(layer, weights)
+            weights = layer_types.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
+            changed[_join(name, "weight")] = layer_types.as_weight(layer, weights)
             if layer.bias is not None:
                 changed[_join(name, "bias")] = layer.bias.index_copy(
                     0, units[name], rows[name][:, -1]
@@ -172,7 +174,7 @@ def _scores_one_by_one(
             for p, d in zip(parameters, gradients, strict=True)
         }
         for name, layer in layers.items():
-            w = kinds.weights(layer, found[id(layer.weight)])
+            w = layer_types.weights(layer, found[id(layer.weight)])
             w0 = torch.zeros_like(w[:, 0]) if layer.bias is None else found[id(layer.bias)]
             rows[name].append(torch.cat([w, w0[:, None]], 1)[units[name]])
     return {name: torch.stack(found) for name, found in rows.items()}
@@ -274,9 +276,9 @@ def _product(
     layer: WeightLayer, args: tuple, kwargs: dict, delta2: Tensor, units: Tensor, v: Tensor
 ) -> Tensor:
     """``Σ_t δ_t² ã_t (ã_tᵀ v)``, by the layer itself."""
-    zero = torch.zeros_like(kinds.weights(layer))
+    zero = torch.zeros_like(layer_types.weights(layer))
     given = {
-        "layer.weight": kinds.as_weight(
+        "layer.weight": layer_types.as_weight(
             layer, zero.index_copy(0, units, v[:, :-1])
         ).requires_grad_()
     }
@@ -288,7 +290,7 @@ def _product(
         alone, nothing, args, kwargs
     )
     found = torch.autograd.grad(net, list(given.values()), net.detach() * delta2)
-    rows = kinds.weights(layer, found[0])[units]
+    rows = layer_types.weights(layer, found[0])[units]
     rows0 = torch.zeros_like(rows[:, 0]) if layer.bias is None else found[1][units]
     return torch.cat([rows, rows0[:, None]], 1)
 

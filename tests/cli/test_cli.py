@@ -23,7 +23,7 @@ from tiny import Tiny
 from biasshift import cli
 from biasshift.analysis.formatting import effect, footnote
 from biasshift.analysis.verdicts import claims
-from biasshift.cli import claims as judging, console as saying, train as training
+from biasshift.cli import claims as judging, console, train as training
 from biasshift.cli.console import progress
 from biasshift.experiments import demo as digits
 from biasshift.experiments.demo import Demo
@@ -527,9 +527,9 @@ def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, sa
         "high": 2.0,
         "n": n,
     }
-    monkeypatch.setattr(saying, "claims", lambda table: pd.DataFrame([row]))
+    monkeypatch.setattr(console, "claims", lambda table: pd.DataFrame([row]))
     shown = io.StringIO()
-    saying.say_verdicts(Console(file=shown, width=80), pd.DataFrame())
+    console.say_verdicts(Console(file=shown, width=80), pd.DataFrame())
     assert f"  It (1). share: {said}\n" in shown.getvalue()
 
 

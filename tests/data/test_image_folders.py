@@ -23,7 +23,7 @@ from biasshift.data import (
     ImageStream,
     Scale,
     image_folders as folders,
-    image_stream as imagestreams,
+    image_stream,
 )
 from biasshift.data.image_folders import photographs, read_photograph
 from biasshift.data.stream import epoch_generator
@@ -469,7 +469,7 @@ def test_epochs_that_do_not_exist_are_refused(little):
 
 
 def test_the_mean_image_is_that_of_numpy(little, monkeypatch):
-    monkeypatch.setattr(imagestreams, "CHUNK", 5)
+    monkeypatch.setattr(image_stream, "CHUNK", 5)
     done = []
     found = data.mean_image(little.train, SIDE, workers=0, on_batch=done.append)
     images = np.stack([read_photograph(path, SIDE).numpy() for path in little.train.paths])

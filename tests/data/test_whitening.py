@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from biasshift import data
-from biasshift.data import cache as caching, whitening
+from biasshift.data import whitening
+from biasshift.data.cache import cache_folder
 from biasshift.data.whitening import Contrast, Whitening, normalize_contrast, whitened
 
 
@@ -177,11 +178,11 @@ def test_a_spectrum_is_computed_once_for_the_same_images(computed, cache):
 def test_the_cache_lies_where_the_data_sets_lie_unless_the_variable_says_otherwise(
     monkeypatch, tmp_path
 ):
-    assert caching.cache_folder(tmp_path) == tmp_path / "cache"
+    assert cache_folder(tmp_path) == tmp_path / "cache"
     monkeypatch.delenv("BIASSHIFT_CACHE")
-    assert caching.cache_folder(tmp_path / "sets") == tmp_path / "sets" / "cache"
+    assert cache_folder(tmp_path / "sets") == tmp_path / "sets" / "cache"
     monkeypatch.setenv("BIASSHIFT_DATA", str(tmp_path / "named"))
-    assert caching.cache_folder() == tmp_path / "named" / "cache"
+    assert cache_folder() == tmp_path / "named" / "cache"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from biasshift import theory
-from biasshift.experiments import exam as examining
+from biasshift.experiments import exam
 from biasshift.experiments.exam import DAMPINGS, examine, layer_statistics, residuals
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure.bias_shift import BiasShift, bias_shift
@@ -258,5 +258,5 @@ def test_bookkeeping_that_forgets_a_part_is_seen(model, probe, monkeypatch, part
             }
             shift[name] = BiasShift(**parts | {part: torch.zeros_like(layer.total)})
 
-    monkeypatch.setattr(examining, "bias_shift", forgetful)
+    monkeypatch.setattr(exam, "bias_shift", forgetful)
     assert broken(model, probe) == {"bookkeeping"}

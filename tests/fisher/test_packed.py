@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from biasshift.fisher import packed as triangle
+from biasshift.fisher import packed
 
 SHAPES = [
     (1, 1, 1),
@@ -25,10 +25,10 @@ def weighted(a: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nu,ni,nj->uij", weights.double(), a.double(), a.double())
 
 
-def added(a: torch.Tensor, weights: torch.Tensor, times: int = 1) -> triangle.Rows:
-    rows = triangle.zeros(weights.shape[1], a.shape[1], a.device)
+def added(a: torch.Tensor, weights: torch.Tensor, times: int = 1) -> packed.Rows:
+    rows = packed.zeros(weights.shape[1], a.shape[1], a.device)
     for _ in range(times):
-        triangle.add_weighted(rows, a, weights)
+        packed.add_weighted(rows, a, weights)
     return rows
 
 
@@ -36,7 +36,7 @@ def added(a: torch.Tensor, weights: torch.Tensor, times: int = 1) -> triangle.Ro
 @pytest.mark.parametrize("times", [1, 3])
 def test_weighted_sums(samples, inputs, units, times):
     a, weights = draw(samples, inputs), draw(samples, units, seed=1).square()
-    found = triangle.dense(added(a, weights, times))
+    found = packed.dense(added(a, weights, times))
     torch.testing.assert_close(found, times * weighted(a, weights), rtol=1e-12, atol=1e-12)
 
 
@@ -44,39 +44,37 @@ def test_weighted_sums(samples, inputs, units, times):
 def test_results_do_not_depend_on_how_the_work_is_cut(samples, inputs, units, monkeypatch):
     a, weights = draw(150, inputs), draw(150, units, seed=1).square()
     expected = weighted(a, weights)
-    monkeypatch.setattr(triangle, "TEMPORARY", {"cpu": 7, "cuda": 7})
-    monkeypatch.setattr(triangle, "MOST_SAMPLES", 70)
-    torch.testing.assert_close(triangle.dense(added(a, weights)), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(packed, "TEMPORARY", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(packed, "MOST_SAMPLES", 70)
+    torch.testing.assert_close(packed.dense(added(a, weights)), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples, inputs, units", SHAPES)
 def test_sums_of_vectors(samples, inputs, units):
     vectors = draw(units, samples, inputs)
-    rows = triangle.zeros(units, inputs, vectors.device)
-    triangle.add_outer(rows, vectors)
-    triangle.add_outer(rows, vectors.transpose(0, 1).contiguous().transpose(0, 1))  # any layout
+    rows = packed.zeros(units, inputs, vectors.device)
+    packed.add_outer(rows, vectors)
+    packed.add_outer(rows, vectors.transpose(0, 1).contiguous().transpose(0, 1))  # any layout
     torch.testing.assert_close(
-        triangle.dense(rows), 2 * vectors.transpose(1, 2) @ vectors, rtol=1e-12, atol=1e-12
+        packed.dense(rows), 2 * vectors.transpose(1, 2) @ vectors, rtol=1e-12, atol=1e-12
     )
 
 
 def test_symmetric_products():
     x, y = draw(3, 37), draw(3, 37, seed=1)
-    rows = triangle.copied(triangle.zeros(3, 37, x.device))
-    triangle.add_symmetric(rows, x, y)
+    rows = packed.copied(packed.zeros(3, 37, x.device))
+    packed.add_symmetric(rows, x, y)
     outer = x[:, :, None] * y[:, None, :]
-    torch.testing.assert_close(triangle.dense(rows), outer + outer.transpose(1, 2))
+    torch.testing.assert_close(packed.dense(rows), outer + outer.transpose(1, 2))
 
 
 def test_an_empty_sum_is_zero_and_takes_no_memory():
-    rows = triangle.zeros(1000, 1000, torch.device("cpu"))
+    rows = packed.zeros(1000, 1000, torch.device("cpu"))
     assert (
         len({block.data_ptr() for block in rows}) == 1 and rows[0].untyped_storage().nbytes() == 8
     )
-    assert not triangle.dense(rows, slice(0, 2)).any()
-    assert not any(
-        block.any() for block in triangle.copied(triangle.zeros(2, 20, torch.device("cpu")))
-    )
+    assert not packed.dense(rows, slice(0, 2)).any()
+    assert not any(block.any() for block in packed.copied(packed.zeros(2, 20, torch.device("cpu"))))
 
 
 def test_one_batch_keeps_its_dtype_and_the_second_makes_float64():
@@ -86,22 +84,22 @@ def test_one_batch_keeps_its_dtype_and_the_second_makes_float64():
     )
     assert {block.dtype for block in added(a, weights)} == {torch.float32}
     assert {block.dtype for block in added(a, weights, times=2)} == {torch.float64}
-    vectors, rows = draw(2, 30, 90, dtype=torch.float32), triangle.zeros(2, 90, torch.device("cpu"))
-    triangle.add_outer(rows, vectors)
+    vectors, rows = draw(2, 30, 90, dtype=torch.float32), packed.zeros(2, 90, torch.device("cpu"))
+    packed.add_outer(rows, vectors)
     assert {block.dtype for block in rows} == {torch.float32}
     assert all(
         block.is_contiguous() for block in rows
     )  # of its own: not a view that keeps the lower triangle alive
-    triangle.add_outer(rows, vectors)
+    packed.add_outer(rows, vectors)
     assert {block.dtype for block in rows} == {torch.float64}
 
 
 def test_copies_do_not_change_with_the_original():
     a, weights = draw(9, 20), draw(9, 2, seed=1).square()
     rows = added(a, weights, times=2)
-    copy = triangle.copied(rows)
-    triangle.add_weighted(rows, a, weights)
-    torch.testing.assert_close(triangle.dense(copy), 2 * weighted(a, weights))
+    copy = packed.copied(rows)
+    packed.add_weighted(rows, a, weights)
+    torch.testing.assert_close(packed.dense(copy), 2 * weighted(a, weights))
 
 
 def test_many_batches_lose_no_more_than_one():
@@ -111,7 +109,7 @@ def test_many_batches_lose_no_more_than_one():
         draw(64, 3, dtype=torch.float32, seed=1).square(),
     )
     expected = weighted(a, weights) * 1000
-    found = triangle.dense(added(a, weights, times=1000))
+    found = packed.dense(added(a, weights, times=1000))
     assert ((found - expected).norm() / expected.norm()).item() < 2e-7
 
 
@@ -120,12 +118,12 @@ def test_a_long_batch_is_added_up_in_float64():
     in proportion.
     """
     a, weights = (
-        torch.full((30 * triangle.MOST_SAMPLES, 1), 1.1),
-        torch.full((30 * triangle.MOST_SAMPLES, 1), 0.7),
+        torch.full((30 * packed.MOST_SAMPLES, 1), 1.1),
+        torch.full((30 * packed.MOST_SAMPLES, 1), 0.7),
     )
     rows = added(a, weights)
     assert rows[0].dtype == torch.float64
-    assert (triangle.dense(rows) / weighted(a, weights) - 1).abs().item() < 5e-5
+    assert (packed.dense(rows) / weighted(a, weights) - 1).abs().item() < 5e-5
     assert (
         abs((a.T @ (weights * a)).item() / weighted(a, weights).item() - 1) > 5e-4
     )  # what one product does
@@ -135,8 +133,8 @@ def test_units_can_be_chosen_and_stacked():
     a, weights = draw(9, 40), draw(9, 5, seed=1).square()
     rows = added(a, weights)
     chosen = torch.tensor([3, 0])
-    assert torch.equal(triangle.dense(rows, chosen), triangle.dense(rows)[chosen])
-    both = triangle.dense(triangle.stack([rows, added(a, weights[:, :2])]))
+    assert torch.equal(packed.dense(rows, chosen), packed.dense(rows)[chosen])
+    both = packed.dense(packed.stack([rows, added(a, weights[:, :2])]))
     torch.testing.assert_close(both[5:], both[:2])
 
 
@@ -145,5 +143,5 @@ def test_units_can_be_chosen_and_stacked():
 def test_on_the_gpu(samples, inputs, units):
     a, weights = draw(samples, inputs).cuda(), draw(samples, units, seed=1).square().cuda()
     torch.testing.assert_close(
-        triangle.dense(added(a, weights)), weighted(a, weights), rtol=1e-12, atol=1e-12
+        packed.dense(added(a, weights)), weighted(a, weights), rtol=1e-12, atol=1e-12
     )

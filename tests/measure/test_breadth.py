@@ -22,7 +22,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.utils import parametrizations
 
 import biasshift as bs
-from biasshift.measure import layer_types as kinds
+from biasshift.measure import layer_types
 
 DOUBLE = torch.float64
 sharing = pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
@@ -259,12 +259,12 @@ def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
     """
     layer, x = drawn
     net = layer(x)
-    patches, weights = kinds.patches(layer, x, net.shape), kinds.weights(layer)
-    assert torch.equal(patches, kinds.patches(layer, x))
-    assert torch.equal(kinds.as_weight(layer, weights), layer.weight)
+    patches, weights = layer_types.patches(layer, x, net.shape), layer_types.weights(layer)
+    assert torch.equal(patches, layer_types.patches(layer, x))
+    assert torch.equal(layer_types.as_weight(layer, weights), layer.weight)
     assert (
         weights.shape
-        == (kinds.unit_count(layer), kinds.input_count(layer))
+        == (layer_types.unit_count(layer), layer_types.input_count(layer))
         == (layer.out_channels, patches.shape[-1])
     )
     found = torch.einsum(
@@ -276,7 +276,7 @@ def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
     by_weight = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)).flatten(2)[0, -1])(
         layer.weight
     )  # of the last unit
-    by_weight = torch.stack([kinds.weights(layer, d)[-1] for d in by_weight])
+    by_weight = torch.stack([layer_types.weights(layer, d)[-1] for d in by_weight])
     torch.testing.assert_close(patches[0, :, -1], by_weight, rtol=0, atol=1e-12)
 
 

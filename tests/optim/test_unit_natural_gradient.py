@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import biasshift as bs
-from biasshift.measure import layer_types as layers
+from biasshift.measure import layer_types
 from biasshift.optim import UnitNaturalGradient
 
 DAMPING = 0.03
@@ -351,10 +351,12 @@ def test_transposed_convolutions_agree_with_the_measurement(randn):
     optimizer = UnitNaturalGradient(model, 1.0, damping=DAMPING, labels="empirical")
     layer, before = model[0], parameters(model)
     take_step(model, optimizer, x, y)
-    dw, dw0 = fisher.natural_gradient(layers.weights(layer, layer.weight.grad), layer.bias.grad)
+    dw, dw0 = fisher.natural_gradient(
+        layer_types.weights(layer, layer.weight.grad), layer.bias.grad
+    )
     torch.testing.assert_close(
         before["0.weight"] - layer.weight.detach(),
-        layers.as_weight(layer, dw),
+        layer_types.as_weight(layer, dw),
         rtol=1e-9,
         atol=1e-10,
     )

@@ -278,15 +278,16 @@ def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Tria
         for setting in Tiny(activations=activations, seeds=seeds, momentum=0.5).settings()
     ):
         stream = replace(one.stream, x=one.stream.x.double())
-        watches = [
-            replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in one.watches
+        schedules = [
+            replace(schedule, probe=(schedule.probe[0].double(), schedule.probe[1]))
+            for schedule in one.schedules
         ]
         found.append(
             replace(
                 one,
                 model=one.model.double(),
                 stream=stream,
-                watches=watches,
+                schedules=schedules,
                 exam=None,
                 closing=None,
                 score=weights,

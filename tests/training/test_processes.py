@@ -24,7 +24,7 @@ from tiny import Tiny, data
 from torch import distributed as dist, nn
 
 from biasshift.data import TensorStream
-from biasshift.distributed import joined, rank, world
+from biasshift.distributed import process_group, rank, world_size
 from biasshift.experiments.mlp_trial import trial
 from biasshift.optim import UnitNaturalGradient
 from biasshift.runs.reader import read_run, run_states
@@ -61,7 +61,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def stream(dtype: torch.dtype) -> TensorStream:
-    return TensorStream(*examples(dtype), BATCH, seed=0, rank=rank(), world=world())
+    return TensorStream(*examples(dtype), BATCH, seed=0, rank=rank(), world=world_size())
 
 
 def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -92,7 +92,8 @@ def tiny(**options: Any) -> Trial:
     (setting,) = Tiny(activations=("elu",), momentum=0.5, **options).settings()
     made = trial(setting, data())
     probes = [
-        replace(watch, probe=(watch.probe[0].double(), watch.probe[1])) for watch in made.watches
+        replace(schedule, probe=(schedule.probe[0].double(), schedule.probe[1]))
+        for schedule in made.schedules
     ]
     stream = replace(made.stream, x=made.stream.x.double())
     score = lambda model: {"norm": sum(p.square().sum().item() for p in model.parameters())}  # noqa: E731
@@ -100,7 +101,7 @@ def tiny(**options: Any) -> Trial:
         made,
         model=made.model.double(),
         stream=stream,
-        watches=probes,
+        schedules=probes,
         score=score,
         exam=None,
         closing=None,
@@ -111,11 +112,11 @@ def dropping() -> Trial:
     """Every process drops other units."""
     made = tiny()
     made.model.insert(2, nn.Dropout(0.3).train())  # type: ignore[operator]
-    watches = [
-        replace(watch, options={}, quantities=("activations", "bias_shift"))
-        for watch in made.watches
+    schedules = [
+        replace(schedule, options={}, quantities=("activations", "bias_shift"))
+        for schedule in made.schedules
     ]
-    return replace(made, score_every=10, watches=watches)
+    return replace(made, score_every=10, schedules=schedules)
 
 
 def interrupted_at(number: int, made: Trial) -> Trial:
@@ -158,7 +159,7 @@ def lost_at(step: int, at_rank: int) -> Callable[[], object]:
 def scenarios(folder: Path) -> dict[str, Any]:
     """What every process finds."""
     x, y = examples(torch.float64)
-    share = slice(rank(), None, world())
+    share = slice(rank(), None, world_size())
     model = network(torch.float64)
     found: dict[str, Any] = {
         "float64": trained(torch.float64),
@@ -168,11 +169,13 @@ def scenarios(folder: Path) -> dict[str, Any]:
         ),
         "evaluated by one": evaluate_batches(
             model,
-            lambda: zip(x.split(4), y.split(4), strict=True) if rank() == world() - 1 else iter(()),
+            lambda: (
+                zip(x.split(4), y.split(4), strict=True) if rank() == world_size() - 1 else iter(())
+            ),
         ),
         "no examples": ends(lambda: evaluate_batches(model, lambda: iter(()))),
         "lost in the first process": ends(lost_at(5, 0)),
-        "lost in the last process": ends(lost_at(5, world() - 1)),
+        "lost in the last process": ends(lost_at(5, world_size() - 1)),
     }
     one = tiny()
     run([one], [folder / "tiny"], "refuse", ignore, KEEP)
@@ -185,7 +188,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
         stream=replace(other.stream, drop_last=True),
         steps=40,
         make_optimizer=natural,
-        watches=[],
+        schedules=[],
     )
     run([other], [folder / "natural"], "refuse", ignore)
     found["natural"] = other.model.state_dict()
@@ -215,7 +218,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
 
 def work(folder: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    with joined(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         torch.save(scenarios(folder / "runs"), folder / f"{rank()}.pt")
 
 

@@ -27,11 +27,11 @@ from biasshift.optim import UnitNaturalGradient
 from biasshift.precision import Precision
 from biasshift.runs.reader import read_run, run_states
 from biasshift.runs.writer import Run
-from biasshift.training import Diverged, evaluate, trial_run as member
+from biasshift.training import Diverged, evaluate, trial_run
 from biasshift.training.checkpoint import CHECKPOINT
 from biasshift.training.process_pool import run_jobs
 from biasshift.training.runner import run
-from biasshift.training.trial import Exam, Execution, Exist, Phase, Progress, Trial, Watch
+from biasshift.training.trial import Exam, Execution, Exist, Phase, ProbeSchedule, Progress, Trial
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 60  # seconds, for a machine that is busy with something else
@@ -114,9 +114,9 @@ def make(kind: str = "dropout", config: Config | None = None) -> Trial:
             zip(("train_loss", "train_error"), evaluate(model, x, y), strict=True)
         ),
         score_every=SCORE_EVERY,
-        watches=[
-            Watch((x[:40], y[:40]), 7, ("activations", "bias_shift")),
-            Watch((x[40:140], y[40:140]), 10, ("fisher", "gap"), sampled),
+        schedules=[
+            ProbeSchedule((x[:40], y[:40]), 7, ("activations", "bias_shift")),
+            ProbeSchedule((x[40:140], y[40:140]), 10, ("fisher", "gap"), sampled),
         ],
         exam=Exam(
             4,
@@ -354,7 +354,9 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
             patch.setattr(Path, name, tripwire.around(f"Path.{name}", getattr(Path, name)))
         patch.setattr(torch, "save", tripwire.around("torch.save", torch.save))
         patch.setattr(Run, "flush", tripwire.around("a flush", Run.flush))
-        patch.setattr(member, "instrument", tripwire.around("the instruments", member.instrument))
+        patch.setattr(
+            trial_run, "instrument", tripwire.around("the instruments", trial_run.instrument)
+        )
         go(folder, exist, trial, report=lambda report: tripwire("a report"))
 
 
@@ -614,7 +616,7 @@ def test_a_damaged_checkpoint_can_be_replaced(half, uninterrupted):
 
 def test_a_run_that_diverges_keeps_its_rows_and_is_failed_again_when_it_is_gone_on_with(tmp_path):
     trial = make(config=Config("dropout", lr=1e30))
-    trial = replace(trial, watches=[], phases=(Phase(1, 0.01), Phase(12, 1e30)))
+    trial = replace(trial, schedules=[], phases=(Phase(1, 0.01), Phase(12, 1e30)))
     state = torch.get_rng_state()
     for exist in ("refuse", "resume"):
         with pytest.raises(
@@ -715,7 +717,7 @@ def noting(precision: Precision, folder: Path, found: list[Any]) -> None:
 
     go(
         folder,
-        trial=replace(make(), loss=loss, watches=[], exam=None),
+        trial=replace(make(), loss=loss, schedules=[], exam=None),
         execution=Execution(precision),
     )
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import biasshift as bs
-from biasshift.measure import layer_types as kinds
-from biasshift.verification import reference as opinions
+from biasshift.measure import layer_types
+from biasshift.verification import reference
 
 DOUBLE = torch.float64
 COLUMNS = ["module", "kind", "covered", "reason", "calls", "units", "inputs", "error"]
@@ -57,7 +57,7 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
             name: torch.eye(block.F.shape[-1], dtype=DOUBLE).expand_as(block.F)
             for name, block in blocks.items()
         }
-        found = opinions.products(
+        found = reference.products(
             copy.deepcopy(model), units, vectors, x, case.likelihood, weight_sharing, labels
         )
         for name, block in blocks.items():
@@ -77,7 +77,9 @@ def test_every_covered_layer_is_right(case: Case, weight_sharing: str) -> None:
     assert list(table.columns) == COLUMNS and table["module"].tolist() == [
         name for name, _ in model.named_modules()
     ]
-    layers = {name: module for name, module in model.named_modules() if kinds.is_covered(module)}
+    layers = {
+        name: module for name, module in model.named_modules() if layer_types.is_covered(module)
+    }
     covered = table[table["covered"]].set_index("module")
     assert list(covered.index) == list(layers)
     assert (
@@ -145,20 +147,20 @@ def test_batches_are_read_and_the_arguments_checked() -> None:
 
 @pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
 def test_a_wrong_patch_is_seen(monkeypatch: pytest.MonkeyPatch, weight_sharing: str) -> None:
-    right = kinds.patches
-    monkeypatch.setattr(kinds, "patches", lambda *arguments: right(*arguments).flip(-1))
+    right = layer_types.patches
+    monkeypatch.setattr(layer_types, "patches", lambda *arguments: right(*arguments).flip(-1))
     model, x, _ = BY_NAME["conv-strided"].build()
     table = rows(model, x, weight_sharing=weight_sharing)
     assert table["0"]["error"] > 1e-2 and table["0"]["covered"]
 
 
 def test_a_wrong_label_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from biasshift.measure import likelihoods as labels
+    from biasshift.measure import likelihoods
 
     monkeypatch.setattr(
         labels,
         "_expected",
-        lambda outputs, likelihood: labels.seeds(outputs, likelihood, "sampled", None, None),
+        lambda outputs, likelihood: likelihoods.seeds(outputs, likelihood, "sampled", None, None),
     )
     table = rows(mlp(), inputs())
     assert all(table[name]["error"] > 1e-2 for name in ("0", "2", "4"))
@@ -167,8 +169,10 @@ def test_a_wrong_label_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_unit_order_of_a_transposed_convolution_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = kinds.errors
-    monkeypatch.setattr(kinds, "errors", lambda module, delta: right(module, delta).roll(1, -1))
+    right = layer_types.errors
+    monkeypatch.setattr(
+        layer_types, "errors", lambda module, delta: right(module, delta).roll(1, -1)
+    )
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.ConvTranspose2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(100, 3)
