@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
     elif name in _PACKAGES:
         value = import_module(f"biasshift.{name}")
     else:
-        raise AttributeError(f"module 'biasshift' has no attribute '{name}'")
+        raise AttributeError(f"Module 'biasshift' has no attribute '{name}'.")
     globals()[name] = value
     return value
 

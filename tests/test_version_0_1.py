@@ -1,0 +1,84 @@
+"""Files of version 0.1 are read, resumed and judged as that version would have done."""
+
+import json
+import pickle
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny import Tiny, data
+
+import biasshift as bs
+from biasshift.analysis import claims_markdown, sentences
+from biasshift.cli import EXPERIMENTS
+from biasshift.experiments import run
+from biasshift.experiments.mlp_trial import MlpConfig, trial
+from biasshift.runs import read_run, run_states
+from biasshift.training.trial import Execution
+
+FOLDER = Path(__file__).parent / "version_0_1"
+UPDATES = {"plain": {"activation": "elu", "momentum": 0.9}, "full": {"activation": "relu"}}
+KEYS = ["step", "layer", "unit"]
+STOPPED = 28  # the step of the checkpoints
+
+
+def config(update: str) -> MlpConfig:
+    first = Tiny(seeds=3, lr=0.1, equal_loss=2.25).configs()[0]
+    changed = {"update": update, "epochs": 2, "update_every": 5, "scores_per_epoch": 3}
+    return replace(first, units_measured=2, probe_size=100, **changed, **UPDATES[update])
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_interrupted_run_resumes_to_its_end(update: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"interrupted-{update}"
+    shutil.copytree(FOLDER / folder.name, folder)
+    run([trial(config(update), data())], [folder], "resume", lambda progress: None, Execution())
+    assert run_states(folder)["state"].tolist() == ["finished"]
+    resumed, whole = (
+        read_run(path).drop(columns=["run", "seconds"]).sort_values(KEYS, kind="stable")
+        for path in (folder, FOLDER / f"finished-{update}")
+    )
+    pd.testing.assert_frame_equal(resumed[KEYS], whole[KEYS], check_categorical=False)
+    before = resumed["step"] <= STOPPED
+    assert 0 < before.sum() < len(resumed)
+    pd.testing.assert_frame_equal(resumed[before], whole[before], check_categorical=False)
+    for name in ("train_loss", "valid_loss", "mean", "total"):  # PyTorch's versions round apart
+        torch.testing.assert_close(
+            torch.from_numpy(resumed[name].to_numpy()),
+            torch.from_numpy(whole[name].to_numpy()),
+            rtol=1e-3, atol=1e-4, equal_nan=True,
+        )  # fmt: skip
+
+
+def test_claims_are_those_of_before_to_the_byte() -> None:
+    claims = bs.claims(FOLDER / "runs")
+    assert claims.to_csv(index=False) == (FOLDER / "claims.csv").read_text(encoding="utf-8")
+    assert claims_markdown(claims) == (FOLDER / "claims.md").read_text(encoding="utf-8")
+    said = "\n".join(sentences(claims)) + "\n"
+    assert said == (FOLDER / "sentences.txt").read_text(encoding="utf-8")
+
+
+CONFIGS = json.loads((FOLDER / "configs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_commands_record_what_they_recorded(command: str) -> None:
+    """So that ``--resume`` finds the runs of before, in their folders."""
+    name, *smoke = command.split()
+    experiment = EXPERIMENTS[name](smoke=bool(smoke))
+    configs = experiment.configs()
+    *recorded, folders = CONFIGS[command]
+    for old, new in zip(recorded, (configs[0], configs[-1]), strict=True):
+        assert list(asdict(new)) == list(old)
+        assert json.loads(json.dumps(asdict(new), default=str)) == old
+    assert [experiment.folder(c).as_posix() for c in (configs[0], configs[-1])] == folders[
+        "folders"
+    ]
+
+
+def test_a_pickled_model_with_hooks_of_before_runs() -> None:
+    model = pickle.loads((FOLDER / "hooked_model.pickle").read_bytes())
+    assert model(torch.ones(2, 3)).shape == (2, 2)
