@@ -73,7 +73,7 @@ def cases() -> dict[str, tuple[str, str]]:
         )
         found[f"UnitNaturalGradient, model: {kind}"] = (
             refused(bs.optim.UnitNaturalGradient, model, 0.1),
-            "model must be the nn.Module",
+            "'model' must be an nn.Module, whose forward passes",
         )
     found["gradient_gap, probe: number"] = refused(bs.gradient_gap, net(), 5), PROBE
     optimizer = refused(bs.instrument, net(), optimizer="sgd", probe=(X, Y))

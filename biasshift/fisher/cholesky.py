@@ -44,6 +44,29 @@ def without_variance(sums: Sums, dtype: torch.dtype) -> Tensor:
     return (sums.weight > 0) & (variance <= rounding(dtype) * scale)
 
 
+def checked_cholesky(W: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the Cholesky factors of matrices, and which of the matrices have none.
+
+    Args:
+        W: (blocks, inputs, inputs), damped already.
+        damping: Without damping, a pivot that is rounding makes a matrix singular, too.
+        dtype: Of the samples, whose rounding W carries.
+
+    Returns:
+        The factors, (blocks, inputs, inputs), and ``failed``, (blocks,) bool; a failed factor is
+        not to be used.
+    """
+    factors, info = torch.linalg.cholesky_ex(W)
+    failed = info > 0
+    if damping == 0:
+        # A pivot is what the inputs before this one leave unexplained of it: where it is rounding,
+        # nothing is left.
+        pivots = factors.diagonal(dim1=1, dim2=2).square()
+        least = W.shape[-1] * torch.finfo(dtype).eps * W.diagonal(dim1=1, dim2=2)
+        failed |= (pivots <= least).any(1)
+    return factors, failed
+
+
 class Factors:
     """Cholesky factors of the damped covariances of all units (or of ``A / c`` with
     ``centered=False``), made when needed.
@@ -93,18 +116,8 @@ class Factors:
         if units.start in self._kept:
             return self._kept[units.start]
         W = self._matrices(units)
-        factor, info = torch.linalg.cholesky_ex(W)
-        failed = info > 0
-        if (
-            self.damping == 0
-            # a pivot is what the inputs before leave unexplained of this one: rounding means
-            # nothing is
-            # left
-        ):
-            pivots = factor.diagonal(dim1=1, dim2=2) ** 2
-            failed |= (
-                pivots <= self.inputs * torch.finfo(self.dtype).eps * W.diagonal(dim1=1, dim2=2)
-            ).any(1)
+        factor, failed = checked_cholesky(W, self.damping, self.dtype)
+        if self.damping == 0:
             if failed.any():
                 raise Singular(
                     int(failed.sum()),

@@ -442,7 +442,7 @@ class UnitFisher:
             return self._solve(g, self._uncentered_factors, effort)
         m = self.sums.mean_q
         x, y = self._solve(g, self._factors, effort), self._solve(m, self._factors, effort)
-        return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]
+        return sherman_morrison(x, y, m)
 
     def _blocks(self) -> Tensor:
         try:
@@ -499,6 +499,11 @@ class UnitFisher:
 
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
+
+
+def sherman_morrison(x: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    """Returns ``(W + m mᵀ)⁻¹ g`` from ``x = W⁻¹ g`` and ``y = W⁻¹ m``, all (units, inputs)."""
+    return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]
 
 
 def is_implicit(storage: str, bytes_of_blocks: int, memory_budget: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from biasshift.measure import layer_types
-from biasshift.measure.hooks import Tape, output_hooks
+from biasshift.measure.hooks import Call, Tape, output_hooks
 from biasshift.measure.layer_types import WeightLayer
 
 Layers = Mapping[str, WeightLayer]
@@ -309,7 +309,7 @@ def unsound(
             "inside torch.no_grad."
         )
     if categorical and outputs.dim() > 2:
-        _refuse_maps(tape, modules, outputs)
+        refuse_maps(tape.calls, modules, outputs)
     if first_batch and outputs.requires_grad:
         for more in (
             unseen_uses(tape, modules, outputs),
@@ -319,12 +319,14 @@ def unsound(
     return reasons
 
 
-def _refuse_maps(tape: Tape, modules: Layers, outputs: Tensor) -> None:
-    """The head of a segmentation network has its classes on axis 1, and would silently be taken for
-    something else.
+def refuse_maps(calls: Mapping[str, list[Call]], modules: Layers, outputs: Tensor) -> None:
+    """Raises ValueError where outputs are the maps of a convolution, with classes on axis 1.
+
+    The head of a segmentation network returns such maps; their last axis, a position, would
+    silently be taken for that of the classes.
     """
-    for name, calls in tape.calls.items():
-        if not isinstance(modules[name], nn.Linear) and calls[-1].shape == outputs.shape:
+    for name, of_layer in calls.items():
+        if not isinstance(modules[name], nn.Linear) and of_layer[-1].shape == outputs.shape:
             raise ValueError(
                 f"The outputs {tuple(outputs.shape)} look like the maps of convolution '{name}', "
                 "with the classes on axis 1; here they "

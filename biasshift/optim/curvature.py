@@ -1,4 +1,8 @@
-"""The running sums of one layer, and what they make of its gradient."""
+"""The curvature of one layer, and what it makes of the layer's gradient.
+
+`Curvature` forms ``W`` from running sums: a diagonal or a matrix for every block of units. Layers
+too large for matrices keep their latest examples, and `ExampleSolver` solves with those.
+"""
 
 from typing import NamedTuple
 
@@ -6,118 +10,131 @@ import torch
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.fisher.cholesky import Singular, rounding
+from biasshift.fisher.cholesky import Singular, checked_cholesky, rounding
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.solver import Solver
-from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.fisher.unit_fisher import UnitFisher, sherman_morrison
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.update_rule import UpdateRule
 from biasshift.theory import dot
 
 FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
-# of a step of a float32 model, that factors may bring in which are kept in float32: they are read
-# twice as fast
-HALVED_ERROR = 1e-3
+# The relative error that float32 factors may bring into the step of a float32 model. They are read
+# twice as fast.
+FLOAT32_ERROR = 1e-3
 TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals
 ITERATIONS = 200
 
 
 class Moments(NamedTuple):
-    """First moments of every block of units: what divides its sums, (blocks, 1); the mean less the
-    reference, the mean, the center.
-    """
+    """First moments of every block of units."""
 
-    weight: Tensor
-    offset: Tensor
-    mean: Tensor
-    center: Tensor
+    weight: Tensor  # (blocks, 1): what divides the sums
+    offset: Tensor  # (blocks, inputs): the mean less the reference
+    mean: Tensor  # (blocks, inputs)
+    center: Tensor  # (blocks, inputs): r
+
+
+class Inverse(NamedTuple):
+    """What ``W⁻¹`` of every block is applied with."""
+
+    factors: Tensor  # the diagonals (blocks, inputs), or Cholesky factors (blocks, inputs, inputs)
+    usable: Tensor  # (blocks,) bool
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``W⁻¹ rhs``, (units, inputs) and float64, and which units have a W."""
+        by_block = rhs.unflatten(0, (len(self.usable), -1))
+        if self.factors.dim() == 2:
+            solved = by_block / self.factors[:, None]
+        else:  # cholesky_solve would copy the factors, which takes 20 times as long
+            half = torch.linalg.solve_triangular(
+                self.factors, by_block.mT.to(self.factors.dtype), upper=False
+            )
+            solved = torch.linalg.solve_triangular(self.factors.mT, half, upper=True).mT.double()
+        return solved.flatten(0, 1), self.usable[:, None].expand(by_block.shape[:2]).flatten()
 
 
 class Curvature:
     """The running sums of one layer, and what they make of its gradient.
 
-    Units that share a matrix are a block: every unit is one, except under the center p, where a
-    group of units is.
+    Units that share a matrix are a block. Every unit is one by itself, except under the center p,
+    where all units of a group share theirs.
     """
 
     def __init__(self, name: str, sums: RunningSums, rule: UpdateRule, dtype: torch.dtype) -> None:
         self.name, self.sums, self.rule, self.dtype = name, sums, rule, dtype
-        self._examples: tuple[tuple[float, bool], Examples] | None = None
-        self._kept: tuple[tuple[float, bool], Tensor, Tensor] | None = None
+        # W⁻¹, formed once for every damping and presence of a bias
+        self._inverse: tuple[tuple[float, bool], Inverse | ExampleSolver] | None = None
 
     def add(self, new: RunningSums, decay: float) -> None:
-        """RunningSums decay together with the counts that divide them: their quotients are bias-corrected
-        running averages.
+        """Decays the sums, together with the counts that divide them, and adds new ones.
+
+        The quotients of sums and counts are therefore bias-corrected running averages.
         """
         self.sums.add(new, decay)
-        self._kept = self._examples = None
+        self._inverse = None
 
     def update(
         self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float
     ) -> tuple[Tensor, Tensor | None]:
-        """``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``, float64; without c and W where
-        there is no scale.
+        """Returns the update of the layer's weights and biases, in float64.
 
-        ``c`` is ``E_p(δ̄²)`` plus ``unit_damping`` times its mean over the layer's units.
+        ``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``; without a scale c and W are left
+        out. Units without a usable W or c keep their center and lose the scale.
+
+        Args:
+            g: (units, inputs), float64, the gradient of the weights.
+            g0: (units,), that of the biases; None for a layer without trainable biases.
+            damping: λ in ``W + λ mean(diag W) I``.
+            unit_damping: Adds so much of the layer's mean c to the c of every unit.
+
+        Raises:
+            ValueError: If a W has no inverse and ``damping`` is 0.
         """
         moments = self._moments()
-        r = _repeated(moments.center, len(g))
+        r = _per_unit(moments.center, len(g))
         dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
-        moved = g0
+        dw0 = g0
         if self.rule.scale != "none":
             c = self.sums.parts["weight"][0] / self.sums.examples
-            solved, usable = self._solve(dw, moments, damping, bias=g0 is not None)
+            solved, usable = self._inverse_for(moments, damping, bias=g0 is not None).solve(dw)
             usable = usable & (c > 0)
             c = c + unit_damping * c.mean()
             dw = torch.where(usable[:, None], solved / c[:, None], dw)
-            moved = g0 if g0 is None else torch.where(usable, g0 / c, g0)
-        return dw, moved if moved is None else moved - dot(r, dw)
+            dw0 = None if g0 is None else torch.where(usable, g0 / c, g0)
+        return dw, None if dw0 is None else dw0 - dot(r, dw)
 
     def _moments(self) -> Moments:
         """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
         if self.rule.center == "p":
-            weight, first = (
-                reference.new_full((len(reference), 1), self.sums.positions),
-                parts["total"][0],
-            )
+            weight = reference.new_full((len(reference), 1), self.sums.positions)
+            first = parts["total"][0]
         else:
             weight, first = parts["weight"][0][:, None], parts["first"][0]
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
-        mean = (_repeated(reference, len(offset)) + offset).mul_(alive)
-        return Moments(
-            weight, offset, mean, torch.zeros_like(mean) if self.rule.center == "none" else mean
-        )
+        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive)
+        center = torch.zeros_like(mean) if self.rule.center == "none" else mean
+        return Moments(weight, offset, mean, center)
 
-    # -- the curvature: second moments about the center --------------------------------------------
+    def _inverse_for(
+        self, moments: Moments, damping: float, bias: bool
+    ) -> "Inverse | ExampleSolver":
+        if self._inverse is None or self._inverse[0] != (damping, bias):
+            if "samples" in self.sums.parts:
+                inverse = ExampleSolver(self.name, self.sums, damping, bias)
+            elif self.rule.scale == "diagonal":
+                inverse = self._diagonal(moments, damping, bias)
+            else:
+                inverse = self._full(moments, damping, bias)
+            self._inverse = (damping, bias), inverse
+        return self._inverse[1]
 
-    def _solve(
-        self, rhs: Tensor, moments: Moments, damping: float, bias: bool
-    ) -> tuple[Tensor, Tensor]:
-        """``W⁻¹ rhs``, (units, inputs), and which units have a W."""
-        if "samples" in self.sums.parts:
-            if self._examples is None or self._examples[0] != (damping, bias):
-                self._examples = (damping, bias), Examples(self.name, self.sums, damping, bias)
-            return self._examples[1].solve(rhs)
-        if self._kept is None or self._kept[0] != (damping, bias):
-            form = self._diagonal if self.rule.scale == "diagonal" else self._factors
-            factors, usable = form(moments, damping, bias)
-            self._kept = (damping, bias), factors, usable
-        _, factors, usable = self._kept
-        by_block = rhs.unflatten(0, (len(usable), -1))
-        if factors.dim() == 2:
-            solved = by_block / factors[:, None]
-        else:  # cholesky_solve would copy the factors, which takes 20 times as long
-            half = torch.linalg.solve_triangular(
-                factors, by_block.mT.to(factors.dtype), upper=False
-            )
-            solved = torch.linalg.solve_triangular(factors.mT, half, upper=True).mT.double()
-        return solved.flatten(0, 1), usable[:, None].expand(by_block.shape[:2]).flatten()
+    # -- W: second moments about the center --------------------------------------------------------
 
-    def _diagonal(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
-        """The diagonal of every block's W, and which are usable."""
+    def _diagonal(self, moments: Moments, damping: float, bias: bool) -> Inverse:
         weight, offset, mean, r = moments
         W = (self.sums.parts["second"][0] / weight - offset.square()).clamp_(min=0)
         if self.rule.center == "none":
@@ -128,79 +145,58 @@ class Curvature:
             W += r.square()
         if damping == 0:
             flat = measured <= rounding(self.dtype) * (measured + offset.square())
-            self._refuse_singular((flat & (W <= rounding(self.dtype) * r.square())).any(1) & usable)
-        return W, usable
+            singular = (flat & (W <= rounding(self.dtype) * r.square())).any(1)
+            self._refuse_singular(singular & usable)
+        return Inverse(W, usable)
 
-    def _factors(self, moments: Moments, damping: float, bias: bool) -> tuple[Tensor, Tensor]:
-        """Cholesky factors of every block's W, formed in pieces, and which are usable."""
+    def _full(self, moments: Moments, damping: float, bias: bool) -> Inverse:
+        """Cholesky factors, of matrices that are formed in pieces."""
         weight, offset, mean, r = moments
         blocks, inputs = offset.shape
-        factors = offset.new_empty(
-            blocks, inputs, inputs, dtype=self._kept_dtype(inputs, damping, bias)
-        )
+        dtype = self._factor_dtype(inputs, damping, bias)
+        factors = offset.new_empty(blocks, inputs, inputs, dtype=dtype)
         usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
-        one = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
+        identity = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
+        second = self.sums.parts["second"]
         step = max(1, FACTOR_BYTES // (8 * inputs**2))
-        for some in (slice(i, i + step) for i in range(0, blocks, step)):
-            W = self._second(some) / weight[some, :, None]
-            _add_outer(W, offset[some], -1.0)
-            _add_outer(W, mean[some] - r[some])
+        for piece in (slice(i, i + step) for i in range(0, blocks, step)):
+            squares = second[0][piece] if self.rule.center == "p" else packed.dense(second, piece)
+            W = squares / weight[piece, :, None]
+            _add_outer(W, offset[piece], -1.0)
+            _add_outer(W, mean[piece] - r[piece])
             diagonal = W.diagonal(dim1=1, dim2=2)
-            alive = self._usable(diagonal, offset[some])
+            alive = self._usable(diagonal, offset[piece])
             diagonal += damping * diagonal.mean(1, keepdim=True)
             if not bias:
-                _add_outer(W, r[some])
-            factor, info = torch.linalg.cholesky_ex(W)
-            failed = info > 0
-            if damping == 0:  # a pivot is what the inputs before leave unexplained of this one
-                pivots = factor.diagonal(dim1=1, dim2=2).square()
-                failed |= (pivots <= inputs * torch.finfo(self.dtype).eps * diagonal).any(1)
+                _add_outer(W, r[piece])
+            factor, failed = checked_cholesky(W, damping, self.dtype)
+            if damping == 0:
                 self._refuse_singular(failed & alive)
-            usable[some] = alive & ~failed
-            factors[some] = torch.where(usable[some, None, None], factor, one)
-        return factors, usable
+            usable[piece] = alive & ~failed
+            factors[piece] = torch.where(usable[piece, None, None], factor, identity)
+        return Inverse(factors, usable)
 
-    def _kept_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
+    def _factor_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
         """Damped by λ times their mean diagonal, matrices have condition numbers up to ``inputs/λ +
         1``; without a bias r rᵀ is added.
         """
-        exact = self.dtype != torch.float32 or damping == 0 or not bias
-        exact = exact or (inputs / damping + 1) * torch.finfo(torch.float32).eps > HALVED_ERROR
-        return torch.float64 if exact else torch.float32
-
-    def _second(self, some: slice) -> Tensor:
-        second = self.sums.parts["second"]
-        return second[0][some] if self.rule.center == "p" else packed.dense(second, some)
+        if self.dtype != torch.float32 or damping == 0 or not bias:
+            return torch.float64
+        error = (inputs / damping + 1) * torch.finfo(torch.float32).eps
+        return torch.float64 if error > FLOAT32_ERROR else torch.float32
 
     def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
         """Blocks with more variance than rounding: relative damping helps no others."""
         variance = diagonal.clamp(min=0).sum(1)
         return variance > rounding(self.dtype) * (variance + offset.square().sum(1))
 
-    def _refuse_singular(self, units: Tensor) -> None:
-        if units.any():
-            raise ValueError(
-                f"Layer '{self.name}': the curvature has no inverse for {int(units.sum())} of "
-                f"{len(units)} units at damping=0, where "
-                "inputs never vary, or examples are fewer than inputs. Use damping > 0, for "
-                "example 1e-3."
-            )
+    def _refuse_singular(self, singular: Tensor) -> None:
+        if singular.any():
+            raise _no_inverse(self.name, int(singular.sum()), len(singular))
 
 
-def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
-    W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
-
-
-def _repeated(x: Tensor, rows: int) -> Tensor:
-    """One row per group of units, repeated for its units."""
-    return x.expand(rows, -1) if len(x) == 1 else x.repeat_interleave(rows // len(x), 0)
-
-
-# -- layers too large for matrices -------------------------------------------------------------
-
-
-class Examples:
-    """Solves with ``V = Var_q(a)`` of the examples of one look, without forming it."""
+class ExampleSolver:
+    """Solves with ``V = Var_q(a)`` of the latest examples, without forming it."""
 
     def __init__(self, name: str, sums: RunningSums, damping: float, bias: bool) -> None:
         shifted, delta2 = sums.parts["samples"]
@@ -212,26 +208,37 @@ class Examples:
         self.solver = Solver(fisher.sums, damping, shifted.dtype)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """``V⁻¹ rhs``, and which units have a V that one can solve with; without a bias ``(V + m
-        mᵀ)⁻¹ rhs``, both damped.
+        """Returns ``V⁻¹ rhs``, (units, inputs), and which units have a V to solve with.
 
-        Where one example has nearly all of a unit's δ², what V there is drowns in rounding: no
-        iteration gets anywhere.
+        V is damped; without a bias it is ``V + m mᵀ``. Where one example has nearly all of a
+        unit's δ², V is lost in rounding, and the iteration does not converge: not usable.
+
+        Raises:
+            ValueError: If a V has no inverse and there is no damping.
         """
-        found = self._centered(rhs)
-        if not self.bias:  # Sherman–Morrison
-            m = self.mean.nan_to_num(nan=0.0)
-            whitened = self._centered(m)
-            found = found - whitened * (dot(m, found) / (1 + dot(m, whitened)))[:, None]
-        usable = found.isfinite().all(1)
-        return torch.where(usable[:, None], found, 0.0), usable
-
-    def _centered(self, rhs: Tensor) -> Tensor:
         try:
-            return self.solver.solve(rhs, self.tolerance, ITERATIONS)
-        except Singular:
-            raise ValueError(
-                f"Layer '{self.name}': the curvature has no inverse at damping=0, where inputs "
-                "never vary, or examples are fewer than "
-                "inputs. Use damping > 0, for example 1e-3."
-            ) from None
+            x = self.solver.solve(rhs, self.tolerance, ITERATIONS)
+            if not self.bias:
+                m = self.mean.nan_to_num(nan=0.0)
+                x = sherman_morrison(x, self.solver.solve(m, self.tolerance, ITERATIONS), m)
+        except Singular as singular:
+            raise _no_inverse(self.name, singular.units, len(rhs)) from None
+        usable = x.isfinite().all(1)
+        return torch.where(usable[:, None], x, 0.0), usable
+
+
+def _no_inverse(name: str, singular: int, units: int) -> ValueError:
+    return ValueError(
+        f"Layer '{name}': the curvature of {singular} of {units} units has no inverse at "
+        "damping=0, because inputs never vary or examples are fewer than inputs. "
+        "Use damping > 0, for example 1e-3."
+    )
+
+
+def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
+
+
+def _per_unit(x: Tensor, units: int) -> Tensor:
+    """The rows of groups, repeated for the units of each."""
+    return x.expand(units, -1) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)

@@ -1,4 +1,8 @@
-"""What is kept of a forward pass until its errors are there, and hooks that keep nothing alive."""
+"""A forward pass until its errors are there, hooks that keep nothing alive, and the loss's divisor.
+
+`Pass` and `RecordedCall` are what is kept of a forward pass, without its graph. `WeakHook` calls a
+`Recorder` as long as there is one. `Divisor` finds out what a mean loss has divided its errors by.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -11,48 +15,58 @@ from torch import Tensor
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.update_rule import UpdateRule
 
-# by which targets read off a gradient may leave [0, 1]: half precision gradients have two digits
+# How far targets read off a gradient may leave [0, 1]: half precision gradients have two digits.
 SLACK = 0.05
 
 
 @dataclass(eq=False)
 class RecordedCall:
-    """One call of a layer, and the error that came back. It holds no part of the graph, whose nodes
-    hold it.
+    """One call of a layer, and the error that came back.
+
+    It holds no part of the graph: nodes of the graph hold it.
     """
 
     a: Tensor
-    version: int
-    shape: torch.Size
+    version: int  # of ``a`` at the call
+    shape: torch.Size  # of the net inputs
     delta: Tensor | None = None
 
     def keep(self, output: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """A hook before a node of the graph; a second loss on the same outputs adds to the first."""
+        """Adds up the gradients of one output of a node: a hook before that node.
+
+        A second loss on the same outputs adds to the first.
+        """
         gradient = gradients[output]
         if gradient is not None:
             self.delta = gradient.detach() if self.delta is None else self.delta + gradient.detach()
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether ``a`` was changed in place after the call."""
+        return self.a._version != self.version
+
 
 @dataclass(eq=False)
 class Pass:
-    """One forward pass: sums already formed, or what is needed to form them once the errors are
-    there.
-    """
+    """One forward pass: its sums, or the calls that they are formed of when errors arrive."""
 
     examples: int
     sums: dict[str, RunningSums] = field(default_factory=dict)
-    heard: dict[str, list[RecordedCall]] = field(default_factory=dict)
-    outputs: RecordedCall | None = None
+    calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
+    outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient
+
+
+# -- hooks -----------------------------------------------------------------------------------------
 
 
 class WeakHook:
-    """A hook that keeps no optimizer alive, and hears nothing in a copied or unpickled model."""
+    """A hook that does not keep its recorder alive, and does nothing in a copied model."""
 
     def __init__(self, recorder: object, method: str) -> None:
         self._recorder, self._method = weakref.ref(recorder), method
 
     def __call__(self, *args: object) -> Any:
-        """What the recorder answers: another output of the module, or None for its own."""
+        """Returns what the recorder returns: another output of the module, or None for its own."""
         recorder = self._recorder()
         return None if recorder is None else getattr(recorder, self._method)(*args)
 
@@ -60,6 +74,9 @@ class WeakHook:
         return _deaf_ear, ()
 
 
+# Users' pickled models refer to the next two functions by module and name, also those of version
+# 0.1: `_deaf_ear` stands in a model that was pickled with its hooks, and `_hear_nothing` in a copy
+# of one. Neither may be renamed or moved.
 def _deaf_ear() -> Callable:
     return _hear_nothing
 
@@ -68,72 +85,64 @@ def _hear_nothing(*args: object) -> None:
     pass
 
 
-# -- what a mean loss has divided by -----------------------------------------------------------
+# -- what a mean loss has divided by ---------------------------------------------------------------
 
 
 class Divisor:
-    """Reads off the first passes which of the means the user's loss is, and keeps to it."""
+    """Finds out from the first passes what the user's mean loss divides by, and keeps to it."""
 
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule
         self._divides_by: str | None = None
 
     def of(self, passes: list[Pass]) -> float:
-        """The number that a mean loss divides by: the examples, or, as most losses of PyTorch do,
-        all labels of all of them.
+        """Returns the number that the loss divides by: 1 for a sum, else examples or labels.
 
-        Which of the two is read off the first step: the gradient of a negative log-likelihood by
-        the outputs is prediction minus target, divided by that number, and a target lies between 0
-        and 1. Nothing can be proven for ``gaussian``.
+        Most losses of PyTorch divide by all labels of all examples. Which of the two it is shows in
+        the first step: the gradient of a negative log-likelihood by the outputs is prediction minus
+        target, divided by that number, and a target lies between 0 and 1. Targets of ``gaussian``
+        may be anything: there it is the examples.
+
+        Raises:
+            ValueError: If neither number leads to targets between 0 and 1.
         """
+        outputs = [one.outputs for one in passes if one.outputs is not None]
         if self.rule.reduction == "sum":
             divisors = {"examples": 1.0}
         else:
             divisors = {
-                "labels": sum(map(self._labels, passes)),
+                "labels": float(sum(self._labels(output.a).numel() for output in outputs)),
                 "examples": float(sum(one.examples for one in passes)),
             }
-        if self._divides_by is None and self.rule.likelihood == "gaussian":
-            self._divides_by = "examples"
+        possible = (
+            name
+            for name, divisor in divisors.items()
+            if all(self._is_possible(output, divisor) for output in outputs)
+        )
         if self._divides_by is None:
-            self._divides_by = next(
-                (unit for unit, divisor in divisors.items() if self._is_possible(passes, divisor)),
-                None,
-            )
+            gaussian = self.rule.likelihood == "gaussian"
+            self._divides_by = "examples" if gaussian else next(possible, None)
         if self._divides_by is None:
             raise ValueError(
                 f"The loss is not a {self.rule.reduction} of {self.rule.likelihood} negative "
-                'log-likelihoods, as labels="empirical" '
-                "needs: its gradient by the outputs leads to targets outside 0 … 1. Give "
-                "reduction= as in the loss, divide the losses of "
-                'accumulated batches by their number, do not scale it, or use labels="sampled".'
+                'log-likelihoods, as labels="empirical" needs: its gradient by the outputs leads '
+                "to targets outside 0 … 1. Give reduction= as in the loss, divide the losses of "
+                "accumulated batches by their number, do not scale it, or use "
+                'labels="sampled".'
             )
         return divisors[self._divides_by]
 
-    def _labels(self, one: Pass) -> float:
-        assert one.outputs is not None
-        outputs = one.outputs.a
-        return float(
-            outputs.numel() // outputs.shape[-1]
-            if self.rule.likelihood == "categorical"
-            else outputs.numel()
-        )
+    def _labels(self, outputs: Tensor) -> Tensor:
+        """One element per label."""
+        return outputs[..., 0] if self.rule.likelihood == "categorical" else outputs
 
-    def _is_possible(self, passes: list[Pass], divisor: float) -> bool:
-        for one in passes:
-            assert one.outputs is not None
-            outputs, gradient = one.outputs.a.double(), one.outputs.delta
-            if gradient is None or one.outputs.a._version != one.outputs.version:
-                continue
-            p = outputs.softmax(-1) if self.rule.likelihood == "categorical" else outputs.sigmoid()
-            targets = p - divisor * gradient.double()
-            total = (
-                targets.sum(-1) if self.rule.likelihood == "categorical" else targets.new_ones(())
-            )
-            if not (
-                (targets > -SLACK).all()
-                and (targets < 1 + SLACK).all()
-                and ((total - 1).abs() < SLACK).all()
-            ):
-                return False
-        return True
+    def _is_possible(self, output: RecordedCall, divisor: float) -> bool:
+        """Whether the targets are probabilities, with this divisor."""
+        if output.delta is None or output.overwritten:
+            return True
+        categorical = self.rule.likelihood == "categorical"
+        logits = output.a.double()
+        p = logits.softmax(-1) if categorical else logits.sigmoid()
+        targets = p - divisor * output.delta.double()
+        in_range = ((targets > -SLACK) & (targets < 1 + SLACK)).all()
+        return bool(in_range and (not categorical or ((targets.sum(-1) - 1).abs() < SLACK).all()))

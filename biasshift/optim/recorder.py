@@ -1,10 +1,9 @@
-"""What an optimizer overhears of somebody's training: sums over the examples of every forward pass
-whose loss went backwards.
+"""What an optimizer records of a training loop: sums over the examples of every forward pass.
 
 A pass counts when the model ran in training mode with gradients enabled, and a backward pass
-reached its outputs. Its incoming activations come from forward hooks, its errors from one backward
-pass of our own at labels drawn from the model, before the user's frees the graph (``"sampled"``),
-or from the user's backward pass itself (``"empirical"``).
+reached its outputs. Its incoming activations come from forward hooks. Its errors come from one
+backward pass of our own at labels drawn from the model, before the user's frees the graph
+(``"sampled"``), or from the user's backward pass itself (``"empirical"``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from biasshift.measure import layer_types, likelihoods
+from biasshift.measure.coverage import refuse_maps
 from biasshift.measure.hooks import Call, Tape, add_output_hook
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
@@ -36,30 +36,26 @@ class Recorder:
         generator: torch.Generator,
         distributed: bool,
     ) -> None:
-        self.root, self.layers, self.rule, self.generator, self.distributed = (
-            root,
-            layers,
-            rule,
-            generator,
-            distributed,
-        )
+        self.root, self.layers, self.rule = root, layers, rule
+        self.generator, self.distributed = generator, distributed
         self.due = True  # whether the curvature of the present step's passes is wanted
         self.references: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._tape: Tape | None = None
         self._divisor = Divisor(rule)
-        # the last to register runs first, so that a layer that is the whole model is recorded
-        # before its pass ends
+        # The last to register runs first, so that a layer that is the whole model is recorded
+        # before its pass ends.
         self._handles = [
             root.register_forward_pre_hook(WeakHook(self, "_start")),
             add_output_hook("", root, WeakHook(self, "_stop"), raw=True),
-        ]
-        self._handles += [
-            add_output_hook(name, module, WeakHook(self, "_record"), raw=True)
-            for name, module in layers.items()
+            *(
+                add_output_hook(name, module, WeakHook(self, "_record"), raw=True)
+                for name, module in layers.items()
+            ),
         ]
 
     def remove(self) -> None:
+        """Takes all hooks off the model. Calling it again does nothing."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -68,27 +64,31 @@ class Recorder:
         self._passes.clear()
 
     def take(self) -> tuple[float, dict[str, RunningSums]]:
-        """How many examples the gradients are of, and the sums of every layer over them; a fresh
-        start.
+        """Returns what the passes since the last call have recorded, and forgets it.
+
+        Returns:
+            How many examples the gradients are of, the mean over the processes where gradients are
+            such means, and the sums of every layer over the examples of all processes. No sums
+            where a pass has overflowed.
         """
         passes, self._passes = self._passes, []
-        if any(one.heard for one in passes):
-            self._read_errors(passes)
+        with_calls = [one for one in passes if one.calls]
+        if with_calls:  # they have waited for the errors of the user's losses
+            factor = self._divisor.of(with_calls)
+            for one in with_calls:
+                with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
+                    self._form_sums(one, factor)
+                one.outputs = None
         sums: dict[str, RunningSums] = {}
         for one in passes:
             for name, new in one.sums.items():
-                if new.reference is not self.references.get(name):  # from before a state was loaded
-                    continue
-                if name in sums:
-                    sums[name].add(new)
-                else:
-                    sums[name] = new
+                if new.reference is self.references.get(name):  # not from before a state was loaded
+                    sums[name] = sums[name].add(new) if name in sums else new
         examples = float(sum(one.examples for one in passes))
         if self.distributed:
-            for name in (
-                name for name in self.layers if name in sums
-            ):  # in the same order everywhere
-                sums[name].all_reduce()
+            for name in self.layers:  # in the same order everywhere
+                if name in sums:
+                    sums[name].all_reduce()
             if self.rule.reduction == "sum":  # gradients are means over the processes
                 count = torch.tensor(examples, device=next(self.root.parameters()).device)
                 dist.all_reduce(count)
@@ -106,111 +106,85 @@ class Recorder:
         in-place change would not replace.
         """
         layer = self.layers[name]
-        if (
-            self._tape is not None
-            and self.due
-            and module is layer
-            and layer.weight.requires_grad
-            and output.requires_grad
-        ):
-            return self._tape.record(name, module, a, output)
-        return None
+        learns = layer.weight.requires_grad and output.requires_grad
+        if self._tape is None or not self.due or module is not layer or not learns:
+            return None
+        return self._tape.record(name, module, a, output)
 
     def _stop(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        tape, self._tape = (
-            self._tape,
-            None,
-        )  # what a checkpoint computes again in the backward pass is not recorded
-        if (
-            tape is None
-            or module is not self.root
-            or not output.requires_grad
-            or not output.numel()
-        ):
+        # What a checkpoint computes again in the backward pass is not recorded.
+        tape, self._tape = self._tape, None
+        learns = output.requires_grad and output.numel()
+        if tape is None or module is not self.root or not learns:
             return
-        found = Pass(len(output) if output.dim() else 1)
+        ended = Pass(len(output) if output.dim() else 1)
         if tape.calls:
             with torch.autocast(output.device.type, enabled=False):
-                self._hear(found, tape.calls, output)
+                self._take_calls(ended, tape.calls, output)
         edge = get_gradient_edge(output)
-        edge.node.register_prehook(partial(self._use, found, edge.output_nr))
+        edge.node.register_prehook(partial(self._count, ended, edge.output_nr))
 
-    def _use(self, found: Pass, output: int, gradients: tuple[Tensor | None, ...]) -> None:
+    def _count(self, ended: Pass, output: int, gradients: tuple[Tensor | None, ...]) -> None:
         """The user's backward pass has reached the outputs: only now the pass counts. Others go
         with their graph.
         """
-        if found.outputs is not None:
-            found.outputs.keep(output, gradients)
-        if found not in self._passes:
-            self._passes.append(found)
+        if ended.outputs is not None:
+            ended.outputs.keep(output, gradients)
+        if ended not in self._passes:
+            self._passes.append(ended)
 
-    def _hear(self, found: Pass, calls: Mapping[str, list[Call]], output: Tensor) -> None:
-        found.heard = {
-            name: [RecordedCall(call.a, call.version, call.shape) for call in some]
-            for name, some in calls.items()
-        }
-        flat = [
-            (call.edge, heard)
-            for name, some in calls.items()
-            for call, heard in zip(some, found.heard[name], strict=True)
-        ]
+    def _take_calls(self, ended: Pass, calls: Mapping[str, list[Call]], output: Tensor) -> None:
+        """Forms the sums of a pass, or has them wait for the user's errors."""
+        edges, recorded = [], []
+        for name, of_layer in calls.items():
+            ended.calls[name] = [
+                RecordedCall(call.a, call.version, call.shape) for call in of_layer
+            ]
+            edges += [call.edge for call in of_layer]
+            recorded += ended.calls[name]
         if self.rule.needs_errors:
             self._check_outputs(output, calls)
-        if self.rule.needs_errors and self.rule.labels == "empirical":
-            found.outputs = RecordedCall(output.detach(), output._version, output.shape)
-            for edge, heard in flat:
-                edge.node.register_prehook(partial(heard.keep, edge.output_nr))
-            return
-        if self.rule.needs_errors:
-            # no label can be drawn from NaN; a pass that overflowed has NaN errors all the same,
-            # and a gradient scaler skips it
+            if self.rule.labels == "empirical":
+                ended.outputs = RecordedCall(output.detach(), output._version, output.shape)
+                for edge, call in zip(edges, recorded, strict=True):
+                    edge.node.register_prehook(partial(call.keep, edge.output_nr))
+                return
+            # No label can be drawn from NaN. A pass that overflowed has NaN errors all the same,
+            # and a gradient scaler skips it.
             drawn_from = output.detach().nan_to_num()
-            rule = likelihoods.seeds(
-                drawn_from,
-                cast(Likelihood, self.rule.likelihood),
-                "sampled",
-                None,
-                self.generator,
-            )
-            edges = [edge for edge, _ in flat]
+            likelihood = cast(Likelihood, self.rule.likelihood)
+            seeds = likelihoods.seeds(drawn_from, likelihood, "sampled", None, self.generator)
             deltas = torch.autograd.grad(
-                output, edges, rule.make(0, 1)[0], retain_graph=True, allow_unused=True
+                output, edges, seeds.make(0, 1)[0], retain_graph=True, allow_unused=True
             )
-            for (_, heard), delta in zip(flat, deltas, strict=True):
-                heard.delta = delta
-        self._read(found, 1.0)
+            for call, delta in zip(recorded, deltas, strict=True):
+                call.delta = delta
+        self._form_sums(ended, 1.0)
 
-    # -- from what was heard to sums ---------------------------------------------------------------
+    # -- from calls to sums ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _read(self, found: Pass, factor: float) -> None:
-        for name, calls in found.heard.items():
+    def _form_sums(self, ended: Pass, factor: float) -> None:
+        """``factor`` turns the errors that came back into those of a sum over the examples."""
+        for name, calls in ended.calls.items():
             module = self.layers[name]
-            self._check_calls(name, calls, found.examples)
-            a = _side_by_side(
-                [layer_types.patches(module, heard.a, heard.shape) for heard in calls]
-            )
+            self._check_calls(name, calls, ended.examples)
+            a = _side_by_side([layer_types.patches(module, call.a, call.shape) for call in calls])
             a = a.to(layer_types.dtype_of_sums(a))
             self._check_positions(name, a)
             delta = None
             if self.rule.needs_errors:
-                came = [
-                    a.new_zeros(heard.shape) if heard.delta is None else heard.delta
-                    for heard in calls
+                deltas = [
+                    a.new_zeros(call.shape) if call.delta is None else call.delta for call in calls
                 ]
-                delta = _side_by_side(
-                    [layer_types.errors(module, one[None])[0] for one in came]
-                ).to(a.dtype)
-                delta = delta if factor == 1 else factor * delta
+                delta = _side_by_side([layer_types.errors(module, d[None])[0] for d in deltas])
+                delta = delta.to(a.dtype) if factor == 1 else factor * delta.to(a.dtype)
             if self.rule.weight_sharing == "expand":
-                a, delta = (
-                    a.flatten(0, 1)[:, None],
-                    None if delta is None else delta.flatten(0, 1)[:, None],
-                )
-            found.sums[name] = batch_sums(
-                a, delta, self._reference(name, a), self.rule, found.examples
-            )
-        found.heard = {}
+                a = a.flatten(0, 1)[:, None]
+                delta = None if delta is None else delta.flatten(0, 1)[:, None]
+            reference = self._reference(name, a)
+            ended.sums[name] = batch_sums(a, delta, reference, self.rule, ended.examples)
+        ended.calls = {}
 
     def _reference(self, name: str, a: Tensor) -> Tensor:
         if name not in self.references:
@@ -219,15 +193,6 @@ class Recorder:
                 dist.broadcast(reference, 0)
             self.references[name] = reference.double()
         return self.references[name]
-
-    def _read_errors(self, passes: list[Pass]) -> None:
-        """The errors of the user's losses, times what their mean has divided them by."""
-        heard = [one for one in passes if one.heard]
-        factor = self._divisor.of(heard)
-        for one in heard:
-            with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
-                self._read(one, factor)
-            one.outputs = None
 
     # -- refusals ----------------------------------------------------------------------------------
 
@@ -238,57 +203,46 @@ class Recorder:
                 f"{tuple(output.shape)} {output.dtype}."
             )
         if self.rule.likelihood == "categorical" and output.dim() > 2:
-            for name, some in calls.items():
-                if not isinstance(self.layers[name], nn.Linear) and some[-1].shape == output.shape:
-                    raise ValueError(
-                        f"The outputs {tuple(output.shape)} look like the maps of convolution "
-                        f"'{name}', with the classes on axis 1; here "
-                        "they must come last. Wrap the model so that it returns outputs.movedim(1, "
-                        "-1)."
-                    )
+            refuse_maps(calls, self.layers, output)
 
     def _check_positions(self, name: str, a: Tensor) -> None:
-        if (
-            self.rule.keeps_examples(a.shape[3])
-            and a.shape[1] > 1
-            and self.rule.weight_sharing == "per_example"
-        ):
+        _, positions, _, inputs = a.shape
+        together = self.rule.weight_sharing == "per_example" and positions > 1
+        if together and self.rule.keeps_examples(inputs):
             raise ValueError(
-                f"Layer '{name}' has {a.shape[3]} inputs a unit and sees {a.shape[1]} positions an "
-                "example, whose errors add up: its "
-                'matrices would be needed. Use weight_sharing="expand", scale="diagonal", or raise '
-                "max_dense_inputs."
+                f"Layer '{name}' has {inputs} inputs a unit and {positions} positions an example, "
+                "whose errors add up: it needs its full matrices. Use "
+                'weight_sharing="expand", scale="diagonal", or a larger max_dense_inputs.'
             )
 
     def _check_calls(self, name: str, calls: Iterable[RecordedCall], examples: int) -> None:
-        for heard in calls:
-            if heard.a._version != heard.version:
+        for call in calls:
+            if call.overwritten:
                 raise ValueError(
-                    f"Layer '{name}': what came in was changed in place after it was read. Write h "
-                    "= h + u for h += u."
+                    f"Layer '{name}': its input was changed in place after the layer had read it. "
+                    "Write h = h + u for h += u."
                 )
-            if not layer_types.is_batched(self.layers[name], heard.a):
+            if not layer_types.is_batched(self.layers[name], call.a):
                 raise ValueError(
                     f"Layer '{name}' was called without an axis of examples, on "
-                    f"{tuple(heard.a.shape)}."
+                    f"{tuple(call.a.shape)}. Give it a batch."
                 )
-            if self.rule.weight_sharing == "per_example" and len(heard.a) != examples:
+            if self.rule.weight_sharing == "per_example" and len(call.a) != examples:
                 raise ValueError(
-                    f"Layer '{name}' sees {len(heard.a)} rows for {examples} examples: its first "
-                    "axis is not that of the examples. "
-                    'weight_sharing="expand" takes every position by itself.'
+                    f"Layer '{name}' sees {len(call.a)} rows for {examples} examples: its first "
+                    'axis is not that of the examples. Use weight_sharing="expand", which takes '
+                    "every position by itself."
                 )
 
 
 def _are_finite(sums: Mapping[str, RunningSums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
-    parts = [
-        part
+    checked = [
+        part.sum(dtype=torch.float64)
         for one in sums.values()
         for name in ("total", "weight", "first", "second")
         for part in one.parts.get(name, ())
     ]
-    checked = [part.sum(dtype=torch.float64) for part in parts]
     return not checked or bool(torch.stack(checked).isfinite().all())
 
 

@@ -1,6 +1,4 @@
-"""RunningSums over the examples of a pass, uncentered: what decays from one look at the curvature to the
-next.
-"""
+"""Sums over the examples of a pass, uncentered: what decays between updates of the curvature."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +10,26 @@ from torch import Tensor
 from biasshift.fisher import packed
 from biasshift.optim.update_rule import UpdateRule
 
-VECTORS = (
-    2**22
-)  # elements of the errors times activations of shared weights that are formed at a time
+# Elements of the errors times activations of shared weights that are formed at a time.
+VECTORS = 2**22
 
 
 @dataclass
 class RunningSums:
-    """Uncentered sums of one layer about a reference, float64: what `UpdateRule` reads, and nothing
-    else.
+    """Uncentered sums of one layer about a reference, float64: what `UpdateRule` reads.
 
-    ``weight`` Σ δ² (units,); ``first`` Σ δ² (a − reference) (units, inputs); ``second`` the same of
-    the squares (units, inputs) or of the outer products, as the rows of `triangle`. Under the
-    center p there is in place of ``first`` the ``total`` Σ (a − reference) (groups, inputs), and
-    ``second`` is Σ over positions, without weights, (groups, inputs) or (groups, inputs, inputs).
-    Of layers too large for outer products there is no ``second`` but ``samples``: a − reference and
-    δ² of every example, latest look.
+    ``parts`` holds, by name, where the rule needs them:
+
+    * ``weight``: Σ δ², (units,).
+    * ``first``: Σ δ² (a − reference), (units, inputs).
+    * ``second``: Σ δ² times the squares of a − reference, (units, inputs), or times their outer
+      products, as the rows of `packed`.
+    * ``samples`` in place of ``second``, of layers too large for outer products: a − reference and
+      δ² of every example since the curvature was last updated.
+
+    Under the center p sums are over positions and without weights: ``total`` in place of ``first``,
+    Σ (a − reference), (groups, inputs), and ``second``, (groups, inputs) or (groups, inputs,
+    inputs).
     """
 
     examples: float
@@ -35,42 +37,43 @@ class RunningSums:
     reference: Tensor  # (groups, inputs): products about the first batch's mean do not cancel
     parts: dict[str, list[Tensor]]
 
-    def add(self, other: "RunningSums", decay: float = 1.0) -> None:
-        """Decays these sums and adds others about the same reference, in place."""
+    def add(self, other: "RunningSums", decay: float = 1.0) -> "RunningSums":
+        """Decays these sums, adds others about the same reference, in place, and returns them.
+
+        Examples that were kept do not decay: new ones take their place, and join them at
+        ``decay=1``, as passes of one step do.
+        """
         self.examples = decay * self.examples + other.examples
         self.positions = decay * self.positions + other.positions
         for name, theirs in other.parts.items():
             mine = self.parts[name]
             if name == "samples":
-                self.parts[name] = (
-                    [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
-                    if decay == 1
-                    else theirs
-                )
-                continue
-            for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
-                mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
+                if decay == 1:
+                    theirs = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+                self.parts[name] = theirs
+            else:
+                for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+                    mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
+        return self
 
     def saved(self) -> dict[str, Any]:
-        return {
-            "examples": self.examples,
-            "positions": self.positions,
-            "reference": self.reference,
-            "parts": self.parts,
-        }
+        """Returns what `loaded` takes, for a state that is saved: every field by name, no copy."""
+        return vars(self).copy()
 
     @classmethod
     def loaded(cls, saved: dict[str, Any], device: torch.device) -> "RunningSums":
-        """With memory of their own."""
+        """Returns sums with memory of their own, on the device."""
         parts = {
             name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()
         }
-        return cls(
-            saved["examples"], saved["positions"], saved["reference"].to(device, copy=True), parts
-        )
+        reference = saved["reference"].to(device, copy=True)
+        return cls(saved["examples"], saved["positions"], reference, parts)
 
     def all_reduce(self) -> None:
-        """The sums over all processes, in place; their references must agree."""
+        """Adds the sums of all processes, in place and on each of them.
+
+        Their references must agree, and all processes must call it, layer by layer in one order.
+        """
         counts = torch.tensor(
             [self.examples, self.positions], dtype=torch.float64, device=self.reference.device
         )
@@ -82,18 +85,23 @@ class RunningSums:
 def batch_sums(
     a: Tensor, delta: Tensor | None, reference: Tensor, rule: UpdateRule, examples: int
 ) -> RunningSums:
-    """The sums of one batch: a (samples, positions, groups, inputs), delta (samples, positions,
-    units).
+    """Returns the sums of one batch.
 
     A sample is an example where its positions belong together, else a position: then there is one
     position a sample.
+
+    Args:
+        a: (samples, positions, groups, inputs), the incoming activations.
+        delta: (samples, positions, units), the errors; None where the rule does not read them.
+        reference: (groups, inputs), about which products are formed.
+        rule: Which sums are wanted.
+        examples: How many examples the samples are of.
     """
     shifted = a - reference.to(a.dtype)
     parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if rule.center == "p" else {}
     if delta is not None:
-        delta = delta.unflatten(
-            2, (a.shape[2], -1)
-        )  # (samples, positions, groups, units of a group)
+        # (samples, positions, groups, units of a group)
+        delta = delta.unflatten(2, (a.shape[2], -1))
         whole = delta.sum(1)
         parts["weight"] = [whole.double().square().sum(0).flatten()]
         if rule.center != "p":
@@ -101,21 +109,18 @@ def batch_sums(
     if delta is not None and rule.keeps_examples(a.shape[3]):
         parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
     elif rule.scale != "none":
-        parts["second"] = (
-            _shared_second(shifted, rule)
-            if rule.center == "p"
-            else _unit_second(shifted, delta, rule)
-        )
+        second = _shared_second if rule.center == "p" else _unit_second
+        parts["second"] = second(shifted, delta, rule)
     return RunningSums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
 
 
 def _weighted(weights: Tensor, x: Tensor) -> Tensor:
     """Σ weights ⊗ x over samples and positions, (units, inputs)."""
-    by_group = [one.flatten(0, 1).transpose(0, 1) for one in (weights, x)]
-    return (by_group[0].mT @ by_group[1]).flatten(0, 1).double()
+    weights, x = (y.flatten(0, 1).transpose(0, 1) for y in (weights, x))  # group by group
+    return (weights.mT @ x).flatten(0, 1).double()
 
 
-def _shared_second(shifted: Tensor, rule: UpdateRule) -> list[Tensor]:
+def _shared_second(shifted: Tensor, _: Tensor | None, rule: UpdateRule) -> list[Tensor]:
     by_group = shifted.flatten(0, 1).transpose(0, 1)
     if rule.scale == "diagonal":
         return [by_group.square().sum(1, dtype=torch.float64)]
@@ -128,17 +133,16 @@ def _unit_second(shifted: Tensor, delta: Tensor | None, rule: UpdateRule) -> lis
     units, diagonal = groups * delta.shape[-1], rule.scale == "diagonal"
     if positions == 1 and diagonal:
         return [_weighted(delta.square(), shifted.square())]
-    rows = (
-        [shifted.new_zeros(units, inputs, dtype=torch.float64)]
-        if diagonal
-        else packed.zeros(units, inputs, shifted.device)
-    )
+    if diagonal:
+        rows = [shifted.new_zeros(units, inputs, dtype=torch.float64)]
+    else:
+        rows = packed.zeros(units, inputs, shifted.device)
     if positions == groups == 1:
         packed.add_weighted(rows, shifted[:, 0, 0], delta[:, 0, 0].square())
         return rows
     step = max(1, VECTORS // (units * inputs))
-    for n in (slice(i, i + step) for i in range(0, samples, step)):
-        vectors = torch.einsum("ntgu,ntgi->guni", delta[n], shifted[n]).flatten(0, 1)
+    for piece in (slice(i, i + step) for i in range(0, samples, step)):
+        vectors = torch.einsum("ntgu,ntgi->guni", delta[piece], shifted[piece]).flatten(0, 1)
         if diagonal:
             rows[0] += vectors.square().sum(1)
         else:

@@ -1,5 +1,8 @@
-"""Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates in one
-`torch.optim.Optimizer`.
+"""Plain, centered, quasi-diagonal and full unit natural gradient: one family of updates.
+
+`UnitNaturalGradient` is a `torch.optim.Optimizer`. Hooks record the forward passes of the training
+loop (`Recorder`), a `Curvature` per layer turns gradients into updates, and the trust region,
+momentum and weight decay make a step of those.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,87 +26,92 @@ from biasshift.optim.update_rule import UpdateRule, check, covered, refuse_large
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
-    """Gradient descent along a center ``r`` and a curvature ``W`` of the incoming activations of
-    every unit.
+    """Gradient descent with a center ``r`` and a curvature ``W`` of every unit's inputs.
 
     ``Δw = c⁻¹ W⁻¹ (g − g₀ r)``, ``Δw₀ = g₀/c − rᵀΔw``: center the incoming activations, whiten
     them, then choose the bias so that the step of the weights moves nothing at the center. Hence
     ``rᵀΔw + Δw₀ = g₀/c``. Without a scale c and W are left out.
 
-    ==========  =======  =========================================  ===================================  ===========================
-    center      r        scale ``"full"``                           ``"diagonal"``                       ``"none"``
-    ==========  =======  =========================================  ===================================  ===========================
-    ``"q"``     E_q(a)   W = V: unit natural gradient (Theorem 1)   quasi-diagonal natural gradient      centered gradient
-    ``"p"``     E_p(a)   W = Cov_p(a): the unit block of K-FAC      its diagonal                         the centering trick
-    ``"none"``  0        W = A/c: no coupling to the bias           diagonal natural gradient            plain gradient
-    ==========  =======  =========================================  ===================================  ===========================
+    | center | r      | scale "full"                 | "diagonal"                | "none"          |
+    | ------ | ------ | ---------------------------- | ------------------------- | --------------- |
+    | "q"    | E_q(a) | W = V: unit natural gradient | quasi-diagonal gradient   | centered        |
+    | "p"    | E_p(a) | W = Cov_p(a): unit K-FAC     | its diagonal              | centering trick |
+    | "none" | 0      | W = A/c: no coupling to bias | diagonal natural gradient | plain gradient  |
 
-    Curvature comes from the training loop's own passes; the loop stays as it is, and has no
-    closure. A forward pass counts when the model is in training mode, called as a whole, and its
+    The full update with the center q is that of Theorem 1; with the center p it has the block of
+    K-FAC for one unit.
+
+    The curvature comes from the training loop's own passes; the loop stays as it is, and needs no
+    closure. A forward pass counts when the model is in training mode and called as a whole, and its
     loss goes backwards before the step; several of them add up. BatchNorm and dropout take part as
     they are in training, where no example has an error of its own: an approximation. ``c``, ``b``
     and ``A`` (or μ and the second moment) are running sums, from which the centered quantities are
     formed.
 
     Linear layers and convolutions are covered when they are called as modules and own their
-    weights; everything else (norms, embeddings, tied weights, layers never called) takes the plain
+    weights. Everything else (norms, embeddings, tied weights, layers never called) takes the plain
     gradient. Units whose δ² is 0, or whose incoming activations do not vary, have no curvature:
     they keep their center and lose the scale, which leaves a dead unit where it is. A layer without
     a bias, or with a frozen one, has nothing to center with: ``Δw = c⁻¹ (W + r rᵀ)⁻¹ g``, which is
-    ``A⁻¹ g``.
+    ``A⁻¹ g`` under q.
 
     Args:
-        model: whose forward passes are watched, and all of whose parameters are updated, as one
-            group. The wrappers of ``DistributedDataParallel`` are looked through: processes share
-            their sums.
-        lr: refers to the gradient of the mean loss, whatever ``reduction`` says, and to the
+        model: The model whose forward passes are recorded and all of whose parameters are updated,
+            as one group. The wrapper ``DistributedDataParallel`` is looked through: its processes
+            share their sums.
+        lr: Refers to the gradient of the mean loss, whatever ``reduction`` is, and to the
             transformed step: with a scale, ``lr=1`` is a whole natural gradient step.
-        momentum: of the transformed updates, as in ``torch.optim.SGD``.
-        weight_decay: decoupled, ``w ← (1 − lr·weight_decay) w``, of parameters with more than one
+        center: ``"q"``, ``"p"`` or ``"none"``: which mean of the incoming activations is r.
+        scale: ``"full"``, ``"diagonal"`` or ``"none"``: what is kept of W.
+        momentum: Of the transformed updates, in [0, 1), as in ``torch.optim.SGD``.
+        weight_decay: Decoupled, ``w ← (1 − lr·weight_decay) w``, of parameters with more than one
             axis: biases and norms are spared. Added to the gradient it would grow with 1/c, without
             bound as the model becomes sure.
         damping: λ in ``W + λ mean(diag W) I``, unit by unit, which leaves the identity above as it
             is.
-        labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model;
-            ``"empirical"`` the errors of the user's own backward pass, which make another matrix,
-            keep the activations until the step, and must be those of the declared likelihood,
-            unscaled: no gradient scaler.
-        likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last),
+        labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model.
+            ``"empirical"`` takes the errors of the user's own backward pass, which make another
+            matrix and keep the activations until the step. They must be those of the declared
+            likelihood, unscaled: no gradient scaler.
+        likelihood: Of the labels given the outputs: ``"categorical"`` (logits, classes last),
             ``"gaussian"`` (unit variance: half the squared error, summed over the outputs) or
             ``"bernoulli"`` (logits).
-        reduction: of the user's loss over the examples of all passes of a step. A ``"mean"`` over
-            accumulated batches needs each loss divided by their number, as ever.
-        update_every: steps between two looks at the curvature, and between two factorizations.
-        decay: of the running sums from one look to the next; 0 keeps the latest.
-        max_dense_inputs: the most inputs of a unit that a full matrix is kept for. Linear layers
-            with more keep the examples of the latest look in place of V, and solve with those (by
-            iteration where they are many); their c and center are running averages as ever. With
-            the center ``"q"``, and in one process; else, and for convolutions, they are refused.
-        generator: draws the sampled labels; by default one of its own, with a fixed seed.
-        weight_sharing: for convolutions and sequences, as in `biasshift.unit_fisher`.
-        kl_clip: shortens a step to where ``lr² Σ gᵀΔ``, about twice the mean divergence between the
-            model's answers before and after it, is so large; none is shortened by default. With a
+        reduction: ``"mean"`` or ``"sum"``: of the user's loss over the examples of all passes of a
+            step. A mean over accumulated batches needs each loss divided by their number, as ever.
+        update_every: Steps between two updates of the curvature, and between two factorizations.
+        decay: Of the running sums from one update of the curvature to the next, in [0, 1); 0 keeps
+            the latest.
+        max_dense_inputs: The most inputs of a unit that a full matrix is kept for. Linear layers
+            with more keep the latest examples in place of V, and solve with those, by iteration
+            where they are many; their c and center are running averages as ever. That takes the
+            center ``"q"`` and a single process; else, and for convolutions, they are refused.
+        generator: Draws the sampled labels; by default one of its own, with a fixed seed.
+        weight_sharing: ``"per_example"`` or ``"expand"``, for convolutions and sequences, as in
+            `biasshift.unit_fisher`.
+        kl_clip: The largest ``lr² Σ gᵀΔ`` of a step, about twice the mean divergence between the
+            model's answers before and after it; longer steps are shortened, by default none. With a
             scale, c goes to 0 as the model becomes sure and 1/c grows without bound: 1e-3 to 1e-2
             keeps such steps in hand.
-        unit_damping: adds so much of the layer's mean c to the c of every unit, in the update
+        unit_damping: Adds so much of the layer's mean c to the c of every unit, in the update
             alone. Units that are hardly ever active, as ReLU networks have them, would otherwise
             take unbounded steps. It is a learning rate for each unit: the identity holds with this
             c, and the invariance under shifts is untouched.
 
     Raises:
-        ValueError: for arguments that do not fit, or a layer whose curvature cannot be formed (the
-            sentence names it).
-        RuntimeError: by the first ``step`` when no forward pass was seen before it.
+        ValueError: If an argument does not fit, or the curvature of a layer cannot be formed; the
+            message names the layer.
 
     >>> model = nn.Linear(1, 1)
-    >>> optimizer = UnitNaturalGradient(model, lr=0.5, center="p", scale="none", likelihood="gaussian")
+    >>> optimizer = UnitNaturalGradient(
+    ...     model, lr=0.5, center="p", scale="none", likelihood="gaussian"
+    ... )
     >>> x = torch.tensor([[99.0], [101.0]])
     >>> for _ in range(20):
     ...     loss = nn.functional.mse_loss(model(x), 2 * x + 1) / 2
     ...     optimizer.zero_grad()
     ...     loss.backward()
     ...     _ = optimizer.step()
-    >>> round(model.weight.item(), 2), round(model.bias.item())  # gradient descent at this rate diverges
+    >>> round(model.weight.item(), 2), round(model.bias.item())  # plain gradients would diverge
     (2.0, 1)
 
     Source: Theorem 1 of the ELU paper; Ollivier 2015 (quasi-diagonal), Raiko et al. 2012
@@ -133,44 +141,43 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         self.rule = UpdateRule(
             center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs
         )
-        check(
-            model,
-            lr,
-            momentum,
-            weight_decay,
-            damping,
-            update_every,
-            decay,
-            max_dense_inputs,
-            kl_clip,
-            unit_damping,
-        )
-        root = underlying(model)
-        layers = covered(root) if self.rule.needs_sums else {}
-        distributed = (
-            isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
-        )
-        if scale == "full":
-            refuse_large(layers, self.rule, distributed)
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "damping": damping,
+            "kl_clip": kl_clip,
+            "unit_damping": unit_damping,
         }
-        defaults |= {"kl_clip": kl_clip, "unit_damping": unit_damping}
-        super().__init__(model.parameters(), defaults)
         self.update_every, self.decay = update_every, decay
-        device = next(model.parameters()).device
-        self.generator = generator or torch.Generator(device).manual_seed(
+        check(
+            model,
+            update_every=update_every,
+            decay=decay,
+            max_dense_inputs=max_dense_inputs,
+            **defaults,
+        )
+        root = underlying(model)
+        self._layers = covered(root) if self.rule.needs_sums else {}
+        distributed = (
+            isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
+        )
+        if scale == "full":
+            refuse_large(self._layers, self.rule, distributed)
+        super().__init__(model.parameters(), defaults)
+        self.generator = generator or torch.Generator(next(model.parameters()).device).manual_seed(
             dist.get_rank() if distributed else 0
         )
-        self._layers, self._steps = layers, 0
+        self._steps = 0
         self._curvatures: dict[str, Curvature] = {}
-        self._recorder = Recorder(root, layers, self.rule, self.generator, distributed)
+        self._recorder = Recorder(root, self._layers, self.rule, self.generator, distributed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The model's parameters are the only group."""
+        """Adds the model's parameters, as the only group; PyTorch calls it once.
+
+        Raises:
+            ValueError: If there is a group already.
+        """
         if self.param_groups:
             raise ValueError(
                 "All parameters of the model make up one group: another would have no forward "
@@ -179,41 +186,46 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def remove(self) -> None:
-        """Takes all hooks off the model; later steps keep the last curvature. Calling it again does
-        nothing.
+        """Takes all hooks off the model; later steps keep the last curvature.
+
+        Calling it again does nothing.
         """
         self._recorder.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients, and the passes they came from: those of a step that a gradient
-        scaler has skipped.
+        """Drops the gradients, and the passes they came from.
+
+        The passes of a step that a gradient scaler has skipped are dropped this way.
         """
         super().zero_grad(set_to_none)
         self._recorder.forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step along the gradients in ``.grad``.
+        """Takes one step along the gradients in ``.grad``, and returns the closure's loss.
+
+        Passes since the last step update the curvature first, every ``update_every`` steps.
+
+        Args:
+            closure: Computes the loss and its gradients again; not needed.
 
         Raises:
-            RuntimeError: when no forward pass in training mode has been seen.
-            ValueError: when a W has no inverse and damping is 0.
+            RuntimeError: If the curvature needs a forward pass in training mode, and there was
+                none.
+            ValueError: If a W has no inverse and damping is 0, or a layer was called in a way that
+                its sums cannot be formed of.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        factor = 1 / self._look()
+        factor = 1 / self._take_passes()
         updates, group = self._updates(factor), self.param_groups[0]
         params, lr = list(updates), float(group["lr"])
         if group["kl_clip"] is not None:
-            updates = within_trust(
-                updates,
-                [p.grad * factor for p in params if p.grad is not None],
-                lr,
-                group["kl_clip"],
-            )
-        steps = with_momentum(updates, group["momentum"], self.state)
+            gradients = [p.grad * factor for p in params if p.grad is not None]
+            updates = _within_trust(updates, gradients, lr, group["kl_clip"])
+        steps = _with_momentum(updates, group["momentum"], self.state)
         decaying = [p for p in params if p.dim() > 1]
         if group["weight_decay"] and decaying:
             _foreach_mul_(decaying, 1 - lr * group["weight_decay"])
@@ -224,64 +236,64 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on to the same numbers: the curvature and the
-        generator of labels, too.
+        """Returns what ``load_state_dict`` needs to continue with the same numbers.
+
+        Beside PyTorch's own entries ``"biasshift"`` holds the curvature of every layer, the number
+        of steps, and the state of the generator of labels.
         """
-        curvature = {name: one.sums.saved() for name, one in self._curvatures.items()}
-        kind = (self.rule.center, self.rule.scale)
-        rest = {
-            "member": kind,
+        state = {
+            "member": (self.rule.center, self.rule.scale),
             "steps": self._steps,
             "generator": self.generator.get_state(),
-            "curvature": curvature,
+            "curvature": {name: layer.sums.saved() for name, layer in self._curvatures.items()},
         }
-        return {**super().state_dict(), "biasshift": rest}
+        return {**super().state_dict(), "biasshift": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a ``state_dict`` of the same rule and model.
+        """Continues from a ``state_dict`` of the same rule and model.
+
+        Tensors are moved to the devices of the parameters.
 
         Raises:
-            ValueError: when it is that of another rule, optimizer or model.
+            ValueError: If it is that of another rule, optimizer or model.
         """
-        rest = state_dict.get("biasshift")
-        kind = (self.rule.center, self.rule.scale)
-        if rest is None or tuple(rest["member"]) != kind:
-            of = (
-                "another optimizer"
-                if rest is None
-                else "center={!r}, scale={!r}".format(*rest["member"])
+        saved, rule = state_dict.get("biasshift"), (self.rule.center, self.rule.scale)
+        if saved is None or tuple(saved["member"]) != rule:
+            owner = (
+                "center={!r}, scale={!r}".format(*saved["member"]) if saved else "another optimizer"
             )
             raise ValueError(
-                f"The state is that of {of}, and this is center={kind[0]!r}, scale={kind[1]!r}."
+                f"The state is that of {owner}, and this optimizer has center={rule[0]!r}, "
+                f"scale={rule[1]!r}. Make the optimizer as it was."
             )
-        unknown = [name for name in rest["curvature"] if name not in self._layers]
+        unknown = [name for name in saved["curvature"] if name not in self._layers]
         if unknown:
             raise ValueError(
                 f"The state has the curvature of layer '{unknown[0]}', which this model does not "
-                "have."
+                "have. Load it for the model it was saved with."
             )
         super().load_state_dict(
             {name: value for name, value in state_dict.items() if name != "biasshift"}
         )
-        self._steps = rest["steps"]
-        self.generator.set_state(rest["generator"].cpu())
+        self._steps = saved["steps"]
+        self.generator.set_state(saved["generator"].cpu())
         self._curvatures = {
-            name: self._curvature(name, RunningSums.loaded(one, self._layers[name].weight.device))
-            for name, one in rest["curvature"].items()
+            name: self._curvature(name, RunningSums.loaded(sums, self._layers[name].weight.device))
+            for name, sums in saved["curvature"].items()
         }
         self._recorder.references = {
-            name: one.sums.reference for name, one in self._curvatures.items()
+            name: curvature.sums.reference for name, curvature in self._curvatures.items()
         }
         self._recorder.due = self._due()
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- from passes to updates --------------------------------------------------------------------
 
     def _due(self) -> bool:
         return self._steps % self.update_every == 0 or not self._curvatures
 
-    def _look(self) -> float:
-        """Takes in the passes since the last step. Returns what turns the gradients into those of
-        the mean loss.
+    def _take_passes(self) -> float:
+        """Adds the passes since the last step to the curvature. Returns what the gradients are to
+        be divided by, to be those of the mean loss.
         """
         examples, sums = self._recorder.take()
         for name, new in sums.items():
@@ -292,17 +304,16 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         learning = any(layer.weight.grad is not None for layer in self._layers.values())
         if not examples and ((learning and not self._curvatures) or self.rule.reduction == "sum"):
             raise RuntimeError(
-                "No forward pass of the model was seen before this step: it must be called as a "
-                "whole, in training mode, with gradients "
-                "enabled, and return one tensor whose loss goes backwards; the optimizer must be "
-                "made before torch.compile runs the model."
+                "No forward pass of the model was recorded before this step. Call the model as a "
+                "whole, in training mode, with gradients enabled, and let the loss of the one "
+                "tensor it returns go backwards. Make the optimizer before torch.compile runs the "
+                "model."
             )
         return examples if self.rule.reduction == "sum" else 1.0
 
     def _curvature(self, name: str, sums: RunningSums) -> Curvature:
-        return Curvature(
-            name, sums, self.rule, layer_types.dtype_of_sums(self._layers[name].weight)
-        )
+        dtype = layer_types.dtype_of_sums(self._layers[name].weight)
+        return Curvature(name, sums, self.rule, dtype)
 
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
         """The update of every parameter that has a gradient, before momentum and learning rate."""
@@ -326,10 +337,33 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         return updates
 
 
-# -- momentum of the transformed updates -------------------------------------------------------
+# -- from updates to a step ------------------------------------------------------------------------
 
 
-def with_momentum(
+def _within_trust(
+    updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float
+) -> dict[Tensor, Tensor]:
+    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its
+    updates as they are.
+
+    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean
+    divergence between the model's answers before and after the step.
+
+    Source: the step clipping of Ba, Grosse & Martens 2017 (distributed K-FAC).
+    """
+    moved = torch.as_tensor(
+        lr**2
+        * sum(
+            torch.sum(g * update, dtype=torch.float64)
+            for g, update in zip(gradients, updates.values(), strict=True)
+        )
+    )
+    shorter = (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    scale = torch.where(moved > most, shorter, 1.0)
+    return {p: update * scale.to(update.dtype) for p, update in updates.items()}
+
+
+def _with_momentum(
     updates: dict[Tensor, Tensor], momentum: float, state: dict[Any, Any]
 ) -> list[Tensor]:
     """The steps to take, in the order of the parameters; ``state`` is the optimizer's, and keeps
@@ -345,28 +379,3 @@ def with_momentum(
         _foreach_mul_(buffers, momentum)
         _foreach_add_(buffers, list(updates.values()))
     return buffers
-
-
-# -- A trust region ----------------------------------------------------------------------------
-
-
-def within_trust(
-    updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float
-) -> dict[Tensor, Tensor]:
-    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its
-    updates as they are.
-
-    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean
-    divergence between the model's answers before and after the step.
-
-    Source: the step clipping of Ba, Grosse & Martens 2017 (distributed K-FAC).
-    """
-    moved = lr**2 * sum(
-        torch.sum(g * update, dtype=torch.float64)
-        for g, update in zip(gradients, updates.values(), strict=True)
-    )
-    moved = torch.as_tensor(moved)
-    scale = torch.where(
-        moved > most, (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(), 1.0
-    )
-    return {p: update * scale.to(update.dtype) for p, update in updates.items()}

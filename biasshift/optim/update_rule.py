@@ -1,4 +1,8 @@
-"""One rule of the family of updates: its center, its scale, and how they are estimated."""
+"""One rule of the family of updates: its center, its scale, and how they are estimated.
+
+`UpdateRule` is the rule. The functions below it check what an optimizer is given with it, and find
+the layers that it covers.
+"""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +27,13 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """One rule of the family of updates, and how its curvature is estimated."""
+    """One rule of the family of updates, and how its curvature is estimated.
+
+    The options are those of `UnitNaturalGradient`.
+
+    Raises:
+        ValueError: If an option has a value that is not in `CHOICES`.
+    """
 
     center: str
     scale: str
@@ -31,18 +41,15 @@ class UpdateRule:
     likelihood: str
     reduction: str
     weight_sharing: str
-    dense_inputs: int = (
-        2**62
-        # beyond so many inputs of a unit, the full scale keeps the latest examples in place of its
-        # matrices
-    )
+    # With more inputs a unit, the full scale keeps the latest examples in place of its matrices.
+    dense_inputs: int = 2**62
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got "
-                    f"{getattr(self, name)!r}."
+                    f"'{name}' must be one of {', '.join(map(repr, choices))}, got {value!r}."
                 )
 
     @property
@@ -50,92 +57,104 @@ class UpdateRule:
         """Whether δ² is read: for the mean under q, or for the scale c."""
         return self.center == "q" or self.scale != "none"
 
-    def keeps_examples(self, inputs: int) -> bool:
-        return self.scale == "full" and inputs > self.dense_inputs
-
     @property
     def needs_sums(self) -> bool:
+        """Whether anything but the gradient is read."""
         return self.needs_errors or self.center == "p"
 
-
-# -- what the optimizer is given ---------------------------------------------------------------
+    def keeps_examples(self, inputs: int) -> bool:
+        """Returns whether a layer of so many inputs keeps examples in place of matrices."""
+        return self.scale == "full" and inputs > self.dense_inputs
 
 
 def covered(root: nn.Module) -> dict[str, WeightLayer]:
-    """The layers whose units have weights of their own, by name."""
-    found = {
+    """Returns the layers whose units have weights of their own, by name."""
+    layers = {
         name: module
         for name, module in root.named_modules()
         if layer_types.is_covered(module) and layer_types.why_uncovered(module) is None
     }
-    shared = tied(root, found)
+    shared = tied(root, layers)
     return {
         name: module
-        for name, module in found.items()
+        for name, module in layers.items()
         if name not in shared and "weight" in module._parameters
     }
 
 
 def refuse_large(layers: dict[str, WeightLayer], rule: UpdateRule, distributed: bool) -> None:
-    """Linear layers of one process are solved with by their examples; others must keep the matrices
-    of all their units.
+    """Raises ValueError for layers too large for matrices that need matrices all the same.
+
+    Linear layers of one process are solved with by their examples, under the center q. All others
+    must keep the matrices of all their units.
     """
     by_examples = rule.center == "q" and not distributed
     for name, layer in layers.items():
         inputs, most = layer_types.input_count(layer), rule.dense_inputs
-        if (
-            inputs > most
-            and layer.weight.requires_grad
-            and not (by_examples and isinstance(layer, nn.Linear))
-        ):
+        keeps_matrices = layer.weight.requires_grad and not (
+            by_examples and isinstance(layer, nn.Linear)
+        )
+        if inputs > most and keeps_matrices:
+            gigabytes = 8 * layer_types.unit_count(layer) * inputs**2 / 1e9
             raise ValueError(
                 f"Layer '{name}' has {inputs} inputs a unit, more than max_dense_inputs={most}: "
-                "its full matrices would take "
-                f'{8 * layer_types.unit_count(layer) * inputs**2 / 1e9:.1f} GB. Use scale="diagonal", or '
-                "raise max_dense_inputs."
+                f"its full matrices would take {gigabytes:.1f} GB. "
+                'Use scale="diagonal", or raise max_dense_inputs.'
             )
 
 
 def check(
-    model: object, lr: float | Tensor, momentum: float, weight_decay: float, damping: float, update_every: int, decay: float, most: int,
-    kl_clip: float | None, unit_damping: float,
-) -> None:  # fmt: skip
+    model: object,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    damping: float,
+    update_every: int,
+    decay: float,
+    max_dense_inputs: int,
+    kl_clip: float | None,
+    unit_damping: float,
+) -> None:
+    """Raises ValueError for a model or numbers that an optimizer cannot work with.
+
+    The numbers are the arguments of `UnitNaturalGradient` of the same names.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            "model must be the nn.Module itself, whose forward passes are watched, got "
+            "'model' must be an nn.Module, whose forward passes are recorded, got "
             f"{type(model).__name__}."
         )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError(
-            "The replicas of DataParallel cannot be watched: use DistributedDataParallel, or one "
-            "device."
+            "The forward passes of DataParallel's replicas cannot be recorded. Use "
+            "DistributedDataParallel, or one device."
         )
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(
-            f"Parameter '{lazy}' has no shape yet: run the model once before its optimizer is made."
+            f"Parameter '{lazy}' has no shape yet. Run the model once before making its optimizer."
         )
-    rates = {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "damping": damping,
-        "unit_damping": unit_damping,
-    }
-    for name, value in rates.items():
+    for name, value in (
+        ("lr", lr),
+        ("weight_decay", weight_decay),
+        ("damping", damping),
+        ("unit_damping", unit_damping),
+    ):
         if not 0 <= _number(value) < math.inf:
-            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}.")
+            raise ValueError(f"'{name}' must be a finite number ≥ 0, got {value!r}.")
     if kl_clip is not None and not 0 < _number(kl_clip) < math.inf:
-        raise ValueError(f"kl_clip must be a number above 0, or None, got {kl_clip!r}.")
-    for name, value in {"momentum": momentum, "decay": decay}.items():
+        raise ValueError(f"'kl_clip' must be a finite number > 0, or None, got {kl_clip!r}.")
+    for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0 <= _number(value) < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-    for name, value in {"update_every": update_every, "max_dense_inputs": most}.items():
+            raise ValueError(f"'{name}' must lie in [0, 1), got {value!r}.")
+    for name, value in (("update_every", update_every), ("max_dense_inputs", max_dense_inputs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}.")
+            raise ValueError(f"'{name}' must be a whole number ≥ 1, got {value!r}.")
 
 
 def _number(value: Any) -> float:
-    """Of Python, NumPy or PyTorch; NaN, which lies in no range, for what is none."""
+    """Of Python, NumPy or PyTorch; NaN, which lies in no range, for anything else."""
     try:
         return math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):

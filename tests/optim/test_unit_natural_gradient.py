@@ -232,8 +232,8 @@ def test_a_float32_step_is_the_definition_whatever_its_factors_are_stored_in(
     optimizer = UnitNaturalGradient(model, 1.0, damping=damping, labels="empirical", decay=0.0)
     before = parameters(model)
     take_step(model, optimizer, x.float(), y)
-    kept = optimizer._curvatures["0"]._kept
-    assert kept is not None and kept[1].dtype == stored
+    inverse = optimizer._curvatures["0"]._inverse
+    assert inverse is not None and inverse[1].factors.dtype == stored
     dw, other = updates(model, before)["0"][0].double(), expected[0]
     assert (dw - other).norm() < 2 * torch.finfo(
         torch.float32
@@ -1010,19 +1010,19 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"center": "r"}, "center must be one of 'q', 'p', 'none'"),
-        ({"scale": "block"}, "scale must be one of"),
-        ({"labels": "expected"}, "labels must be one of 'sampled', 'empirical'"),
-        ({"likelihood": "poisson"}, "likelihood must be one of"),
-        ({"reduction": "none"}, "reduction must be one of"),
-        ({"weight_sharing": "reduce"}, "weight_sharing must be one of"),
-        ({"lr": -0.1}, "lr must be"),
-        ({"lr": float("nan")}, "lr must be"),
-        ({"momentum": 1.0}, "momentum must lie"),
-        ({"decay": 1.0}, "decay must lie"),
-        ({"damping": -1e-3}, "damping must be"),
-        ({"weight_decay": -1.0}, "weight_decay must be"),
-        ({"update_every": 0}, "update_every must be a whole number"),
+        ({"center": "r"}, "'center' must be one of 'q', 'p', 'none'"),
+        ({"scale": "block"}, "'scale' must be one of"),
+        ({"labels": "expected"}, "'labels' must be one of 'sampled', 'empirical'"),
+        ({"likelihood": "poisson"}, "'likelihood' must be one of"),
+        ({"reduction": "none"}, "'reduction' must be one of"),
+        ({"weight_sharing": "reduce"}, "'weight_sharing' must be one of"),
+        ({"lr": -0.1}, "'lr' must be"),
+        ({"lr": float("nan")}, "'lr' must be"),
+        ({"momentum": 1.0}, "'momentum' must lie"),
+        ({"decay": 1.0}, "'decay' must lie"),
+        ({"damping": -1e-3}, "'damping' must be"),
+        ({"weight_decay": -1.0}, "'weight_decay' must be"),
+        ({"update_every": 0}, "'update_every' must be a whole number"),
         (
             {"max_dense_inputs": 4, "center": "p"},
             "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs",
@@ -1044,7 +1044,7 @@ def test_models_that_do_not_fit_are_refused():
     model, _, _ = BY_NAME["mlp-elu"].build()
     with pytest.raises((ValueError, TypeError), match=r"nn\.Module|model"):
         UnitNaturalGradient(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"'weight'.*run the model once"):
+    with pytest.raises(ValueError, match=r"'weight'.*Run the model once"):
         UnitNaturalGradient(nn.LazyLinear(3), 0.1)
     with pytest.raises(ValueError, match="one group"):
         UnitNaturalGradient(model, 0.1).add_param_group(
