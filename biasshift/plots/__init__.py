@@ -1,13 +1,13 @@
-"""The pictures: `(ax, table) -> ax`. Each is a reduction of the tidy table, then lines or dots on
-the given axes.
+"""The pictures: `(ax, table) -> ax`, lines or dots on the given axes of a reduced tidy table.
 
 theme       one style, panels, legends, the look of every line
 reductions  pure functions from table to table: what a picture shows
 lines       activation functions, and lines along training, with ribbons
-comparison  numbers beside numbers: the gradient gap against the mean incoming activation, rankings, parts of a whole
+comparison  numbers beside numbers: the gradient gap, spans, rankings, parts of a whole
 """
 
-from typing import TYPE_CHECKING
+from matplotlib.axes import Axes as Axes
+from matplotlib.figure import Figure as Figure
 
 from biasshift.plots.comparison import gap_against_mean, published, ranking, spans, stacked
 from biasshift.plots.lines import (
@@ -47,14 +47,40 @@ from biasshift.plots.theme import (
     style,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes
-    from matplotlib.figure import Figure as Figure
-
 __all__ = [
-    "LOOKS", "OTHER_LOOKS", "STYLE", "Look", "activation_functions", "between", "coupling", "curves", "escaped", "gap_against_mean",
-    "gap_points", "headed", "in_percent", "in_thousands", "layer_lines", "learning_curves", "legend", "lettered",
-    "lines_and_ribbons", "looks", "mean_and_sd_over_seeds", "median_over_runs", "median_over_units", "need",
-    "no_legend", "on_log_scale", "one_legend", "panels", "published", "ranking", "spans", "stacked", "style", "unit_means",
+    "LOOKS",
+    "OTHER_LOOKS",
+    "STYLE",
+    "Look",
+    "activation_functions",
+    "between",
+    "coupling",
+    "curves",
+    "escaped",
+    "gap_against_mean",
+    "gap_points",
+    "headed",
+    "in_percent",
+    "in_thousands",
+    "layer_lines",
+    "learning_curves",
+    "legend",
+    "lettered",
+    "lines_and_ribbons",
+    "looks",
+    "mean_and_sd_over_seeds",
+    "median_over_runs",
+    "median_over_units",
+    "need",
+    "no_legend",
+    "on_log_scale",
+    "one_legend",
+    "panels",
+    "published",
+    "ranking",
+    "spans",
+    "stacked",
+    "style",
+    "unit_means",
     "with_epochs",
-]  # fmt: skip
+]

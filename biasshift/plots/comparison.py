@@ -1,18 +1,19 @@
-"""Numbers beside numbers: a dot per group, hollow where it is one that the paper published."""
+"""Numbers beside numbers: the gradient gap, spans at named places, rankings, parts of a whole.
 
-from __future__ import annotations
+Marks are filled for numbers of the given runs, and hollow for numbers that the paper published or
+that rest on too few samples.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
 
 from biasshift.analysis.per_run import ENOUGH_UNITS
 from biasshift.plots.reductions import gap_points, need
 from biasshift.plots.theme import PAPER, Look, between, escaped, legend, looks
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 COLOR = "#004488"
 UNSEEN = 0.005  # of the whole: a share that is no more than the edge of its bar
@@ -20,16 +21,68 @@ SPREAD = 0.6  # of the distance between two places, for the groups at one of the
 LARGEST, SMALLEST, GROWING, IN_LEGEND = 240, 45, 3.5, 60  # areas of markers
 
 
-def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str = "paper") -> Axes:
-    """Returns `ax` with published numbers (x, y, activation) as hollow marks of the activation's
-    shape and color.
+def gap_against_mean(
+    ax: Axes,
+    table: pd.DataFrame,
+    layers: Sequence[str] | None = None,
+    skip_input: bool = False,
+    group: str = "activation",
+) -> Axes:
+    """Returns `ax` with the gradient gap against the mean incoming activation.
+
+    There is a dot per run, layer and step, and a large marker at the medians of each group. Large
+    markers are smaller than those below them: of two at one place, both are seen. Where the table
+    has a column `enough`, the share of a layer's units with enough effective samples, dots below
+    one half are hollow and take no part in the medians.
+
+    Args:
+        layers, skip_input: as in `gap_points`.
+        group: the column that marker and color stand for.
+
+    Raises:
+        ValueError: the table is empty or lacks a column, or nothing is left of it.
     """
-    for x, y, activation in points:
-        look = looks([activation])[activation]
-        ax.plot([x], [y], **(PAPER | {"marker": look.marker, "markeredgecolor": look.color}))
-    if points:
-        ax.plot([], [], **PAPER, label=label)
-    return ax
+    need(table, [group], "the gradient gap")
+    points = gap_points(table, layers, skip_input)
+    by_name = looks(points[group].unique(), group)
+    for above, (name, look) in zip(range(len(by_name))[::-1], by_name.items(), strict=True):
+        dots = points.loc[points[group] == name]
+        enough = ~(dots["enough"] < ENOUGH_UNITS) if "enough" in dots else dots["degrees"].notna()
+        sure, unsure = dots.loc[enough], dots.loc[~enough]
+        small: Any = {"s": 9, "marker": look.marker, "rasterized": True}
+        big: Any = {
+            "color": look.color,
+            "marker": look.marker,
+            "edgecolors": "white",
+            "linewidths": 1.2,
+            "zorder": 3,
+        }
+        ax.scatter(
+            sure["mean_in_abs"], sure["degrees"], alpha=0.3, color=look.color, linewidths=0, **small
+        )
+        if len(unsure):
+            ax.scatter(
+                unsure["mean_in_abs"],
+                unsure["degrees"],
+                alpha=0.7,
+                edgecolors=look.color,
+                facecolors="none",
+                linewidths=0.8,
+                **small,
+            )
+        ax.scatter(
+            [sure["mean_in_abs"].median()],
+            [sure["degrees"].median()],
+            s=min(LARGEST, SMALLEST * GROWING**above),
+            **big,
+        )
+        runs = sure["run"].nunique() if "run" in dots else 1
+        ax.scatter([], [], s=IN_LEGEND, label=f"{escaped(look.label)} (n = {runs})", **big)
+    ax.set(
+        xlabel="incoming activations: mean over inputs of $|E_p(a)|$",
+        ylabel="angle between gradient and\nunit natural gradient (degrees)",
+    )
+    return legend(ax)
 
 
 def spans(
@@ -41,31 +94,32 @@ def spans(
     low: str = "low",
     high: str = "high",
 ) -> Axes:
-    """Returns `ax` with a mark and a bar from `low` to `high` for every group, side by side at the
-    places named by `at`.
+    """Returns `ax` with a mark and a bar from `low` to `high` for every group, side by side.
 
     Args:
-        table: one row per place and group; places in order of appearance. A column `n` goes into
-            the legend.
+        table: one row per place and group. A column `n` goes into the legend.
+        at: the column that names the places, which stand in order of appearance.
+        middle, low, high: the columns of the mark and of the two ends of the bar.
+
+    Raises:
+        ValueError: the table is empty or lacks a column.
     """
     need(table, [at, group, middle, low, high], "spans")
     places = {place: number for number, place in enumerate(table[at].drop_duplicates())}
-    found = looks(table[group].unique(), group)
-    for number, (name, look) in enumerate(found.items()):
+    by_name = looks(table[group].unique(), group)
+    for number, (name, look) in enumerate(by_name.items()):
         rows = table.loc[table[group] == name]
-        offset = SPREAD * ((number + 0.5) / len(found) - 0.5)
-        x = [places[place] + offset for place in rows[at]]
-        seeds = f" (n = {between(rows['n'].astype(int))})" if "n" in rows else ""
-        bars = [rows[middle] - rows[low], rows[high] - rows[middle]]
+        offset = SPREAD * ((number + 0.5) / len(by_name) - 0.5)
+        runs = f" (n = {between(rows['n'].astype(int))})" if "n" in rows else ""
         ax.errorbar(
-            x,
+            [places[place] + offset for place in rows[at]],
             rows[middle],
-            bars,
+            [rows[middle] - rows[low], rows[high] - rows[middle]],
             fmt=look.marker,
             color=look.color,
             capsize=2,
             linewidth=1,
-            label=escaped(look.label) + seeds,
+            label=escaped(look.label) + runs,
         )
     ax.set_xticks(
         list(places.values()),
@@ -73,8 +127,7 @@ def spans(
         parse_math=False,
     )
     ax.set_xlim(-0.6, len(places) - 0.4)
-    legend(ax)
-    return ax
+    return legend(ax)
 
 
 def ranking(
@@ -83,28 +136,23 @@ def ranking(
     paper: Mapping[str, float] | None = None,
     marks: Mapping[str, Look] | None = None,
 ) -> Axes:
-    """Returns `ax` with one row per name, the first on top: filled dots for numbers of these runs,
-    hollow ones for the paper's.
+    """Returns `ax` with one row per name, the first on top.
+
+    Dots are filled for numbers of these runs, and hollow for the paper's, which come first.
 
     Args:
+        ours, paper: a number by the name of its row.
         marks: the looks of rows that have one of their own.
     """
-    paper = paper or {}
+    paper, marks = paper or {}, marks or {}
     names = list(dict.fromkeys([*paper, *ours]))
     height = {name: len(names) - number for number, name in enumerate(names)}
     if paper:
         ax.plot(list(paper.values()), [height[name] for name in paper], **PAPER, label="paper")
-    alike = [name for name in ours if name not in (marks or {})]
-    if alike:
-        ax.plot(
-            [ours[name] for name in alike],
-            [height[name] for name in alike],
-            "D",
-            color=COLOR,
-            markersize=5,
-            label="these runs",
-        )
-    for name, look in (marks or {}).items():
+    if alike := [name for name in ours if name not in marks]:
+        x, y = [ours[name] for name in alike], [height[name] for name in alike]
+        ax.plot(x, y, "D", color=COLOR, markersize=5, label="these runs")
+    for name, look in marks.items():
         ax.plot([ours[name]], [height[name]], look.marker, color=look.color, markersize=6)
     ax.set_yticks(list(height.values()), names, parse_math=False)
     ax.set_ylim(0.4, len(names) + 0.6)
@@ -112,13 +160,36 @@ def ranking(
     return ax
 
 
+def published(ax: Axes, points: Sequence[tuple[float, float, str]], label: str = "paper") -> Axes:
+    """Returns `ax` with published numbers as hollow marks.
+
+    The shape and the color of a mark are those of its activation. All of them share one grey entry
+    in the legend.
+
+    Args:
+        points: x, y and activation of each number.
+    """
+    for x, y, activation in points:
+        look = looks([activation])[activation]
+        ax.plot([x], [y], **(PAPER | {"marker": look.marker, "markeredgecolor": look.color}))
+    if points:
+        ax.plot([], [], **PAPER, label=label)
+    return ax
+
+
 def stacked(
     ax: Axes, table: pd.DataFrame, columns: Mapping[str, str], group: str = "activation"
 ) -> Axes:
-    """Returns `ax` with a bar per group, of shares that add up to 1: `columns` says which, and what
-    each is called.
+    """Returns `ax` with a bar per group, of shares that add up to 1.
 
-    The legend says how large a share is at most that is too small for the eye.
+    If a share is too small for the eye, the legend says how large it is at most.
+
+    Args:
+        table: one row per group.
+        columns: the columns of at most three shares, from below, and what each is called.
+
+    Raises:
+        ValueError: the table is empty or lacks a column.
     """
     need(table, [group, *columns], "shares")
     bars = looks(table[group].unique(), group)
@@ -141,76 +212,11 @@ def stacked(
         below = below + shares
     ax.set_xticks(range(len(bars)), [escaped(look.label) for look in bars.values()])
     ax.set_ylim(0, 1)
-    legend(ax)
-    return ax
+    return legend(ax)
 
 
 def _at_most(share: float) -> str:
     """ " (< 0.1 %)" for a share that nobody sees; nothing for others."""
-    return (
-        f" (< {100 * 10.0 ** math.ceil(math.log10(share) + 1e-9):.3g} %)"
-        if 0 < share < UNSEEN
-        else ""
-    )
-
-
-# -- the gradient gap against what is said to cause it -----------------------------------------
-
-
-def gap_against_mean(
-    ax: Axes,
-    table: pd.DataFrame,
-    layers: Sequence[str] | None = None,
-    skip_input: bool = False,
-    group: str = "activation",
-) -> Axes:
-    """Returns `ax` with the gradient gap against the mean incoming activation, a dot per run, layer
-    and step.
-
-    The large marker of each group is at its medians, smaller than the ones below it: of two at one
-    place, both are seen. `layers` and `skip_input` as in `gap_points`. Where the table has a column
-    `enough`, the share of a layer's units with enough effective samples, dots below one half are
-    hollow and take no part in the medians.
-    """
-    need(table, [group], "the gradient gap")
-    points = gap_points(table, layers, skip_input)
-    found = looks(points[group].unique(), group)
-    for above, (name, look) in zip(range(len(found))[::-1], found.items(), strict=True):
-        dots = points.loc[points[group] == name]
-        enough = ~(dots["enough"] < ENOUGH_UNITS) if "enough" in dots else dots["degrees"].notna()
-        sure, unsure = dots.loc[enough], dots.loc[~enough]
-        small, hollow = (
-            {"s": 9, "marker": look.marker, "rasterized": True},
-            {"facecolors": "none", "linewidths": 0.8},
-        )
-        ax.scatter(
-            sure["mean_in_abs"], sure["degrees"], alpha=0.3, color=look.color, linewidths=0, **small
-        )
-        if len(unsure):
-            ax.scatter(
-                unsure["mean_in_abs"],
-                unsure["degrees"],
-                alpha=0.7,
-                edgecolors=look.color,
-                **hollow,
-                **small,
-            )
-        runs = sure["run"].nunique() if "run" in dots else 1
-        big: Any = {
-            "color": look.color,
-            "marker": look.marker,
-            "edgecolors": "white",
-            "linewidths": 1.2,
-            "zorder": 3,
-        }
-        ax.scatter(
-            [sure["mean_in_abs"].median()],
-            [sure["degrees"].median()],
-            s=min(LARGEST, SMALLEST * GROWING**above),
-            **big,
-        )
-        ax.scatter([], [], s=IN_LEGEND, label=f"{escaped(look.label)} (n = {runs})", **big)
-    ax.set(xlabel="incoming activations: mean over inputs of $|E_p(a)|$")
-    ax.set(ylabel="angle between gradient and\nunit natural gradient (degrees)")
-    legend(ax)
-    return ax
+    if not 0 < share < UNSEEN:
+        return ""
+    return f" (< {100 * 10.0 ** math.ceil(math.log10(share) + 1e-9):.3g} %)"

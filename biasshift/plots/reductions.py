@@ -1,28 +1,24 @@
-"""Reductions of the tidy table, from table to table: whoever doubts a picture can print what it
-shows.
-"""
-
-from __future__ import annotations
+"""Reductions of the tidy table, from table to table: print one to see what a picture shows."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
+import numpy as np
+import pandas as pd
 
 
 def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table with `epoch` in every row, interpolated over the steps of the run's
-    whole-network rows.
+    """Returns the table with an `epoch` in every row, interpolated over the steps of its run.
 
-    Only those rows carry the epoch. Step 0 is epoch 0; beyond a run's last record its average pace
-    goes on.
+    Only the rows of the whole network carry an epoch. Step 0 is epoch 0, and behind the last epoch
+    of a run its average pace goes on. Without a column `run`, the table is one run.
 
     Raises:
-        ValueError: a run has no epochs.
-    """
-    import numpy as np
+        ValueError: there is no column `step` or `epoch`, or a run has no epochs.
 
+    >>> steps = pd.DataFrame({"step": [0, 5, 10, 15], "epoch": [None, None, 1.0, None]})
+    >>> with_epochs(steps)["epoch"].tolist()
+    [0.0, 0.5, 1.0, 1.5]
+    """
     need(table, ["step", "epoch"], "the epochs")
     epoch = table["epoch"].to_numpy(float, copy=True)
     for rows in _rows_by_run(table):
@@ -36,79 +32,83 @@ def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
         between = np.where(step > x[-1], y[-1] + (step - x[-1]) * pace, np.interp(step, x, y))
         epoch[rows] = np.where(known, epoch[rows], between)
     if np.isnan(epoch).any():
-        raise ValueError("a run of this table has no rows with an epoch: draw it against='step'")
+        raise ValueError("A run of this table has no rows with an epoch. Draw it against='step'.")
     return table.assign(epoch=epoch)
 
 
 def median_over_units(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per run and combination of `keys`: the median of `column` over all units of
-    all layers.
+    """Returns the median of a column over all units of all layers of a run.
+
+    One row per run and combination of `keys`, with the columns `run` and `seed` where the table
+    has them in every row. Rows of whole layers or networks (`unit` −1) do not count.
 
     Raises:
-        ValueError: the table is empty, or has no such column, or no unit has a value in it.
+        ValueError: the table is empty or lacks a column, or no unit has a value.
     """
     need(table, ["unit", column, *keys], f"the median of '{column}'")
     units = table.loc[(table["unit"] >= 0) & table[column].notna()]
     need(units, [], f"the median of '{column}' over units")
-    return (
-        units.groupby([*keys, *_of_run(table, keys)], observed=True, sort=True)[column]
-        .median()
-        .reset_index()
-    )
+    run = [name for name in _complete(units, ["run", "seed"]) if name not in keys]
+    medians = units.groupby([*keys, *run], observed=True, sort=True)[column].median()
+    return medians.reset_index()
 
 
 def mean_and_sd_over_seeds(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per combination of `keys`: mean and standard deviation (n − 1) of `column`,
-    and n, the runs.
+    """Returns `mean` and standard deviation `sd` of a column, and `n`, the number of runs.
+
+    One row per combination of `keys`. The standard deviation is that with n − 1, and NaN for a
+    single run.
 
     Raises:
-        ValueError: nothing to average, or runs of different settings would be averaged (one seed
-            comes twice).
+        ValueError: there is nothing to average, or a seed comes twice: then runs of different
+            settings would be averaged.
     """
     need(table, [column, *keys], f"the mean of '{column}'")
     rows = table.loc[table[column].notna()]
     need(rows, [], f"the mean of '{column}'")
-    run = [
-        name for name in ("seed", "run") if name in rows and len(rows[name].dropna()) == len(rows)
-    ][:1]
+    run = _complete(rows, ["seed", "run"])[:1]
     twice = rows.loc[rows.duplicated([*keys, *run])]
     if len(twice):
         where = ", ".join(f"{key} = {twice.iloc[0][key]}" for key in [*keys, *run])
         raise ValueError(
-            f"two values of '{column}' at {where}: keep one setting of the runs, and one row per "
-            "run and step"
+            f"Two values of '{column}' would be averaged at {where}. Keep runs of one setting, and "
+            "one row per run and step."
         )
-    found = rows.groupby(list(keys), observed=True, sort=True)[column].agg(
-        mean="mean", sd="std", n="size"
-    )
-    return found.reset_index()
+    values = rows.groupby(list(keys), observed=True, sort=True)[column]
+    return values.agg(mean="mean", sd="std", n="size").reset_index()
 
 
 def median_over_runs(table: pd.DataFrame, column: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Returns one row per combination of `keys`: the median of `column` as `mean`, no `sd`, and n,
-    the runs.
+    """Returns the median of a column over runs, under the name `mean`, and `n`, the runs.
+
+    It has the form of `mean_and_sd_over_seeds`, with NaN for `sd`, so that the same lines can be
+    drawn of it, without a ribbon.
 
     Raises:
         ValueError: as `mean_and_sd_over_seeds`.
     """
-    found = mean_and_sd_over_seeds(table, column, keys)
+    means = mean_and_sd_over_seeds(table, column, keys)
     rows = table.loc[table[column].notna()]
     medians = rows.groupby(list(keys), observed=True, sort=True)[column].median().to_numpy()
-    return found.assign(mean=medians, sd=float("nan"))
+    return means.assign(mean=medians, sd=float("nan"))
 
 
 def gap_points(
     table: pd.DataFrame, layers: Sequence[str] | None = None, skip_input: bool = False
 ) -> pd.DataFrame:
-    """Returns one row per run, layer and step: `mean_in_abs`, and `degrees`, the angle between the
-    two gradients.
+    """Returns the gradient gap of every layer: one row per run, layer and step.
+
+    `degrees` is the angle between the gradient and the unit natural gradient of the layer, and
+    `mean_in_abs` the mean over its inputs of |E_p(a)|. A cosine that was rounded past 1 is an angle
+    of 0.
 
     Args:
-        layers: keep these only.
+        layers: keep only these.
         skip_input: leave out the first layer of each run, whose incoming activations are the data.
-    """
-    import numpy as np
 
+    Raises:
+        ValueError: the table is empty or lacks a column, or nothing is left of it.
+    """
     need(table, ["step", "layer", "unit", "mean_in_abs", "cos_gradient"], "the gradient gap")
     rows = table.loc[(table["unit"] == -1) & table["mean_in_abs"].notna()]
     if skip_input:
@@ -125,32 +125,34 @@ def gap_points(
 
 
 def need(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Raises an error that names the remedy, unless the table has these columns and some rows.
+
+    Args:
+        what: what is made of the table, for the message: "the gradient gap".
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
     if missing := [name for name in columns if name not in table]:
-        hint = (
-            "; a log's own table gets it with table.assign(...)"
+        remedy = (
+            "Add it with table.assign(...), for a log's own table has none"
             if missing[0] in ("activation", "seed", "run")
-            else ""
+            else "Give runs that recorded it"
         )
-        raise ValueError(f"{what} needs a column '{missing[0]}', which the table lacks{hint}")
+        raise ValueError(f"The table lacks the column '{missing[0]}', needed for {what}. {remedy}.")
     if len(table) == 0:
         raise ValueError(
-            f"{what} needs rows, and the table has none: were these quantities measured, or "
-            "filtered away?"
+            f"The table has no rows for {what}. Measure these quantities, or filter less."
         )
 
 
-def _of_run(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in ("run", "seed")
-        if name in table and name not in keys and len(table[name].dropna()) == len(table)
-    ]
+def _complete(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Those of the columns that have a value in every row."""
+    return [name for name in names if name in table and len(table[name].dropna()) == len(table)]
 
 
 def _rows_by_run(table: pd.DataFrame) -> list:
     """Row positions of each run; a table without `run` is one run."""
-    import numpy as np
-
     if "run" not in table:
         return [np.arange(len(table))]
     return list(table.groupby("run", observed=True, sort=False).indices.values())

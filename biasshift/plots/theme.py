@@ -1,17 +1,19 @@
-"""One style for all figures: sizes, fonts, panels, legends, and the look of every line."""
-
-from __future__ import annotations
+"""One style for all figures: sizes, fonts, panels, legends, axes, and the look of every line."""
 
 import re
 import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from biasshift.analysis.grid import NAMES
 
 STYLE = {
     "figure.figsize": (5.0, 3.0),
@@ -32,54 +34,43 @@ STYLE = {
     "lines.markersize": 4,
 }
 FEW_STEPS, MANY_DECADES = 2000, 1e3
-ORDER = ("elu", "srelu", "lrelu", "relu")  # of the paper, in every legend
 LETTERS_PER_INCH = 13  # of a title
-LINE_LETTERS = 7  # that the line in front of a legend's label takes the place of
-MATH = re.compile(r"\\[,;]|[$_{}^]")  # what is no letter of a formula
+LINE_LETTERS = 7  # the width, in letters, of the line in front of a legend's label
+MATH = re.compile(r"\\[,;]|[$_{}^]")  # the characters of a formula that are not printed
 
 
-# The paper's published numbers: hollow, in grey, so that nobody takes them for something that was
-# measured here.
-PAPER: Any = {
-    "linestyle": "none",
-    "marker": "o",
-    "markerfacecolor": "white",
-    "markeredgecolor": "0.45",
-    "markersize": 5,
-    "zorder": 4,
-}
-
-
-# -- one look per activation function ----------------------------------------------------------
+# -- the look of every line --------------------------------------------------------------------
 
 
 class Look(NamedTuple):
+    """What tells a line from the others: its label, color, marker and line style.
+
+    The marker and the line style are redundant with the color, so that figures can be read in grey
+    print and by color-blind readers. `matplotlib` understands all four as they are.
+    """
+
     label: str
     color: str
     marker: str
     line: str
 
 
-# Paul Tol's "high contrast" colors: told apart by color-blind readers, and in grey print by their
-# lightness
-# (0, 29, 48 and 72 of 100).
+ORDER = ("elu", "srelu", "lrelu", "relu")  # of the paper, in every legend
+# Paul Tol's "high contrast" colors: color-blind readers can tell them apart, and so can readers of
+# a grey print, by their lightness (0, 29, 48 and 72 of 100).
 LOOKS = {
-    "elu": Look("ELU", "#004488", "o", "-"),
-    "lrelu": Look("LReLU", "#DDAA33", "^", "-."),
-    "relu": Look("ReLU", "#BB5566", "s", "--"),
-    "srelu": Look("SReLU", "#000000", "D", ":"),
+    "elu": Look(NAMES["elu"], "#004488", "o", "-"),
+    "lrelu": Look(NAMES["lrelu"], "#DDAA33", "^", "-."),
+    "relu": Look(NAMES["relu"], "#BB5566", "s", "--"),
+    "srelu": Look(NAMES["srelu"], "#000000", "D", ":"),
 }
-
-
-# For groups that are no activations (learning rates, optimizers), in order of appearance.
+# For groups that are not activations (learning rates, optimizers), in order of appearance.
 OTHER_LOOKS = (
     ("#117733", "v", "-"),
     ("#AA4499", "P", "--"),
     ("#44AA99", "X", "-."),
     ("#999933", "*", ":"),
 )
-
-
 # On a dark ground: the light partners of the same hues in Tol's "medium contrast", and his light
 # green, pink, cyan and olive.
 ON_DARK = {
@@ -92,14 +83,56 @@ ON_DARK = {
     "#44AA99": "#99DDFF",
     "#999933": "#BBCC33",
 }
+# The paper's published numbers: hollow and grey, so that nobody takes them for measured here.
+PAPER: Any = {
+    "linestyle": "none",
+    "marker": "o",
+    "markerfacecolor": "white",
+    "markeredgecolor": "0.45",
+    "markersize": 5,
+    "zorder": 4,
+}
+
+
+def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
+    """Returns the look of each name: the activations in the order of the paper, then the others.
+
+    Names that are not activation functions get `OTHER_LOOKS` in order of appearance, and the same
+    again when these run out. Names of a categorical column look the same in every part of its
+    table, because looks are given to all of its categories.
+
+    Args:
+        group: the column that the names come from; it is part of the labels of other columns.
+
+    >>> [look.label for look in looks(["relu", "tanh", "elu"]).values()]
+    ['ELU', 'ReLU', 'tanh']
+    >>> looks([0.1], "lr")[0.1].label
+    'lr = 0.1'
+    """
+    present = list(names)
+    every = list(getattr(names, "categories", present))
+    by_name = {name: LOOKS[name] for name in ORDER if name in every and group == "activation"}
+    others = [name for name in dict.fromkeys(every) if name not in by_name]
+    for place, name in enumerate(others):
+        label = str(name) if group == "activation" else f"{group} = {name}"
+        by_name[name] = Look(label, *OTHER_LOOKS[place % len(OTHER_LOOKS)])
+    return {name: look for name, look in by_name.items() if name in present}
+
+
+# -- figures and their panels ------------------------------------------------------------------
 
 
 def style() -> AbstractContextManager[None]:
-    """Returns a context in which figures are made in the project's style: `with style(): fig, ax =
-    plt.subplots()`.
-    """
-    import matplotlib
+    """Returns a context in which figures have the project's style: `STYLE`, and only there.
 
+    The style counts when figures are made and when they are saved; afterwards, the settings of
+    Matplotlib are what they were before.
+
+    >>> with style():
+    ...     figure, (ax,) = panels(1)
+    >>> ax.xaxis.label.get_fontsize()
+    9.0
+    """
     return matplotlib.rc_context(dict[Any, Any](STYLE))
 
 
@@ -110,21 +143,25 @@ def panels(
     height: float = 3.2,
     share_y: Literal["all", "row", "none"] = "none",
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with `count` axes, row by row, known to no pyplot: nothing to close, no
-    backend to choose.
+    """Returns a figure with `count` axes, row by row.
+
+    The figure is unknown to pyplot: there is nothing to close, and no backend to choose. If
+    `count` does not fill the last row, there are more axes than `count`.
 
     Args:
         width, height: of one of the axes, in inches; beside them there is room for a legend.
+        share_y: which axes share their y axis.
     """
-    from matplotlib.figure import Figure
-
     columns = -(-count // rows)
     figure = Figure(figsize=(1.5 + width * columns, height * rows), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
 
 
 def headed(figure: Figure, title: str) -> None:
-    """A title over all panels, in lines that are no longer than the figure is wide."""
+    """Writes a title over all panels, in lines that are no longer than the figure is wide.
+
+    Dollar signs in the title stay what they are: names of runs and data sets may have some.
+    """
     letters = int(LETTERS_PER_INCH * figure.get_figwidth())
     figure.suptitle(
         "\n".join(textwrap.fill(line, letters) for line in title.split("\n")), parse_math=False
@@ -132,16 +169,35 @@ def headed(figure: Figure, title: str) -> None:
 
 
 def lettered(axes: Iterable[Axes], titles: Iterable[str]) -> None:
-    """Titles as papers have them: (a) …, (b) …"""
+    """Writes titles over the axes as papers have them: "(a) …", "(b) …".
+
+    Axes without a title, and titles without axes, are left out.
+    """
     for ax, letter, title in zip(axes, "abcdefghijkl", titles, strict=False):
         ax.set_title(f"({letter}) {title}", loc="left")
 
 
-def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
-    """One legend below all panels, in place of theirs, no wider than the figure; a name that
-    several panels have stands once.
+# -- legends -----------------------------------------------------------------------------------
 
-    Activation functions come first, in the order of the paper.
+
+def legend(ax: Axes) -> Axes:
+    """Returns `ax` with its legend beside it: ribbons often leave no corner of the axes free."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+    return ax
+
+
+def no_legend(ax: Axes) -> None:
+    """Removes the legend of axes, if they have one: their lines are named elsewhere."""
+    if (own := ax.get_legend()) is not None:
+        own.remove()
+
+
+def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
+    """Puts one legend below all panels, in place of theirs.
+
+    A name that several panels have stands there once, with the range of its counts: "ELU (n = 3)"
+    and "ELU (n = 6)" become "ELU (n = 3–6)". Activation functions come first, in the order of the
+    paper. The legend has fewer columns if the figure is not wide enough for `columns`.
     """
     handles, counts = {}, {}
     for ax in axes:
@@ -154,63 +210,58 @@ def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
         no_legend(ax)
     order = {LOOKS[name].label: place for place, name in enumerate(ORDER)}
     names = sorted(handles, key=lambda name: order.get(name, len(order)))
-    labels = [
-        f"{name} (n = {between(found)})" if (found := counts[name]) else name for name in names
-    ]
-    while columns > 1 and _letters(labels, columns) > LETTERS_PER_INCH * figure.get_figwidth():
+    labels = [f"{name} (n = {between(counts[name])})" if counts[name] else name for name in names]
+    while columns > 1 and _width(labels, columns) > LETTERS_PER_INCH * figure.get_figwidth():
         columns -= 1
     figure.legend(
         [handles[name] for name in names], labels, loc="outside lower center", ncols=columns
     )
 
 
-def _letters(labels: list[str], columns: int) -> int:
-    """How wide a legend is, whose columns are filled from above, the first ones with one entry
-    more.
-    """
-    rows, more = divmod(len(labels), columns)
-    sizes = [rows + (column < more) for column in range(columns)]
-    starts = [sum(sizes[:column]) for column in range(columns)]
-    found = [
-        labels[start : start + size] for start, size in zip(starts, sizes, strict=True) if size
-    ]
-    return sum(max(len(MATH.sub("", label)) for label in column) + LINE_LETTERS for column in found)
+def _width(labels: list[str], columns: int) -> int:
+    """The width of a legend, in letters; its columns are filled from above, as evenly as can be."""
+    filled = [column for column in np.array_split(labels, columns) if len(column)]
+    return sum(max(len(MATH.sub("", name)) for name in column) + LINE_LETTERS for column in filled)
 
 
 def escaped(name: object) -> str:
-    """A name that comes from a run, as a label that shows it: none of its letters begins a formula."""
+    """Returns a name that comes from a run as a label that shows it, dollar signs and all.
+
+    Without this, Matplotlib would read what stands between two dollar signs as a formula.
+    """
     return str(name).replace("$", r"\$")
 
 
 def between(counts: Iterable[int]) -> str:
-    """ "3", or "3–6"."""
+    """Returns the range of some counts: "3" where all are the same, else "3–6".
+
+    >>> between([6, 3, 4])
+    '3–6'
+    """
     counts = list(counts)
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
 
 
-def no_legend(ax: Axes) -> None:
-    """For axes whose lines are named elsewhere."""
-    if (own := ax.get_legend()) is not None:
-        own.remove()
-
-
-def legend(ax: Axes) -> None:
-    """Beside the axes: between ribbons that fill them there is often no free corner."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+# -- axes --------------------------------------------------------------------------------------
 
 
 def in_thousands(ax: Axes) -> None:
-    """Steps as the paper counts them, unless there are too few; call it when all lines are drawn."""
+    """Counts steps on the x axis in thousands, as the paper does, unless there are too few.
+
+    Call it when all lines are drawn: the range of the axis decides.
+    """
     ax.locator_params(axis="x", nbins=5)
-    if ax.get_xlim()[1] > FEW_STEPS:
+    many = ax.get_xlim()[1] > FEW_STEPS
+    if many:
         ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}")
-    ax.set_xlabel("thousand updates" if ax.get_xlim()[1] > FEW_STEPS else "updates")
+    ax.set_xlabel("thousand updates" if many else "updates")
 
 
 def on_log_scale(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 in plain numbers; over many decades, at powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """Puts ticks at 1, 2 and 5 in plain numbers; over many decades, at powers of ten only.
 
+    The range of the data decides, so call it when all lines are drawn.
+    """
     low, high = axis.get_data_interval()
     many = 0 < MANY_DECADES * low < high < float("inf")
     axis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
@@ -220,25 +271,5 @@ def on_log_scale(axis: Axis) -> None:
 
 
 def in_percent(axis: Axis) -> None:
-    """Fractions as percentages; the label says so, not the ticks."""
+    """Shows fractions as percentages. The label of the axis must say so: the ticks do not."""
     axis.set_major_formatter(lambda value, _: f"{100 * value:.10g}")
-
-
-def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
-    """A look for each name: the activations' own, in the order of the paper, or the others in order
-    of appearance.
-
-    Names of a categorical column look the same in every part of its table.
-    """
-    there = list(names)
-    names = list(getattr(names, "categories", there))
-    found = {name: LOOKS[name] for name in ORDER if name in names} if group == "activation" else {}
-    for name in names:
-        if name not in found:
-            color, marker, line = OTHER_LOOKS[
-                (len(found) - len(found.keys() & LOOKS)) % len(OTHER_LOOKS)
-            ]
-            found[name] = Look(
-                str(name) if group == "activation" else f"{group} = {name}", color, marker, line
-            )
-    return {name: look for name, look in found.items() if name in there}

@@ -1173,7 +1173,5 @@ def test_without_a_table_there_is_no_picture(name):
 
 
 def test_a_table_that_is_none_of_runs_is_refused():
-    with pytest.raises(
-        ValueError, match="figure theory4 needs a column 'step', which the table lacks"
-    ):
+    with pytest.raises(ValueError, match="lacks the column 'step', needed for figure theory4"):
         condensed("theory4", pd.DataFrame({"run": ["a"], "experiment": ["own"]}))

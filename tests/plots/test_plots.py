@@ -561,7 +561,7 @@ def test_a_missing_column_is_named(ax, draw, column):
     "draw", [plots.unit_means, plots.learning_curves, plots.gap_against_mean, plots.coupling]
 )
 def test_an_empty_table_is_refused(ax, draw):
-    with pytest.raises(ValueError, match="none"):
+    with pytest.raises(ValueError, match="no rows"):
         draw(ax, planted().iloc[:0])
 
 
