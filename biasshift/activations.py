@@ -1,4 +1,4 @@
-"""The four activation functions of the paper, as modules: ELU, ReLU, leaky ReLU and shifted ReLU."""
+"""The activation functions of the paper as modules: ELU, ReLU, leaky ReLU and shifted ReLU."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 
 class SReLU(nn.Module):
-    """Shifted ReLU, ``max(−1, x)``: negative values like ELU, but with a kink instead of a smooth
-    saturation.
+    """The shifted ReLU, ``max(−1, x)``.
+
+    It has negative values like the ELU, but a kink at −1 in place of a smooth saturation.
 
     >>> import torch
     >>> SReLU()(torch.tensor([-2.0, -0.5, 3.0]))
@@ -19,12 +20,12 @@ class SReLU(nn.Module):
 
 
 def elu() -> nn.Module:
-    """``x`` where x > 0, ``exp(x) − 1`` elsewhere (α = 1, section 3 of the paper)."""
+    """Returns an ELU: x where x > 0, ``exp(x) − 1`` elsewhere (α = 1, section 3 of the paper)."""
     return nn.ELU(alpha=1.0)
 
 
 def lrelu() -> nn.Module:
-    """``x`` where x > 0, ``0.1 x`` elsewhere: the slope of the paper's section 4."""
+    """Returns a leaky ReLU: x where x > 0, ``0.1 x`` elsewhere (section 4 of the paper)."""
     return nn.LeakyReLU(0.1)
 
 

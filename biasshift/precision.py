@@ -1,4 +1,8 @@
-"""Matrix products in the precision of their factors, whatever the process is set to."""
+"""The precision of matrix products, set for the length of a block and restored at its end.
+
+PyTorch may round the factors of float32 products: to bfloat16 or float16 under autocast, to TF32 by
+flags of the process. Measurements want neither, and a run wants what its configuration says.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,38 +15,37 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 @contextmanager
 def full_precision(devices: Iterable[str]) -> Iterator[None]:
-    """No autocast, no TF32: bf16 products put the Fisher blocks 4e-3 off.
+    """Turns autocast and TF32 off: products in bfloat16 put the Fisher blocks 4e-3 off.
 
-    Flags are read and set operation by operation: the older, global ones raise where a user has set
-    one of these.
+    Flags are read and set operation by operation, since the older, global ones raise where a user
+    has set one of these.
+
+    Args:
+        devices: the device types that autocast may be on for, such as "cuda"; the CPU is included.
     """
-    backends = (
-        (torch.backends.cuda, ("matmul",)),
-        (torch.backends.cudnn, ("conv", "rnn")),
-        (torch.backends.mkldnn, ("matmul", "conv", "rnn")),
-    )
+    backends: Any = torch.backends  # pyright knows few of its flags
     flags = [
-        getattr(backend, operation) for backend, operations in backends for operation in operations
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.rnn,
     ]
-    found = [flag.fp32_precision for flag in flags]
-    with ExitStack() as stack:
+    with ExitStack() as restored:
         for device in {*devices, "cpu"}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for flag in flags:
-                flag.fp32_precision = "ieee"
-            yield
-        finally:
-            for flag, precision in zip(flags, found, strict=True):
-                flag.fp32_precision = precision
-
-
-# -- how a GPU rounds the factors of float32 products while a run is trained -------------------
+            restored.enter_context(torch.autocast(device, enabled=False))
+        for flag in flags:
+            restored.callback(setattr, flag, "fp32_precision", flag.fp32_precision)
+            flag.fp32_precision = "ieee"
+        yield
 
 
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
-    """To TF32 for "tf32", not at all for the others, whatever the process is set to; its flags are
+    """Allows TF32 in products of float32 for "tf32" only, whatever the process is set to.
+
+    For every other precision the factors are not rounded; autocast is the caller's. All flags are
     restored at the end.
 
     Flags come in two generations. The older, global ones are set, because ``torch.compile`` reads
@@ -58,19 +61,18 @@ def products(precision: Precision) -> Iterator[None]:
         backends.cudnn.rnn,
         backends.mkldnn.matmul,
     )
-    with ExitStack() as restoring:  # from the last to the first: each sets more than those after it
+    with ExitStack() as restored:  # from the last to the first: each sets more than those after it
         for flag in newer:
-            restoring.callback(setattr, flag, "fp32_precision", flag.fp32_precision)
+            restored.callback(setattr, flag, "fp32_precision", flag.fp32_precision)
         with suppress(RuntimeError):
-            restoring.callback(
+            restored.callback(
                 torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
             )
         for flag in older:
             with suppress(RuntimeError):
-                restoring.callback(setattr, flag, "allow_tf32", flag.allow_tf32)
-        backends.fp32_precision = backends.mkldnn.matmul.fp32_precision = (
-            "none"  # as PyTorch begins
-        )
+                restored.callback(setattr, flag, "allow_tf32", flag.allow_tf32)
+        # As PyTorch begins.
+        backends.fp32_precision = backends.mkldnn.matmul.fp32_precision = "none"
         for flag in older:
             flag.allow_tf32 = precision == "tf32"
         yield
