@@ -1,156 +1,139 @@
-"""The first section: what the runs say about the claims. One line a question; its claims open on
-demand.
+"""The first section: what the runs say about the claims.
+
+One line for each question; its claims open with a click, and the caveats of a claim with another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from biasshift.analysis.formatting import READING, deciding_p, reading_table, sentences
 from biasshift.analysis.per_run import per_run
 from biasshift.analysis.verdicts import claims
-from biasshift.report.groups import Series
-from biasshift.report.html import escaped, faint, folded, number, table
+from biasshift.report.groups import RunGroup
+from biasshift.report.html import details, escaped, note, number, table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MOST_SETTINGS = 6  # of which each gets its own claims
-MOST_CLAIMS = 200
-_BADGES = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}
-_SHOWN = (
-    "claim",
-    "statement",
-    "source",
-    "statistic",
-    "effect",
-    "low",
-    "high",
-    "n",
-    "verdict",
-    "caveat",
-    "number",
-)
+MAX_SETTINGS = 6  # each of which gets its own claims
+MAX_CLAIMS = 200
+_BADGES = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}  # → CSS
+# What a claim shows in cells of its own, or not at all; all else stands below its caveat.
+_COLUMNS = "claim statement source statistic effect low high n verdict caveat number".split()
 _QUESTIONS = {
-    1: "Mean activations", 2: "Coupling, and gradient against natural "
-                              "gradient", 3: "The correction of Theorem 2",
-    4: "Inherited bias shift", 5: "The causal test: other updates, added "
-                                  "constants", 6: "Speed", 7: "Variance over epochs",
+    1: "Mean activations",
+    2: "Coupling, and gradient against natural gradient",
+    3: "The correction of Theorem 2",
+    4: "Inherited bias shift",
+    5: "The causal test: other updates, added constants",
+    6: "Speed",
+    7: "Variance over epochs",
     8: "Batch normalization",
-}  # fmt: skip
+}
 _NOTE = """\
-Open a question for its claims, and a claim for its caveats. Effects are over paired seeds, with 95 % intervals; p is Holm's, corrected \
-within a family of claims, and the verdict goes by it. Not supported means that the contrary holds: there p is that of the contrary."""
+Open a question for its claims, and a claim for its caveats. Effects are over paired seeds, with \
+95 % intervals. p is corrected within a family of claims (Holm) and decides the verdict. Not \
+supported means that the contrary holds: there p is that of the contrary."""
 
 
-def verdicts_part(runs: pd.DataFrame, series: Sequence[Series], left_out: list[str]) -> str:
-    """Claims and the table for reading, for all runs; where they are of several settings, for each
-    setting by itself.
+def verdicts_section(runs: pd.DataFrame, groups: Sequence[RunGroup], left_out: list[str]) -> str:
+    """Returns the claims of all runs; where their settings differ, those of each setting.
+
+    Runs that support no verdict get the reason in place of the claims.
+
+    Args:
+        runs: The rows of `biasshift.runs.reader.read_runs`.
+        groups: The groups of runs, which name the settings.
+        left_out: Gets a sentence where there are more than `MAX_SETTINGS` settings.
     """
     try:
-        said, counts = _said(runs)
-        return counts + said
+        return _judged(runs)
     except ValueError as error:
-        whole = str(error)
-    settings = list(dict.fromkeys(one.setting for one in series))
-    parts, reasons = [], {whole}
-    for setting in settings[:MOST_SETTINGS] if len(settings) > 1 else []:
-        of_it = [run for one in series if one.setting == setting for run in one.runs]
+        reason = str(error)
+    settings = list(dict.fromkeys(group.setting for group in groups))
+    parts, reasons = [], set()
+    for setting in settings[:MAX_SETTINGS] if len(settings) > 1 else []:
+        names = [run for group in groups if group.setting == setting for run in group.runs]
         try:
-            said, counts = _said(runs.loc[runs["run"].isin(of_it)])
+            judged = _judged(runs.loc[runs["run"].isin(names)])
+            reasons.add("")
         except ValueError as error:
+            judged = note(f"No verdicts. {error}")
             reasons.add(str(error))
-            said, counts = faint(f"No verdicts. {error}"), ""
-        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{counts}{said}")
-    if not parts or (reasons == {whole} and all("No verdicts" in part for part in parts)):
-        return faint(f"No verdicts. {whole}")
-    if len(settings) > MOST_SETTINGS:
+        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{judged}")
+    if reasons <= {reason}:
+        return note(f"No verdicts. {reason}")
+    if len(settings) > MAX_SETTINGS:
         left_out.append(
-            f"Claims of {len(settings) - MOST_SETTINGS} of {len(settings)} settings: give fewer "
+            f"Claims of {len(settings) - MAX_SETTINGS} of {len(settings)} settings: give fewer "
             "runs at a time."
         )
-    return faint(f"{whole} So here each setting stands by itself.") + "".join(parts)
+    return note(f"{reason} So here each setting stands by itself.") + "".join(parts)
 
 
-def _said(runs: pd.DataFrame) -> tuple[str, str]:
-    """The claims and the table for reading, and how many claims have which verdict."""
+def _judged(runs: pd.DataFrame) -> str:
+    """How many claims have which verdict, the claims, and the table for reading."""
     try:
         found = claims(runs)
-        summary = folded("Mean ± SD over seeds", _reading(reading_table(per_run(runs)), READING))
-    except (
-        TypeError,
-        LookupError,
-    ) as error:  # options of other kinds than any run of ours has must not take the charts away
+        reading = reading_table(per_run(runs))
+    except (TypeError, LookupError) as error:
+        # Options of other types than any run of ours has must not take the charts away.
         raise ValueError(
-            f"These runs' options are not of the kinds that claims are made of ({error})."
+            f"The options of these runs do not have the types that claims need ({error})."
         ) from error
-    counts = "; ".join(
-        f"{count} {verdict}" for verdict, count in found["verdict"].value_counts().items()
-    )
-    more = (
-        f" {len(found) - MOST_CLAIMS} more claims are not shown."
-        if len(found) > MOST_CLAIMS
-        else ""
-    )
-    return claims_part(found.head(MOST_CLAIMS), sentences(found)[:MOST_CLAIMS]) + summary, faint(
-        f"{counts}.{more} {_NOTE}"
+    verdicts = found["verdict"].value_counts()
+    counts = "; ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    hidden = len(found) - MAX_CLAIMS
+    more = f" {hidden} more claims are not shown." if hidden > 0 else ""
+    return (
+        note(f"{counts}.{more} {_NOTE}")
+        + claims_by_question(found.head(MAX_CLAIMS), sentences(found)[:MAX_CLAIMS])
+        + details("Mean ± SD over seeds", _reading(reading))
     )
 
 
-def claims_part(found: pd.DataFrame, said: Sequence[str]) -> str:
-    """A line per question with its verdicts counted, in it a row per claim; then the same as
-    sentences.
+def claims_by_question(claims: pd.DataFrame, sentences: Sequence[str]) -> str:
+    """Returns a line for each question with its verdicts counted, in it a row for each claim.
+
+    Args:
+        claims: The table of `biasshift.claims`.
+        sentences: The same claims in sentences, which stand below.
     """
     parts = ""
-    for question in dict.fromkeys(found["number"]):
-        some = found.loc[found["number"] == question]
-        counts = some["verdict"].value_counts()
+    grouped: Any = claims.groupby("number", sort=False)
+    for question, rows in grouped:
+        counts = rows["verdict"].value_counts()
         badges = " ".join(
             _badge(verdict, f"{counts[verdict]} {verdict}")
             for verdict in _BADGES
             if verdict in counts
         )
-        title = f"{question} · {_QUESTIONS[question]}" if question in _QUESTIONS else "Others"
-        rows = table(
-            ["verdict", "claim", "effect [95 %]", "n", "p, Holm"],
-            map(_claim, some.itertuples(index=False)),
-            "claims",
-        )
-        parts += folded(f"<b>{escaped(title)}</b> {badges}", rows)
-    words = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in said)
-    return parts + folded("All in sentences", f"<ul>{words}</ul>")
+        known = question in _QUESTIONS
+        title = f"{question} · {_QUESTIONS[question]}" if known else "Others"
+        head = ["verdict", "claim", "effect [95 %]", "n", "p, Holm"]
+        cells = map(_cells, rows.itertuples(index=False))
+        parts += details(f"<b>{escaped(title)}</b> {badges}", table(head, cells, "claims"))
+    items = "".join(f"<li>{escaped(sentence, 1000)}</li>" for sentence in sentences)
+    return parts + details("All in sentences", f"<ul>{items}</ul>")
 
 
-def _claim(row: Any) -> list[tuple[str, str]]:
-    decided, contrary = deciding_p(row)
-    others = {
-        "uncorrected p" if name == "p" else name: value
-        for name, value in row._asdict().items()
-        if name not in _SHOWN
-    }
-    more = [
-        f"{name} = {number(value) if isinstance(value, float) else value}"
-        for name, value in others.items()
-    ]
-    about = [row.caveat, f"Measured: {row.statistic} ({row.source}).", "; ".join(more)]
-    p = f"p = {number(decided, 2)}"
+def _cells(claim: Any) -> list[tuple[str, str]]:
+    p, contrary = deciding_p(claim)
+    others = "; ".join(
+        f"{'uncorrected p' if name == 'p' else name} = "
+        f"{number(value) if isinstance(value, float) else value}"
+        for name, value in claim._asdict().items()
+        if name not in _COLUMNS
+    )
+    about = [claim.caveat, f"Measured: {claim.statistic} ({claim.source}).", others]
+    notes = "".join(f'<p class="faint">{escaped(text, 1000)}</p>' for text in about if text)
+    known = claim.low == claim.low
+    interval = f" [{number(claim.low)}, {number(claim.high)}]" if known else ""
     return [
-        ("", _badge(row.verdict, row.verdict)),
-        (
-            "text",
-            folded(
-                escaped(row.statement),
-                "".join(f'<p class="faint">{escaped(text, 1000)}</p>' for text in about if text),
-            ),
-        ),
-        (
-            "number",
-            number(row.effect)
-            + (f" [{number(row.low)}, {number(row.high)}]" if row.low == row.low else ""),
-        ),
-        ("number", f"n = {escaped(row.n)}"),
-        ("number", p + ("<br>the contrary holds" if contrary else "")),
+        ("", _badge(claim.verdict, claim.verdict)),
+        ("text", details(escaped(claim.statement), notes)),
+        ("number", number(claim.effect) + interval),
+        ("number", f"n = {escaped(claim.n)}"),
+        ("number", f"p = {number(p, 2)}{'<br>the contrary holds' * contrary}"),
     ]
 
 
@@ -158,11 +141,11 @@ def _badge(verdict: Any, text: Any) -> str:
     return f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(text)}</span>'
 
 
-def _reading(found: pd.DataFrame, how: str) -> str:
-    """`biasshift.analysis.formatting.reading_table`, and how to read it."""
+def _reading(means: pd.DataFrame) -> str:
+    """`biasshift.analysis.formatting.reading_table`, without the rows of what was not measured."""
     rows = [
         [("text", escaped(name)), *(("number", escaped(text.replace("-", "−"))) for text in row)]
-        for name, row in zip(found.index, found.to_numpy(), strict=True)
+        for name, row in zip(means.index, means.to_numpy(), strict=True)
         if set(row) != {"–"}
     ]
-    return faint(how) + table(["", *map(str, found.columns)], rows)
+    return note(READING) + table(["", *map(str, means.columns)], rows)

@@ -1,168 +1,144 @@
-"""The tidy table → the few thousand numbers that a page can hold, and sentences about what was left
-out.
+"""The tidy table of all runs, reduced to the few thousand numbers that a page can hold.
+
+Learning curves keep at most `MAX_POINTS` points and the heat map at most `MAX_CELLS` cells. Steps
+and layers are evenly chosen, units become percentiles, and seeds become a mean and a standard
+deviation. Whatever is lost on the way is written down in a sentence for the page.
 """
 
-from __future__ import annotations
-
 import re
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from biasshift.analysis.grid import RULE
-from biasshift.report.groups import Series
-from biasshift.report.html import listed, plain, told_apart
+from biasshift.report.groups import RunGroup
+from biasshift.report.html import distinct, listed, plain
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MOST_CELLS = 18_000  # (quantity, series, layer, step): about 140 bytes each
-MOST_POINTS = 12_000  # of all learning curves
-MOST_STEPS, MOST_LAYERS, MOST_QUANTITIES = 40, 32, 40
-POINTS_A_CURVE = 150
-DRAWN = (
-    5,
-    10,
-    25,
-    50,
-    75,
-    90,
-    95,
-)  # percentiles: without the least and the largest of thousands, one could squeeze all others
-LEVELS = (0, *DRAWN, 100)  # percentiles of the values in a cell
-ALL_LAYERS = -1
-_NETWORK, _NOWHERE = (
-    -2,
-    -3,
-)  # layers of rows about the whole network, and of rows that are in no chart
+MAX_CELLS = 18_000  # (quantity, group, layer, step): about 140 bytes each
+MAX_POINTS = 12_000  # of all learning curves
+MAX_STEPS, MAX_LAYERS, MAX_QUANTITIES = 40, 32, 40
+MAX_POINTS_PER_CURVE = 150
 LARGEST = 1e150  # squares of larger numbers may overflow
+# Percentiles in the charts: without the least and the largest of thousands of values, one of which
+# could squeeze all others.
+DRAWN = (5, 10, 25, 50, 75, 90, 95)
+LEVELS = (0, *DRAWN, 100)  # percentiles of the values in a cell
+ALL_LAYERS = -1  # the position of what is pooled over layers
+# Positions of rows about the whole network, and of rows that are in no chart.
+_NETWORK, _NOWHERE = -2, -3
 _SPLIT = re.compile(r"(train|valid|test)_(.+)")
-_NO_QUANTITY = {"step", "layer", "unit", "run", "epoch", "inputs"}
-CELL_COLUMNS = [
-    "q",
-    "g",
-    "l",
-    "s",
-    "n",
-    "runs",
-    "mean",
-    "sd",
-    "d",
-    "low",
-    "high",
-    "beyond",
-]  # beyond: values outside of [low, high]
-CURVE_COLUMNS = [
-    "metric",
-    "split",
-    "g",
-    "step",
-    "epoch",
-    "mean",
-    "sd",
-    "n",
-    "log",
-    "log_sd",
-]  # log: of base 10, over positive values
+_KEYS = {"step", "layer", "unit", "run", "epoch", "inputs"}
 _FENCE = 3  # quartile distances beyond the quartiles: Tukey's outer fences
+
+# A point of a learning curve: mean and SD over n runs, and those of the logarithm of base 10 over
+# positive values. `metric` and `g` are positions in `ChartData.metrics` and `.groups`.
+Point = namedtuple("Point", "metric split g step epoch mean sd n log log_sd")
+
+# Quantity, group and layer, as positions in `ChartData`, at a step `s`. Mean and SD over runs of
+# the median over units; `d` holds the percentiles `LEVELS` of all n values, of which `beyond` lie
+# outside of the axis [low, high].
+Cell = namedtuple("Cell", "q g l s n runs mean sd d low high beyond")
 
 
 @dataclass
-class Reduced:
-    """What the charts show. `g`, `q`, `l` and `metric` are positions in the lists of names."""
+class ChartData:
+    """What the charts show, and sentences about what they leave out.
 
-    series: list[Series]
+    Args:
+        groups: The groups of runs, each a line of every chart.
+        layers: Names of the layers, from the input of the network to its output.
+        quantities: Names of what was measured of layers and units.
+        ranges: Of each quantity, the limits of the colors and a small value of its size.
+        cells: The cells of the heat map, those of `ALL_LAYERS` included.
+        metrics: Names of what was measured of the whole network, loss and error first.
+        points: The points of the learning curves.
+        left_out: One sentence for each thing that is not on the page.
+        thinned: The quantities of which fewer values are shown, by the words for what is shown.
+    """
+
+    groups: list[RunGroup]
     layers: list[str]
     quantities: list[str] = field(default_factory=list)
-    ranges: list[tuple[float, float, float]] = field(
-        default_factory=list
-    )  # of each quantity's colors, and a small value
-    cells: list[list[Any]] = field(default_factory=list)
+    ranges: list[tuple[float, float, float]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
-    points: list[list[Any]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    thinned: dict[str, list[str]] = field(default_factory=dict)  # how → what
+    thinned: dict[str, list[str]] = field(default_factory=dict)
 
 
-def reduced(table: pd.DataFrame, states: pd.DataFrame, series: Sequence[Series]) -> Reduced:
-    """Returns the cells (median over units per run, then mean and SD over runs; percentiles over
-    units and runs) and the curves.
+def chart_data(table: pd.DataFrame, states: pd.DataFrame, groups: Sequence[RunGroup]) -> ChartData:
+    """Returns the curves of the whole network and the cells (quantity, group, layer, step).
+
+    A cell holds the median over units of each run, as mean and SD over runs, and the percentiles
+    over units and runs together.
+
+    Args:
+        table: The rows of `biasshift.runs.reader.read_runs`.
+        states: The runs, as `run_states` lists them; its columns are no quantities.
+        groups: All groups, those that are not shown included.
     """
-    shown, hidden = (
-        [one for one in series if one.shown],
-        [one.label for one in series if not one.shown],
-    )
+    shown = [group for group in groups if group.shown]
+    hidden = [group.label for group in groups if not group.shown]
     names = by_depth([str(name) for name in table["layer"].cat.categories if name != ""])
-    found = Reduced(shown, told_apart([plain(name, 60) for name in names]))
+    data = ChartData(shown, distinct([plain(name, 60) for name in names]))
     if hidden:
-        how = f"Learning rates: {RULE}. " if "lr" in states else ""
-        found.left_out.append(
-            f"The charts show {len(shown)} of {len(series)} groups of runs. {how}They leave out "
+        rule = f"Learning rates: {RULE}. " if "lr" in states else ""
+        data.left_out.append(
+            f"The charts show {len(shown)} of {len(groups)} groups of runs. {rule}They leave out "
             f"{listed(hidden)}."
         )
     keys = _keys(table, shown, names)
-    columns = [name for name in table if name not in _NO_QUANTITY and name not in states]
-    _add_curves(
-        found,
-        {name: _values(found, table[name], keys, keys["layer"] == _NETWORK) for name in columns},
-        keys,
-        table,
-    )
-    _add_cells(
-        found, {name: _values(found, table[name], keys, keys["layer"] >= 0) for name in columns}
-    )
-    found.left_out += [
-        f"{how}: {listed(what, MOST_QUANTITIES)}." for how, what in found.thinned.items()
+    columns = [name for name in table if name not in _KEYS and name not in states]
+
+    def values(rows: pd.Series) -> dict[str, pd.DataFrame]:
+        return {name: _values(data, table[name], keys, rows) for name in columns}
+
+    _add_curves(data, values(keys["layer"] == _NETWORK), _epochs(table, keys))
+    _add_cells(data, values(keys["layer"] >= 0))
+    data.left_out += [
+        f"{kept}: {listed(labels, MAX_QUANTITIES)}." for kept, labels in data.thinned.items()
     ]
-    return found
+    return data
 
 
-def _keys(table: pd.DataFrame, series: Sequence[Series], names: Sequence[str]) -> pd.DataFrame:
-    """Of each row of the table: the positions of its series and layer (-1: in no chart), its run,
+def _keys(table: pd.DataFrame, groups: Sequence[RunGroup], names: Sequence[str]) -> pd.DataFrame:
+    """Of each row of the table: the positions of its group and layer (-1: in no chart), its run,
     step and unit.
     """
-    import numpy as np
-    import pandas as pd
-
-    group_of = {run: position for position, one in enumerate(series) for run in one.runs}
-    groups = np.array(
-        [group_of.get(str(run), -1) for run in table["run"].cat.categories], dtype=np.int16
-    )
+    group_of = {run: position for position, group in enumerate(groups) for run in group.runs}
     layer_of = {name: position for position, name in enumerate(names)}
-    layers = np.array(
-        [layer_of.get(str(name), _NETWORK) for name in table["layer"].cat.categories],
-        dtype=np.int32,
-    )
-    group, layer = groups[table["run"].cat.codes], layers[table["layer"].cat.codes]
+    run, layer = table["run"].cat, table["layer"].cat
+    group = np.array([group_of.get(str(name), -1) for name in run.categories], np.int16)[run.codes]
+    place = [layer_of.get(str(name), _NETWORK) for name in layer.categories]
     # Examinations at equal loss are repeated over probes and dampings: they stand at no step of a
     # chart.
-    charted = (group >= 0) & (
-        table["exam_damping"].isna().to_numpy() if "exam_damping" in table else True
-    )
-    run = table["run"].cat.codes.to_numpy()
-    where = {
+    trained = table["exam_damping"].isna().to_numpy() if "exam_damping" in table else True
+    columns = {
         "group": group,
-        "layer": np.where(charted, layer, _NOWHERE),
-        "run": run,
+        "layer": np.where((group >= 0) & trained, np.array(place, np.int32)[layer.codes], _NOWHERE),
+        "run": run.codes.to_numpy(),
         "step": table["step"],
         "unit": table["unit"],
     }
-    return pd.DataFrame(where, copy=False)
+    return pd.DataFrame(columns, copy=False)
 
 
 def _values(
-    found: Reduced, column: pd.Series, keys: pd.DataFrame, where: pd.Series
+    data: ChartData, column: pd.Series, keys: pd.DataFrame, where: pd.Series
 ) -> pd.DataFrame:
     """The keys and the `value` of the rows that have one. Only these are copied: the table may fill
     the memory.
     """
-    import numpy as np
-
     rows = np.flatnonzero(where.to_numpy() & column.notna().to_numpy())
     values = column.to_numpy()[rows].astype(np.float64)
     finite = np.abs(values) < LARGEST
     if not finite.all():
-        found.left_out.append(
+        data.left_out.append(
             f"'{plain(column.name, 60)}': {(~finite).sum():,} of {len(values):,} values are "
             f"infinite or beyond {LARGEST:g}."
         )
@@ -172,177 +148,162 @@ def _values(
 # -- curves of the whole network -------------------------------------------------------------------
 
 
-def _add_curves(
-    found: Reduced, values: dict[str, pd.DataFrame], keys: pd.DataFrame, table: pd.DataFrame
-) -> None:
-    import numpy as np
-    import pandas as pd
-
-    values = {name: some for name, some in values.items() if len(some)}
-    parts = {
-        name: (match[2], match[1]) if (match := _SPLIT.fullmatch(name)) else (name, "")
-        for name in values
-    }
-    names = list(dict.fromkeys(metric for metric, _ in parts.values()))
-    names.sort(key=lambda name: ["loss", "error"].index(name) if name in ("loss", "error") else 2)
-    names = _first(found, names, "quantities of the whole network")
-    found.metrics = told_apart([plain(name, 60) for name in names])
-    most = max(2, min(POINTS_A_CURVE, MOST_POINTS // max(1, len(values) * len(found.series))))
-    epochs = _epochs(table, keys)
+def _add_curves(data: ChartData, values: dict[str, pd.DataFrame], epochs: dict[Any, Any]) -> None:
+    values = {name: rows for name, rows in values.items() if len(rows)}
+    splits = {name: _SPLIT.fullmatch(name) for name in values}
+    parts = {name: (split[2], split[1]) if split else (name, "") for name, split in splits.items()}
+    metrics = dict.fromkeys(metric for metric, _ in parts.values())
+    names = sorted(metrics, key=lambda name: {"loss": 0, "error": 1}.get(name, 2))
+    names = _first(data, names, "quantities of the whole network")
+    data.metrics = distinct([plain(name, 60) for name in names])
+    curves = len(values) * len(data.groups)
+    most = max(2, min(MAX_POINTS_PER_CURVE, MAX_POINTS // max(1, curves)))
     for column, (metric, split) in parts.items():
-        if metric in names:
-            by_run = (
-                _thinned(found, values[column], most, plain(column, 60))
-                .groupby(["group", "step", "run"])["value"]
-                .mean()
-            )
-            logs = by_run.where(by_run > 0).map(np.log10)
-            lines = pd.concat(
-                [
-                    some.groupby(level=["group", "step"]).agg(["mean", "std"])
-                    for some in (by_run, logs)
-                ],
-                axis=1,
-            )
-            spreads = [[rounded(value, 4) for value in row] for row in lines.to_numpy()]
-            counts = by_run.groupby(level=["group", "step"]).size()
-            found.points += [
-                [
-                    names.index(metric),
-                    split,
-                    int(g),
-                    int(step),
-                    epochs.get((g, step)),
-                    *spread[:2],
-                    int(n),
-                    *spread[2:],
-                ]
-                for (g, step), n, spread in zip(lines.index, counts, spreads, strict=True)
-            ]
+        if metric not in names:
+            continue
+        rows = _thinned(data, values[column], most, plain(column, 60))
+        by_run = rows.groupby(["group", "step", "run"])["value"].mean()
+        scales = [by_run, by_run.where(by_run > 0).map(np.log10)]
+        grouped = [scale.groupby(level=["group", "step"]) for scale in scales]
+        lines = pd.concat([runs.agg(["mean", "std"]) for runs in grouped], axis=1)
+        for (g, step), n, line in zip(
+            lines.index, grouped[0].size(), lines.to_numpy(), strict=True
+        ):
+            mean, sd, log, log_sd = (rounded(value, 4) for value in line)
+            place = (names.index(metric), split, int(g), int(step), epochs.get((g, step)))
+            data.points.append(Point(*place, mean, sd, int(n), log, log_sd))
 
 
 def _epochs(table: pd.DataFrame, keys: pd.DataFrame) -> dict[Any, Any]:
+    """(group, step) → epoch, its median over runs."""
     if "epoch" not in table:
         return {}
     rows = keys[(keys["layer"] == _NETWORK) & table["epoch"].notna().to_numpy()]
-    medians = (
-        rows.assign(epoch=table["epoch"].to_numpy()[rows.index])
-        .groupby(["group", "step"])["epoch"]
-        .median()
-    )
+    rows = rows.assign(epoch=table["epoch"].to_numpy()[rows.index])
+    medians = rows.groupby(["group", "step"])["epoch"].median()
     return {key: rounded(epoch, 6) for key, epoch in medians.items()}
 
 
-# -- layers and units ------------------------------------------------------------------------------
+# -- cells of layers and steps ---------------------------------------------------------------------
 
 
-def _add_cells(found: Reduced, values: dict[str, pd.DataFrame]) -> None:
-    import numpy as np
-
-    columns = _first(
-        found, [name for name, some in values.items() if len(some)], "quantities of layers"
-    )
+def _add_cells(data: ChartData, values: dict[str, pd.DataFrame]) -> None:
+    measured = [name for name, rows in values.items() if len(rows)]
+    columns = _first(data, measured, "quantities of layers")
     layers = {
-        column: even(np.unique(values[column]["layer"]).tolist(), MOST_LAYERS) for column in columns
+        column: evenly_spaced(np.unique(values[column]["layer"]).tolist(), MAX_LAYERS)
+        for column in columns
     }
-    cells_a_step = sum(len(some) + 1 for some in layers.values()) * len(found.series)
-    most = max(1, min(MOST_STEPS, MOST_CELLS // max(1, cells_a_step)))
-    found.quantities = told_apart([plain(name, 60) for name in columns])
-    for position, (column, label) in enumerate(zip(columns, found.quantities, strict=True)):
+    cells_a_step = sum(len(chosen) + 1 for chosen in layers.values()) * len(data.groups)
+    most = max(1, min(MAX_STEPS, MAX_CELLS // max(1, cells_a_step)))
+    data.quantities = distinct([plain(name, 60) for name in columns])
+    for position, (column, label) in enumerate(zip(columns, data.quantities, strict=True)):
         rows = values[column]
         of_units = rows["unit"] >= 0
         if of_units.any() and not of_units.all():
-            found.thinned.setdefault(
-                "Values of whole layers, of what was measured of units, too", []
-            ).append(label)
+            shown = "Values of whole layers, where units were measured, too"
+            data.thinned.setdefault(shown, []).append(label)
             rows = rows[of_units]
-        if (measured := rows["layer"].nunique()) > MOST_LAYERS:
-            found.thinned.setdefault(
-                f"{MOST_LAYERS} of {measured:,} layers, evenly chosen", []
-            ).append(label)
-        rows = _thinned(found, rows[rows["layer"].isin(layers[column])], most, label)
-        each = _cells(rows, position)
-        means = np.array([cell[6] for cell in each])
+        if (count := rows["layer"].nunique()) > MAX_LAYERS:
+            shown = f"{MAX_LAYERS} of {count:,} layers, evenly chosen"
+            data.thinned.setdefault(shown, []).append(label)
+        rows = _thinned(data, rows[rows["layer"].isin(layers[column])], most, label)
+        cells = _cells(rows, position)
+        means = np.array([cell.mean for cell in cells])
+        least, greatest = (float(limit) for limit in np.quantile(means, [0.02, 0.98]))
         small = np.quantile(np.abs(means[means != 0]), 0.1) if means.any() else 1.0
-        found.ranges.append(
-            (*(float(limit) for limit in np.quantile(means, [0.02, 0.98])), float(small))
-        )
-        found.cells += each + _cells(rows.assign(layer=ALL_LAYERS), position)
+        data.ranges.append((least, greatest, float(small)))
+        data.cells += cells + _cells(rows.assign(layer=ALL_LAYERS), position)
 
 
-def _cells(rows: pd.DataFrame, quantity: int) -> list[list[Any]]:
-    import numpy as np
-
+def _cells(rows: pd.DataFrame, quantity: int) -> list[Cell]:
     keys = ["group", "layer", "step"]
-    over_runs = (
-        rows.groupby([*keys, "run"])["value"]
-        .median()
-        .groupby(level=keys)
-        .agg(["mean", "std", "count"])
-    )
+    medians = rows.groupby([*keys, "run"])["value"].median()
+    over_runs = medians.groupby(level=keys).agg(["mean", "std", "count"])
     pooled = rows.groupby(keys)["value"]
-    percentiles, sizes = pooled.quantile([level / 100 for level in LEVELS]).unstack(), pooled.size()
-    limits = (
-        ends(percentiles.set_axis(list(LEVELS), axis=1), DRAWN, keys[1:])
-        .map(rounded, digits=3)
-        .to_numpy(float)
-    )
+    percentiles = pooled.quantile([level / 100 for level in LEVELS]).unstack()
+    limits = axis_limits(percentiles.set_axis(list(LEVELS), axis=1), DRAWN, keys[1:])
+    limits = limits.map(rounded, digits=3).to_numpy(float)
     place, value = pooled.ngroup().to_numpy(), rows["value"].to_numpy()
-    beyond = np.bincount(
-        place, (value < limits[place, 0]) | (value > limits[place, 1]), len(limits)
+    outside = (value < limits[place, 0]) | (value > limits[place, 1])
+    cells = zip(
+        over_runs.index,
+        pooled.size(),
+        over_runs.to_numpy(),
+        percentiles.to_numpy(),
+        limits,
+        np.bincount(place, outside, len(limits)),
+        strict=True,
     )
     return [
-        [
-            quantity, int(g), int(layer), int(step), int(n), int(runs), rounded(mean, 4), rounded(sd, 3),
-            [rounded(x, 3) for x in some], rounded(low, 3), rounded(high, 3), int(out),
-        ]
-        for (g, layer, step), n, (mean, sd, runs), some, (low, high), out in zip(
-            over_runs.index, sizes, over_runs.to_numpy(), percentiles.to_numpy(), limits, beyond, strict=True
+        Cell(
+            q=quantity,
+            g=int(group),
+            l=int(layer),
+            s=int(step),
+            n=int(n),
+            runs=int(runs),
+            mean=rounded(mean, 4),
+            sd=rounded(sd, 3),
+            d=[rounded(value, 3) for value in levels],
+            low=rounded(low, 3),
+            high=rounded(high, 3),
+            beyond=int(beyond),
         )
-    ]  # fmt: skip
+        for (group, layer, step), n, (mean, sd, runs), levels, (low, high), beyond in cells
+    ]
 
 
-def _first(found: Reduced, names: list[str], what: str) -> list[str]:
-    if len(names) > MOST_QUANTITIES:
-        found.left_out.append(
-            f"{len(names) - MOST_QUANTITIES} of {len(names)} {what}: "
-            f"{listed(names[MOST_QUANTITIES:])}."
+# -- as many values as a page can hold -------------------------------------------------------------
+
+
+def _first(data: ChartData, names: list[str], kind: str) -> list[str]:
+    if len(names) > MAX_QUANTITIES:
+        data.left_out.append(
+            f"{len(names) - MAX_QUANTITIES} of {len(names)} {kind}: "
+            f"{listed(names[MAX_QUANTITIES:])}."
         )
-    return names[:MOST_QUANTITIES]
+    return names[:MAX_QUANTITIES]
 
 
-def _thinned(found: Reduced, values: pd.DataFrame, most: int, what: str) -> pd.DataFrame:
-    """Evenly chosen steps of each series, the first and the last among them."""
-    import pandas as pd
-
-    steps = {group: some.unique() for group, some in values.groupby("group")["step"]}
-    if not any(len(some) > most for some in steps.values()):
+def _thinned(data: ChartData, values: pd.DataFrame, most: int, label: str) -> pd.DataFrame:
+    """The rows of `most` steps of each group, evenly chosen."""
+    steps = {group: measured.unique() for group, measured in values.groupby("group")["step"]}
+    longest = max(map(len, steps.values()), default=0)
+    if longest <= most:
         return values
-    how = f"{most} of {max(map(len, steps.values())):,} measured steps, evenly chosen"
-    found.thinned.setdefault(how, []).append(what)
+    shown = f"{most} of {longest:,} measured steps, evenly chosen"
+    data.thinned.setdefault(shown, []).append(label)
     kept = [
-        values.loc[(values["group"] == group) & values["step"].isin(even(sorted(some), most))]
-        for group, some in steps.items()
+        values.loc[
+            (values["group"] == group) & values["step"].isin(evenly_spaced(sorted(measured), most))
+        ]
+        for group, measured in steps.items()
     ]
     return pd.concat(kept)
 
 
-# -- many values → as many as a page can hold --------------------------------------------------
+def evenly_spaced(values: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most so many of the values, the last always and the first from two on.
 
-
-def even(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly, with the last and (from two on) the first."""
+    >>> evenly_spaced(range(101), 5)
+    [0, 25, 50, 75, 100]
+    """
     if len(values) <= most:
         return list(values)
-    gaps = max(1, most - 1)
-    return (
-        [values[-1]]
-        if most == 1
-        else [values[round(i * (len(values) - 1) / gaps)] for i in range(most)]
-    )
+    if most == 1:
+        return [values[-1]]
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def rounded(value: Any, digits: int) -> float | int | None:
+    """Returns a number with so many significant digits, as short JSON has it.
+
+    Whole numbers become integers; None and NaN become None, which JSON writes as ``null``.
+
+    >>> rounded(0.123456, 3), rounded(2.0001, 3), rounded(float("nan"), 3)
+    (0.123, 2, None)
+    """
     if value is None or value != value:
         return None
     short = float(f"{value:.{digits}g}")
@@ -350,11 +311,10 @@ def rounded(value: Any, digits: int) -> float | int | None:
 
 
 def by_depth(names: Sequence[str]) -> list[str]:
-    """The names of layers as they lie in the network: words in the order in which they first occur,
-    numbers by size.
+    """Returns the names of layers in the order in which they lie in the network.
 
-    Those of weight layers and of activations are recorded one behind the other, each in their own
-    order.
+    Words keep the order in which they first occur, numbers are sorted by size. The table alone does
+    not tell: it holds weight layers and activations one behind the other, each in their own order.
 
     >>> by_depth(["features.0", "features.10", "classifier.1", "features.1", "classifier.0"])
     ['features.0', 'features.1', 'features.10', 'classifier.0', 'classifier.1']
@@ -372,26 +332,29 @@ def by_depth(names: Sequence[str]) -> list[str]:
     )
 
 
-def ends(percentiles: pd.DataFrame, drawn: Sequence[int], within: Sequence[str]) -> pd.DataFrame:
-    """Where an axis begins and ends that one long tail may not stretch: the outermost of the
-    `drawn` percentiles inside of any fence.
+def axis_limits(
+    percentiles: pd.DataFrame, drawn: Sequence[int], within: Sequence[str]
+) -> pd.DataFrame:
+    """Returns where an axis begins and ends, so that one long tail does not stretch it.
+
+    The limits are the outermost of the ``drawn`` percentiles that lie inside of any fence, which
+    stands `_FENCE` quartile distances beyond the quartiles of one distribution.
 
     Args:
-        percentiles: a row per distribution, a column per percentile, 25 and 75 among them.
-        drawn: which of them are in the chart; the other half of each pair is 100 minus it.
-        within: levels of the index; rows that are equal in these share an axis.
+        percentiles: A row per distribution, a column per percentile, 25 and 75 among them.
+        drawn: The percentiles in the chart; the other half of each pair is 100 minus it.
+        within: Levels of the index; rows that are equal in these share an axis.
 
     Returns:
         Columns ``low`` and ``high``, for each row.
     """
     spread = percentiles[75] - percentiles[25]
+    # Where half of the units are dead, the quartiles are equal: a wider pair takes their place.
     for low in sorted((level for level in drawn if level < 25), reverse=True):
-        spread = spread.where(
-            spread > 0, percentiles[100 - low] - percentiles[low]
-        )  # of half of the units dead, the quartiles are equal
+        spread = spread.where(spread > 0, percentiles[100 - low] - percentiles[low])
     least = (percentiles[25] - _FENCE * spread).groupby(level=within).transform("min")
-    most = (percentiles[75] + _FENCE * spread).groupby(level=within).transform("max")
-    shown = percentiles[list(drawn)]
-    shown = shown.where(shown.ge(least, axis=0) & shown.le(most, axis=0))
-    found = shown.min(axis=1).to_frame("low").assign(high=shown.max(axis=1)).groupby(level=within)
-    return found["low"].transform("min").to_frame("low").assign(high=found["high"].transform("max"))
+    greatest = (percentiles[75] + _FENCE * spread).groupby(level=within).transform("max")
+    values = percentiles[list(drawn)]
+    inside = values.where(values.ge(least, axis=0) & values.le(greatest, axis=0))
+    low, high = inside.min(axis=1).groupby(level=within), inside.max(axis=1).groupby(level=within)
+    return pd.DataFrame({"low": low.transform("min"), "high": high.transform("max")})

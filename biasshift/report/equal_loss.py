@@ -1,22 +1,20 @@
-"""The examinations at equal training loss: they stand at no step of a chart, so here they are in
-numbers.
+"""The section about examinations at equal training loss.
+
+They stand at no step of a chart, so here are their numbers, in one table for each quantity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from biasshift.analysis.formatting import QUANTITIES, mean_and_sd
 from biasshift.analysis.per_run import REFERENCE_DAMPING
-from biasshift.report.downsample import LARGEST, by_depth, even
-from biasshift.report.groups import MOST_SERIES, Series
-from biasshift.report.html import escaped, faint, folded, listed, number, plain, table, told_apart
+from biasshift.report.downsample import LARGEST, by_depth, evenly_spaced
+from biasshift.report.groups import MAX_GROUPS, RunGroup
+from biasshift.report.html import details, distinct, escaped, listed, note, number, plain, table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MOST_LAYERS, MOST_QUANTITIES = 32, 20
+MAX_LAYERS, MAX_QUANTITIES = 32, 20
 _PLAIN = (1e-2, 1e6)  # sizes that need no powers of ten
 _KEYS = ("exam_probe", "exam_damping")
 _NAMES = QUANTITIES | {
@@ -24,89 +22,82 @@ _NAMES = QUANTITIES | {
     "exam_mean_in_abs": "|mean incoming activation|, mean",
     "exam_loss": "training loss",
 }
-_ALL = "all layers"
-_FIRST = QUANTITIES["exam_gap_degrees"]  # open from the beginning
+_OPENED = QUANTITIES["exam_gap_degrees"]  # the table that is open from the beginning
 
 
-def equal_loss_part(
-    runs: pd.DataFrame, options: Container[str], series: Sequence[Series], left_out: list[str]
+def equal_loss_section(
+    runs: pd.DataFrame, options: Container[str], groups: Sequence[RunGroup], left_out: list[str]
 ) -> str:
-    """One table per quantity: a row per layer, a column per series, mean ± SD over runs. Empty
-    where nothing was examined.
+    """Returns one table per quantity: a row per layer, a column per group, mean ± SD over runs.
+
+    The numbers are those at one damping, averaged over the probes. Where nothing was examined there
+    is no section, and the text is empty.
 
     Args:
-        options: columns that are no quantities.
-        left_out: what is not in the tables is added to it.
+        runs: The rows of `biasshift.runs.reader.read_runs`.
+        options: The columns that are no quantities.
+        groups: The groups of runs; those that the charts show come first.
+        left_out: Gets a sentence about everything that is not in the tables.
     """
-    import pandas as pd
-
     rows: Any = runs[runs["exam_damping"].notna()] if "exam_damping" in runs else runs[:0]
     if not len(rows):
         return ""
-    there = set(rows["run"].astype(str).unique())
-    examined = sorted(
-        (one for one in series if there & set(one.runs)), key=lambda one: not one.shown
-    )
-    if len(examined) > MOST_SERIES:
+    measured = set(rows["run"].astype(str).unique())
+    examined = [group for group in groups if measured & set(group.runs)]
+    examined.sort(key=lambda group: not group.shown)
+    if len(examined) > MAX_GROUPS:
         left_out.append(
             "Examinations at equal training loss of "
-            f"{listed(one.label for one in examined[MOST_SERIES:])}."
+            f"{listed(group.label for group in examined[MAX_GROUPS:])}."
         )
-    labels = {run: one.label for one in examined[:MOST_SERIES] for run in one.runs}
+    labels = {run: group.label for group in examined[:MAX_GROUPS] for run in group.runs}
     rows = rows[rows["run"].isin(labels)]
     damping = _damping(rows, left_out)
     rows = rows[rows["exam_damping"] == damping].assign(exam_step=rows["step"])
     names = [
         name
         for name in rows
-        if str(name).startswith("exam_") and name not in _KEYS and name not in options
+        if str(name).startswith("exam_")
+        and not (name in _KEYS or name in options)
+        and pd.api.types.is_numeric_dtype(rows[name])
+        and rows[name].notna().any()
     ]
-    names = [
-        name
-        for name in names
-        if pd.api.types.is_numeric_dtype(rows[name]) and rows[name].notna().any()
-    ]
-    if len(names) > MOST_QUANTITIES:
+    if len(names) > MAX_QUANTITIES:
         left_out.append(
-            f"At equal training loss, {len(names) - MOST_QUANTITIES} quantities: "
-            f"{listed(names[MOST_QUANTITIES:])}."
+            f"At equal training loss, {len(names) - MAX_QUANTITIES} quantities: "
+            f"{listed(names[MAX_QUANTITIES:])}."
         )
-        names = names[:MOST_QUANTITIES]
+        names = names[:MAX_QUANTITIES]
     values: Any = rows[names].astype(float)
-    each: Any = (
-        values.where(values.abs() < LARGEST)
-        .groupby([rows["run"].astype(str), rows["layer"].astype(str)])
-        .mean()
-    )
-    layers = by_depth(list(dict.fromkeys(each.index.get_level_values("layer"))))
-    if len(layers) > MOST_LAYERS:
+    by = [rows["run"].astype(str), rows["layer"].astype(str)]
+    means: Any = values.where(values.abs() < LARGEST).groupby(by).mean()
+    layers = by_depth(list(dict.fromkeys(means.index.get_level_values("layer"))))
+    if len(layers) > MAX_LAYERS:
         left_out.append(
-            f"At equal training loss, {MOST_LAYERS} of {len(layers)} layers are shown, evenly "
+            f"At equal training loss, {MAX_LAYERS} of {len(layers)} layers are shown, evenly "
             "chosen."
         )
-    titles = told_apart(
-        [
-            plain(_NAMES.get(name, name.removeprefix("exam_").replace("_", " ")), 60)
-            for name in names
-        ]
+        layers = evenly_spaced(layers, MAX_LAYERS)
+    unnamed = {name: name.removeprefix("exam_").replace("_", " ") for name in names}
+    titles = distinct([plain(_NAMES.get(name, unnamed[name]), 60) for name in names])
+    how = note(
+        "Where each run first came down to the training loss at which all are compared; damping "
+        f"{damping:g}, mean over the probes, then mean ± SD over runs. Effective samples and "
+        "incoming activations are of all units, the others of those with enough effective samples."
     )
-    parts = [
-        _quantity(title, each[name], even(layers, MOST_LAYERS), labels)
+    return how + "".join(
+        _quantity_table(title, means[name], layers, labels)
         for name, title in zip(names, titles, strict=True)
-    ]
-    note = f"Where each run first came down to the training loss that all are compared at; damping {damping:g}, mean over the probes, "
-    note += "then mean ± SD over runs. "
-    note += "Effective samples and incoming activations are of all units, the others of those with enough effective samples."
-    return faint(note) + "".join(parts)
+    )
 
 
 def _damping(rows: Any, left_out: list[str]) -> float:
-    """The damping whose numbers are shown: the one of `biasshift.analysis.per_run`, where it was
-    tried.
+    """The damping whose numbers are shown: `REFERENCE_DAMPING` where it was tried, or else the
+    median.
     """
-    dampings = sorted(float(one) for one in rows["exam_damping"].unique())
+    dampings = sorted(float(value) for value in rows["exam_damping"].unique())
     chosen = REFERENCE_DAMPING if REFERENCE_DAMPING in dampings else dampings[len(dampings) // 2]
-    if others := [f"{one:g}" for one in dampings if one != chosen]:
+    if others := [f"{value:g}" for value in dampings if value != chosen]:
         left_out.append(
             f"Examinations at equal training loss with the dampings {listed(others)}: their table "
             f"is of {chosen:g}."
@@ -119,13 +110,15 @@ def _damping(rows: Any, left_out: list[str]) -> float:
     return chosen
 
 
-def _quantity(title: str, values: Any, layers: Sequence[str], labels: Mapping[str, str]) -> str:
+def _quantity_table(
+    title: str, values: Any, layers: Sequence[str], labels: Mapping[str, str]
+) -> str:
     """A table of one quantity; of a single row, where it is the same in all layers of a run."""
     by_run: Any = values.groupby(level="run")
     by_layer: Any = (
         values.unstack("layer")[list(layers)]
         if (by_run.nunique(dropna=False) > 1).any()
-        else by_run.first().to_frame(_ALL)
+        else by_run.first().to_frame("all layers")
     )
     columns: dict[str, list[str]] = {}
     for run, label in labels.items():
@@ -134,11 +127,11 @@ def _quantity(title: str, values: Any, layers: Sequence[str], labels: Mapping[st
     rows = [
         [
             ("", escaped(layer, 60)),
-            *(("number", _mean_and_sd(by_layer.loc[some, layer])) for some in columns.values()),
+            *(("number", _mean_and_sd(by_layer.loc[runs, layer])) for runs in columns.values()),
         ]
         for layer in by_layer
     ]
-    return folded(escaped(title), table(["layer", *columns], rows), opened=title == _FIRST)
+    return details(escaped(title), table(["layer", *columns], rows), opened=title == _OPENED)
 
 
 def _mean_and_sd(values: Any) -> str:
@@ -146,8 +139,5 @@ def _mean_and_sd(values: Any) -> str:
     if not len(values.dropna()) or size == 0 or _PLAIN[0] <= size < _PLAIN[1]:
         return escaped(mean_and_sd(values).replace("-", "−"))
     sd = f" ± {number(values.std(), 2)}" if values.count() > 1 else ""
-    return escaped(
-        number(values.mean())
-        + sd
-        + (f" (n = {values.count()})" if values.count() < len(values) else "")
-    )
+    some = f" (n = {values.count()})" if values.count() < len(values) else ""
+    return escaped(number(values.mean()) + sd + some)

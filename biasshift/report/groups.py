@@ -1,149 +1,141 @@
-"""Which runs are drawn as one line: those that differ in nothing but the seed. Where these are
-many, which lines are drawn.
-"""
+"""Which runs form one line of a chart: those that differ only in the seed.
 
-from __future__ import annotations
+Where there are more groups than a chart can hold, this file also chooses which are drawn.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from biasshift.analysis.grid import best_rate
 from biasshift.plots.theme import LOOKS, ON_DARK, OTHER_LOOKS
-from biasshift.report.html import number, plain, told_apart
+from biasshift.report.html import distinct, number, plain
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-MOST_SERIES = 12  # more lines cannot be told apart in one chart
-_ABOUT_THE_RUN = {
-    "run",
-    "state",
-    "last_step",
-    "started",
-    "updated",
-    "seed",
-    "activation",
-    "examined",
-}  # which says what was measured
-_NOTHING: dict[str, Any] = {
-    "constant": 0,
-    "batch_norm": False,
-}  # what is not added to a network is not said
-_PALEST = 0.65  # how far the last of several settings of one activation is mixed with the ground
+MAX_GROUPS = 12  # of more lines in one chart, the colors look alike
+# Columns of `run_states` that make no setting; "examined" says what was measured, not trained.
+_NO_OPTIONS = {"run", "state", "last_step", "started", "updated", "seed", "activation", "examined"}
+# What is not added to a network is not part of its label.
+_WITHOUT: dict[str, Any] = {"constant": 0, "batch_norm": False}
+_PALEST = 0.65  # how far the last of several groups of one activation is mixed with the background
 
 
 @dataclass(frozen=True)
-class Series:
+class RunGroup:
+    """Runs that differ only in the seed: one line of every chart.
+
+    Args:
+        label: The name of the activation, its setting and the number of runs; unique on the page.
+        setting: The options that differ from other groups of the same activation.
+        runs: Names of the runs.
+        color: The color of the line on a light page, "#rrggbb".
+        on_dark: Its color on a dark page.
+        shown: Whether the charts show it.
+    """
+
     label: str
-    setting: str  # what tells it from the other series of its activation
+    setting: str
     runs: tuple[str, ...]
     color: str
     on_dark: str
-    shown: bool = True  # in the charts
+    shown: bool = True
 
 
-def all_series(states: pd.DataFrame, losses: pd.Series | None = None) -> list[Series]:
-    """Groups the rows of `run_states` by activation and by every option in which runs of one
-    activation differ, but for the seed.
+def run_groups(states: pd.DataFrame, losses: pd.Series | None = None) -> list[RunGroup]:
+    """Groups runs by activation and by every option in which runs of one activation differ.
 
-    The hue is that of the activation; a further setting of the same activation is paler. The order
-    is that of the runs. Where there are more than `MOST_SERIES`, those at other than their best
-    learning rate are not shown, and the shown and largest come first.
+    The hue is that of the activation; a further setting of the same activation is paler. Up to
+    `MAX_GROUPS` groups are all shown, in the order of the runs. Of more, only those at their best
+    learning rate are shown; shown and large groups come first.
 
     Args:
-        losses: the training loss that each row of `states` ended with, NaN for a run that failed;
-            None shows every rate.
+        states: The table of `biasshift.runs.reader.run_states`, one row per run.
+        losses: The training loss that each run ended with, NaN for a run that failed. None keeps
+            every learning rate.
     """
     if "activation" not in states:
         states = states.assign(activation="")
-    states = states.assign(
-        activation=states["activation"]
-        .astype(object)
-        .where(states["activation"].notna(), "")
-        .astype(str)
-    )
-    options = _varying(states)
+    activation = states["activation"].astype(object)
+    states = states.assign(activation=activation.where(activation.notna(), "").astype(str))
+    options = _options_that_vary(states)
     by = states.groupby(["activation", *options], sort=False, observed=True, dropna=False)
-    groups = [(names, tuple(group["run"].astype(str))) for names, group in by]
-    shown = [True] * len(groups)
-    if len(groups) > MOST_SERIES:
+    keyed = [(key, tuple(rows["run"].astype(str))) for key, rows in by]
+    shown = [True] * len(keyed)
+    if len(keyed) > MAX_GROUPS:
         best = _at_best_rates(states, options, losses)
-        groups.sort(key=lambda group: (group[0] not in best, -len(group[1])))
-        shown = [names in best and place < MOST_SERIES for place, (names, _) in enumerate(groups)]
-    settings = [_setting(dict(zip(options, names[1:], strict=True))) for names, _ in groups]
-    labels = told_apart(
+        keyed.sort(key=lambda group: (group[0] not in best, -len(group[1])))
+        shown = [key in best and place < MAX_GROUPS for place, (key, _) in enumerate(keyed)]
+    settings = [_setting(dict(zip(options, key[1:], strict=True))) for key, _ in keyed]
+    labels = distinct(
         [
-            _label(names[0], setting, len(runs))
-            for (names, runs), setting in zip(groups, settings, strict=True)
+            _label(key[0], setting, len(runs))
+            for (key, runs), setting in zip(keyed, settings, strict=True)
         ]
     )
-    drawn = [names[0] for (names, _), one in zip(groups, shown, strict=True) if one]
-    sizes, hues = Counter(drawn), _hues(names[0] for names, _ in groups)
-    found, seen = [], Counter()
-    for (names, runs), setting, label, one in zip(groups, settings, labels, shown, strict=True):
-        share = _PALEST * min(1.0, seen[names[0]] / max(1, sizes[names[0]] - 1))
-        seen[names[0]] += 1
-        hue = hues[names[0]]
-        found.append(
-            Series(
-                label, setting, runs, _mixed(hue, 255, share), _mixed(ON_DARK[hue], 30, share), one
-            )
-        )
-    return found
+    hues = _hues(key[0] for key, _ in keyed)
+    drawn = Counter(key[0] for (key, _), visible in zip(keyed, shown, strict=True) if visible)
+    groups, before = [], Counter()
+    for (key, runs), setting, label, visible in zip(keyed, settings, labels, shown, strict=True):
+        name, hue = key[0], hues[key[0]]
+        share = _PALEST * min(1.0, before[name] / max(1, drawn[name] - 1))
+        before[name] += 1
+        color, on_dark = _mixed(hue, 255, share), _mixed(ON_DARK[hue], 30, share)
+        groups.append(RunGroup(label, setting, runs, color, on_dark, visible))
+    return groups
+
+
+def _options_that_vary(states: pd.DataFrame) -> list[str]:
+    groups = states.groupby("activation", observed=True)
+    return [
+        name
+        for name in states
+        if name not in _NO_OPTIONS and groups[name].nunique(dropna=False).max() > 1
+    ]
 
 
 def _at_best_rates(
     states: pd.DataFrame, options: list[str], losses: pd.Series | None
 ) -> set[tuple[Any, ...]]:
     """The groups at the learning rate that `biasshift.analysis.grid.RULE` chooses of those tried
-    for the network; all, where none was.
+    for the network; all groups where no rate was.
     """
-    import pandas as pd
-
     keys = ["activation", *options]
     rates = losses is not None and "lr" in options and pd.api.types.is_numeric_dtype(states["lr"])
-    others = [name for name in keys if name != "lr"] if rates else keys
-    found: set[tuple[Any, ...]] = set()
-    for _, group in states.assign(train_loss=losses).groupby(
-        others, sort=False, observed=True, dropna=False
-    ):
-        if rates and group["lr"].notna().all():
-            group = group.loc[group["lr"] == best_rate(group)]
-        found |= {
-            names for names, _ in group.groupby(keys, sort=False, observed=True, dropna=False)
-        }
-    return found
+    network = [name for name in keys if name != "lr"] if rates else keys
+    grouped = {"sort": False, "observed": True, "dropna": False}
+    best: set[tuple[Any, ...]] = set()
+    for _, rows in states.assign(train_loss=losses).groupby(network, **grouped):
+        if rates and rows["lr"].notna().all():
+            rows = rows.loc[rows["lr"] == best_rate(rows)]
+        best |= {key for key, _ in rows.groupby(keys, **grouped)}
+    return best
 
 
-def _varying(states: pd.DataFrame) -> list[str]:
-    names = [name for name in states if name not in _ABOUT_THE_RUN]
-    groups = states.groupby("activation", observed=True)
-    return [name for name in names if groups[name].nunique(dropna=False).max() > 1]
+# -- labels ----------------------------------------------------------------------------------------
 
 
 def _setting(options: dict[str, Any]) -> str:
     return ", ".join(
-        f"{plain(key, 40)} = {_option(value)}"
-        for key, value in options.items()
-        if _NOTHING.get(key) != value
+        f"{plain(name, 40)} = {_value(value)}"
+        for name, value in options.items()
+        if _WITHOUT.get(name) != value
     )
 
 
-def _option(value: Any) -> str:
-    return (
-        "–"
-        if value != value or value is None
-        else number(value)
-        if isinstance(value, float)
-        else plain(value, 40)
-    )
+def _value(value: Any) -> str:
+    if value is None or value != value:
+        return "–"
+    return number(value) if isinstance(value, float) else plain(value, 40)
 
 
 def _label(activation: str, setting: str, runs: int) -> str:
     name = LOOKS[activation].label if activation in LOOKS else plain(activation, 40)
     return f"{', '.join(filter(None, [name, plain(setting, 80)])) or 'all runs'} (n = {runs})"
+
+
+# -- colors ----------------------------------------------------------------------------------------
 
 
 def _hues(activations: Iterable[str]) -> dict[str, str]:
@@ -154,6 +146,7 @@ def _hues(activations: Iterable[str]) -> dict[str, str]:
     return {name: look.color for name, look in LOOKS.items()} | hues
 
 
-def _mixed(color: str, ground: int, share: float) -> str:
+def _mixed(color: str, background: int, share: float) -> str:
+    """A color with a share of gray: the level of its red, green and blue."""
     parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(part + share * (ground - part)):02x}" for part in parts)
+    return "#" + "".join(f"{round(part + share * (background - part)):02x}" for part in parts)

@@ -1,23 +1,30 @@
-"""Everything on the page: one HTML file that needs no network and trusts no text."""
-
-from __future__ import annotations
+"""The page as one HTML file that needs no network and trusts no text."""
 
 import base64
 import hashlib
 from importlib.resources import files
 from typing import Any
 
+import altair
+import vl_convert
+
 from biasshift.report.charts import charts, theme, variants
-from biasshift.report.downsample import ALL_LAYERS, CELL_COLUMNS, CURVE_COLUMNS, Reduced
+from biasshift.report.downsample import ALL_LAYERS, Cell, ChartData, Point
 from biasshift.report.html import as_json, escaped
 
 
-def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced) -> str:
-    """Returns the HTML. `sections` are (heading, HTML) behind which the charts' numbers and scripts
-    follow.
+def html_page(title: str, intro: str, sections: list[tuple[str, str]], data: ChartData) -> str:
+    """Returns the HTML of the whole page: sections, then the numbers of the charts, then scripts.
+
+    Args:
+        title: Text, not escaped yet.
+        intro: HTML that stands in front of the sections.
+        sections: Pairs of a heading, as text, and HTML.
+        data: What the charts show.
     """
-    scripts = [_vega(), files("biasshift.report").joinpath("page.js").read_text(encoding="utf-8")]
-    style = files("biasshift.report").joinpath("page.css").read_text(encoding="utf-8")
+    sources = files("biasshift.report")
+    style = sources.joinpath("page.css").read_text(encoding="utf-8")
+    scripts = [_vega(), sources.joinpath("page.js").read_text(encoding="utf-8")]
     numbered = [
         (f"part-{position}", escaped(heading), content)
         for position, (heading, content) in enumerate(sections)
@@ -32,8 +39,9 @@ def page(title: str, intro: str, sections: list[tuple[str, str]], found: Reduced
 <meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escaped(title)}</title><style>{style}</style></head>
-<body><main><h1>{escaped(title)}</h1>{intro}<nav>{links}</nav>{body}<noscript>The charts need JavaScript.</noscript></main>
-<script type="application/json" id="data">{as_json(_data(found))}</script>
+<body><main><h1>{escaped(title)}</h1>{intro}<nav>{links}</nav>{body}\
+<noscript>The charts need JavaScript.</noscript></main>
+<script type="application/json" id="data">{as_json(_data(data))}</script>
 <script>{scripts[0]}</script>
 <script>{scripts[1]}</script>
 </body></html>
@@ -44,46 +52,42 @@ def _policy(scripts: list[str]) -> str:
     """Nothing is loaded from anywhere, and no script runs but these two, whatever text slipped into
     the page.
     """
-    hashes = (
-        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
+    allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
 def _vega() -> str:
-    import altair
-    import vl_convert
-
+    """Vega, Vega-Lite and Vega-Embed, as JavaScript."""
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     return vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]: its stub forgets a default
 
 
-def _data(found: Reduced) -> dict[str, Any]:
-    measured: dict[int, dict[str, list[int]]] = {}
-    for position in range(len(found.quantities)):
-        cells = [cell for cell in found.cells if cell[0] == position]
-        layers = sorted({cell[2] for cell in cells} - {ALL_LAYERS})
-        measured[position] = {"layers": layers, "steps": sorted({cell[3] for cell in cells})}
+def _data(data: ChartData) -> dict[str, Any]:
+    measured = {}
+    for position in range(len(data.quantities)):
+        cells = [cell for cell in data.cells if cell.q == position]
+        layers = sorted({cell.l for cell in cells} - {ALL_LAYERS})
+        measured[position] = {"layers": layers, "steps": sorted({cell.s for cell in cells})}
+    tables = {
+        "cells": (Cell._fields, data.cells),
+        "curves": (Point._fields, data.points),
+        "labels": (["g", "label"], enumerate(group.label for group in data.groups)),
+        "layers": (["l", "layer"], enumerate(data.layers)),
+        "ranges": (
+            ["q", "least", "most", "small"],
+            ((i, *limits) for i, limits in enumerate(data.ranges)),
+        ),
+    }
     return {
-        "charts": charts(found),
-        "variants": variants(found),
-        "themes": {"light": theme(found, dark=False), "dark": theme(found, dark=True)},
+        "charts": charts(data),
+        "variants": variants(data),
+        "themes": {"light": theme(data, dark=False), "dark": theme(data, dark=True)},
         "measured": measured,
         "datasets": {
-            "cells": {"names": CELL_COLUMNS, "rows": found.cells},
-            "curves": {"names": CURVE_COLUMNS, "rows": found.points},
-            "labels": {
-                "names": ["g", "label"],
-                "rows": [[i, one.label] for i, one in enumerate(found.series)],
-            },
-            "layers": {
-                "names": ["l", "layer"],
-                "rows": [[i, name] for i, name in enumerate(found.layers)],
-            },
-            "ranges": {
-                "names": ["q", "least", "most", "small"],
-                "rows": [[i, *limits] for i, limits in enumerate(found.ranges)],
-            },
+            name: {"names": names, "rows": list(rows)} for name, (names, rows) in tables.items()
         },
     }

@@ -22,23 +22,23 @@ from biasshift.analysis.formatting import sentences
 from biasshift.analysis.verdicts import claims
 from biasshift.plots.theme import LOOKS, ON_DARK
 from biasshift.report import report
-from biasshift.report.claims_section import claims_part
+from biasshift.report.claims_section import claims_by_question
 from biasshift.report.downsample import (
     ALL_LAYERS,
-    CELL_COLUMNS,
-    CURVE_COLUMNS,
     DRAWN,
     LEVELS,
-    MOST_CELLS,
-    MOST_STEPS,
+    MAX_CELLS,
+    MAX_STEPS,
+    Cell,
+    Point,
     by_depth,
 )
-from biasshift.report.equal_loss import MOST_LAYERS
-from biasshift.report.html import as_json, escaped, plain, told_apart
+from biasshift.report.equal_loss import MAX_LAYERS
+from biasshift.report.html import as_json, escaped, plain, distinct
 from biasshift.runs.reader import read_runs
 from biasshift.runs.writer import Run
 
-MOST_BYTES = 5_000_000
+MAX_BYTES = 5_000_000
 HOSTILE = (
     "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 )
@@ -190,11 +190,8 @@ def test_a_quantity_of_whole_layers_is_spread_over_runs(small, page):
 
 def test_curves_are_mean_and_sd_over_runs(small, page):
     points, table = page.rows("curves"), read_runs(small, units=False)
-    assert (
-        set(points["metric"]) == {0, 1}
-        and list(points.columns) == CURVE_COLUMNS
-        and list(page.rows("cells")) == CELL_COLUMNS
-    )
+    assert set(points["metric"]) == {0, 1}
+    assert tuple(points.columns) == Point._fields and tuple(page.rows("cells")) == Cell._fields
     for metric, name in enumerate(("loss", "error")):
         for split in ("train", "valid"):
             wanted = table.loc[
@@ -353,7 +350,7 @@ def test_of_many_learning_rates_the_best_is_drawn(tmp_path):
     )
 
 
-def test_without_losses_as_many_groups_are_drawn_as_can_be_told_apart(tmp_path):
+def test_without_losses_as_many_groups_are_drawn_as_can_be_distinct(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(14):
         config = {"activation": "elu", "seed": 0, "lr": number + 1.0}
@@ -432,7 +429,7 @@ def test_options_of_odd_kinds_take_no_chart_away(tmp_path):
         write(tmp_path / "runs" / activation, config, rows)
     found = Page(report([tmp_path / "runs"], tmp_path / "a.html"))
     assert "heat" in found.data["charts"] and any(
-        "No verdicts. These runs' options" in text for text in found.text
+        "No verdicts. The options of these runs" in text for text in found.text
     )
 
 
@@ -524,7 +521,7 @@ def test_a_page_that_leaves_nothing_out_says_so_and_others_do_not(small, tmp_pat
     )
     assert (
         "Nothing: every" not in said
-        and "Values of whole layers, of what was measured of units, too: s." in said
+        and "Values of whole layers, where units were measured, too: s." in said
     )
 
 
@@ -545,7 +542,7 @@ def test_foreign_examinations_have_a_page(tmp_path, damping):
     )
     said = " ".join(found.text)
     assert (
-        len(found.table("x")) == MOST_LAYERS + 1
+        len(found.table("x")) == MAX_LAYERS + 1
         and "32 of 70 layers" in said
         and found.table("x")[-1] == ["l69", "–"]
     )
@@ -597,7 +594,7 @@ def planted_claims() -> pd.DataFrame:
 
 
 def test_a_claim_shows_the_p_that_its_verdict_goes_by():
-    rows = re.findall(r"<tr>(.*?)</tr>", claims_part(planted_claims(), []))
+    rows = re.findall(r"<tr>(.*?)</tr>", claims_by_question(planted_claims(), []))
     cells = [
         [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows
     ]
@@ -611,7 +608,7 @@ def test_a_claim_shows_the_p_that_its_verdict_goes_by():
 
 
 def test_claims_are_folded_by_question():
-    text = claims_part(planted_claims(), ["said"])
+    text = claims_by_question(planted_claims(), ["said"])
     questions = [
         re.findall(r">([^<>]+)<", line) for line in re.findall(r"<summary>(<b>.*?)</summary>", text)
     ]
@@ -778,7 +775,7 @@ def test_text_of_runs_makes_no_elements(hostile, page):
     assert (
         "\u202e" not in found.source
         and "\0" not in found.source
-        and hostile.stat().st_size < MOST_BYTES
+        and hostile.stat().st_size < MAX_BYTES
     )
 
 
@@ -797,7 +794,7 @@ def test_text_helpers():
     )
     assert escaped("<\"'&>") == "&lt;&quot;&#x27;&amp;&gt;"
     assert plain("a\ud800\x1bb\n") == "a\ufffd\ufffdb\n"
-    assert told_apart(["a", "a", "a #2", "a"]) == ["a", "a #2", "a #2 #2", "a #3"]
+    assert distinct(["a", "a", "a #2", "a"]) == ["a", "a #2", "a #2 #2", "a #3"]
 
 
 def test_the_page_loads_nothing_and_runs_its_own_scripts_only(page):
@@ -879,9 +876,9 @@ def test_200_runs_stay_small_and_quick(tmp_path):
     begun = time.process_time()  # not of the machine, which others may load
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     taken, found = time.process_time() - begun, Page(out)
-    assert out.stat().st_size < MOST_BYTES and taken < 90
+    assert out.stat().st_size < MAX_BYTES and taken < 90
     cells = found.rows("cells")
-    assert len(cells) <= MOST_CELLS and cells.groupby(["q", "g"])["s"].nunique().max() <= MOST_STEPS
+    assert len(cells) <= MAX_CELLS and cells.groupby(["q", "g"])["s"].nunique().max() <= MAX_STEPS
     # First and last stay, and the page says what went.
     assert set(cells.groupby(["q", "g"])["s"].min()) == {0} and set(
         cells.groupby(["q", "g"])["s"].max()
@@ -915,7 +912,7 @@ def test_the_worst_mixture_keeps_its_limits(tmp_path):
         )
     out = report([tmp_path / "runs"], tmp_path / "a.html")
     found = Page(out)
-    assert out.stat().st_size < MOST_BYTES and len(found.rows("cells")) <= MOST_CELLS
+    assert out.stat().st_size < MAX_BYTES and len(found.rows("cells")) <= MAX_CELLS
     assert len(found.options("quantity")) == 40 and "32 of 70 layers" in " ".join(found.text)
     assert all(
         count == 1
