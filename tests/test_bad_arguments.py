@@ -79,7 +79,7 @@ def cases() -> dict[str, tuple[str, str]]:
     optimizer = refused(bs.instrument, net(), optimizer="sgd", probe=(X, Y))
     found["instrument, optimizer: text"] = (
         optimizer,
-        "optimizer must be a torch.optim.Optimizer, .* got str",
+        "'optimizer' must be a torch.optim.Optimizer, .* got str",
     )
     for kind, runs in RUNS.items():
         found[f"claims: {kind}"] = (

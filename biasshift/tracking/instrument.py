@@ -1,4 +1,4 @@
-"""Watching somebody else's training loop: hooks on a model and its optimizer, and one tidy table."""
+"""Measurements during a training loop: hooks on a model and its optimizer, and one tidy table."""
 
 from collections.abc import Iterable
 
@@ -29,36 +29,40 @@ def instrument(
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     distributed: bool = False,
-) -> "ProbeLog | TrainingLog":
+) -> ProbeLog | TrainingLog:
     """Measures a model while somebody else's loop trains it; the loop stays as it is.
 
     With a probe, everything is measured on that fixed data in eval mode: on entry (step 0), and
     around every completed optimizer step that ``every`` divides. In between only a counter runs.
     Without a probe, the activation moments of the training batches themselves are added up on the
-    model's device, until `TrainingLog.flush`. The result is a context manager and a handle: leaving
-    the block, or ``remove()``, takes all hooks away, and the table stays readable.
-
-    Args:
-        optimizer: whose steps are counted. Needed with a probe.
-        probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels
-            need y.
-        every: steps between two measurements on the probe.
-        quantities: of ``"activations"``, ``"bias_shift"``, ``"fisher"``, ``"gap"``; by default all
-            with a probe, else the first.
-        layers: names, or a predicate ``(name, module) → bool``, of the weight layers and activation
-            modules in the table.
-        units: increasing indices of the units kept in weight layers, for all or per layer.
-        batch_size: examples per forward pass over the probe. The rest as in
-            `biasshift.unit_fisher`.
-        distributed: the probe is this process's share of one: what the processes of
-            ``torch.distributed`` measure is merged, and every one of them has the whole table. All
-            of them must make the log, and the steps.
-
-    Raises:
-        ValueError: for arguments that do not fit, or a layer that cannot be measured.
+    model's device, until `TrainingLog.flush`.
 
     Where training diverges and the outputs on the probe are no longer finite, a warning says so and
     Fisher and gap rows are left out.
+
+    Args:
+        model: The model, in training by the loop.
+        optimizer: The optimizer whose steps are counted. A probe needs one.
+        probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels
+            need y.
+        every: Steps between two measurements on the probe.
+        quantities: Of ``"activations"``, ``"bias_shift"``, ``"fisher"``, ``"gap"``; by default all
+            with a probe, else the first.
+        layers: Names, or a predicate ``(name, module) → bool``, of the weight layers and activation
+            modules in the table.
+        units: Increasing indices of the units kept in weight layers, for all or per layer.
+        batch_size: Examples per forward pass over the probe.
+        distributed: The probe is this process's share of one: what the processes of
+            ``torch.distributed`` measure is merged, and every one of them has the whole table. All
+            of them must make the log, and the steps.
+        likelihood, labels, damping, weight_sharing, generator: As in `biasshift.unit_fisher`.
+
+    Returns:
+        A context manager and a handle: leaving the block, or ``remove()``, takes all hooks off the
+        model and the optimizer. The table stays readable.
+
+    Raises:
+        ValueError: If arguments do not fit, or a layer cannot be measured.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -72,25 +76,26 @@ def instrument(
     [0, 2, 4]
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of steps ≥ 1, got {every!r}.")
-    _check_optimizer(optimizer)
+        raise ValueError(f"'every' must be a whole number of steps ≥ 1, got {every!r}.")
+    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+        raise ValueError(
+            "'optimizer' must be a torch.optim.Optimizer, whose steps are counted, got "
+            f"{type(optimizer).__name__}."
+        )
     wanted = _quantities(quantities, probe is not None)
     if probe is None:
         return TrainingLog(model, optimizer, layers)
     if optimizer is None:
         raise ValueError(
-            "A probe is measured around optimizer steps: give optimizer= too, or leave probe out."
+            "A probe is measured around optimizer steps. Give optimizer= too, or leave probe out."
         )
     x, y = probe if isinstance(probe, tuple) and len(probe) == 2 else (probe, None)
     x = rereadable(x)
-    if (
-        y is None
-        and isinstance(x, Tensor)
-        and ("gap" in wanted or ("fisher" in wanted and labels == "empirical"))
-    ):
+    needs_y = "gap" in wanted or ("fisher" in wanted and labels == "empirical")
+    if needs_y and y is None and isinstance(x, Tensor):
         raise ValueError(
-            '"gap" and empirical labels need the data\'s labels: give probe=(x, y), or other '
-            "quantities."
+            "Quantity 'gap' and empirical labels need the data's labels. Give probe=(x, y), or "
+            "other quantities."
         )
     options = Options(
         labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator
@@ -102,22 +107,13 @@ def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:
     if chosen is None:
         return QUANTITIES if probe else QUANTITIES[:1]
     wanted = (chosen,) if isinstance(chosen, str) else tuple(chosen)
-    unknown = [quantity for quantity in wanted if quantity not in QUANTITIES]
-    if unknown or not wanted:
+    if not wanted or not all(quantity in QUANTITIES for quantity in wanted):
         raise ValueError(
-            f"quantities must be some of {', '.join(map(repr, QUANTITIES))}, got {wanted!r}."
+            f"'quantities' must be some of {', '.join(map(repr, QUANTITIES))}, got {wanted!r}."
         )
     if not probe and wanted != QUANTITIES[:1]:
         raise ValueError(
-            f"Without a probe only 'activations' can be measured, got {wanted!r}: give probe=(x, "
-            "y) and optimizer=."
+            f"Without a probe only 'activations' can be measured, got {wanted!r}. Give "
+            "probe=(x, y) and optimizer=."
         )
     return wanted
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-        raise ValueError(
-            "optimizer must be a torch.optim.Optimizer, whose steps are counted, got "
-            f"{type(optimizer).__name__}."
-        )

@@ -1,12 +1,15 @@
-"""The two kinds of log: measurements on a fixed probe around optimizer steps, and moments of the
-training batches.
+"""The two logs of `instrument`: measurements on a fixed probe, and moments of training batches.
+
+`ProbeLog` measures a probe around the optimizer's steps. `TrainingLog` adds up what the model does
+on its training batches. Both come off the model when the block ends, and keep their table.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +40,11 @@ from biasshift.tracking.rows import (
     unit_rows,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
+LayerColumns = defaultdict[str, dict[str, Tensor]]  # layer → column → (units,)
 
 
 class Log:
-    """What both kinds of log share: hooks that come off, and the description of the layers."""
+    """What both logs share: hooks that come off, and the description of the layers."""
 
     def __init__(
         self,
@@ -64,45 +66,39 @@ class Log:
         self.remove()
 
     def remove(self) -> None:
-        """Takes all hooks away; the table stays readable. Calling it again does nothing."""
+        """Takes all hooks off; the table stays readable. Calling it again does nothing."""
         while self._handles:
             self._handles.pop().remove()
 
     @property
-    def layers(self) -> "pd.DataFrame":
-        """One row per layer: ``layer``, ``kind``, ``units``, ``fed_by`` (the module whose output it
-        reads, or ""), ``inputs``.
+    def layers(self) -> pd.DataFrame:
+        """One row per layer: ``layer``, ``kind``, ``units``, ``fed_by``, ``inputs``.
+
+        ``fed_by`` is the module whose output the layer reads, or "". ``inputs`` is 0 for an
+        activation module.
         """
-        import pandas as pd
-
         feeding = self._feeding
-        names = [
-            name for name in feeding.kinds_of if name in self.weights or name in self.activations
+        rows = [
+            (name, kind, self._unit_count(name), feeding.fed_by[name], feeding.inputs.get(name, 0))
+            for name, kind in feeding.kinds_of.items()
+            if name in self.weights or name in self.activations
         ]
-        return pd.DataFrame(
-            {
-                "layer": names,
-                "kind": [feeding.kinds_of[name] for name in names],
-                "units": [self._units(name) for name in names],
-                "fed_by": [feeding.fed_by[name] for name in names],
-                "inputs": [feeding.inputs.get(name, 0) for name in names],
-            }
-        )
+        return pd.DataFrame(rows, columns=["layer", "kind", "units", "fed_by", "inputs"])
 
-    def _units(self, name: str) -> int:
-        return self._feeding.units.get(name) or next(
-            (len(m.mean) for n, m in self._moments().items() if n.split("#")[0] == name), 0
-        )
+    def _unit_count(self, name: str) -> int:
+        moments = (m for call, m in self._moments().items() if call.split("#")[0] == name)
+        return self._feeding.units.get(name) or next((len(m.mean) for m in moments), 0)
 
     def _moments(self) -> dict[str, ActivationMoments]:
         raise NotImplementedError
 
-    def _watched(self) -> dict[str, nn.Module]:
-        return {**self.weights, **self.activations}
-
 
 class ProbeLog(Log):
-    """Measurements on a fixed probe around the optimizer's steps."""
+    """Measurements on a fixed probe around the optimizer's steps.
+
+    Made by `biasshift.instrument`. The step to come is measured where ``every`` divides its number:
+    mean net inputs and gradients before it, and everything else after it.
+    """
 
     def __init__(
         self,
@@ -115,53 +111,54 @@ class ProbeLog(Log):
         options: Options,
         distributed: bool = False,
     ):
-        super().__init__(
-            model, optimizer, options.layers, measure_weights=quantities != ("activations",)
-        )
+        measure_weights = quantities != ("activations",)
+        super().__init__(model, optimizer, options.layers, measure_weights)
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
         self._merging = distributed and is_distributed()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
         self._foreseen: dict[str, Foreseen] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
-        self._see_layers(options.batch_size)
+        self._run_one_example(options.batch_size)
         self.weights = {
             name: module for name, module in self.weights.items() if name in self._feeding.kinds_of
         }
         self.options = replace(options, layers=list(self.weights))
-        self._measure({})
+        self._measure(defaultdict(dict))
         self._handles += [
-            optimizer.register_step_pre_hook(self._on_step),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def table(self) -> "pd.DataFrame":
-        """All rows since the last flush: (step, layer, unit) and every quantity, NaN where a row
-        has none.
+    def table(self) -> pd.DataFrame:
+        """Returns all rows since the last `flush`: (step, layer, unit) and every quantity.
+
+        Values of a whole layer stand on ``unit = −1``. A quantity is NaN where a row has none, as
+        the mean activation of a weight layer.
         """
         return tidy(self._frames)
 
-    def flush(self) -> "pd.DataFrame":
-        """The table, whose rows are then forgotten: for runs whose table would outgrow the memory."""
+    def flush(self) -> pd.DataFrame:
+        """Returns the table and forgets its rows, for runs whose table would outgrow the memory."""
         table, self._frames = self.table(), []
         return table
-
-    def _see_layers(self, batch_size: int | None) -> None:
-        """One example through the model: who feeds whom, and which layers take part at all."""
-        with (
-            undisturbed(self.model, evaluate=True),
-            output_hooks(self._watched(), self._feeding.record),
-        ):
-            first, _ = next(batches(self.model, self.x, None, batch_size))
-            self.model(first[:1])
-        self._feeding.finish()
 
     @property
     def due(self) -> bool:
         """Whether the next step is measured."""
         return (self.step + 1) % self.every == 0
 
-    def _on_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _run_one_example(self, batch_size: int | None) -> None:
+        """Which layers feed which, and which take part at all."""
+        watched: dict[str, nn.Module] = {**self.weights, **self.activations}
+        with undisturbed(self.model, evaluate=True), output_hooks(watched, self._feeding.record):
+            first, _ = next(batches(self.model, self.x, None, batch_size))
+            self.model(first[:1])
+        self._feeding.finish()
+
+    # -- around a step -----------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._before, self._foreseen = None, {}
         if not self.weights or not self.due or _skipped(optimizer):
             return
@@ -173,21 +170,14 @@ class ProbeLog(Log):
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if _skipped(optimizer):
             return
-        due = self.due
-        self.step += 1
+        due, self.step = self.due, self.step + 1
         if due:
-            columns: dict[str, dict[str, Tensor]] = {}
-            if self._before is not None:
-                shifts = compare(self._before, self._net_means())
-                columns = {
-                    name: dict(shift_columns(shift, self._units_of(name)))
-                    for name, shift in shifts.items()
-                }
+            columns: LayerColumns = defaultdict(dict)
+            shifts = {} if self._before is None else compare(self._before, self._net_means())
+            for name, shift in shifts.items():
+                columns[name].update(shift_columns(shift, self._units(name)))
             for name, foreseen in self._foreseen.items():
-                columns[name] = {
-                    **columns.get(name, {}),
-                    **foreseen.columns(self._kept(name, unit_weights(self.weights[name]))),
-                }
+                columns[name].update(foreseen.columns(self._weights_of_units(name)))
             self._before, self._foreseen = None, {}
             self._measure(columns)
 
@@ -198,36 +188,33 @@ class ProbeLog(Log):
         of it: with F before the step.
         """
         gradients = used_gradients(optimizer, self.weights, args, kwargs)
-        if (
-            not gradients and not self._merging
-        ):  # other processes may have some, and wait for this one
+        # Other processes may have some, and wait for this one.
+        if not gradients and not self._merging:
             return {}
+        generator = self.options.generator
+        if generator is not None:  # one that draws the same: labels after the step stay as they are
+            generator = torch.Generator(generator.device).set_state(generator.get_state())
         try:
             with undisturbed(self.model, evaluate=True):
-                measured = self._fishers(
-                    replace(self.options, generator=_copied(self.options.generator))
-                )
+                measured = self._measured(replace(self.options, generator=generator))
                 return {
                     name: Foreseen.of(
-                        measured[name].fisher,
-                        self._kept(name, g),
-                        self._kept(name, unit_weights(self.weights[name])),
+                        measured[name].fisher, self._kept(name, g), self._weights_of_units(name)
                     )
                     for name, g in gradients.items()
                 }
-        except NonFiniteOutputs:  # which the measurement after the step says
-            return {}
         except ValueError as error:
-            warnings.warn(
-                f"Step {self.step + 1}: {error} What its gradient would shift is left out.",
-                stacklevel=2,
-            )
+            if not isinstance(error, NonFiniteOutputs):  # of which the measurement afterwards warns
+                warnings.warn(
+                    f"{error} What the gradient of step {self.step + 1} would shift is left out.",
+                    stacklevel=2,
+                )
             return {}
 
-    def _measure(self, columns: dict) -> None:
-        """Everything at the present step, as rows: ``columns`` holds the bias shifts, layer by
-        layer.
-        """
+    # -- measurements at the present step ----------------------------------------------------------
+
+    def _measure(self, columns: LayerColumns) -> None:
+        """Everything at the present step, as rows: ``columns`` holds the bias shifts."""
         frames = []
         with undisturbed(self.model, evaluate=True):
             if "activations" in self.quantities:
@@ -237,136 +224,138 @@ class ProbeLog(Log):
                     layers=list(self.activations),
                     batch_size=self.options.batch_size,
                 )
-                self._last_moments = (
-                    all_reduce.merged_moments(moments) if self._merging else moments
-                )
+                if self._merging:
+                    moments = all_reduce.merged_moments(moments)
+                self._last_moments = moments
                 frames += [
-                    unit_rows(self.step, name, activation_columns(moments))
-                    for name, moments in self._last_moments.items()
+                    unit_rows(self.step, name, activation_columns(m)) for name, m in moments.items()
                 ]
-            if self.weights and ("fisher" in self.quantities or "gap" in self.quantities):
-                measured = self._measure_fishers()
-                if "fisher" in self.quantities:
-                    for name, layer in measured.items():
-                        columns[name] = {**columns.get(name, {}), **fisher_columns(layer.fisher)}
-                if "gap" in self.quantities:
-                    for name, layer in measured.items():
+            if self.weights and {"fisher", "gap"} & set(self.quantities):
+                for name, layer in self._measured_or_none().items():
+                    if "fisher" in self.quantities:
+                        columns[name].update(fisher_columns(layer.fisher))
+                    if "gap" in self.quantities:
                         frames.append(layer_row(self.step, name, gap(layer)))
-        frames += [
-            unit_rows(self.step, name, columns[name], self._units_of(name))
-            for name in self.weights
-            if columns.get(name)
-        ]
         self._frames += frames
+        self._frames += [
+            unit_rows(self.step, name, columns[name], self._units(name))
+            for name in self.weights
+            if name in columns
+        ]
+
+    def _measured_or_none(self) -> dict[str, Measured]:
+        """A diverged network has no Fisher matrices; that is no reason to end the training."""
+        try:
+            return self._measured(self.options, gradient="gap" in self.quantities)
+        except NonFiniteOutputs as error:
+            warnings.warn(
+                f"{error} No Fisher and gap rows are written for step {self.step}.", stacklevel=2
+            )
+            return {}
+
+    def _measured(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
+        measured = measure(self.model, self.x, self.y, options, gradient)
+        return all_reduce.merged_measurements(measured) if self._merging else measured
 
     def _net_means(self) -> dict[str, NetMeans]:
         means = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
         return all_reduce.merged_means(means) if self._merging else means
 
-    def _measure_fishers(self) -> dict[str, Measured]:
-        """A diverged network has no Fisher matrices; that is no reason to end somebody's training."""
-        try:
-            return self._fishers(self.options, gradient="gap" in self.quantities)
-        except NonFiniteOutputs as error:
-            warnings.warn(
-                f"Step {self.step}: {error} No Fisher and gap rows are written.", stacklevel=2
-            )
-            return {}
-
-    def _fishers(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
-        measured = measure(self.model, self.x, self.y, options, gradient)
-        return all_reduce.merged_measurements(measured) if self._merging else measured
-
-    def _kept(
-        self, name: str, of_units: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The rows of the units that are measured."""
-        (w, w0), units = of_units, self._units_of(name)
-        if units is None:
-            return of_units
-        units = units.to(w.device)
-        return w[units], None if w0 is None else w0[units]
-
-    def _units_of(self, name: str) -> Tensor | None:
-        return (
-            None
-            if self.options.units is None
-            else kept_units(name, self.weights[name], self.options.units, torch.device("cpu"))
-        )
-
     def _moments(self) -> dict[str, ActivationMoments]:
         return self._last_moments
 
+    # -- the units that are measured ---------------------------------------------------------------
+
+    def _units(self, name: str) -> Tensor | None:
+        """Their indices, or None for all units."""
+        if self.options.units is None:
+            return None
+        return kept_units(name, self.weights[name], self.options.units, torch.device("cpu"))
+
+    def _weights_of_units(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self._kept(name, unit_weights(self.weights[name]))
+
+    def _kept(self, name: str, rows: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        (w, w0), units = rows, self._units(name)
+        if units is None:
+            return rows
+        units = units.to(w.device)
+        return w[units], None if w0 is None else w0[units]
+
 
 class TrainingLog(Log):
-    """Activation moments of the training batches themselves, added up on the model's device without
-    waiting for it.
+    """Activation moments of the training batches, added up without waiting for the device.
+
+    Made by `biasshift.instrument` without a probe. Only forward passes of the whole model in
+    training mode count. Without an optimizer every such pass is a step.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection
     ):
         super().__init__(model, optimizer, layers, measure_weights=False)
-        self._open = False  # inside a training forward pass of the whole model
-        self._ever = False
+        self._recording = False  # inside a training forward pass of the whole model
+        self._has_recorded = False
         self._watcher = ActivationWatcher(self.model, list(self.activations))
         self._handles += [
-            add_output_hook(name, module, self._watch)
-            for name, module in {**self._watcher.modules, **self.weights}.items()
-        ]
-        self._handles += [
+            *(
+                add_output_hook(name, module, self._record)
+                for name, module in {**self._watcher.modules, **self.weights}.items()
+            ),
             self.model.register_forward_pre_hook(self._start),
             self.model.register_forward_hook(self._stop, always_call=True),
         ]
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_post_hook(self._count))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
-    def table(self) -> "pd.DataFrame":
-        """The moments of all training batches since the last flush, at the present step.
+    def table(self) -> pd.DataFrame:
+        """Returns the moments of all training batches since the last `flush`, at the present step.
+
+        The columns are those of every table; only ``mean`` and ``var`` have values.
 
         Raises:
-            RuntimeError: when no training forward pass of the model has ever been seen.
+            RuntimeError: If no training forward pass of the model was ever recorded.
         """
-        if not self._ever:
+        if not self._has_recorded:
             raise RuntimeError(
-                "No forward pass in training mode was seen: the model was compiled before it was "
-                "instrumented (hooks added to a "
-                "compiled model never fire: instrument first, or use a probe), is in eval mode, or "
-                "is called in parts."
+                "No forward pass in training mode was recorded: the model was compiled first, is "
+                "in eval mode, or is called in parts. Instrument a model before torch.compile, "
+                "call it as a whole, or give a probe."
             )
         return tidy(
             unit_rows(self.step, name, activation_columns(m)) for name, m in self._moments().items()
         )
 
-    def flush(self) -> "pd.DataFrame":
-        """The table, and a fresh start of the sums."""
+    def flush(self) -> pd.DataFrame:
+        """Returns the table, and starts the sums anew."""
         table = self.table()
         self._watcher.sums.clear()
         return table
 
     def _start(self, module: nn.Module, args: object) -> None:
-        self._open = module.training
-        if self._open:
+        self._recording = module.training
+        if self._recording:
             self._watcher.start_forward()
 
+    def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if not self._recording:
+            return
+        if not self._has_recorded:
+            self._feeding.record(name, module, a, output)
+        if name in self._watcher.modules:
+            with torch.no_grad():
+                self._watcher.record(name, module, a, output)
+
     def _stop(self, module: nn.Module, args: object, output: object) -> None:
-        if self._open and not self._ever:
-            self._feeding.finish()
-        if self._open and self.optimizer is None:
-            self.step += 1
-        self._ever = self._ever or self._open
-        self._open = False  # a checkpoint's recomputation in the backward pass does not count
+        if self._recording:
+            if not self._has_recorded:
+                self._feeding.finish()
+            self._has_recorded = True
+            self.step += self.optimizer is None
+        self._recording = False  # a checkpoint's recomputation in the backward pass does not count
 
-    def _watch(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if self._open:
-            if not self._ever:
-                self._feeding.record(name, module, a, output)
-            if name in self._watcher.modules:
-                with torch.no_grad():
-                    self._watcher.record(name, module, a, output)
-
-    def _count(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self.step += 0 if _skipped(optimizer) else 1
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.step += not _skipped(optimizer)
 
     def _moments(self) -> dict[str, ActivationMoments]:
         return self._watcher.moments()
@@ -379,31 +368,22 @@ def _split(
 
     Layers that cannot be measured are refused only where weight layers will be.
     """
-    everything = activation_modules(model)
-    if not measure_weights and (select is None or callable(select)):
-        inner = select
-        select = lambda name, module: (  # noqa: E731
-            (inner is None or inner(name, module)) and layer_types.why_uncovered(module) is None
-        )
     if select is None or callable(select):
-        chosen: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
-        activations = {name: module for name, module in everything.items() if chosen(name, module)}
-        return weight_layers(model, chosen, required=False), activations
-    names = [select] if isinstance(select, str) else list(select)
-    activations = {name: everything[name] for name in names if name in everything}
-    rest = [name for name in names if name not in everything]
-    return (weight_layers(model, rest) if rest else {}), activations
+        accepts: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
 
+        def chosen(name: str, module: nn.Module) -> bool:
+            return accepts(name, module) and (
+                measure_weights or layer_types.why_uncovered(module) is None
+            )
 
-def _copied(generator: torch.Generator | None) -> torch.Generator | None:
-    """One that draws the same: measuring before a step leaves the labels that are drawn after it as
-    they would have been.
-    """
-    return (
-        None
-        if generator is None
-        else torch.Generator(generator.device).set_state(generator.get_state())
+        return weight_layers(model, chosen, required=False), activation_modules(model, chosen)
+    names, modules = (
+        [select] if isinstance(select, str) else list(select),
+        activation_modules(model),
     )
+    activations = {name: modules[name] for name in names if name in modules}
+    others = [name for name in names if name not in modules]
+    return (weight_layers(model, others) if others else {}), activations
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:
