@@ -206,7 +206,8 @@ class ProbeLog(Log):
         except ValueError as error:
             if not isinstance(error, NonFiniteOutputs):  # of which the measurement afterwards warns
                 warnings.warn(
-                    f"{error} What the gradient of step {self.step + 1} would shift is left out.",
+                    f"What the gradient of step {self.step + 1} would shift is left out. {error} "
+                    "Training goes on.",
                     stacklevel=2,
                 )
             return {}
@@ -249,7 +250,8 @@ class ProbeLog(Log):
             return self._measured(self.options, gradient="gap" in self.quantities)
         except NonFiniteOutputs as error:
             warnings.warn(
-                f"{error} No Fisher and gap rows are written for step {self.step}.", stacklevel=2
+                f"No Fisher and gap rows are written for step {self.step}. {error} Training goes on.",
+                stacklevel=2,
             )
             return {}
 
