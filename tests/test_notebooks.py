@@ -321,10 +321,10 @@ def on_runs(folder):
 def test_notebook_4_reads_other_runs(tmp_path):
     demo = Demo(smoke=True, out=tmp_path)
     images = demo.load()
-    for setting in demo.settings():  # four activation functions, one seed, another depth and width
+    for config in demo.configs():  # four activation functions, one seed, another depth and width
         run(
-            [demo.trial(setting, images)],
-            [tmp_path / "runs" / setting.activation],
+            [demo.trial(config, images)],
+            [tmp_path / "runs" / config.activation],
             "refuse",
             lambda progress: None,
         )

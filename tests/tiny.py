@@ -1,6 +1,4 @@
-"""An experiment of seconds: in a module of its own, because worker processes must be able to import
-it.
-"""
+"""An experiment of seconds, in a module of its own: worker processes must be able to import it."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +8,7 @@ from typing import ClassVar
 
 from biasshift.data import DataSet, digits, shifted
 from biasshift.experiments.demo import Demo
-from biasshift.experiments.mlp_trial import Setting, trial
+from biasshift.experiments.mlp_trial import MlpConfig, trial
 from biasshift.training.trial import Phase, Trial
 
 DEPTH, WIDTH, EPOCH_STEPS = 3, 10, 23
@@ -38,30 +36,37 @@ class Tiny(Demo):
     workers: int | None = 1
     replace: bool = False
     device: str = "cpu"
-    diverging: tuple[str, ...] = ()  # activations that are lost in their fifth step
+    diverging: tuple[str, ...] = ()  # activations whose training diverges in its fifth step
 
     name: ClassVar[str] = "tiny"
 
     def load(self) -> DataSet:
         return data()
 
-    def settings(self) -> list[Setting]:
-        self.check()
+    def grid(self) -> list[MlpConfig]:
         return [
-            Setting(
-                self.name, activation, seed, self.epochs, 64, self.lr, self.momentum, DEPTH, WIDTH, "normal", probe_size=200,
-                exam_size=1500, means_every=1, fisher_every=2, equal_loss=self.equal_loss, units_measured=4, damping=1e-3,
-                skip_input_layer=self.skip_input_layer,
+            self._filled(
+                MlpConfig,
+                experiment=self.name,
+                activation=activation,
+                seed=seed,
+                batch_size=64,
+                depth=DEPTH,
+                width=WIDTH,
+                init="normal",
+                probe_size=200,
+                exam_size=1500,
+                means_every=1,
+                fisher_every=2,
+                units_measured=4,
+                damping=1e-3,
             )
             for seed in range(self.seeds)
             for activation in self.activations
-        ]  # fmt: skip
+        ]
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        made = trial(setting, data)
-        lost = Phase(5, math.inf)
-        return (
-            replace(made, phases=(*made.phases, lost))
-            if setting.activation in self.diverging
-            else made
-        )
+    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
+        made = trial(config, data)
+        if config.activation not in self.diverging:
+            return made
+        return replace(made, phases=(*made.phases, Phase(5, math.inf)))

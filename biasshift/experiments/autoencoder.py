@@ -1,15 +1,13 @@
-"""The MNIST autoencoder 784-1000-500-250-30-250-500-1000-784: the experiment of Figure 3 (section
-4.1 of the paper).
+"""The MNIST autoencoders of Figure 3 (section 4.1 of the paper).
 
-The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
+Their layers have 784-1000-500-250-30-250-500-1000-784 units. The constants are the paper's; those
+that it leaves open are marked, with the reason for the choice.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +15,10 @@ from torch import Tensor, nn
 
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
 from biasshift.distributed import rank, world_size
-from biasshift.experiments.convnet_trial import share
-from biasshift.experiments.experiment import (
-    Activation,
-    Experiment,
-    at_least_one,
-    distinct,
-    not_negative,
-    positive,
-    shares,
-)
+from biasshift.experiments.experiment import Activation, Experiment
 from biasshift.nets import autoencoder
-from biasshift.training.evaluation import evaluate_batches
+from biasshift.training.evaluation import evaluate_batches, process_share
+from biasshift.training.step import Loss
 from biasshift.training.trial import Instrumentation, Phase, Quantity, Trial
 
 BATCH_SIZE = 64
@@ -45,8 +35,8 @@ CODE = "linear"  # open: Martens 2010
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One run."""
+class AutoencoderConfig:
+    """One run of an autoencoder, as its folder records it."""
 
     experiment: str
     activation: str
@@ -55,13 +45,13 @@ class Setting:
     batch_size: int
     lr: float
     momentum: float
-    loss: str
-    code: str
-    init: str
+    loss: Literal["cross-entropy", "squared"]
+    code: Literal["linear", "activation"]
+    init: Literal["normal", "uniform"]
     width: float
     probe_size: int
-    every: int
-    quantities: tuple[str, ...]
+    every: int  # epochs between measurements
+    quantities: tuple[Quantity, ...]
     units_measured: int
     damping: float
 
@@ -103,115 +93,94 @@ class Autoencoder(Experiment):
 
     name: ClassVar[str] = "autoencoder"
     small: ClassVar[bool] = True
+    smoke_config: ClassVar[dict[str, Any]] = {"epochs": 2, "width": 0.02, "probe_size": 100}
 
     def load(self) -> DataSet:
-        """MNIST, checked."""
+        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test."""
         return (synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
 
-    def settings(self) -> list[Setting]:
-        """One per activation, learning rate and seed."""
-        self.check()
-        at_least_one(self, "seeds", "epochs", "batch_size", "probe", "every", "units")
-        shares(self, "momentum")
-        not_negative(self, "damping")
-        distinct("activation", self.activation)
-        distinct("lr", self.lr)
-        for lr in self.lr:
-            positive(SimpleNamespace(lr=lr), "lr")
-        found = [
-            Setting(
-                self.name, activation, seed, self.epochs, self.batch_size, lr, self.momentum, self.loss, self.code, self.init, 1.0,
-                self.probe, self.every, self.instrument, self.units, self.damping,
+    def grid(self) -> list[AutoencoderConfig]:
+        """Returns one config per seed, learning rate and activation function."""
+        return [
+            self._filled(
+                AutoencoderConfig,
+                experiment=self.name,
+                activation=activation,
+                seed=seed,
+                lr=lr,
+                width=1.0,
+                probe_size=self.probe,
+                quantities=self.instrument,
+                units_measured=self.units,
             )
             for seed in range(self.seeds)
             for lr in self.lr
             for activation in self.activation
-        ]  # fmt: skip
-        return (
-            [replace(s, epochs=2, width=0.02, probe_size=100) for s in found if s.seed < 1]
-            if self.smoke
-            else found
+        ]
+
+    def folder(self, config: AutoencoderConfig) -> Path:
+        """Returns the run folder of a config, named by activation, learning rate and seed."""
+        return self.out / f"{config.activation}-lr{config.lr:g}-{config.seed}"
+
+    def trial(self, config: AutoencoderConfig, data: DataSet) -> Trial:
+        """Returns the network of a config, whose labels are its images, and its measurements.
+
+        The loss is summed over pixels and averaged over images. Losses and reconstruction errors
+        of all images are recorded once an epoch.
+        """
+        images, loss = data.x_train, LOSSES[config.loss]
+        model = autoencoder(
+            config.activation, config.seed, config.init, code=config.code, width=config.width
+        ).to(images.device)
+        stream = TensorStream(
+            images, images, config.batch_size, config.seed, rank=rank(), world=world_size()
+        )
+        instrumentation = Instrumentation(
+            config.quantities,
+            every=config.every * len(stream),
+            examples=config.probe_size,
+            units=config.units_measured,
+            damping=config.damping,
+            batch_size=1000,
+        )
+        return Trial(
+            config,
+            model,
+            lambda model, parameters: torch.optim.SGD(
+                parameters, lr=config.lr, momentum=config.momentum
+            ),
+            stream,
+            steps=config.epochs * len(stream),
+            phases=(Phase(1, config.lr),),
+            score=partial(_scores, data=data, loss=loss),
+            score_every=len(stream),
+            schedules=instrumentation.schedules(
+                model, (images, images), labels="sampled", likelihood="bernoulli"
+            ),
+            loss=lambda outputs, x: loss(outputs, x).mean(),
         )
 
-    def folder(self, setting: Setting) -> Path:
-        """The folder of a run."""
-        return self.out / f"{setting.activation}-lr{setting.lr:g}-{setting.seed}"
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        """The network of a setting, and what is measured of it."""
-        return _trial(setting, data)
-
-
-def _trial(setting: Setting, data: DataSet) -> Trial:
-    code: Literal["linear", "activation"] = "linear" if setting.code == "linear" else "activation"
-    init: Literal["normal", "uniform"] = "normal" if setting.init == "normal" else "uniform"
-    model = autoencoder(setting.activation, setting.seed, init, code=code, width=setting.width).to(
-        data.x_train.device
-    )
-    stream = TensorStream(
-        data.x_train,
-        data.x_train,
-        setting.batch_size,
-        setting.seed,
-        rank=rank(),
-        world=world_size(),
-    )
-    quantities: tuple[Quantity, ...] = setting.quantities  # pyright: ignore[reportAssignmentType]
-    instrumentation = Instrumentation(
-        quantities,
-        setting.every * len(stream),
-        setting.probe_size,
-        setting.units_measured,
-        setting.damping,
-        1000,
-    )
-    probe = data.x_train[: setting.probe_size], data.x_train[: setting.probe_size]
-    return Trial(
-        setting,
-        model,
-        partial(_optimizer, setting),
-        stream,
-        steps=setting.epochs * len(stream),
-        phases=(Phase(1, setting.lr),),
-        score=partial(_scores, data=data, loss=LOSSES[setting.loss]),
-        score_every=len(stream),
-        schedules=instrumentation.schedules(model, probe, labels="sampled", likelihood="bernoulli"),
-        loss=lambda outputs, x: LOSSES[setting.loss](outputs, x).mean(),
-    )
-
-
-def _optimizer(
-    setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]
-) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
-
-
-def cross_entropy(outputs: Tensor, x: Tensor) -> Tensor:
+def _cross_entropy(outputs: Tensor, x: Tensor) -> Tensor:
     """In nats, per image."""
     return F.binary_cross_entropy_with_logits(outputs, x, reduction="none").sum(1)
 
 
-def squared(outputs: Tensor, x: Tensor) -> Tensor:
+def _squared(outputs: Tensor, x: Tensor) -> Tensor:
     """Half the squared distance of the reconstruction, per image."""
     return (outputs.sigmoid() - x).square().sum(1) / 2
 
 
-LOSSES = {"cross-entropy": cross_entropy, "squared": squared}
+LOSSES: dict[str, Loss] = {"cross-entropy": _cross_entropy, "squared": _squared}
 
 
-def _scores(model: nn.Module, data: DataSet, loss) -> dict[str, float]:
-    """The loss, and the reconstruction error: the mean squared error of a pixel; on the training,
-    validation and test images.
-    """
-    found = {}
-    for name, x in (("train", data.x_train), ("valid", data.x_valid), ("test", data.x_test)):
-        own, _ = share(x, x)
-        for kind, function in (
-            ("loss", loss),
-            ("error", lambda outputs, x: 2 * squared(outputs, x) / x.shape[1]),
-        ):
-            batches = lambda own=own: ((part, part) for part in own.split(1000))  # noqa: E731
-            found[f"{name}_{kind}"] = evaluate_batches(model, batches, top=(), loss=function)[
-                "loss"
-            ]
-    return found
+def _scores(model: nn.Module, data: DataSet, loss: Loss) -> dict[str, float]:
+    """The loss, and the mean squared error of a pixel, on training, validation and test images."""
+    scores = {}
+    functions = {"loss": loss, "error": lambda outputs, x: 2 * _squared(outputs, x) / x.shape[1]}
+    for split, x in (("train", data.x_train), ("valid", data.x_valid), ("test", data.x_test)):
+        batches = [(part, part) for part in process_share(x).split(1000)]
+        for name, function in functions.items():
+            means = evaluate_batches(model, lambda batches=batches: iter(batches), (), function)
+            scores[f"{split}_{name}"] = means["loss"]
+    return scores

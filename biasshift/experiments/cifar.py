@@ -1,5 +1,4 @@
-"""What the two CIFAR protocols share: their options, the setting that a run records, and how it is
-trained and measured.
+"""What the two CIFAR experiments share: options, config, and how a run is trained and measured.
 
 The constants are the paper's (sections 4.2 and 4.3); those that it leaves open are marked, with the
 reason for the choice.
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -25,15 +24,7 @@ from biasshift.data import (
 )
 from biasshift.distributed import rank, world_size
 from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, scores_on_test
-from biasshift.experiments.experiment import (
-    Activation,
-    Experiment,
-    at_least_one,
-    distinct,
-    not_negative,
-    positive,
-    shares,
-)
+from biasshift.experiments.experiment import POSITIVE, RANGES, Activation, Experiment, Range
 from biasshift.nets import set_dropout
 from biasshift.training.trial import Instrumentation, Phase, Quantity, Trial
 
@@ -43,17 +34,17 @@ LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 BATCH_SIZE = 100  # open for the 11 layers: makes their 165,000 updates 330 epochs
-GEOMETRY: Geometry = (
-    "same"  # open: "caffe" is probably the original, but costs the 11 layers twice as much
-)
+# open: "caffe" is probably the original, but costs the 11 layers twice as much
+GEOMETRY: Geometry = "same"
 PREPROCESSING = "gcn-zca"
 IMAGES = 50_000
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One run on small images. Runs with the same seed start from the same weights and see the same
-    batches.
+class CifarConfig:
+    """One run on small images, as its folder records it.
+
+    Runs with the same seed start from the same weights and see the same minibatches.
     """
 
     experiment: str
@@ -73,7 +64,7 @@ class Setting:
     init: str
     width: float
     score_every: int  # steps
-    test_images: int  # the first ones, that scores are taken on along the run; at the end on all
+    test_images: int  # the first ones, that scores are taken on
     probe_size: int
     every: int  # steps between measurements
     quantities: tuple[Quantity, ...]
@@ -82,7 +73,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures(Experiment):
+class Cifar(Experiment):
     """The options of both. An experiment adds its defaults, `network` and `phases`."""
 
     activation: tuple[Activation, ...]
@@ -109,7 +100,7 @@ class Pictures(Experiment):
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 500
-    """Updates between two looks at the test error; the training loss is the mean over the
+    """Updates between two measurements of the test error; the training loss is the mean over the
     minibatches in between.
     """
     test_images: int = 10_000
@@ -125,118 +116,103 @@ class Pictures(Experiment):
     damping: float = 1e-3
 
     network: ClassVar[Callable[..., nn.Module]]  # as in `biasshift.nets.convnets`
+    ranges: ClassVar[dict[str, Range]] = RANGES | {"width": POSITIVE}
+    smoke_config: ClassVar[dict[str, Any]] = {
+        "steps": 6,
+        "epochs": 0.6,
+        "batch_size": 20,
+        "width": 0.03,
+        "score_every": 3,
+        "every": 3,
+        "probe_size": 20,
+        "test_images": 20,
+    }
 
-    def phases(self, setting: Setting) -> tuple[Phase, ...]:
-        """Learning rates and dropout along the way."""
+    def phases(self, config: CifarConfig) -> tuple[Phase, ...]:
+        """Returns learning rates and dropout along the way, for the steps of a config."""
         raise NotImplementedError
 
     def load(self) -> DataSet:
-        """The data set, or something of its shape: checked and preprocessed, on the device."""
-        data = (
-            synthetic_cifar()
-            if self.smoke
-            else {"cifar10": cifar10, "cifar100": cifar100}[self.dataset](self.data)
-        )
-        if (
-            self.preprocessing == "gcn-zca" and not self.smoke
-        ):  # whose few images have no covariance to speak of
-            return whitened(data, self.data).to(self.where())
-        scale = Scale(mean=Scale()(data.x_train).mean(0))
-        return replace(
-            data, **{name: scale(getattr(data, name)) for name in ("x_train", "x_valid", "x_test")}
-        ).to(self.where())
+        """Returns the data set, checked and preprocessed, on the device.
 
-    def settings(self) -> list[Setting]:
-        """One per run."""
-        self._check()
-        found = [
-            Setting(
-                self.name, self.dataset, activation, seed, self.steps, self.steps / epoch_steps(IMAGES, self.batch_size), self.batch_size,
-                self.lr, self.momentum, self.weight_decay, self.geometry, self.batch_norm, self.preprocessing, self.augment, self.init,
-                self.width, self.score_every, self.test_images, self.probe, self.every, self.instrument, self.units, self.damping,
+        A smoke test gets a few synthetic images less their mean: they have no covariance to speak
+        of that could be whitened.
+        """
+        if self.smoke:
+            data = synthetic_cifar()
+        else:
+            data = {"cifar10": cifar10, "cifar100": cifar100}[self.dataset](self.data)
+            if self.preprocessing == "gcn-zca":
+                return whitened(data, self.data).to(self.where())
+        scale = Scale(mean=Scale()(data.x_train).mean(0))
+        images = {name: scale(getattr(data, name)) for name in ("x_train", "x_valid", "x_test")}
+        return replace(data, **images).to(self.where())
+
+    def grid(self) -> list[CifarConfig]:
+        """Returns one config per seed and activation function."""
+        return [
+            self._filled(
+                CifarConfig,
+                experiment=self.name,
+                activation=activation,
+                seed=seed,
+                epochs=self.steps / epoch_steps(IMAGES, self.batch_size),
+                augmented=self.augment,
+                probe_size=self.probe,
+                quantities=self.instrument,
+                units_measured=self.units,
             )
             for seed in range(self.seeds)
             for activation in self.activation
-        ]  # fmt: skip
-        small = {
-            "steps": 6,
-            "epochs": 0.6,
-            "batch_size": 20,
-            "width": 0.03,
-            "score_every": 3,
-            "every": 3,
-        }
-        return (
-            [replace(s, **small, probe_size=20, test_images=20) for s in found if s.seed < 1]
-            if self.smoke
-            else found
-        )
+        ]
 
-    def folder(self, setting: Setting) -> Path:
-        """The folder of a run."""
-        return (
-            self.out / f"{setting.activation}{'-bn' if setting.batch_norm else ''}-{setting.seed}"
-        )
+    def folder(self, config: CifarConfig) -> Path:
+        """Returns the run folder of a config, named by activation, normalization and seed."""
+        return self.out / f"{config.activation}{'-bn' * config.batch_norm}-{config.seed}"
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        """The network of a setting, and what is measured of it."""
+    def trial(self, config: CifarConfig, data: DataSet) -> Trial:
+        """Returns the network of a config, its minibatches and its measurements.
+
+        Labels of the unit Fisher matrices are sampled where there are more than ten classes: all
+        would take a backward pass each.
+        """
+        x, y = data.x_train, data.y_train
         model = self.network(
-            setting.activation,
-            setting.seed,
+            config.activation,
+            config.seed,
             data.classes,
-            setting.geometry,
-            setting.batch_norm,
-            init=setting.init,
-            width=setting.width,
-        )
-        augment = Augment(pad=4) if setting.augmented else None
+            config.geometry,
+            config.batch_norm,
+            init=config.init,
+            width=config.width,
+        ).to(x.device)
         stream = TensorStream(
-            data.x_train,
-            data.y_train,
-            setting.batch_size,
-            setting.seed,
-            augment=augment,
+            x,
+            y,
+            config.batch_size,
+            config.seed,
+            augment=Augment(pad=4) if config.augmented else None,
             rank=rank(),
             world=world_size(),
         )
         instrumentation = Instrumentation(
-            setting.quantities,
-            setting.every,
-            setting.probe_size,
-            setting.units_measured,
-            setting.damping,
-            250,
+            config.quantities,
+            every=config.every,
+            examples=config.probe_size,
+            units=config.units_measured,
+            damping=config.damping,
+            batch_size=250,
         )
-        probe = data.x_train[: setting.probe_size], data.y_train[: setting.probe_size]
+        labels = "expected" if data.classes <= 10 else "sampled"
         return Trial(
-            setting,
-            model.to(data.x_train.device),
-            partial(momentum_sgd, momentum=setting.momentum, decay=setting.weight_decay),
+            config,
+            model,
+            partial(momentum_sgd, momentum=config.momentum, decay=config.weight_decay),
             stream,
-            setting.steps,
-            self.phases(setting),
-            score=partial(scores_on_test, data=data, images=setting.test_images),
-            score_every=setting.score_every,
-            schedules=instrumentation.schedules(
-                model, probe, labels="expected" if data.classes <= 10 else "sampled"
-            ),
+            config.steps,
+            self.phases(config),
+            score=partial(scores_on_test, data=data, images=config.test_images),
+            score_every=config.score_every,
+            schedules=instrumentation.schedules(model, (x, y), labels),
             enter=lambda module, phase: set_dropout(module, phase.where, phase.factor),
         )
-
-    def _check(self) -> None:
-        self.check()
-        at_least_one(
-            self,
-            "seeds",
-            "steps",
-            "batch_size",
-            "score_every",
-            "test_images",
-            "every",
-            "probe",
-            "units",
-        )
-        positive(self, "lr", "width")
-        shares(self, "momentum")
-        not_negative(self, "weight_decay", "damping")
-        distinct("activation", self.activation)

@@ -8,25 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from biasshift.experiments.cifar import GEOMETRY, Geometry, Pictures, Setting
-from biasshift.experiments.convnet_trial import schedule
+from biasshift.experiments.cifar import GEOMETRY, Cifar, CifarConfig, Geometry
+from biasshift.experiments.convnet_trial import phases_of
 from biasshift.experiments.experiment import Activation
 from biasshift.nets import cifar11
 from biasshift.training.trial import Phase
 
 STEPS = 165_000
-SCHEDULE = (
-    (35_000, 1.0),
-    (50_000, 0.5),
-    (50_000, 0.05),
-    (30_000, 0.005),
-)  # updates, share of the learning rate
+# updates, share of the learning rate
+SCHEDULE = ((35_000, 1.0), (50_000, 0.5), (50_000, 0.05), (30_000, 0.005))
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "srelu", "lrelu", "relu")
 SEEDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar11(Pictures):
+class Cifar11(Cifar):
     """Train the paper's 11-layer networks on CIFAR-100, instrumented."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
@@ -42,6 +38,6 @@ class Cifar11(Pictures):
     name: ClassVar[str] = "cifar11"
     network: ClassVar = staticmethod(cifar11)
 
-    def phases(self, setting: Setting) -> tuple[Phase, ...]:
-        """The learning rate comes down in steps."""
-        return schedule(SCHEDULE, setting.steps, setting.lr)
+    def phases(self, config: CifarConfig) -> tuple[Phase, ...]:
+        """Returns the learning rates of the paper's four parts, scaled to the steps of a config."""
+        return phases_of(SCHEDULE, config.steps, config.lr)

@@ -1,27 +1,22 @@
-"""CIFAR-10 and CIFAR-100, the 18-layer network (its list has 19): the experiment of Table 1
-(section 4.3 of the paper).
+"""CIFAR-10 and CIFAR-100, the 18-layer network of Table 1 (section 4.3 of the paper).
 
-The constants are the paper's; those that it shares with the 11 layers stand in
-`biasshift.experiments.cifar`. Training has three parts: dropout behind the last layer of every
-stack; behind all layers; behind all, with rates half as large again.
+The paper's list of its layers has 19. The constants are the paper's; those that it shares with the
+11 layers stand in `biasshift.experiments.cifar`. Training has three parts: dropout behind the last
+layer of every stack; behind all layers; behind all, with rates half as large again.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from biasshift.experiments.cifar import GEOMETRY, Geometry, Pictures, Setting
-from biasshift.experiments.convnet_trial import schedule
+from biasshift.experiments.cifar import GEOMETRY, Cifar, CifarConfig, Geometry
+from biasshift.experiments.convnet_trial import phases_of
 from biasshift.experiments.experiment import Activation
 from biasshift.nets import cifar18
 from biasshift.training.trial import Phase
 
-SCHEDULE = (
-    (35_000, 1.0),
-    (35_000, 0.1),
-    (50_000, 0.1),
-    (40_000, 0.1),
-)  # updates, share of the learning rate
+# updates, share of the learning rate
+SCHEDULE = ((35_000, 1.0), (35_000, 0.1), (50_000, 0.1), (40_000, 0.1))
 # Open: how long the first part goes on after the rate is divided by ten. As long again as before.
 DROPOUT = (("last", 1.0), ("last", 1.0), ("all", 1.0), ("all", 1.5))
 STEPS = sum(updates for updates, _ in SCHEDULE)
@@ -30,10 +25,8 @@ SEEDS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar18(Pictures):
-    """Train the paper's 18-layer network on CIFAR-10 or CIFAR-100, with its fine-tuning,
-    instrumented.
-    """
+class Cifar18(Cifar):
+    """Train the paper's 18-layer network on CIFAR-10 or CIFAR-100, with its fine-tuning."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
     seeds: int = SEEDS
@@ -46,16 +39,17 @@ class Cifar18(Pictures):
     name: ClassVar[str] = "cifar18"
     network: ClassVar = staticmethod(cifar18)
 
-    def phases(self, setting: Setting) -> tuple[Phase, ...]:
-        """The learning rate comes down once, then dropout grows twice."""
-        return schedule(SCHEDULE, setting.steps, setting.lr, _with_dropout)
+    def phases(self, config: CifarConfig) -> tuple[Phase, ...]:
+        """Returns the phases of the paper, scaled to the steps of a config.
 
-    def folder(self, setting: Setting) -> Path:
-        """The folder of a run."""
-        return (
-            self.out
-            / f"{setting.activation}-{setting.dataset}{'-bn' if setting.batch_norm else ''}-{setting.seed}"
-        )
+        The learning rate comes down once, then dropout grows twice.
+        """
+        return phases_of(SCHEDULE, config.steps, config.lr, _with_dropout)
+
+    def folder(self, config: CifarConfig) -> Path:
+        """Returns the run folder of a config, whose name also tells the data set."""
+        kind = f"{config.activation}-{config.dataset}{'-bn' * config.batch_norm}"
+        return self.out / f"{kind}-{config.seed}"
 
 
 def _with_dropout(number: int, phase: Phase) -> Phase:

@@ -11,13 +11,13 @@ and why:
   would take eight times as long.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from biasshift.data import DataSet, digits, shifted
 from biasshift.experiments.experiment import Experiment
-from biasshift.experiments.mlp_trial import Setting, trial
+from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, trial
 from biasshift.training.trial import Trial
 
 EPOCHS, QUICK_EPOCHS = 60, 15
@@ -30,17 +30,14 @@ ACTIVATIONS = ("elu", "relu", "lrelu", "srelu")
 PROBE, EXAM_PROBE = 2_000, 5_000  # of the 12,933 shifted images; there are two disjoint exam probes
 UNITS = 16
 MEANS_EVERY, FISHER_EVERY = 5, 20
-EQUAL_LOSS = (
-    0.6  # nats: reached by every activation, and most units still have enough effective samples
-)
+# nats: reached by every activation, and most units still have enough effective samples
+EQUAL_LOSS = 0.6
 DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Experiment):
-    """ELU, ReLU, LReLU and SReLU networks on handwritten digits, instrumented, with the theorems
-    checked. Needs no download.
-    """
+    """Compare ELU, ReLU, LReLU and SReLU networks on handwritten digits. Needs no download."""
 
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
@@ -54,39 +51,46 @@ class Demo(Experiment):
     name: ClassVar[str] = "digits"
     figures: ClassVar[tuple[str, ...]] = ("2", "gap")
     small: ClassVar[bool] = True
+    smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def __post_init__(self) -> None:
-        if self.out == Path("runs/demo") and (
-            self.quick or self.smoke
-        ):  # they could not be compared, nor may one spoil the other
+        # Shortened runs could not be compared with full ones, nor may one spoil the other.
+        if self.out == Path("runs/demo") and (self.quick or self.smoke):
             object.__setattr__(self, "out", self.out / ("smoke" if self.smoke else "quick"))
         if self.resume:
             object.__setattr__(self, "replace", False)
 
     def load(self) -> DataSet:
-        """The digits at nine places each."""
+        """Returns the digits at nine places each, on the device; it downloads nothing."""
         return shifted(digits(), side=8).to(self.where())
 
-    def settings(self) -> list[Setting]:
-        """One per run."""
-        self.check()
-        epochs, seeds = (QUICK_EPOCHS, QUICK_SEEDS) if self.quick else (EPOCHS, SEEDS)
-        found = [
-            Setting(
-                self.name, activation, seed, epochs, BATCH_SIZE, LEARNING_RATE, MOMENTUM, DEPTH, WIDTH, "normal",
-                PROBE, EXAM_PROBE, MEANS_EVERY, FISHER_EVERY, EQUAL_LOSS, UNITS, DAMPING, skip_input_layer=False,
+    def grid(self) -> list[MlpConfig]:
+        """Returns one config per seed and activation function: 24, or 8 of a quick demo."""
+        return [
+            MlpConfig(
+                experiment=self.name,
+                activation=activation,
+                seed=seed,
+                epochs=QUICK_EPOCHS if self.quick else EPOCHS,
+                batch_size=BATCH_SIZE,
+                lr=LEARNING_RATE,
+                momentum=MOMENTUM,
+                depth=DEPTH,
+                width=WIDTH,
+                init="normal",
+                probe_size=PROBE,
+                exam_size=EXAM_PROBE,
+                means_every=MEANS_EVERY,
+                fisher_every=FISHER_EVERY,
+                equal_loss=EQUAL_LOSS,
+                units_measured=UNITS,
+                damping=DAMPING,
+                skip_input_layer=False,
             )
-            for seed in range(seeds)
+            for seed in range(QUICK_SEEDS if self.quick else SEEDS)
             for activation in ACTIVATIONS
-        ]  # fmt: skip
-        if self.smoke:
-            return [
-                replace(setting, epochs=2, depth=2, width=12, means_every=1, fisher_every=2)
-                for setting in found
-                if setting.seed < 1
-            ]
-        return found
+        ]
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        """The network of a setting, and what is measured of it."""
-        return trial(setting, data)
+    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
+        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
+        return trial(config, data)

@@ -1,83 +1,78 @@
-"""What the experiments have in common: where runs go, what computes them, and how they are begun,
-resumed and replaced.
+"""What the experiments have in common: options, their ranges, and how runs are computed.
+
+An experiment is a frozen dataclass of options, which is its command line too. It makes one config
+per run, and one trial of each config.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 
 from biasshift.distributed import local_device, under_torchrun
 from biasshift.precision import Precision
-from biasshift.training.trial import Execution, Exist, Trial
+from biasshift.training.trial import NO_TENSORBOARD, Execution, Exist, Trial
 
-REPLACE_OR_RESUME = "--replace and --resume exclude each other: begin anew, or go on."
+REPLACE_OR_RESUME = "--replace and --resume exclude each other: give one of them."
 Activation = Literal["elu", "relu", "lrelu", "srelu"]
+T = TypeVar("T")
+
+# -- ranges of options -------------------------------------------------------------------------
 
 
-# -- options that are out of their range -------------------------------------------------------
+class Range(NamedTuple):
+    """What the value of an option must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
 
 
-def at_least_one(options: Any, *names: str) -> None:
-    """Refuses options below 1."""
-    _refuse_unless(options, names, "at least 1", lambda value: value >= 1)
+COUNT = Range("at least 1", lambda value: value >= 1)
+POSITIVE = Range("a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("a number of at least 0", lambda value: 0 <= value < math.inf)
+FRACTION = Range("in [0, 1)", lambda value: 0 <= value < 1)
+
+_NAMES = {
+    COUNT: "batch_size depth epochs every exam_probe means_every probe score_every scored "
+    "scores_per_epoch seeds steps stride test_images units update_every valid_images width",
+    POSITIVE: "equal_loss kl_clip lr",
+    NOT_NEGATIVE: "damping fisher_every loaders unit_damping weight_decay",
+    FRACTION: "dropout momentum",
+}
+# An option has the same range in every experiment that has it; of a list, all values have it.
+RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+LISTS = ("activation", "update", "lr")  # of distinct values, where they are lists
 
 
-def positive(options: Any, *names: str) -> None:
-    """Refuses options that are not above 0 and finite."""
-    _refuse_unless(options, names, "a number above 0", lambda value: 0 < value < math.inf)
-
-
-def shares(options: Any, *names: str) -> None:
-    """Refuses options outside [0, 1)."""
-    _refuse_unless(options, names, "in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def not_negative(options: Any, *names: str) -> None:
-    """Refuses options below 0, and those that are not finite."""
-    _refuse_unless(options, names, "a number of at least 0", lambda value: 0 <= value < math.inf)
-
-
-def distinct(name: str, values: tuple) -> None:
-    """Refuses an empty list, and one with a value twice."""
-    if len(set(values)) != len(values) or not values:
-        raise ValueError(f"{flag(name)} needs at least one value, and each of them once.")
-
-
-def flag(name: str) -> str:
-    """The option's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def _refuse_unless(
-    options: Any, names: tuple[str, ...], said: str, test: Callable[[float], bool]
-) -> None:
-    for name in names:
-        if not test(getattr(options, name)):
-            raise ValueError(f"{flag(name)} must be {said}, got {getattr(options, name)}.")
+# -- experiments -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The options of every experiment that do not change what its numbers mean."""
+    """The options of every experiment that do not change what its numbers mean.
+
+    A subclass adds its own options and implements `grid`, `load` and `trial`. It says in
+    ``smoke_config`` which fields of a config ``--smoke`` replaces.
+    """
 
     out: Path = field(default_factory=lambda: Path("runs"))
     """Run folders are written below."""
     replace: bool = False
     """Replace runs that are already there."""
     resume: bool = False
-    """Go on where an interrupted command stopped: finished runs stay, the others continue from
-    their last checkpoint.
+    """Resume an interrupted command: finished runs stay, the others continue from their last
+    checkpoint.
     """
     workers: int | None = None
     """Processes, of small networks alone: by default one per core. Results do not depend on it."""
     ensemble: bool = False
-    """Train all seeds of a setting at once, as one vmapped program: nearly free on a GPU, for small
-    networks.
+    """Train all seeds of a configuration at once, as one vmapped program: nearly free on a GPU,
+    for small networks.
     """
     device: str = "auto"
     """"auto" is the GPU where there is one; or cpu, cuda, cuda:1, …"""
@@ -96,125 +91,130 @@ class Experiment:
     keep_weights: bool = False
     """Leave a finished run's last checkpoint in its folder."""
     checkpoint_seconds: float = 30.0
-    """At least so much time between two checkpoints, which are taken when a run's scores are."""
+    """Least time between two checkpoints, which are saved when a run is scored."""
     tensorboard: bool = False
-    """Write the scores for TensorBoard, too, into the run folders."""
+    """Write the scores for TensorBoard too, into the run folders."""
     smoke: bool = False
     """Seconds: a few steps of a tiny version on synthetic data, to see that everything works."""
 
     name: ClassVar[str]
     figures: ClassVar[tuple[str, ...]] = ()
     sweeps: ClassVar[bool] = False  # runs differ in more than activation and seed
-    small: ClassVar[bool] = (
-        False  # one core is enough for a run, so that runs are computed side by side
-    )
+    small: ClassVar[bool] = False  # one core is enough for a run: runs are computed side by side
+    ranges: ClassVar[dict[str, Range]] = RANGES
+    smoke_config: ClassVar[dict[str, Any]] = {}
 
     @property
     def whole(self) -> bool:
         """Whether the runs of this command are all that its figures are to show."""
         return True
 
-    def settings(self) -> list[Any]:
-        """One dataclass per run: what its folder records. Has ``experiment``, ``activation`` and
-        ``seed``.
+    def configs(self) -> list[Any]:
+        """Returns one dataclass per run: what its folder records.
+
+        Every config has ``experiment``, ``activation`` and ``seed``. A smoke test keeps the first
+        seed alone and makes each of its runs tiny.
+
+        Raises:
+            ValueError: An option is out of its range or excludes another; the message names it.
         """
+        self.check()
+        if not self.smoke:
+            return self.grid()
+        first = [config for config in self.grid() if config.seed < 1]
+        return [dataclasses.replace(config, **self.smoke_config) for config in first]
+
+    def grid(self) -> list[Any]:
+        """Returns the configs of all runs in full size, seed by seed, from checked options."""
         raise NotImplementedError
 
     def load(self) -> Any:
-        """The data, checked; on `where()`."""
-        raise NotImplementedError
+        """Returns the data, checked and on the device of `where`.
 
-    def trial(self, setting: Any, data: Any) -> Trial:
-        """What a setting trains and measures."""
-        raise NotImplementedError
-
-    def folder(self, setting: Any) -> Path:
-        """The folder of a run."""
-        return self.out / f"{setting.activation}-{setting.seed}"
-
-    def alike(self, setting: Any) -> Hashable:
-        """Equal for the runs that an ensemble trains together: those that differ in nothing but
-        their seed.
+        What it returns is handed to `trial` unchanged. Every worker process loads it once.
         """
-        return tuple(value for name, value in vars(setting).items() if name != "seed")
+        raise NotImplementedError
+
+    def trial(self, config: Any, data: Any) -> Trial:
+        """Returns the network of a config, its minibatches, and what is measured along the run.
+
+        Args:
+            config: One of those that `configs` returns.
+            data: What `load` returns.
+        """
+        raise NotImplementedError
+
+    def folder(self, config: Any) -> Path:
+        """Returns the run folder of a config, below ``out``; no two configs have the same."""
+        return self.out / f"{config.activation}-{config.seed}"
+
+    def alike(self, config: Any) -> Hashable:
+        """Returns a key that is equal for runs which differ in nothing but their seed.
+
+        An ensemble trains those together.
+        """
+        return tuple(value for name, value in vars(config).items() if name != "seed")
 
     def where(self) -> torch.device:
-        """The device that computes.
+        """Returns the device that computes: under torchrun, the GPU of this process.
 
         Raises:
-            ValueError: there is no such device here.
+            ValueError: PyTorch does not know the device, or finds no such GPU on this machine.
         """
-        name = (
-            self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        name = self.device if self.device != "auto" else "cuda" if gpus else "cpu"
         try:
             device = torch.device(name)
         except RuntimeError:
+            raise ValueError(f"--device must be auto, cpu or cuda, got '{name}'.") from None
+        if device.type == "cuda" and (device.index or 0) >= gpus:
             raise ValueError(
-                f"--device: there is no kind of device '{name}'; try cpu or cuda."
-            ) from None
-        if device.type == "cuda" and not (
-            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-        ):
-            raise ValueError(
-                f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch "
-                "can use; leave the option out."
+                f"--device {name} must be one of the {gpus} GPUs that PyTorch finds on this "
+                "machine. Leave the option out."
             )
         return local_device(device)
 
     def exist(self) -> Exist:
-        """What to do about runs that are there."""
+        """Returns what to do about runs that are there: "refuse", "replace" or "resume"."""
         return "resume" if self.resume else "replace" if self.replace else "refuse"
 
     def execution(self) -> Execution:
-        """How trials are computed."""
-        return Execution(
-            self.precision,
-            self.compile,
-            self.graph,
-            self.channels_last,
-            self.checkpoint_seconds,
-            self.keep_weights,
-            self.tensorboard,
-        )
+        """Returns how trials are computed, from the options that do not change their meaning."""
+        return self._filled(Execution, compiled=self.compile, graphed=self.graph)
 
     def check(self) -> None:
         """Refuses options that are out of their range or exclude each other.
 
         Raises:
-            ValueError: the sentence names the option.
+            ValueError: The message names the option and the remedy.
         """
-        self.where()
+        on_gpu = self.where().type == "cuda"
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}.")
         if (self.workers or 1) > 1 and not self.small:
             raise ValueError(
-                f"--workers: a run of {self.name} takes all cores, and runs follow each other; "
-                "leave it out."
+                f"--workers must be left out: a run of {self.name} takes all cores, so that runs "
+                "follow each other."
             )
         if self.replace and self.resume:
             raise ValueError(REPLACE_OR_RESUME)
         if self.channels_last and self.small:
             raise ValueError(
-                "--channels-last is about convolutions, and these networks have none: leave it out."
+                "--channels-last must be left out: these networks have no convolutions."
             )
-        if self.precision == "tf32" and self.where().type != "cuda":
+        if self.precision == "tf32" and not on_gpu:
             raise ValueError("--precision tf32 needs a GPU: leave it out.")
         if self.ensemble and (self.precision != "float32" or self.compile):
             raise ValueError(
                 "--ensemble trains in float32 and uncompiled: leave --precision and --compile out."
             )
-        if self.precision == "float16" and (self.where().type != "cuda" or self.graph):
+        if self.precision == "float16" and (not on_gpu or self.graph):
             raise ValueError(
                 "--precision float16 needs a GPU, and no --graph: choose bfloat16 or float32."
             )
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError(
-                "--tensorboard needs TensorBoard: pip install tensorboard, or leave it out."
-            )
-        if self.graph and (
-            self.where().type != "cuda" or self.ensemble or self.compile or under_torchrun()
-        ):
+            raise ValueError(NO_TENSORBOARD)
+        if self.graph and (not on_gpu or self.ensemble or self.compile or under_torchrun()):
             raise ValueError(
                 "--graph needs a GPU, and one process that trains one network, uncompiled: leave "
                 "it out."
@@ -224,3 +224,27 @@ class Experiment:
                 "Under torchrun all processes train one network: leave --ensemble and --workers "
                 "out."
             )
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
+            option, values = "--" + name.replace("_", "-"), _listed(value)
+            if name in self.ranges:
+                words, holds = self.ranges[name]
+                for each in values:
+                    if not holds(each):
+                        message = f"{option} must be {words}, got {each}."
+                        raise ValueError(message)
+            if name in LISTS and len(set(values)) < max(len(values), 1):
+                message = f"{option} needs at least one value, and each of them once."
+                raise ValueError(message)
+
+    def _filled(self, kind: type[T], **values: Any) -> T:
+        """A dataclass of the options that have the name of one of its fields, and of ``values``."""
+        names = kind.__annotations__
+        options = {name: value for name, value in vars(self).items() if name in names}
+        return kind(**options | values)
+
+
+def _listed(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,18 +1,17 @@
-"""ImageNet, the 15-layer network with spatial pyramid pooling: the experiment of Figure 6 (section
-4.4 of the paper).
+"""ImageNet, the 15-layer network of Figure 6, with pyramid pooling (section 4.4 of the paper).
 
-The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
 Runs on any folder of images sorted into classes: a few classes of ImageNet make a small version of
-it.
+it. The constants are the paper's; those that it leaves open are marked, with the reason for the
+choice.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from biasshift.data import (
     CenterCrops,
@@ -25,16 +24,8 @@ from biasshift.data import (
     synthetic_imagenet,
 )
 from biasshift.distributed import rank, world_size
-from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, schedule
-from biasshift.experiments.experiment import (
-    Activation,
-    Experiment,
-    at_least_one,
-    distinct,
-    not_negative,
-    positive,
-    shares,
-)
+from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, phases_of
+from biasshift.experiments.experiment import POSITIVE, RANGES, Activation, Experiment, Range
 from biasshift.nets import imagenet15
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Instrumentation, Quantity, Trial
@@ -46,11 +37,8 @@ VALID_IMAGES = 5_000  # random ones, for the curves
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu")
 SEEDS = 1
 STEPS = 250_000  # open: the curves of Figure 6 end about there
-SCHEDULE = (
-    (100_000, 1.0),
-    (100_000, 0.1),
-    (50_000, 0.01),
-)  # open: updates, share of the learning rate
+# open: updates, share of the learning rate
+SCHEDULE = ((100_000, 1.0), (100_000, 0.1), (50_000, 0.01))
 LEARNING_RATE = 0.01  # open
 BATCH_SIZE = 64  # open
 MOMENTUM = 0.9  # open
@@ -59,8 +47,8 @@ BINS = (1, 2, 4)  # open: of the three levels of the pyramid
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One run."""
+class ImagenetConfig:
+    """One run on photographs, as its folder records it."""
 
     experiment: str
     dataset: str
@@ -89,7 +77,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PreparedImages:
     """The images, and what is subtracted from them."""
 
     images: ImageNet
@@ -131,7 +119,7 @@ class Imagenet(Experiment):
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 1_000
-    """Updates between two looks at the errors on validation images."""
+    """Updates between two measurements of the errors on validation images."""
     valid_images: int = VALID_IMAGES
     """Random validation images, the same for every run."""
     instrument: tuple[Quantity, ...] = ("activations", "bias_shift")
@@ -145,20 +133,33 @@ class Imagenet(Experiment):
     damping: float = 1e-3
 
     name: ClassVar[str] = "imagenet"
+    ranges: ClassVar[dict[str, Range]] = RANGES | {"width": POSITIVE}
+    smoke_config: ClassVar[dict[str, Any]] = {
+        "steps": 4,
+        "epochs": 1.0,
+        "batch_size": 6,
+        "width": 0.01,
+        "stride": 2,
+        "crop": 112,
+        "score_every": 2,
+        "every": 2,
+        "probe_size": 6,
+        "valid_images": 6,
+    }
 
-    def load(self) -> Loaded:
-        """The folders, checked, and the mean image, which takes a look at every training image
-        once.
+    @property
+    def _loaders(self) -> int:
+        return 0 if self.smoke else self.loaders
+
+    def load(self) -> PreparedImages:
+        """Returns the images, checked, and their mean, which reads every training image once.
+
+        Later calls find the mean in a cache beside the data.
         """
-        images = self._images()
-        mean = mean_image(
-            images.train,
-            SIDE,
-            0 if self.smoke else self.loaders,
-            root=self.out if self.smoke else self.data,
-        )
+        images, root = self._images(), self.out if self.smoke else self.data
+        mean = mean_image(images.train, SIDE, self._loaders, root=root)
         mean = mean if self.mean == "pixel" else mean.mean((1, 2), keepdim=True)
-        return Loaded(images, Scale(mean=mean.to(self.where())), self.where())
+        return PreparedImages(images, Scale(mean=mean.to(self.where())), self.where())
 
     def _images(self) -> ImageNet:
         if not self.smoke:
@@ -166,117 +167,78 @@ class Imagenet(Experiment):
         folder = self.out / "synthetic-images"
         return imagenet(folder) if folder.exists() else synthetic_imagenet(folder)
 
-    def settings(self) -> list[Setting]:
-        """One per run."""
-        self._check()
+    def grid(self) -> list[ImagenetConfig]:
+        """Returns one config per seed and activation function; it reads the names of the images.
+
+        The data set is recorded by its folder's name and its number of classes.
+        """
         images = self._images()
-        found = [
-            Setting(
-                self.name, f"{images.name} ({images.classes} "
-                           "classes)", activation, seed, self.steps,
-                self.steps / epoch_steps(len(images.train), self.batch_size), self.batch_size, self.lr, self.momentum, self.weight_decay,
-                self.dropout, self.stride, CROP, self.batch_norm, self.mean, self.init, self.width, self.score_every, self.valid_images,
-                self.probe, self.every, self.instrument, self.units, self.damping,
+        return [
+            self._filled(
+                ImagenetConfig,
+                experiment=self.name,
+                dataset=f"{images.name} ({images.classes} classes)",
+                activation=activation,
+                seed=seed,
+                epochs=self.steps / epoch_steps(len(images.train), self.batch_size),
+                crop=CROP,
+                subtracted=self.mean,
+                probe_size=self.probe,
+                quantities=self.instrument,
+                units_measured=self.units,
             )
             for seed in range(self.seeds)
             for activation in self.activation
-        ]  # fmt: skip
-        small = {
-            "steps": 4,
-            "epochs": 1.0,
-            "batch_size": 6,
-            "width": 0.01,
-            "stride": 2,
-            "crop": 112,
-            "score_every": 2,
-            "every": 2,
-        }
-        return (
-            [replace(s, **small, probe_size=6, valid_images=6) for s in found if s.seed < 1]
-            if self.smoke
-            else found
+        ]
+
+    def trial(self, config: ImagenetConfig, data: PreparedImages) -> Trial:
+        """Returns the network of a config, its minibatches and its measurements.
+
+        Scores are of the middles of random validation images, and the probe is the middles of
+        random training images: both are the same for every run.
+        """
+        train, valid, device = data.images.train, data.images.valid, data.device
+        crop = Crop(SIDE, config.crop)
+        decoding: dict[str, Any] = {"prepare": data.prepare, "crop": crop, "device": device}
+        shared: dict[str, Any] = {"workers": self._loaders, "rank": rank(), "world": world_size()}
+        stream = ImageStream(train, config.batch_size, config.seed, **decoding, **shared)
+        model = imagenet15(
+            config.activation,
+            config.seed,
+            data.images.classes,
+            config.stride,
+            BINS,
+            config.batch_norm,
+            config.dropout,
+            config.init,
+            width=config.width,
+        ).to(device)
+        instrumentation = Instrumentation(
+            config.quantities,
+            every=config.every,
+            examples=config.probe_size,
+            units=config.units_measured,
+            damping=config.damping,
+            batch_size=16,
         )
-
-    def trial(self, setting: Setting, data: Loaded) -> Trial:
-        """The network of a setting, and what is measured of it."""
-        return _trial(setting, data, 0 if self.smoke else self.loaders)
-
-    def _check(self) -> None:
-        self.check()
-        at_least_one(
-            self,
-            "seeds",
-            "steps",
-            "batch_size",
-            "stride",
-            "score_every",
-            "valid_images",
-            "every",
-            "probe",
-            "units",
+        scored = valid.sample(min(config.valid_images, len(valid)))
+        probed = train.sample(min(config.probe_size, len(train)))
+        xs, ys = zip(*CenterCrops(probed, workers=0, **decoding), strict=True)
+        return Trial(
+            config,
+            model,
+            partial(momentum_sgd, momentum=config.momentum, decay=config.weight_decay),
+            stream,
+            config.steps,
+            phases_of(SCHEDULE, config.steps, config.lr),
+            score=partial(_scores, crops=CenterCrops(scored, 50, **decoding, **shared)),
+            score_every=config.score_every,
+            schedules=instrumentation.schedules(
+                model, (torch.cat(xs), torch.cat(ys)), labels="sampled"
+            ),
         )
-        positive(self, "lr", "width")
-        shares(self, "momentum", "dropout")
-        not_negative(self, "weight_decay", "damping", "loaders")
-        distinct("activation", self.activation)
-
-
-def _trial(setting: Setting, data: Loaded, loaders: int) -> Trial:
-    crop = Crop(SIDE, setting.crop)
-    stream = ImageStream(
-        data.images.train, setting.batch_size, setting.seed, prepare=data.prepare, crop=crop, workers=loaders, device=data.device,
-        rank=rank(), world=world_size(),
-    )  # fmt: skip
-    model = imagenet15(
-        setting.activation, setting.seed, data.images.classes, setting.stride, BINS, setting.batch_norm, setting.dropout, setting.init,
-        width=setting.width,
-    )  # fmt: skip
-    instrumentation = Instrumentation(
-        setting.quantities,
-        setting.every,
-        setting.probe_size,
-        setting.units_measured,
-        setting.damping,
-        16,
-    )
-    return Trial(
-        setting,
-        model.to(data.device),
-        partial(momentum_sgd, momentum=setting.momentum, decay=setting.weight_decay),
-        stream,
-        setting.steps,
-        schedule(SCHEDULE, setting.steps, setting.lr),
-        score=partial(_scores, crops=_crops(setting, data, crop, loaders)),
-        score_every=setting.score_every,
-        schedules=instrumentation.schedules(model, _probe(setting, data, crop), labels="sampled"),
-    )
-
-
-def _crops(setting: Setting, data: Loaded, crop: Crop, loaders: int) -> CenterCrops:
-    valid = data.images.valid
-    some = valid.sample(min(setting.valid_images, len(valid)))
-    return CenterCrops(
-        some,
-        50,
-        prepare=data.prepare,
-        crop=crop,
-        workers=loaders,
-        device=data.device,
-        rank=rank(),
-        world=world_size(),
-    )
-
-
-def _probe(setting: Setting, data: Loaded, crop: Crop) -> tuple[Tensor, Tensor]:
-    """The middles of random training images, the same for every run."""
-    some = data.images.train.sample(min(setting.probe_size, len(data.images.train)))
-    xs, ys = zip(
-        *CenterCrops(some, prepare=data.prepare, crop=crop, workers=0, device=data.device),
-        strict=True,
-    )
-    return torch.cat(xs), torch.cat(ys)
 
 
 def _scores(model: nn.Module, crops: CenterCrops) -> dict[str, float]:
-    found = evaluate_batches(model, lambda: iter(crops), top=(1, 5))
-    return {f"valid_{name}": value for name, value in found.items()}
+    means = evaluate_batches(model, lambda: iter(crops), top=(1, 5))
+    return {f"valid_{name}": value for name, value in means.items()}

@@ -1,4 +1,4 @@
-"""The fully connected classifiers: what the digits and the MNIST protocols share."""
+"""The fully connected classifiers: what the demo, MNIST and the sweep record, train and measure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ from torch import nn
 from biasshift.data import DataSet
 from biasshift.data.stream import TensorStream
 from biasshift.distributed import rank, world_size
-from biasshift.experiments.exam import examine, residuals
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 from biasshift.training.evaluation import evaluate
 from biasshift.training.trial import Exam, Phase, Probe, ProbeSchedule, Trial, evenly_spaced
 
 Update = Literal["plain", "centered", "centered-p", "quasi-diagonal", "full"]
-UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNaturalGradient` is told
+UPDATES: dict[str, dict[str, str]] = {  # name → options of `biasshift.optim.UnitNaturalGradient`
     "plain": {"center": "none", "scale": "none"},
     "centered": {"center": "q", "scale": "none"},
     "centered-p": {"center": "p", "scale": "none"},
@@ -26,18 +25,19 @@ UPDATES: dict[str, dict[str, str]] = {  # name → what `biasshift.optim.UnitNat
     "full": {"center": "q", "scale": "full"},
 }
 DECAY = 0.99  # of the running sums that the updates center and scale by
-# steps, an epoch of the digits: within the 782 of MNIST's first epoch the losses of two networks
-# part by far
-LOOK_EVERY = 23
-LOOKED_AT = (
-    5_000  # training examples, the first ones, on which the way down to the equal loss is followed
-)
+# Steps between two evaluations of the loss before the examination, an epoch of the digits: within
+# the 782 of MNIST's first epoch the losses of two networks part by far.
+EXAM_EVERY = 23
+EXAM_IMAGES = 5_000  # training examples, the first ones, that this loss is the mean over
+SMOKE = {"epochs": 2, "depth": 2, "width": 12, "means_every": 1, "fisher_every": 2}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One run. Runs with the same seed start from the same weights and see the same batches,
-    whatever their activation.
+class MlpConfig:
+    """One run of a fully connected network, as its folder records it.
+
+    Runs with the same seed start from the same weights and see the same minibatches, whatever
+    their activation.
     """
 
     experiment: str
@@ -51,13 +51,12 @@ class Setting:
     width: int
     init: Literal["normal", "uniform"]
     probe_size: int  # training examples on which everything is measured along the run
-    exam_size: (
-        int  # training examples in each of the two disjoint probes of the examination at equal loss
-    )
+    # training examples in each of the two disjoint probes of the examination at equal loss
+    exam_size: int
     means_every: int  # epochs between measurements of activation means and bias shift
     # epochs between measurements of the unit Fisher matrices and the gradient gap; 0: never
     fisher_every: int
-    # nats: the network is examined when its training loss, looked at every 23 steps, first gets
+    # nats: the network is examined when its training loss, evaluated every 23 steps, first gets
     # here
     equal_loss: float
     units_measured: int  # of every hidden layer, evenly spaced; the output layer is measured whole
@@ -69,96 +68,121 @@ class Setting:
     constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
     batch_norm: bool = False  # of every hidden layer, before its activation
     update_damping: float = 0.1  # λ of the updates that have a scale
-    update_unit_damping: float = (
-        1.0  # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
-    )
+    # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
+    update_unit_damping: float = 1.0
     update_kl_clip: float = 1e-3
-    # steps between two looks at the curvature of the full update; the others look at every step
+    # steps between two measurements of the curvature by the full update; the others measure it at
+    # every step
     update_every: int = 20
     scores_per_epoch: int = 1
     scored: int = 0  # training examples that the training loss is measured on; 0: all
-    examined: bool = (
-        True  # whether there are an examination at the equal loss and residuals at the end
-    )
+    # whether there are an examination at the equal loss and residuals at the end
+    examined: bool = True
 
 
-def trial(setting: Setting, data: DataSet) -> Trial:
-    """The network of a setting, its minibatches and its measurements."""
-    inputs, device = data.x_train[0].numel(), data.x_train.device
+def trial(config: MlpConfig, data: DataSet) -> Trial:
+    """Returns the network of a config, its minibatches and its measurements.
+
+    Along the run, activation means and bias shifts are measured on one probe, and unit Fisher
+    matrices and gradient gaps less often. At the equal loss the network is examined on two further
+    probes; at the end the exact identities are tested in float64.
+
+    Args:
+        config: One run.
+        data: Flattened images; the network is put on their device.
+    """
+    # Here: both make tables, and pandas would slow the help of every command.
+    from biasshift.experiments.exam import examine, residuals
+
     model = mlp(
-        inputs, setting.width, setting.depth, data.classes, setting.activation, setting.seed, setting.init, setting.constant,
-        setting.batch_norm,
-    )  # fmt: skip
+        data.x_train[0].numel(),
+        config.width,
+        config.depth,
+        data.classes,
+        config.activation,
+        config.seed,
+        config.init,
+        config.constant,
+        config.batch_norm,
+    ).to(data.x_train.device)
     stream = TensorStream(
-        data.x_train, data.y_train, setting.batch_size, setting.seed, views=data.views, rank=rank(), world=world_size()
-    )  # fmt: skip
+        data.x_train,
+        data.y_train,
+        config.batch_size,
+        config.seed,
+        views=data.views,
+        rank=rank(),
+        world=world_size(),
+    )
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    measured = layers[setting.skip_input_layer :]
-    units = {name: evenly_spaced(setting.width, setting.units_measured) for name in layers[:-1]}
-    probe, exam_probes = probes(data, setting.probe_size, setting.exam_size)
+    measured = layers[config.skip_input_layer :]
+    units = {name: evenly_spaced(config.width, config.units_measured) for name in layers[:-1]}
+    probe, exam_probes = probes(data, config.probe_size, config.exam_size)
+    every = config.means_every * len(stream)
+    schedules = [ProbeSchedule(probe, every, ("activations", "bias_shift"))]
+    if config.fisher_every:
+        every = config.fisher_every * len(stream)
+        options = {"layers": measured, "units": units, "damping": config.damping}
+        schedules.append(ProbeSchedule(probe, every, ("fisher", "gap"), options))
     exam = Exam(
-        LOOK_EVERY,
-        setting.equal_loss,
-        loss=partial(_followed_loss, data=data),
+        EXAM_EVERY,
+        config.equal_loss,
+        loss=lambda model: _train_score(model, data, EXAM_IMAGES)[0],
         examine=lambda model, step: examine(
-            model, exam_probes, measured[1 - setting.skip_input_layer :], units, step
+            model, exam_probes, measured[1 - config.skip_input_layer :], units, step
         ),
     )
     return Trial(
-        setting,
-        model.to(device),
-        partial(_optimizer, setting),
+        config,
+        model,
+        partial(_optimizer, config),
         stream,
-        steps=setting.epochs * len(stream),
-        phases=(Phase(1, setting.lr),),
-        score=partial(_scores, data=data, scored=setting.scored),
-        score_every=max(1, len(stream) // setting.scores_per_epoch),
-        schedules=_schedules(setting, probe, len(stream), measured, units),
-        exam=exam if setting.examined else None,
-        closing=(lambda model, step: residuals(model, probe, units, step))
-        if setting.examined
+        steps=config.epochs * len(stream),
+        phases=(Phase(1, config.lr),),
+        score=partial(_scores, data=data, images=config.scored or len(data.x_train)),
+        score_every=max(1, len(stream) // config.scores_per_epoch),
+        schedules=schedules,
+        exam=exam if config.examined else None,
+        at_end=(lambda model, step: residuals(model, probe, units, step))
+        if config.examined
         else None,
     )
 
 
-def _schedules(
-    setting: Setting,
-    probe: Probe,
-    epoch_steps: int,
-    measured: list[str],
-    units: dict[str, list[int]],
-) -> list[ProbeSchedule]:
-    schedules = [
-        ProbeSchedule(probe, setting.means_every * epoch_steps, ("activations", "bias_shift"))
-    ]
-    if setting.fisher_every:
-        options = {"layers": measured, "units": units, "damping": setting.damping}
-        schedules.append(
-            ProbeSchedule(probe, setting.fisher_every * epoch_steps, ("fisher", "gap"), options)
-        )
-    return schedules
-
-
 def _optimizer(
-    setting: Setting, model: nn.Module, parameters: Iterator[nn.Parameter]
+    config: MlpConfig, model: nn.Module, parameters: Iterator[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    if (
-        setting.update == "plain"
-    ):  # the same steps as the family's plain member, without its looks at the forward passes
-        return torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
-    kind, scaled = UPDATES[setting.update], UPDATES[setting.update]["scale"] != "none"
+    # The same steps as the family's plain member, without its hooks on the forward passes.
+    if config.update == "plain":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum)
+    kind = UPDATES[config.update]
+    scaled = kind["scale"] != "none"
+    device = next(model.parameters()).device
     return UnitNaturalGradient(
-        model, setting.lr, kind["center"], kind["scale"], setting.momentum, damping=setting.update_damping, decay=DECAY,
-        update_every=setting.update_every if setting.update == "full" else 1,
-        kl_clip=setting.update_kl_clip if scaled else None,
-        unit_damping=setting.update_unit_damping if scaled else 0.0,
-        generator=torch.Generator(next(model.parameters()).device).manual_seed(setting.seed + 1_000_003 * rank()),
-    )  # fmt: skip
+        model,
+        config.lr,
+        kind["center"],
+        kind["scale"],
+        config.momentum,
+        damping=config.update_damping,
+        decay=DECAY,
+        update_every=config.update_every if config.update == "full" else 1,
+        kl_clip=config.update_kl_clip if scaled else None,
+        unit_damping=config.update_unit_damping if scaled else 0.0,
+        generator=torch.Generator(device).manual_seed(config.seed + 1_000_003 * rank()),
+    )
 
 
 def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe, Probe]]:
-    """A random part of the training population, and two disjoint ones for the examination: the same
-    for every run.
+    """Returns the probe along a run, and the two disjoint ones of its examination.
+
+    They are random parts of the training set, the same for every run. Where the set is too small
+    for two of ``exam_size``, each of the two is half of it.
+
+    Args:
+        data: The set that they are taken from.
+        size: Examples in the first, at most.
+        exam_size: Examples in each of the other two, at most.
     """
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0)).to(
         data.x_train.device
@@ -169,21 +193,14 @@ def probes(data: DataSet, size: int, exam_size: int) -> tuple[Probe, tuple[Probe
     return along, (first, second)
 
 
-def _followed_loss(model: nn.Module, data: DataSet) -> float:
-    examples = min(len(data.x_train) // data.views, LOOKED_AT)
-    return evaluate(model, data.x_train[:examples], data.y_train[:examples])[0]
+def _train_score(model: nn.Module, data: DataSet, images: int) -> tuple[float, float]:
+    """Loss and error on the first training images, one view of each."""
+    images = min(len(data.x_train) // data.views, images)
+    return evaluate(model, data.x_train[:images], data.y_train[:images])
 
 
-def _scores(model: nn.Module, data: DataSet, scored: int) -> dict[str, float]:
-    """Losses and errors of the whole network in eval mode, on one view of every training example
-    and on the validation set.
-    """
-    examples = min(len(data.x_train) // data.views, scored or len(data.x_train))
-    train_loss, train_error = evaluate(model, data.x_train[:examples], data.y_train[:examples])
-    valid_loss, valid_error = evaluate(model, data.x_valid, data.y_valid)
-    return {
-        "train_loss": train_loss,
-        "train_error": train_error,
-        "valid_loss": valid_loss,
-        "valid_error": valid_error,
-    }
+def _scores(model: nn.Module, data: DataSet, images: int) -> dict[str, float]:
+    """Losses and errors of the whole network, on training images and on the validation set."""
+    train, valid = _train_score(model, data, images), evaluate(model, data.x_valid, data.y_valid)
+    names = ("train_loss", "train_error", "valid_loss", "valid_error")
+    return dict(zip(names, train + valid, strict=True))

@@ -1,25 +1,16 @@
-"""MNIST, 8 hidden layers × 128 units: the experiment of Figure 2 (section 4.1 of the paper); and 5
-× 256, that of Figure 7.
+"""MNIST, 8 hidden layers × 128 units: the experiment of Figure 2 (section 4.1 of the paper).
 
-The constants are the paper's; those that it leaves open are marked, with the reason for the choice.
-Figure 7 is ``--depth 5 --width 256 --epochs 200 --activation elu relu``.
+Figure 7, of 5 × 256 units, is ``--depth 5 --width 256 --epochs 200 --activation elu relu``. The
+constants are the paper's; those that it leaves open are marked, with the reason for the choice.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import (
-    Activation,
-    Experiment,
-    at_least_one,
-    distinct,
-    not_negative,
-    positive,
-    shares,
-)
-from biasshift.experiments.mlp_trial import Setting, trial
+from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, trial
 from biasshift.training.trial import Trial
 
 DEPTH, WIDTH = 8, 128  # hidden layers and their units
@@ -28,20 +19,18 @@ LEARNING_RATE = 0.01
 EPOCHS = 300  # the unit means are flat after 25
 SEEDS = 5
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu")  # Figure 2 has no SReLU
-INIT = (
-    "normal"  # open: He et al. 2015 use the normal distribution; --init uniform is U(±√(6/fan_in))
-)
+# open: He et al. 2015 use the normal distribution; --init uniform is U(±√(6/fan_in))
+INIT = "normal"
 MOMENTUM = 0.0  # open: the paper names none for this experiment
 PROBE = 5_000  # open: "a fixed subset of the training data"
-EXAM_PROBE = (
-    25_000  # two of them are all 50,000: unit Fisher statistics need many effective samples
-)
+# Two of them are all 50,000: unit Fisher statistics need many effective samples.
+EXAM_PROBE = 25_000
 EQUAL_LOSS = 0.5  # nats: early enough that most units have them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mnist(Experiment):
-    """Train the paper's MNIST networks, instrumented, and say what the runs show."""
+    """Train the paper's MNIST networks, instrumented, and show what the runs say."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activation functions; each gets all seeds."""
@@ -63,8 +52,8 @@ class Mnist(Experiment):
     width: int = WIDTH
     init: Literal["normal", "uniform"] = INIT
     probe: int = PROBE
-    """Training examples that everything is measured on along the run. Of unit Fisher matrices
-    behind the first epoch, most units have enough effective samples with 50,000.
+    """Training examples that everything is measured on along the run. With 50,000, most units have
+    enough effective samples for their unit Fisher matrices after the first epoch.
     """
     exam_probe: int = EXAM_PROBE
     """Training examples in each of the two disjoint probes of the examination at equal loss."""
@@ -83,54 +72,33 @@ class Mnist(Experiment):
     name: ClassVar[str] = "mnist"
     figures: ClassVar[tuple[str, ...]] = ("2", "gap")
     small: ClassVar[bool] = True
+    smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def load(self) -> DataSet:
-        """MNIST, checked."""
+        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test."""
         return (synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
 
-    def settings(self) -> list[Setting]:
-        """One per run. The input layer's 784 inputs would need 7,840 effective samples: it is left
-        out of the Fisher matrices.
+    def grid(self) -> list[MlpConfig]:
+        """Returns one config per seed and activation function.
 
-        Raises:
-            ValueError: for an option out of its range; the sentence names it.
+        The input layer's 784 inputs would need 7,840 effective samples: it is left out of the unit
+        Fisher matrices.
         """
-        self._check()
-        found = [
-            Setting(
-                self.name, activation, seed, self.epochs, self.batch_size, self.lr, self.momentum, self.depth, self.width, self.init,
-                self.probe, self.exam_probe, self.means_every, self.fisher_every, self.equal_loss, self.units, self.damping,
+        return [
+            self._filled(
+                MlpConfig,
+                experiment=self.name,
+                activation=activation,
+                seed=seed,
+                probe_size=self.probe,
+                exam_size=self.exam_probe,
+                units_measured=self.units,
                 skip_input_layer=True,
             )
             for seed in range(self.seeds)
             for activation in self.activation
-        ]  # fmt: skip
-        return [smoked(setting) for setting in found if setting.seed < 1] if self.smoke else found
+        ]
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        """The network of a setting, and what is measured of it."""
-        return trial(setting, data)
-
-    def _check(self) -> None:
-        self.check()
-        at_least_one(
-            self,
-            "seeds",
-            "epochs",
-            "batch_size",
-            "depth",
-            "width",
-            "probe",
-            "exam_probe",
-            "means_every",
-            "units",
-        )
-        positive(self, "lr", "equal_loss")
-        shares(self, "momentum")
-        not_negative(self, "damping", "fisher_every")
-        distinct("activation", self.activation)
-
-
-def smoked(setting: Setting) -> Setting:
-    """A tiny version of a run."""
-    return replace(setting, epochs=2, depth=2, width=12, means_every=1, fisher_every=2)
+    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
+        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
+        return trial(config, data)

@@ -12,44 +12,28 @@ rates with the same seeds: nothing is tuned for one of them. The images are MNIS
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from biasshift.analysis.grid import Cell
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import (
-    Activation,
-    Experiment,
-    at_least_one,
-    distinct,
-    not_negative,
-    positive,
-)
-from biasshift.experiments.mlp_trial import Setting, Update, trial
+from biasshift.experiments.experiment import Activation, Experiment
+from biasshift.experiments.mlp_trial import MlpConfig, Update, trial
 from biasshift.training.trial import Trial
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
-LEARNING_RATES = (
-    0.003,
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-)  # around the paper's, from where all are slow to where most diverge
+# around the paper's, from where all are slow to where most diverge
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 CONSTANT = 0.5  # about what separates ReLU's mean activation from ELU's
 CONSTANT_UPDATES: tuple[Update, ...] = ("plain", "centered")
-NORMED: tuple[Activation, ...] = (
-    "elu",
-    "relu",
-)  # with batch normalization, too, by plain gradient descent
+# with batch normalization, too, by plain gradient descent
+NORMED: tuple[Activation, ...] = ("elu", "relu")
 SEEDS = 6  # fewer cannot carry a paired test
 EPOCHS = 1
 DEPTH, WIDTH, BATCH_SIZE = 8, 128, 64  # those of Figure 2
+PLAIN = {"update": "plain", "constant": 0.0, "batch_norm": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +64,13 @@ class Sweep(Experiment):
     out: Path = Path("runs/sweep")
     """Run folders are written below."""
     resume: bool = True
-    """Skip the runs that are done, and go on with those that are not."""
+    """Skip the runs that are finished, and resume those that are not."""
     part: tuple[int, int] = (1, 1)
     """The runs of one job out of several, such as 3 of 16: --part $SLURM_ARRAY_TASK_ID 16 for an
     array 1-16.
     """
     scores_per_epoch: int = 16
-    """Looks at the losses, from which the steps to a loss are read."""
+    """Times an epoch that the losses are measured, from which the steps to a loss are read."""
     scored: int = 5_000
     """Training images that the training loss is measured on."""
     exam_probe: int = 8_000
@@ -94,6 +78,7 @@ class Sweep(Experiment):
     plain runs.
     """
     equal_loss: float = 0.6
+    """Training loss (nats) at which plain runs are examined."""
     units: int = 8
     """Measured units of every hidden layer, evenly spaced."""
     damping: float = 0.1
@@ -107,12 +92,20 @@ class Sweep(Experiment):
     ReLU and are the same for all.
     """
     update_every: int = 50
-    """Steps between two looks of the full update at its curvature; the others look at every step."""
+    """Steps between two measurements of the curvature by the full update; the others measure it at
+    every step.
+    """
 
     name: ClassVar[str] = "sweep"
     figures: ClassVar[tuple[str, ...]] = ("theory4",)
     sweeps: ClassVar[bool] = True
     small: ClassVar[bool] = True
+    smoke_config: ClassVar[dict[str, Any]] = {
+        "epochs": 1,
+        "depth": 2,
+        "width": 12,
+        "update_every": 2,
+    }
 
     def __post_init__(self) -> None:
         if self.replace:
@@ -120,95 +113,88 @@ class Sweep(Experiment):
 
     @property
     def whole(self) -> bool:
-        """Not so for a job out of several, which may run beside this one."""
+        """Whether this command makes all runs: not so for one job out of several."""
         return self.part[1] == 1
 
     def load(self) -> DataSet:
-        """MNIST, checked, at half its resolution."""
-        return _halved(synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
+        """Returns MNIST, checked, at half its resolution: 14 × 14 pixels, each a mean over four."""
+        data = synthetic_mnist() if self.smoke else mnist(self.data)
+        images = {name: _halved(getattr(data, name)) for name in ("x_train", "x_valid", "x_test")}
+        return replace(data, **images).to(self.where())
 
-    def settings(self) -> list[Setting]:
-        """One per run, seed by seed: a sweep that is stopped has whole seeds."""
-        self._check()
-        found = [
-            self._setting(cell, lr, seed)
+    def grid(self) -> list[MlpConfig]:
+        """Returns one config per seed, cell and learning rate, or this job's part of them.
+
+        The order is seed by seed: a sweep that is stopped has whole seeds. A part takes every so
+        many runs, such that all parts together have each run once.
+        """
+        configs = [
+            self._filled(
+                MlpConfig,
+                **cell,
+                experiment=self.name,
+                lr=lr,
+                seed=seed,
+                batch_size=BATCH_SIZE,
+                momentum=0.0,
+                init="normal",
+                probe_size=2_000,
+                exam_size=self.exam_probe,
+                means_every=1,
+                fisher_every=0,
+                units_measured=self.units,
+                damping=1e-3,
+                skip_input_layer=True,
+                update_damping=self.damping,
+                update_unit_damping=self.unit_damping,
+                update_kl_clip=self.kl_clip,
+                examined=cell.items() >= PLAIN.items(),
+            )
             for seed in range(self.seeds)
             for cell in self._cells()
             for lr in self.lr
         ]
         number, count = self.part
-        found = found[number - 1 :: count]
-        return (
-            [replace(s, epochs=1, depth=2, width=12, update_every=2) for s in found if s.seed < 1]
-            if self.smoke
-            else found
-        )
+        return configs[number - 1 :: count]
 
-    def _cells(self) -> list[Cell]:
+    def _cells(self) -> list[dict[str, Any]]:
+        """Activation, update, constant and batch normalization of every kind of run."""
         cells = [
-            Cell(activation, update) for activation in self.activation for update in self.update
+            PLAIN | {"activation": activation, "update": update}
+            for activation in self.activation
+            for update in self.update
         ]
         if self.constant and "elu" in self.activation:
             cells += [
-                Cell("elu", update, self.constant)
+                PLAIN | {"activation": "elu", "update": update, "constant": self.constant}
                 for update in CONSTANT_UPDATES
                 if update in self.update
             ]
         if self.batch_norm and "plain" in self.update:
             cells += [
-                Cell(activation, batch_norm=True)
+                PLAIN | {"activation": activation, "batch_norm": True}
                 for activation in NORMED
                 if activation in self.activation
             ]
         return cells
 
-    def _setting(self, cell: Cell, lr: float, seed: int) -> Setting:
-        return Setting(
-            self.name, cell.activation, seed, self.epochs, BATCH_SIZE, lr, 0.0, self.depth, self.width, "normal", 2_000, self.exam_probe,
-            means_every=1, fisher_every=0, equal_loss=self.equal_loss, units_measured=self.units, damping=1e-3, skip_input_layer=True,
-            update=cast(Update, cell.update), constant=cell.constant, batch_norm=cell.batch_norm,
-            update_damping=self.damping, update_unit_damping=self.unit_damping, update_kl_clip=self.kl_clip, update_every=self.update_every,
-            scores_per_epoch=self.scores_per_epoch, scored=self.scored, examined=cell == Cell(cell.activation),
-        )  # fmt: skip
+    def folder(self, config: MlpConfig) -> Path:
+        """Returns the run folder of a config, named by its cell, learning rate and seed."""
+        plus = f"-plus{config.constant:g}" if config.constant else ""
+        kind = config.activation + (plus or "-bn" * config.batch_norm)
+        return self.out / f"{kind}-{config.update}-lr{config.lr:g}-{config.seed}"
 
-    def folder(self, setting: Setting) -> Path:
-        """The folder of a run."""
-        added = (
-            f"-plus{setting.constant:g}"
-            if setting.constant
-            else "-bn"
-            if setting.batch_norm
-            else ""
-        )
-        return (
-            self.out
-            / f"{setting.activation}{added}-{setting.update}-lr{setting.lr:g}-{setting.seed}"
-        )
+    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
+        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
+        return trial(config, data)
 
-    def trial(self, setting: Setting, data: DataSet) -> Trial:
-        """The network of a setting, and what is measured of it."""
-        return trial(setting, data)
+    def check(self) -> None:
+        """Refuses options out of their range, a part that does not exist, and what graphs exclude.
 
-    def _check(self) -> None:
-        self.check()
-        at_least_one(
-            self,
-            "seeds",
-            "epochs",
-            "depth",
-            "width",
-            "scores_per_epoch",
-            "scored",
-            "exam_probe",
-            "units",
-            "update_every",
-        )
-        positive(self, "equal_loss", "kl_clip")
-        not_negative(self, "damping", "unit_damping")
-        for lr in self.lr:
-            positive(SimpleNamespace(lr=lr), "lr")
-        for name in ("activation", "update", "lr"):
-            distinct(name, getattr(self, name))
+        Raises:
+            ValueError: The message names the option and the remedy.
+        """
+        super().check()
         if not 1 <= self.part[0] <= self.part[1]:
             raise ValueError(
                 "--part must be a job's number and how many there are, such as 1 16, got "
@@ -221,10 +207,5 @@ class Sweep(Experiment):
             )
 
 
-def _halved(data: DataSet) -> DataSet:
-    def pooled(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x.view(-1, 1, 28, 28), 2).flatten(1)
-
-    return replace(
-        data, x_train=pooled(data.x_train), x_valid=pooled(data.x_valid), x_test=pooled(data.x_test)
-    )
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x.view(-1, 1, 28, 28), 2).flatten(1)

@@ -1,6 +1,4 @@
-"""Where a training run stood: enough to go on to the same numbers as one that was never
-interrupted.
-"""
+"""Where a training run stood: enough to resume it to the numbers of an uninterrupted run."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,94 +8,115 @@ from typing import Any
 
 import torch
 
+from biasshift.atomic import replacing
 from biasshift.distributed import broadcast, is_distributed, rank, world_size
 from biasshift.runs.schema import own_file
 
 CHECKPOINT = "checkpoint.pt"
 
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The global random states that dropout draws from, of every process."""
-    own = {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    )
-    if not is_distributed():
-        return {"0": own}
-    gathered: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    return {str(rank): state for rank, state in enumerate(gathered)}
-
-
-def restore_random_state(folder: Path, state: Mapping[str, Any], device: torch.device) -> None:
-    """Undoes what has been drawn since `random_state`.
-
-    Raises:
-        ValueError: the run was made by more or fewer processes, or this is no random state.
-    """
-    if len(state) != world_size():
-        raise ValueError(
-            f"'{folder}' was begun by {len(state)} processes and is resumed by {world_size()}: start as "
-            "many."
-        )
-    with fitting(folder):
-        own = state[str(rank())]
-        torch.set_rng_state(own["cpu"])
-        if device.type == "cuda" and "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], device)
+# -- the file ----------------------------------------------------------------------------------
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Written under another name, synced and renamed: a kill leaves the earlier checkpoint."""
-    temporary = folder / f".{CHECKPOINT}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / CHECKPOINT)
-
-
-def load(folder: Path, kinds: Mapping[str, type]) -> dict[str, Any] | None:
-    """The checkpoint of a run folder, or ``None`` where there is none; process 0 reads it for all.
-    Nothing in it is executed.
+    """Writes the checkpoint of a run folder: a kill leaves the earlier one or this one, whole.
 
     Args:
-        kinds: what a checkpoint holds: names and types.
+        folder: A run folder.
+        state: Tensors, numbers, texts, and lists and dicts of them: what `load` accepts.
+    """
+    with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
+        torch.save(dict(state), file)
+
+
+def load(folder: Path, types: Mapping[str, type]) -> dict[str, Any] | None:
+    """Returns the checkpoint of a run folder, or ``None`` where there is none.
+
+    Process 0 reads it for all. Nothing in it is executed.
+
+    Args:
+        folder: A run folder.
+        types: Names and types of what a checkpoint holds.
 
     Raises:
-        ValueError: the file is damaged or no checkpoint.
+        ValueError: The file is damaged, not a checkpoint, or a link out of its run.
     """
-    return broadcast(
-        _read(folder / CHECKPOINT, kinds)
-        if rank() == 0 and os.path.lexists(folder / CHECKPOINT)
-        else None
-    )
+    there = rank() == 0 and os.path.lexists(folder / CHECKPOINT)
+    return broadcast(_read(folder, types) if there else None)
 
 
-def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    remedy = "delete it to begin this run anew with --replace."
-    path = own_file(path.parent, path.name)
+def _read(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
+    path = own_file(folder, CHECKPOINT)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on the byte that is wrong
-        raise ValueError(f"'{path}' is no readable checkpoint: {remedy}") from error
+        raise ValueError(
+            f"'{path}' cannot be read as a checkpoint: start this run anew with --replace."
+        ) from error
     if not isinstance(state, dict) or not all(
-        isinstance(state.get(name), kind) for name, kind in kinds.items()
+        isinstance(state.get(name), kind) for name, kind in types.items()
     ):
-        raise ValueError(f"'{path}' is no checkpoint of a training run: {remedy}")
+        raise ValueError(
+            f"'{path}' is not a checkpoint of a training run: start this run anew with --replace."
+        )
     return state
 
 
 @contextmanager
-def fitting(folder: Path) -> Iterator[None]:
-    """Around what takes a checkpoint in, whose inner parts nobody has looked at.
+def must_fit(folder: Path) -> Iterator[None]:
+    """Wraps the loading of a state whose inner parts `load` has not checked.
+
+    Args:
+        folder: The run folder that the state comes from.
 
     Raises:
-        ValueError: they are those of another network or optimizer, or nonsense.
+        ValueError: The state is that of another network or optimizer, or damaged.
     """
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
         raise ValueError(
-            f"'{folder / CHECKPOINT}' is of another network or optimizer: give this run another "
-            "--out, or begin it anew with --replace."
+            f"'{folder / CHECKPOINT}' belongs to another network or optimizer: choose another "
+            "--out, or start this run anew with --replace."
         ) from error
+
+
+# -- random states -----------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Returns the global random states that dropout draws from, of every process.
+
+    The keys are the numbers of the processes, as texts; each state has ``cpu``, and ``cuda`` where
+    the device is a GPU.
+    """
+    own = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    if not is_distributed():
+        return {"0": own}
+    gathered: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return {str(number): state for number, state in enumerate(gathered)}
+
+
+def restore_random_state(folder: Path, state: Mapping[str, Any], device: torch.device) -> None:
+    """Sets the global random states of this process to those that `random_state` returned.
+
+    Args:
+        folder: The run folder that the state comes from, for messages.
+        state: That of every process.
+        device: The device of this process.
+
+    Raises:
+        ValueError: The run was made by more or fewer processes, or this is not a random state.
+    """
+    if len(state) != world_size():
+        raise ValueError(
+            f"'{folder}' was started by {len(state)} processes and cannot be resumed by "
+            f"{world_size()}: start {len(state)}."
+        )
+    with must_fit(folder):
+        own = state[str(rank())]
+        torch.set_rng_state(own["cpu"])
+        if device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], device)

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from biasshift.training.step import Gradient
 
-WARM_UP = (
-    3  # steps before the first capture: they allocate what the optimizer and the libraries keep
-)
-Captured = tuple[Callable[[], None], Tensor]
+# steps before the first capture: they allocate what the optimizer and the libraries keep
+WARM_UP = 3
+Capture = tuple[Callable[[], None], Tensor]  # what replays a step, and where its loss will be
 
 
-def cuda_capture(step: Callable[[], Tensor]) -> Captured:
-    """Records a step without running it: what replays it, and where its loss will be."""
+def cuda_capture(step: Callable[[], Tensor]) -> Capture:
+    """Records a step without running it, and returns its replay and the tensor of its loss."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -23,29 +22,30 @@ def cuda_capture(step: Callable[[], Tensor]) -> Captured:
     return graph.replay, loss
 
 
-class Graphed:
-    """`Gradient`, recorded once and replayed. Steps that are measured, shorter minibatches, and the
-    first three run as they are.
+class GraphedStep:
+    """The step of a `Gradient`, recorded once and replayed.
 
-    What a graph has written down is read anew when it changes: learning rates, dropout rates, and
-    the minibatch's shape.
+    Steps that are measured, shorter minibatches, and the first three run as they are. A graph
+    holds constants: the learning rates, the dropout rates, and the minibatch's shape. It is
+    recorded again when one of them changes.
 
     Args:
-        due: whether the next step is measured.
-        passed: told of every replayed step, which no hook hears of.
-        capture: records a step; of tests.
+        gradient: The step, on a GPU.
+        due: Whether the next step is measured.
+        on_replay: Called at every replayed step: hooks do not fire then.
+        capture: Records a step; an argument for tests.
 
     Raises:
-        ValueError: away from a GPU, or with a gradient scaler, which waits for the device at every
-            step.
+        ValueError: The model is not on a GPU, or there is a gradient scaler, which waits for the
+            device at every step.
     """
 
     def __init__(
         self,
         gradient: Gradient,
         due: Callable[[], bool] = lambda: False,
-        passed: Callable[[], None] = lambda: None,
-        capture: Callable[[Callable[[], Tensor]], Captured] = cuda_capture,
+        on_replay: Callable[[], None] = lambda: None,
+        capture: Callable[[Callable[[], Tensor]], Capture] = cuda_capture,
     ):
         if capture is cuda_capture and gradient.device.type != "cuda":
             raise ValueError("CUDA graphs need a GPU: leave --graph out.")
@@ -54,41 +54,40 @@ class Graphed:
                 "CUDA graphs and precision float16 exclude each other: choose bfloat16, which "
                 "needs no scaler."
             )
-        self.gradient, self.due, self.passed, self.capture = gradient, due, passed, capture
+        self.gradient, self.due, self.on_replay, self.capture = gradient, due, on_replay, capture
         self.module, self.optimizer = gradient.module, gradient.optimizer
-        self.steps, self.usual = 0, torch.Size()
-        self.key: Any = None
+        self.steps, self.usual_shape = 0, torch.Size()
+        self.constants: Any = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        self.usual = self.usual if self.steps else x.shape
+        self.usual_shape = self.usual_shape if self.steps else x.shape
         self.steps += 1
-        if self.steps <= WARM_UP or self.due() or x.shape != self.usual:
+        if self.steps <= WARM_UP or self.due() or x.shape != self.usual_shape:
             return self._eager(x, y)
-        if (key := self._written_down(x, y)) != self.key:
-            self.key, self.x, self.y = key, x.clone(), y.clone()
-            self.replay, self.loss = self.capture(
-                lambda: self.gradient(self.x, self.y)
-            )  # hooks count this step
+        if (constants := self._constants(x, y)) != self.constants:
+            self.constants, self.x, self.y = constants, x.clone(), y.clone()
+            # Hooks fire while a step is recorded: they count this step.
+            self.replay, self.loss = self.capture(lambda: self.gradient(self.x, self.y))
         else:
             self.x.copy_(x)
             self.y.copy_(y)
-            self.passed()
+            self.on_replay()
         self.replay()
         return self.loss.clone()
 
     def _eager(self, x: Tensor, y: Tensor) -> Tensor:
         if x.device.type != "cuda":
             return self.gradient(x, y)
-        side = (
-            torch.cuda.Stream()
-        )  # autograd remembers streams; a capture must not meet the default one
+        # Autograd remembers streams; a capture must not meet the default one.
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self.gradient(x, y)
         torch.cuda.current_stream().wait_stream(side)
         return loss
 
-    def _written_down(self, x: Tensor, y: Tensor) -> tuple:
+    def _constants(self, x: Tensor, y: Tensor) -> tuple:
+        """What a graph that is recorded now holds for good."""
         rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
         drops = tuple(
             module.p
@@ -98,9 +97,9 @@ class Graphed:
         return x.shape, x.dtype, y.shape, y.dtype, rates, drops
 
     def state_dict(self) -> dict:
-        """As of the steps themselves: a graph is recorded again."""
+        """Returns the state of the step itself: a graph is recorded again."""
         return self.gradient.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where another one was."""
+        """Restores what `state_dict` returned."""
         self.gradient.load_state_dict(state)

@@ -1,5 +1,7 @@
-"""Several networks of one shape trained at once, as one vmapped program: on a GPU, five small
-networks cost little more than one.
+"""Several networks of one shape trained at once, as one vmapped program.
+
+On a GPU, five small networks cost little more than one. Here are the update of all members, the
+stream of their minibatches, and each member's part of the optimizer's state.
 """
 
 import copy
@@ -11,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from biasshift.data.stream import Stream
 from biasshift.training.step import Loss
+
+# -- the networks ------------------------------------------------------------------------------
 
 
 class Ensemble:
@@ -23,15 +28,15 @@ class Ensemble:
     of it.
 
     Args:
-        members: networks of one architecture.
-        make_optimizer: the stacked parameters → an optimizer that treats all their elements alike,
+        members: Networks of one architecture.
+        make_optimizer: The stacked parameters → an optimizer that treats all their elements alike,
             such as SGD.
         loss: (outputs, y) → the mean loss of one member's minibatch.
 
     Raises:
-        ValueError: members that differ in more than the values of their parameters, or fewer than
-            one; or an optimizer of something else than the stacked parameters, such as one that
-            watches a network.
+        ValueError: The members differ in more than the values of their parameters, or there are
+            none; or the optimizer is one of something else than the stacked parameters, such as of
+            a network.
     """
 
     def __init__(
@@ -54,11 +59,10 @@ class Ensemble:
                 member.get_submodule(owner)._buffers[own] = self.buffers[name][number]
         self.module = copy.deepcopy(members[0]).to("meta")  # the architecture alone
         self.optimizer = make_optimizer(iter(self.parameters.values()))
-        if {id(p) for group in self.optimizer.param_groups for p in group["params"]} != {
-            id(p) for p in self.parameters.values()
-        }:
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if trained != {id(p) for p in self.parameters.values()}:
             raise ValueError(
-                f"{type(self.optimizer).__name__} does not train the members of an ensemble "
+                f"'{type(self.optimizer).__name__}' cannot train the members of an ensemble "
                 "together: train them apart."
             )
 
@@ -86,78 +90,108 @@ def _tensors(member: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_unlike(members: Sequence[nn.Module]) -> None:
-    """Raises a ValueError that names the first member that is another network than member 0."""
+    """Refuses members that differ in more than the values of their parameters and buffers.
+
+    Raises:
+        ValueError: There are none, or one differs from member 0; the message names the first.
+    """
     if not members:
-        raise ValueError("an ensemble needs at least one member.")
+        raise ValueError("An ensemble needs at least one member.")
     shapes = [
         {name: (p.shape, p.dtype, p.device) for name, p in _tensors(member)} for member in members
     ]
     for number, member in enumerate(members):
         if shapes[number] != shapes[0]:
             raise ValueError(
-                f"member {number} of the ensemble has other parameters than member 0: train them "
+                f"Member {number} of the ensemble has other parameters than member 0: train them "
                 "apart."
             )
         if repr(member) != repr(members[0]):  # it would be trained with the activations of member 0
             raise ValueError(
-                f"member {number} of the ensemble has other modules than member 0: train them "
+                f"Member {number} of the ensemble has other modules than member 0: train them "
                 "apart."
             )
 
 
-# -- several networks as one -------------------------------------------------------------------
+# -- their minibatches -------------------------------------------------------------------------
 
 
-class Together:
-    """The minibatches of several streams, stacked; of one, as they are."""
+class StackedStream:
+    """The minibatches of several streams, stacked along a new first axis; of one, as they are.
 
-    def __init__(self, streams: Sequence[Any]):
+    Raises:
+        ValueError: The epochs of the streams have different numbers of minibatches.
+    """
+
+    def __init__(self, streams: Sequence[Stream]):
         self.streams = streams
         if len({len(stream) for stream in streams}) > 1:
-            raise ValueError("the members of an ensemble need epochs of equally many minibatches.")
+            raise ValueError(
+                "All members of an ensemble must have epochs of equally many minibatches."
+            )
 
     def __len__(self) -> int:
+        """The minibatches of an epoch."""
         return len(self.streams[0])
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epoch ``number``, from its minibatch ``start`` on."""
-        if len(self.streams) == 1:
-            yield from self.streams[0].epoch(number, start)
+        """Yields the minibatches of epoch ``number``, from 1, but for the first ``start``.
+
+        They are x (members, batch, …) and y (members, batch); of one stream, without ``members``.
+        """
+        epochs = [stream.epoch(number, start) for stream in self.streams]
+        if len(epochs) == 1:
+            yield from epochs[0]
             return
-        for batches in zip(*(stream.epoch(number, start) for stream in self.streams), strict=True):
+        for batches in zip(*epochs, strict=True):
             xs, ys = zip(*batches, strict=True)
             yield torch.stack(xs), torch.stack(ys)
 
 
+# -- a member's part of the optimizer's state --------------------------------------------------
+
+
 def state_slice(optimizer: torch.optim.Optimizer, number: int | None) -> dict[str, Any]:
-    """The optimizer's state, or that of one member of an ensemble, in the form that the member
-    alone would have.
+    """Returns the optimizer's state, or that of one member of an ensemble.
+
+    A member's state is in the form that its optimizer would have if it was trained alone: either
+    may be resumed as the other.
+
+    Args:
+        optimizer: That of an `Ensemble`, or of one network.
+        number: The member, from 0; ``None`` for the optimizer of one network.
     """
     state = optimizer.state_dict()
     if number is None:
         return state
     own = {
-        key: {name: _of(value, number) for name, value in entry.items()}
+        key: {
+            name: value[number].clone() if isinstance(value, Tensor) and value.dim() else value
+            for name, value in entry.items()
+        }
         for key, entry in state["state"].items()
     }
     return {**state, "state": own}
 
 
-def _of(value: Any, number: int) -> Any:
-    return value[number].clone() if isinstance(value, Tensor) and value.dim() else value
-
-
 def load_slice(optimizer: torch.optim.Optimizer, state: dict[str, Any], number: int | None) -> None:
-    """The reverse: into an optimizer, or into a member's part of that of an ensemble."""
+    """Loads what `state_slice` returned into an optimizer, or into a member's part of it.
+
+    Args:
+        optimizer: That of an `Ensemble`, or of one network.
+        state: In the form of one network's optimizer.
+        number: The member, from 0; ``None`` for the optimizer of one network.
+    """
     if number is None:
         optimizer.load_state_dict(state)
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, entry in state["state"].items():
         for name, value in entry.items():
-            whole = optimizer.state[parameters[key]]
+            parameter = parameters[key]
+            whole = optimizer.state[parameter]
             if isinstance(value, Tensor) and value.dim():
-                whole.setdefault(name, torch.zeros_like(parameters[key]))
-                whole[name][number] = value.to(parameters[key].device)
+                whole.setdefault(name, torch.zeros_like(parameter))
+                whole[name][number] = value.to(parameter.device)
             else:
                 whole[name] = copy.copy(value)

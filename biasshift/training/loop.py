@@ -1,5 +1,6 @@
-"""Training as a generator of steps: whoever iterates decides what to measure, print, store and when
-to stop.
+"""Training as a generator of steps.
+
+Whoever iterates decides what to measure, print and store, and when to stop.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +13,8 @@ from torch import Tensor
 from biasshift.data.stream import Stream
 from biasshift.distributed import all_reduce_sum, is_distributed
 
-LOOK_EVERY = (
-    500  # steps: the longest that a diverged training goes on unnoticed, when epochs are longer
-)
+# steps: the longest that a diverged training continues unnoticed, when epochs are longer
+CHECK_EVERY = 500
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,9 +28,9 @@ class Step:
     """One completed optimizer step.
 
     Args:
-        number: completed optimizer steps; the first is 1.
-        epoch: the epoch it belongs to; the first is 1.
-        loss: of its minibatch, before the step, on the device: reading it with `float` waits for
+        number: Completed optimizer steps; the first is 1.
+        epoch: The epoch it belongs to; the first is 1.
+        loss: Of its minibatch, before the step, on the device: reading it with `float` waits for
             the device. One per member of an ensemble.
     """
 
@@ -47,21 +47,22 @@ def train(
     start: int = 0,
     before_step: Callable[[int], None] = lambda number: None,
 ) -> Iterator[Step]:
-    """Train on a stream of minibatches, one `Step` for each; nothing happens until somebody
-    iterates.
+    """Trains on a stream of minibatches and yields one `Step` for each.
 
-    The loop never waits for the device, so a loss that turns non-finite is found at the end of its
-    epoch or after 500 steps, before that last step is handed out.
+    Nothing happens until somebody iterates. The loop never waits for the device, so a loss that
+    turns non-finite is found at the end of its epoch or after 500 steps, before that last step is
+    yielded.
 
     Args:
         update: (x, y) → the loss of the minibatch; makes one optimizer step. See `Gradient` and
             `Ensemble`.
-        steps: completed steps at the end, from the first of all.
-        start: completed steps at the beginning: the stream goes on behind them.
-        before_step: called with the number of the step to come.
+        stream: The minibatches of every epoch.
+        steps: Completed steps at the end, from the first of all.
+        start: Completed steps at the beginning: the stream continues behind them.
+        before_step: Called with the number of the step to come.
 
     Raises:
-        Diverged: the loss of some step was infinite or NaN, in an ensemble that of every member;
+        Diverged: The loss of some step was infinite or NaN, in an ensemble that of every member;
             names the step.
 
     >>> from biasshift.data import TensorStream, digits
@@ -69,7 +70,8 @@ def train(
     >>> model = torch.nn.Linear(64, 10)
     >>> update = Gradient(model, torch.optim.SGD(model.parameters(), lr=0.1))
     >>> data = digits()
-    >>> steps = list(train(update, TensorStream(data.x_train, data.y_train, batch_size=100, seed=0), steps=30))
+    >>> stream = TensorStream(data.x_train, data.y_train, batch_size=100, seed=0)
+    >>> steps = list(train(update, stream, steps=30))
     >>> len(steps), steps[-1].number, steps[-1].epoch
     (30, 30, 2)
     """
@@ -79,10 +81,10 @@ def train(
         epoch, done = divmod(number, epoch_steps)
         for x, y in stream.epoch(epoch + 1, start=done):
             before_step(number + 1)
-            losses.append(update(x, y).detach())
+            loss = update(x, y).detach()
+            losses.append(loss)
             number += 1
-            loss = losses[-1]
-            if number == steps or number % epoch_steps == 0 or len(losses) == LOOK_EVERY:
+            if number == steps or number % epoch_steps == 0 or len(losses) == CHECK_EVERY:
                 _refuse_divergence(losses, number)
                 losses = []
             yield Step(number, epoch + 1, loss)
@@ -91,18 +93,19 @@ def train(
 
 
 def _refuse_divergence(losses: list[Tensor], number: int) -> None:
-    """Raise if any loss of the last steps, up to step `number`, is not finite. Waits for the device
-    once.
+    """Raises if any loss of the last steps, up to step `number`, is not finite.
+
+    Waits for the device once.
     """
     values = torch.stack(losses)
     values = values[:, None] if values.dim() == 1 else values
     if is_distributed():  # or the one process that finds it would leave the others waiting
         values = all_reduce_sum(values.double().flatten(), values.numel()).reshape(values.shape)
-    wrong = ~values.isfinite().any(1)
-    if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
+    diverged = ~values.isfinite().any(1)
+    if bool(diverged.any()):
+        first = int(diverged.nonzero()[0])
         step = number - len(losses) + first + 1
         raise Diverged(
-            f"the loss became {values[first, 0].item()} at step {step}: training diverged; lower "
+            f"The loss became {values[first, 0].item()} at step {step}: training diverged; lower "
             "the learning rate."
         )

@@ -1,5 +1,6 @@
-"""Many runs at once: one process per core, one thread per process, because the networks of the
-paper's MNIST part are small.
+"""Many runs at once: one process per core, and one thread per process.
+
+The networks of the paper's MNIST part are too small for more than one thread.
 """
 
 import multiprocessing
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 Job = tuple[Callable[..., None], tuple[Any, ...]]  # called with its arguments and ``report``
 
-CLOSING = 30.0  # seconds that an interrupted worker has to close its run
+GRACE_SECONDS = 30.0  # that an interrupted worker has to close its run
 
 # Of a worker process:
 _reports: Any = None  # the queue of reports
@@ -27,22 +28,28 @@ _stopped = False
 
 
 def cores() -> int:
-    """The processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -> None:
-    """Runs all jobs and calls ``report`` in this process with whatever one of them reports.
+    """Runs all jobs, in this process or in several, and passes on what they report.
 
     Results do not depend on ``workers``: every job runs on one thread. The first job that fails
     ends the others, with its exception; so does an interruption from the keyboard. Jobs that have
     not begun by then never begin.
 
+    Args:
+        jobs: Functions that other processes can import, and their arguments. Each is called with
+            a function to report with, behind these.
+        workers: Processes at most; 1 is this process.
+        report: Called in this process with whatever a job reports, in the job's order.
+
     Raises:
-        ValueError: for less than one worker.
+        ValueError: ``workers`` is below 1.
     """
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
+        raise ValueError(f"'workers' must be at least 1, got {workers}.")
     if workers == 1 or len(jobs) == 1:
         with _one_thread():
             for work, arguments in jobs:
@@ -52,11 +59,14 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -
     reports = context.Queue()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (reports,))
     try:
-        with _deaf_to_the_keyboard():
+        with _keyboard_interrupts_blocked():
             waiting = {pool.submit(_work, *job) for job in jobs}
         while waiting:
             _relay(reports, report)
-            waiting -= _finished(waiting)
+            done = {future for future in waiting if future.done()}
+            for future in done:
+                future.result()  # raises what the job raised
+            waiting -= done
         while _relay(reports, report):
             pass
     except BaseException:
@@ -67,14 +77,15 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -
 
 
 def _interrupt(pool: ProcessPoolExecutor) -> None:
-    """Lets every worker close its run as interrupted; one that cannot, or not soon enough for a
-    second Ctrl-C, is killed.
+    """Lets every worker close its run as interrupted, and kills those that do not.
+
+    A second Ctrl-C kills them at once.
     """
     processes = list(pool._processes.values())
     for process in processes:
-        process.terminate()  # heard by `_stop`
+        process.terminate()  # `_stop` handles it
     pool.shutdown(wait=False, cancel_futures=True)
-    running, end = {process.sentinel for process in processes}, time.monotonic() + CLOSING
+    running, end = {process.sentinel for process in processes}, time.monotonic() + GRACE_SECONDS
     try:
         while running and time.monotonic() < end:
             running -= set(connection.wait(running, timeout=0.1))
@@ -83,15 +94,8 @@ def _interrupt(pool: ProcessPoolExecutor) -> None:
             process.kill()
 
 
-def _finished(waiting: set[Future]) -> set[Future]:
-    done = {future for future in waiting if future.done()}
-    for future in done:
-        future.result()  # raises what the job raised
-    return done
-
-
 def _relay(reports: Any, report: Callable[[Any], None]) -> bool:
-    """One report, if there is one within a moment; says whether there was."""
+    """Passes on one report, if there is one within a moment; returns whether there was."""
     try:
         message = reports.get(timeout=0.1)
     except queue.Empty:
@@ -117,17 +121,14 @@ def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if not _stopped:  # the pool hands out a few jobs ahead: those must not begin
             work(*arguments, _report)
     except KeyboardInterrupt:
-        raise RuntimeError(
-            "interrupted"
-        ) from None  # a worker that dies would break the pool, with a page of traceback
+        # A worker that dies would break the pool, with a page of traceback.
+        raise RuntimeError("Interrupted.") from None
     finally:
         _working = False
 
 
 def _report(message: Any) -> None:
-    """Tells the parent. An interruption in here could leave the queue locked forever: it waits for
-    the end.
-    """
+    """Sends to the parent. An interruption waits for the end: it could lock the queue forever."""
     global _working
     _working = False
     _reports.put(message)
@@ -153,9 +154,10 @@ def _end_with_the_parent() -> None:
 
 
 @contextmanager
-def _deaf_to_the_keyboard() -> Iterator[None]:
-    """Processes that are started in here never hear Ctrl-C, which a terminal sends to all: their
-    parent tells them, once.
+def _keyboard_interrupts_blocked() -> Iterator[None]:
+    """Processes that start in here ignore Ctrl-C, which a terminal sends to all of them.
+
+    Their parent interrupts them, once.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

@@ -1,12 +1,12 @@
-"""The way from the first step to the last, of one network or an ensemble: phases, scores,
-examinations and checkpoint.
+"""From the first step to the last, of one network or an ensemble, into run folders.
+
+Along the way: phases, scores, examinations, and checkpoints that a run is resumed from.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,180 +15,20 @@ from torch import Tensor
 from biasshift.distributed import all_reduce_sum, broadcast, rank, world_size
 from biasshift.precision import products
 from biasshift.training import checkpoint
-from biasshift.training.cuda_graphs import Graphed
-from biasshift.training.ensemble import Ensemble, Together, load_slice, refuse_unlike, state_slice
+from biasshift.training.cuda_graphs import GraphedStep
+from biasshift.training.ensemble import (
+    Ensemble,
+    StackedStream,
+    load_slice,
+    refuse_unlike,
+    state_slice,
+)
 from biasshift.training.loop import train
 from biasshift.training.step import Gradient, shared
 from biasshift.training.trial import Execution, Exist, Phase, Progress, Report, Trial
-from biasshift.training.trial_run import Clock, TrialRun, board
+from biasshift.training.trial_run import Clock, TrialRun, tensorboard_writer
 
 REPORT_SECONDS = 0.5  # between two reports of progress, each of which waits for the device
-__all__ = ["Together", "run"]
-
-
-@dataclass
-class Training:
-    """The members of one ensemble, or one network alone, on their way."""
-
-    members: list[TrialRun]
-    execution: Execution
-    device: torch.device
-    stack: ExitStack
-    phase: Phase | None = None
-    saved: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        first = self.members[0].trial
-        self.steps, self.phases, self.score_every = first.steps, first.phases, first.score_every
-        if self.execution.channels_last:
-            for member in self.members:
-                member.trial.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.update = self._make_update(first)
-        self.optimizer = self.update.optimizer
-        for number, member in enumerate(self.members):
-            if member.state is not None:
-                with checkpoint.fitting(member.folder):
-                    load_slice(
-                        self.optimizer,
-                        member.state["optimizer"],
-                        number if len(self.members) > 1 else None,
-                    )
-        if (state := self.members[0].state) is not None:
-            checkpoint.restore_random_state(self.members[0].folder, state["random"], self.device)
-            with checkpoint.fitting(self.members[0].folder):
-                if not isinstance(self.update, Ensemble):
-                    self.update.load_state_dict(state["update"])
-        for member in self.members:
-            member.instrument(self.optimizer, self.stack)
-
-    def _make_update(self, first: Trial) -> "Gradient | Graphed | Ensemble":
-        if len(self.members) == 1:
-            model = shared(first.model)
-            optimizer = first.make_optimizer(model, first.model.parameters())
-            update = Gradient(
-                model, optimizer, first.loss, self.execution.precision, self.execution.compiled
-            )
-            return Graphed(update, self._due, self._passed) if self.execution.graphed else update
-        models = [member.trial.model for member in self.members]
-        return Ensemble(
-            models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss
-        )
-
-    def _due(self) -> bool:
-        return any(log.due for member in self.members for log in member.logs)
-
-    def _passed(self) -> None:
-        for member in self.members:
-            for log in member.logs:
-                log.step += 1
-
-    def run(self, report: Report) -> None:
-        """To the last step."""
-        start, stream = (
-            self.members[0].start,
-            Together([member.trial.stream for member in self.members]),
-        )
-        if start == 0:
-            self._score(0, 0.0, None, 0)
-        losses, last, count = None, None, 0
-        clock, reported = Clock(self.device), time.monotonic()
-        for step in train(
-            self._timed(clock), stream, steps=self.steps, start=start, before_step=self._begin
-        ):
-            losses, last, count = (
-                step.loss.double() if losses is None else losses + step.loss,
-                step.loss,
-                count + 1,
-            )
-            for member in self.members:
-                member.examine(step.number)
-            scored = step.number % self.score_every == 0 or step.number == self.steps
-            if scored or time.monotonic() - reported > REPORT_SECONDS:
-                for member, loss in zip(self.members, step.loss.reshape(-1).tolist(), strict=True):
-                    report(Progress(member.folder.name, step.number, self.steps, loss))
-                reported = time.monotonic()
-            if scored:
-                spent = clock.take() / len(self.members)
-                for member in self.members:
-                    member.seconds += spent
-                self._score(step.number, step.number / len(stream), losses, count)
-                losses, count = None, 0
-                self._keep(step.number)
-        if last is not None:
-            for member, lost in zip(
-                self.members, (~last.isfinite()).reshape(-1).tolist(), strict=True
-            ):
-                member.record.failed = lost
-        for member in self.members:
-            # A run that was killed behind its last checkpoint has its end on disk already.
-            if (
-                member.trial.closing is not None
-                and member.start < self.steps
-                and not member.record.failed
-            ):
-                member.record.append(member.trial.closing(member.trial.model, self.steps))
-        if self.execution.keep_weights:
-            self._save(self.steps)
-        for member in self.members:
-            member.flush()
-
-    def _timed(self, clock: Clock) -> Callable[[Tensor, Tensor], Tensor]:
-        def update(x: Tensor, y: Tensor) -> Tensor:
-            with clock.running(measured=self._due()):
-                return self.update(x, y)
-
-        return update
-
-    def _begin(self, number: int) -> None:
-        phase = [phase for phase in self.phases if phase.start <= number][-1]
-        if phase != self.phase:
-            for group in self.optimizer.param_groups:
-                group["lr"] = phase.lr
-            self.members[0].trial.enter(self.update.module, phase)
-            self.phase = phase
-
-    def _score(self, step: int, epoch: float, losses: Tensor | None, count: int) -> None:
-        """``losses`` are sums over the last ``count`` minibatches, of this process; their mean is
-        over all of them.
-        """
-        sums = torch.full((len(self.members),), torch.nan) if losses is None else losses.reshape(-1)
-        means = all_reduce_sum(
-            sums.double() / max(count, 1) / world_size(), len(self.members)
-        ).tolist()
-        for member, mean in zip(self.members, means, strict=True):
-            member.score(step, epoch, mean)
-
-    def _keep(self, step: int) -> None:
-        """A checkpoint, if the last one is old enough; all processes agree on that."""
-        if step < self.steps and broadcast(
-            time.monotonic() - self.saved >= self.execution.checkpoint_seconds
-        ):
-            self._save(step)
-            self.saved = time.monotonic()
-
-    def _save(self, step: int) -> None:
-        """Flushes, then saves a checkpoint that says how much is on disk: what is written after it
-        is written again by a resumed run.
-        """
-        random = checkpoint.random_state(self.device)
-        for number, member in enumerate(self.members):
-            member.flush()
-            if (
-                rank() == 0 and not member.record.failed
-            ):  # gone on with, a lost network would pass for a finished one
-                part = number if len(self.members) > 1 else None
-                checkpoint.save(
-                    member.folder,
-                    {
-                        "step": step, "model": member.trial.model.state_dict(), "optimizer": state_slice(self.optimizer, part),
-                        "update": {} if isinstance(self.update, Ensemble) else self.update.state_dict(), "random": random,
-                        "labels": member.labels(), "segments": member.record.segments, "examined": member.examined,
-                        "seconds": member.seconds,
-                    },
-                )  # fmt: skip
-
-
-# -- trials → run folders ----------------------------------------------------------------------
 
 
 def run(
@@ -198,24 +38,26 @@ def run(
     report: Report,
     execution: Execution = Execution(),  # noqa: B008
 ) -> None:
-    """Trains one network, or several as an ensemble, measures them along the way, and leaves a run
-    folder of each.
+    """Trains one network, or several as an ensemble, measures them, and writes their run folders.
 
-    A run that is resumed goes on from its last checkpoint to the numbers that it would have had
+    A run that is resumed continues from its last checkpoint to the numbers that it would have had
     without the interruption. The global random state and the flags of float32 products are left as
     found.
 
     Args:
-        trials: of one shape, steps and phases where there are several.
-        exist: what to do about a run that is there: "refuse", "replace", or "resume". A finished
-            run is not touched by the latter.
+        trials: Of one shape, steps and phases where there are several.
+        folders: One run folder per trial.
+        exist: What to do about a run that is there: "refuse", "replace", or "resume". The latter
+            leaves a finished run as it is.
+        report: Called with the `Progress` of every run, twice a second or so.
+        execution: How the trials are computed.
 
     Raises:
-        FileExistsError: a folder holds a run already, and ``exist`` is "refuse".
-        ValueError: a run that is to be resumed has another configuration, or a damaged checkpoint;
-            or trials that differ in shape.
-        Diverged: training diverged; that of an ensemble, of all its members. One that is lost while
-            others go on is "failed", no more.
+        FileExistsError: A folder holds a run already, and ``exist`` is "refuse".
+        ValueError: A run that is to be resumed has another configuration, or a damaged checkpoint;
+            or the trials differ in shape.
+        Diverged: Training diverged; that of an ensemble, of all its members. A member that diverges
+            while others go on is "failed", without an error.
     """
     if len(trials) > 1:
         _refuse_different(trials)
@@ -228,44 +70,184 @@ def run(
         members = [TrialRun(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
         for member in members:
             member.open(exist, stack, device)
-            if execution.tensorboard and rank() == 0 and not member.finished:
-                member.board = stack.enter_context(board(folder=member.folder, start=member.start))
             if member.finished:  # counts, too
-                report(
-                    Progress(member.folder.name, member.trial.steps, member.trial.steps, math.nan)
-                )
-        if not (members := [member for member in members if not member.finished]):
-            return
-        for start in sorted(
-            {member.start for member in members}
-        ):  # of a killed ensemble, some may be one checkpoint ahead
-            Training(
-                [member for member in members if member.start == start], execution, device, stack
-            ).run(report)
+                steps = member.trial.steps
+                report(Progress(member.folder.name, steps, steps, math.nan))
+            elif execution.tensorboard and rank() == 0:
+                writer = tensorboard_writer(member.folder, member.start)
+                member.tensorboard = stack.enter_context(writer)
+        members = [member for member in members if not member.finished]
+        # Of a killed ensemble, some may be one checkpoint ahead.
+        for start in sorted({member.start for member in members}):
+            alike = [member for member in members if member.start == start]
+            _Training(alike, execution, device, stack).run(report)
     if rank() == 0 and not execution.keep_weights:
         for member in members:
             (member.folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
 
 
 def _refuse_different(trials: Sequence[Trial]) -> None:
-    first = trials[0]
-    if any(
-        (trial.steps, trial.phases, trial.score_every)
-        != (first.steps, first.phases, first.score_every)
-        for trial in trials
-    ):
+    if len({(trial.steps, trial.phases, trial.score_every) for trial in trials}) > 1:
         raise ValueError(
-            "the members of an ensemble need the same steps, phases and times of scores: train "
-            "them apart."
+            "All members of an ensemble must have the same steps, phases and times of scores: "
+            "train them apart."
         )
     refuse_unlike([trial.model for trial in trials])
-    Together([trial.stream for trial in trials])
+    StackedStream([trial.stream for trial in trials])
 
 
 @contextmanager
 def _random_state(seed: int, device: torch.device) -> Iterator[None]:
     """What dropout draws is the run's own, and other on every process."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed + 1_000_003 * rank())
         yield
+
+
+class _Training:
+    """The members of one ensemble, or one network alone, from their common start to the end."""
+
+    def __init__(
+        self,
+        members: list[TrialRun],
+        execution: Execution,
+        device: torch.device,
+        stack: ExitStack,
+    ):
+        self.members, self.execution, self.device = members, execution, device
+        self.first = first = members[0].trial
+        # What `state_slice` takes: the number of a member, or None for one network alone.
+        self.parts = range(len(members)) if len(members) > 1 else [None]
+        self.clock, self.saved = Clock(device), time.monotonic()
+        self.phase: Phase | None = None
+        if execution.channels_last:
+            for member in members:
+                member.trial.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.update = self._make_update(first)
+        self.optimizer = self.update.optimizer
+        for part, member in zip(self.parts, members, strict=True):
+            if member.state is not None:
+                with checkpoint.must_fit(member.folder):
+                    load_slice(self.optimizer, member.state["optimizer"], part)
+        if (state := members[0].state) is not None:
+            checkpoint.restore_random_state(members[0].folder, state["random"], device)
+            with checkpoint.must_fit(members[0].folder):
+                if not isinstance(self.update, Ensemble):
+                    self.update.load_state_dict(state["update"])
+        for member in members:
+            member.instrument(self.optimizer, stack)
+
+    def _make_update(self, first: Trial) -> Gradient | GraphedStep | Ensemble:
+        if len(self.members) > 1:
+            models = [member.trial.model for member in self.members]
+            return Ensemble(
+                models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss
+            )
+        model = shared(first.model)
+        optimizer = first.make_optimizer(model, first.model.parameters())
+        update = Gradient(
+            model, optimizer, first.loss, self.execution.precision, self.execution.compiled
+        )
+        if self.execution.graphed:
+            return GraphedStep(update, self._due, self._count_replay)
+        return update
+
+    def _due(self) -> bool:
+        return any(log.due for member in self.members for log in member.logs)
+
+    def _count_replay(self) -> None:
+        for member in self.members:
+            for log in member.logs:
+                log.step += 1
+
+    def run(self, report: Report) -> None:
+        start, steps = self.members[0].start, self.first.steps
+        stream = StackedStream([member.trial.stream for member in self.members])
+        if start == 0:
+            self._score(0, 0.0, None, 0)
+        losses, last, count = None, None, 0
+        reported = time.monotonic()
+        for step in train(
+            self._step, stream, steps=steps, start=start, before_step=self._enter_phase
+        ):
+            losses = step.loss.double() if losses is None else losses + step.loss
+            last, count = step.loss, count + 1
+            for member in self.members:
+                member.examine(step.number)
+            scored = step.number % self.first.score_every == 0 or step.number == steps
+            if scored or time.monotonic() - reported > REPORT_SECONDS:
+                for member, loss in zip(self.members, step.loss.reshape(-1).tolist(), strict=True):
+                    report(Progress(member.folder.name, step.number, steps, loss))
+                reported = time.monotonic()
+            if scored:
+                spent = self.clock.take() / len(self.members)
+                for member in self.members:
+                    member.seconds += spent
+                self._score(step.number, step.number / len(stream), losses, count)
+                losses, count = None, 0
+                self._save_if_due(step.number)
+        if last is not None:
+            diverged = (~last.isfinite()).reshape(-1).tolist()
+            for member, failed in zip(self.members, diverged, strict=True):
+                member.record.failed = failed
+        for member in self.members:
+            trial = member.trial
+            # A run that was killed behind its last checkpoint has its end on disk already.
+            if trial.at_end is not None and member.start < steps and not member.record.failed:
+                member.record.append(trial.at_end(trial.model, steps))
+        if self.execution.keep_weights:
+            self._save(steps)
+        for member in self.members:
+            member.flush()
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        with self.clock.step(measured=self._due()):
+            return self.update(x, y)
+
+    def _enter_phase(self, number: int) -> None:
+        phase = [phase for phase in self.first.phases if phase.start <= number][-1]
+        if phase != self.phase:
+            for group in self.optimizer.param_groups:
+                group["lr"] = phase.lr
+            self.first.enter(self.update.module, phase)
+            self.phase = phase
+
+    def _score(self, step: int, epoch: float, losses: Tensor | None, count: int) -> None:
+        """``losses`` are sums over the last ``count`` minibatches of this process."""
+        members = len(self.members)
+        sums = torch.full((members,), torch.nan) if losses is None else losses.reshape(-1)
+        # The mean is over the minibatches of all processes.
+        means = all_reduce_sum(sums.double() / max(count, 1) / world_size(), members).tolist()
+        for member, mean in zip(self.members, means, strict=True):
+            member.score(step, epoch, mean)
+
+    def _save_if_due(self, step: int) -> None:
+        """A checkpoint, if the last one is old enough; all processes agree on that."""
+        old = time.monotonic() - self.saved >= self.execution.checkpoint_seconds
+        if step < self.first.steps and broadcast(old):
+            self._save(step)
+            self.saved = time.monotonic()
+
+    def _save(self, step: int) -> None:
+        """Flushes, then saves a checkpoint that says how many segments are on disk.
+
+        A resumed run writes again what comes after them.
+        """
+        random = checkpoint.random_state(self.device)
+        update = {} if isinstance(self.update, Ensemble) else self.update.state_dict()
+        for part, member in zip(self.parts, self.members, strict=True):
+            member.flush()
+            # A diverged network that is resumed would pass for a finished one.
+            if rank() == 0 and not member.record.failed:
+                state = {
+                    "step": step,
+                    "model": member.trial.model.state_dict(),
+                    "optimizer": state_slice(self.optimizer, part),
+                    "update": update,
+                    "random": random,
+                    "labels": [generator.get_state() for generator in member.label_generators],
+                    "segments": member.record.segments,
+                    "examined": member.examined,
+                    "seconds": member.seconds,
+                }
+                checkpoint.save(member.folder, state)

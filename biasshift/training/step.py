@@ -14,8 +14,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def shared(model: nn.Module) -> nn.Module:
-    """The model in ``DistributedDataParallel``, once; alone, as it is. An optimizer that watches
-    the model is to be given this one.
+    """Wraps a model in ``DistributedDataParallel``, once; of one process it is returned as it is.
+
+    An optimizer with hooks on the model must be given what this returns: the forward passes go
+    through it.
     """
     if not is_distributed() or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
@@ -30,13 +32,15 @@ class Gradient:
     that each returns is weighted by its examples, so that their mean is the loss of the whole, too.
 
     Args:
+        model: Trained in training mode, whatever mode it is in before.
+        optimizer: Of the model's parameters.
         loss: (outputs, y) → the mean loss of the minibatch.
         precision: "bfloat16" and "float16" run forward passes under autocast, the latter with a
             gradient scaler; "tf32" is float32 whose products keep 10 bits, on GPUs that can.
-        compiled: passes go through ``torch.compile``.
+        compiled: Passes go through ``torch.compile``.
 
     Raises:
-        ValueError: float16 away from a GPU.
+        ValueError: The precision is float16 and the model is not on a GPU.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Gradient:
     ):
         device = next(model.parameters()).device
         if precision == "float16" and device.type != "cuda":
-            raise ValueError("precision float16 needs a GPU: choose bfloat16 or float32.")
+            raise ValueError("'precision' float16 needs a GPU: choose bfloat16 or float32.")
         self.module = (
             model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         )
@@ -60,35 +64,32 @@ class Gradient:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(forward) if compiled else forward
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        if (
-            not self.module.training
-        ):  # looking costs less than telling every module, which a small network feels
+        # To ask costs less than to set the mode of every module, which a small network feels.
+        if not self.module.training:
             self.module.train()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
-            value = self.loss(self.forward(x), y)
-        total = value * self._share(len(y)) if is_distributed() else value
+            loss = self.loss(self.forward(x), y)
+        loss = loss * self._weight(len(y)) if is_distributed() else loss
         if self.scaler is None:
-            total.backward()
+            loss.backward()
             self.optimizer.step()
         else:
-            self.scaler.scale(total).backward()
+            self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return total.detach()
+        return loss.detach()
 
-    def _share(self, examples: int) -> float:
-        """What this process's mean counts for in the mean over all: 1 where all have as many
-        examples.
-        """
+    def _weight(self, examples: int) -> float:
+        """Of this process's mean in the mean over all: 1 where all have as many examples."""
         everyone = all_reduce_sum(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
         return examples * world_size() / everyone
 
     def state_dict(self) -> dict:
-        """Of the gradient scaler, if there is one."""
+        """Returns the state of the gradient scaler; nothing where there is none."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where another one was."""
+        """Restores what `state_dict` returned, if both have a gradient scaler."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

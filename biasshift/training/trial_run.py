@@ -1,81 +1,48 @@
-"""One trial and its run folder: what is opened, measured, scored, examined and put on disk of it."""
+"""One trial and its run folder: what is opened, measured, scored, examined and saved."""
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor
 
-from biasshift.distributed import broadcast, rank, world_size
+from biasshift.distributed import broadcast, rank
 from biasshift.runs.writer import Run
 from biasshift.tracking.instrument import instrument
 from biasshift.tracking.logs import ProbeLog
 from biasshift.training import checkpoint
-from biasshift.training.trial import Exist, Trial
-
-if TYPE_CHECKING:
-    import pandas as pd
+from biasshift.training.evaluation import process_share
+from biasshift.training.trial import NO_TENSORBOARD, Exist, Trial
 
 KEPT = {  # in a checkpoint
-    "step": int, "model": dict, "optimizer": dict, "update": dict, "random": dict, "labels": list, "segments": int, "examined": bool,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "update": dict,
+    "random": dict,
+    "labels": list,
+    "segments": int,
+    "examined": bool,
     "seconds": float,
-}  # fmt: skip
-
-
-# -- scores for TensorBoard --------------------------------------------------------------------
-
-
-def board(folder: Path, start: int) -> Any:
-    """A writer into the folder `tensorboard` of a run, to be used in a ``with`` block; what is
-    there from step ``start`` on is hidden.
-
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "--tensorboard needs TensorBoard: pip install tensorboard, or leave it out."
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-
-
-# -- what training costs -----------------------------------------------------------------------
-
-
-class Clock:
-    """The cost of training steps without that of measurements: CPU seconds on the CPU, which others
-    on the machine do not change.
-    """
-
-    def __init__(self, device: torch.device):
-        self.now = time.perf_counter if device.type == "cuda" else time.process_time
-        self.spent, self.undisturbed, self.steps = 0.0, 0, 0
-
-    @contextmanager
-    def running(self, measured: bool) -> Iterator[None]:
-        """Around one step; ``measured`` steps hold measurements and are taken to cost what the
-        others do.
-        """
-        began = self.now()
-        yield
-        self.steps += 1
-        if not measured:
-            self.spent += self.now() - began
-            self.undisturbed += 1
-
-    def take(self) -> float:
-        """Seconds of all steps since the last call."""
-        steps, self.steps = self.steps, 0
-        return steps * self.spent / self.undisturbed if self.undisturbed else 0.0
+}
 
 
 class TrialRun:
-    """One trial and its folder."""
+    """One trial and its run folder.
+
+    Args:
+        trial: What is trained and measured.
+        folder: Where its rows and checkpoints go.
+
+    Attributes:
+        state: The checkpoint that the run is resumed from, if there is one.
+        finished: Whether the folder holds this run, complete.
+        start: Completed steps at the beginning.
+        seconds: The cost of training so far, without measurements.
+    """
 
     def __init__(self, trial: Trial, folder: Path):
         self.trial, self.folder = trial, folder
@@ -83,51 +50,58 @@ class TrialRun:
         self.finished = self.examined = False
         self.start, self.seconds = 0, 0.0
         self.logs: list[ProbeLog] = []
-        self.board: Any = None  # TensorBoard's writer, where it is asked for
+        self.tensorboard: Any = None  # its writer, where it is asked for
 
     def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
-        """Makes the run folder, or finds what is there to go on from."""
+        """Creates the run folder, or opens what is there and loads its checkpoint.
+
+        Args:
+            exist: What to do about a run that is there.
+            stack: Closes the folder.
+            device: Where training takes place, for the provenance.
+
+        Raises:
+            FileExistsError: The folder holds a run, and ``exist`` is "refuse".
+            ValueError: The run cannot be resumed: another configuration, or a damaged checkpoint.
+        """
+        config = self.trial.config
         self.finished = broadcast(
-            exist == "resume" and rank() == 0 and Run.is_finished(self.folder, self.trial.config)
+            exist == "resume" and rank() == 0 and Run.is_finished(self.folder, config)
         )
         if self.finished:
             return
-        self.state = checkpoint.load(self.folder, KEPT) if exist == "resume" else None
-        if self.state is not None:
-            with checkpoint.fitting(self.folder):
-                self.trial.model.load_state_dict(self.state["model"])
-            self.start, self.examined, self.seconds = (
-                self.state["step"],
-                self.state["examined"],
-                self.state["seconds"],
-            )
+        self.state = state = checkpoint.load(self.folder, KEPT) if exist == "resume" else None
+        if state is not None:
+            with checkpoint.must_fit(self.folder):
+                self.trial.model.load_state_dict(state["model"])
+            self.start, self.examined = state["step"], state["examined"]
+            self.seconds = state["seconds"]
         if rank() > 0:
-            self.record: Run | Silence = Silence()
-        elif self.state is not None:
-            self.record = stack.enter_context(
-                Run.resume(
-                    self.folder,
-                    self.trial.config,
-                    self.state["segments"],
-                    last_step=self.state["step"],
-                )
-            )
+            self.record: Run | NullRun = NullRun()
+            return
+        if state is not None:
+            run = Run.resume(self.folder, config, state["segments"], last_step=self.start)
         else:
             how = "replace" if exist == "resume" else exist
-            self.record = stack.enter_context(
-                Run.create(self.folder, self.trial.config, how, device=device)
-            )
+            run = Run.create(self.folder, config, how, device=device)
+        self.record = stack.enter_context(run)
 
     def instrument(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
-        """Starts the measurements; those on entry are the step before the first."""
+        """Starts the measurements; those on entry belong to the step before the first.
+
+        A resumed run has these already: they are dropped, and label generators continue from where
+        the checkpoint has them.
+
+        Args:
+            optimizer: Its steps are counted.
+            stack: Ends the measurements.
+        """
         for schedule in self.trial.schedules:
-            share = tuple(
-                part[rank() :: world_size()] for part in schedule.probe
-            )  # of several processes, each measures its own
+            x, y = schedule.probe  # of several processes, each measures its own part
             log = instrument(
                 self.trial.model,
                 optimizer,
-                share,
+                (process_share(x), process_share(y)),
                 schedule.every,
                 quantities=schedule.quantities,
                 distributed=True,
@@ -140,48 +114,44 @@ class TrialRun:
                 log.step = self.start
             self.logs.append(log)
         if self.state is not None:
-            with checkpoint.fitting(self.folder):
-                for generator, state in zip(self._generators(), self.state["labels"], strict=True):
+            with checkpoint.must_fit(self.folder):
+                labels = self.state["labels"]
+                for generator, state in zip(self.label_generators, labels, strict=True):
                     generator.set_state(state)
         if not self.start and self.logs:
-            self.record.append(_layer_sizes(self.logs[0]))
+            layers = self.logs[0].layers.query("inputs > 0")
+            self.record.append(layers[["layer", "inputs"]].assign(step=0, unit=-1))
 
-    def _generators(self) -> list[torch.Generator]:
-        """Those that the measurements draw labels from."""
-        return [
-            generator
-            for schedule in self.trial.schedules
-            if (generator := schedule.options.get("generator")) is not None
-        ]
-
-    def labels(self) -> list[Tensor]:
-        """What a resumed run draws labels from."""
-        return [generator.get_state() for generator in self._generators()]
+    @property
+    def label_generators(self) -> list[torch.Generator]:
+        """The generators that measurements draw labels from."""
+        generators = (schedule.options.get("generator") for schedule in self.trial.schedules)
+        return [generator for generator in generators if generator is not None]
 
     def score(self, step: int, epoch: float, batch_loss: float) -> None:
-        """Records the numbers of the whole network; ``batch_loss`` is the mean over the minibatches
-        since the last time.
-        """
-        import pandas as pd
+        """Records the numbers of the whole network, in the run folder and for TensorBoard.
 
-        losses = {
-            "train_loss": batch_loss,
-            "batch_loss": batch_loss,
-        }  # where the trial looks at all examples, its own word counts
+        Args:
+            step: Completed steps.
+            epoch: The same in epochs.
+            batch_loss: The mean over the minibatches since the last time.
+        """
         numbers = {
             "step": step,
             "epoch": epoch,
             "seconds": self.seconds,
-            **losses,
+            # Where the trial evaluates all examples, its own value replaces this one.
+            "train_loss": batch_loss,
+            "batch_loss": batch_loss,
             **self.trial.score(self.trial.model),
         }
         self.record.append(pd.DataFrame([numbers]))
         for name, value in numbers.items():
-            if self.board is not None and name != "step":
-                self.board.add_scalar(name, value, step)
+            if self.tensorboard is not None and name != "step":
+                self.tensorboard.add_scalar(name, value, step)
 
     def examine(self, step: int) -> None:
-        """Records the examination, once, when the loss has come down to where it is due."""
+        """Records the examination, once, as soon as the loss has come down to its value."""
         exam = self.trial.exam
         if exam is None or self.examined or step % exam.every:
             return
@@ -191,22 +161,73 @@ class TrialRun:
             self.examined = True
 
     def flush(self) -> None:
-        """Puts everything measured so far on disk."""
+        """Writes everything measured so far to the disk."""
         for log in self.logs:
             self.record.append(log.flush())
         self.record.flush()
 
 
-class Silence:
-    """Records nothing: what all processes but the first write."""
+class NullRun:
+    """The run folder of all processes but the first: nothing is recorded."""
 
     segments, failed = 0, False
 
-    def append(self, frame: "pd.DataFrame") -> None: ...
+    def append(self, frame: pd.DataFrame) -> None:
+        """Drops the rows."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Does nothing."""
 
 
-def _layer_sizes(log: ProbeLog) -> "pd.DataFrame":
-    layers = log.layers.query("inputs > 0")
-    return layers[["layer", "inputs"]].assign(step=0, unit=-1)
+def tensorboard_writer(folder: Path, start: int) -> Any:
+    """Returns a writer into the folder ``tensorboard`` of a run, for a ``with`` block.
+
+    Args:
+        folder: The run folder.
+        start: What is there from this step on is hidden.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(NO_TENSORBOARD) from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+
+
+class Clock:
+    """The cost of training steps without that of measurements.
+
+    These are CPU seconds on the CPU, which other programs on the machine do not change, and
+    seconds on a GPU.
+
+    Args:
+        device: Where training takes place.
+    """
+
+    def __init__(self, device: torch.device):
+        self.now = time.perf_counter if device.type == "cuda" else time.process_time
+        self.spent, self.undisturbed, self.steps = 0.0, 0, 0
+
+    @contextmanager
+    def step(self, measured: bool) -> Iterator[None]:
+        """Times one step, in a ``with`` block.
+
+        Args:
+            measured: The step holds measurements; it is taken to cost what the others do.
+        """
+        began = self.now()
+        yield
+        self.steps += 1
+        if not measured:
+            self.spent += self.now() - began
+            self.undisturbed += 1
+
+    def take(self) -> float:
+        """Returns the seconds of all steps since the last call.
+
+        They are the mean over all steps without measurements so far, times the steps since then.
+        """
+        steps, self.steps = self.steps, 0
+        return steps * self.spent / self.undisturbed if self.undisturbed else 0.0

@@ -13,9 +13,9 @@ from biasshift import theory
 from biasshift.experiments import exam
 from biasshift.experiments.exam import DAMPINGS, examine, layer_statistics, residuals
 from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.measure.accumulators import Measured
 from biasshift.measure.bias_shift import BiasShift, bias_shift
 from biasshift.measure.fisher import unit_fisher
-from biasshift.measure.options import Measured
 from biasshift.nets import mlp
 
 LAYERS = ["2", "4"]

@@ -14,13 +14,13 @@ from biasshift import training
 from biasshift.analysis.formatting import reading_table
 from biasshift.analysis.per_run import per_run
 from biasshift.analysis.verdicts import claims
-from biasshift.cli.train import _run
+from biasshift.cli.train import run_job
 from biasshift.data import TensorStream, synthetic_cifar
 from biasshift.experiments.cifar11 import Cifar11
 from biasshift.experiments.cifar18 import Cifar18
 from biasshift.experiments.demo import Demo
 from biasshift.experiments.experiment import Experiment
-from biasshift.experiments.mlp_trial import Setting, evenly_spaced, probes, trial
+from biasshift.experiments.mlp_trial import MlpConfig, probes, trial
 from biasshift.experiments.mnist import Mnist
 from biasshift.experiments.sweep import Sweep
 from biasshift.nets import mlp
@@ -28,7 +28,7 @@ from biasshift.runs.reader import read_run, read_runs, run_states
 from biasshift.training import evaluate
 from biasshift.training.process_pool import run_jobs
 from biasshift.training.runner import run
-from biasshift.training.trial import Exist, Progress
+from biasshift.training.trial import Exist, Progress, evenly_spaced
 
 QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "residual_theorem1"]
 
@@ -36,15 +36,15 @@ QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "
 def unheard(report: Progress) -> None: ...
 
 
-def run_setting(setting: Setting, folder: Path, exist: Exist = "refuse", report=unheard) -> None:
-    run([trial(setting, data())], [folder], exist, report)
+def run_config(config: MlpConfig, folder: Path, exist: Exist = "refuse", report=unheard) -> None:
+    run([trial(config, data())], [folder], exist, report)
 
 
 def ran(folder: Path, **options) -> list[Progress]:
     """One run; returns its reports."""
     reports: list[Progress] = []
-    (setting,) = Tiny(activations=("elu",), **options).settings()
-    run_setting(setting, folder, report=reports.append)
+    (config,) = Tiny(activations=("elu",), **options).configs()
+    run_config(config, folder, report=reports.append)
     return reports
 
 
@@ -67,9 +67,9 @@ def table(tmp_path_factory) -> pd.DataFrame:
 # -- one run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_knows_its_setting(table):
-    setting = Tiny(activations=("elu",)).settings()[0]
-    for name, value in vars(setting).items():
+def test_a_run_knows_its_config(table):
+    config = Tiny(activations=("elu",)).configs()[0]
+    for name, value in vars(config).items():
         assert (table[name] == value).all(), name
     assert set(table["run"]) == {"elu-0"}
 
@@ -123,7 +123,7 @@ def test_layer_sizes_are_recorded_once(table):
 def test_the_batches_own_loss_is_their_mean_since_the_last_scores(table):
     """From a loop without any measurement; no batches have been seen at the beginning."""
     losses = torch.stack(
-        [step.loss for step in loop(Tiny(activations=("elu",)).settings()[0])[1]]
+        [step.loss for step in loop(Tiny(activations=("elu",)).configs()[0])[1]]
     ).double()
     found = table[table["epoch"].notna()].sort_values("step")["batch_loss"].tolist()
     assert math.isnan(found[0]) and found[1:] == pytest.approx(
@@ -173,11 +173,11 @@ def test_a_run_that_never_comes_down_to_the_equal_loss_is_readable(tmp_path):
 
 
 def test_a_run_is_not_overwritten_unless_told_so(tmp_path):
-    (setting,) = Tiny(activations=("elu",), epochs=1).settings()
-    run_setting(setting, tmp_path / "a")
+    (config,) = Tiny(activations=("elu",), epochs=1).configs()
+    run_config(config, tmp_path / "a")
     with pytest.raises(FileExistsError, match="already holds a run"):
-        run_setting(setting, tmp_path / "a")
-    run_setting(replace(setting, seed=5), tmp_path / "a", "replace")
+        run_config(config, tmp_path / "a")
+    run_config(replace(config, seed=5), tmp_path / "a", "replace")
     assert set(read_run(tmp_path / "a")["seed"]) == {5}
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_diverges_says_so_and_is_marked_failed(tmp_path):
 
 def start_and_batches(activation: str, seed: int) -> list[torch.Tensor]:
     """The weights at the start, and what every minibatch of two epochs holds."""
-    made = trial(Tiny(activations=(activation,), seeds=seed + 1).settings()[seed], data())
+    made = trial(Tiny(activations=(activation,), seeds=seed + 1).configs()[seed], data())
     weights = torch.cat([p.detach().flatten() for p in made.model.parameters()])
     return [
         weights,
@@ -221,9 +221,7 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
     for workers in (1, 2):
         tiny = Tiny(out=tmp_path / str(workers), epochs=1, equal_loss=9.0)
         reports: list[Progress] = []
-        run_jobs(
-            [(_run, (tiny, [setting])) for setting in tiny.settings()], workers, reports.append
-        )
+        run_jobs([(run_job, (tiny, [config])) for config in tiny.configs()], workers, reports.append)
         assert {(report.run, report.step) for report in reports if report.step == 23} == {
             ("elu-0", 23),
             ("relu-0", 23),
@@ -233,18 +231,18 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
     assert tables[0][QUANTITIES].notna().any().all()
 
 
-def loop(setting: Setting) -> tuple[torch.nn.Module, list[training.Step]]:
+def loop(config: MlpConfig) -> tuple[torch.nn.Module, list[training.Step]]:
     """The same training, without any measurement."""
-    model = mlp(64, WIDTH, DEPTH, 10, setting.activation, seed=setting.seed)
-    update = training.Gradient(model, torch.optim.SGD(model.parameters(), lr=setting.lr))
-    stream = TensorStream(data().x_train, data().y_train, 64, setting.seed, views=9)
+    model = mlp(64, WIDTH, DEPTH, 10, config.activation, seed=config.seed)
+    update = training.Gradient(model, torch.optim.SGD(model.parameters(), lr=config.lr))
+    stream = TensorStream(data().x_train, data().y_train, 64, config.seed, views=9)
     return model, list(training.train(update, stream, steps=2 * EPOCH_STEPS))
 
 
 def test_measuring_does_not_change_the_training(tmp_path):
     """The same losses, to the last digit, from a loop without any measurement."""
     ran(tmp_path / "elu-0")
-    model, _ = loop(Tiny(activations=("elu",)).settings()[0])
+    model, _ = loop(Tiny(activations=("elu",)).configs()[0])
     losses = read_run(tmp_path / "elu-0")["train_loss"].dropna()
     assert evaluate(model, data().x_train[:1437], data().y_train[:1437])[0] == losses.iloc[-1]
 
@@ -285,11 +283,11 @@ def test_mnist_is_the_papers_protocol():
     """Section 4.1: 8 × 128, He initialization, SGD with learning rate 0.01 and batches of 64, 300
     epochs, mean of 5 runs.
     """
-    settings = Mnist().settings()
-    assert [(s.activation, s.seed) for s in settings] == [
+    configs = Mnist().configs()
+    assert [(s.activation, s.seed) for s in configs] == [
         (a, seed) for seed in range(5) for a in ("elu", "relu", "lrelu")
     ]
-    for s in settings:
+    for s in configs:
         assert (s.experiment, s.depth, s.width, s.lr, s.batch_size, s.epochs) == (
             "mnist",
             8,
@@ -307,9 +305,9 @@ def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
         (Cifar11, 165_000, 4, 40),
         (Cifar18, 160_000, 1, 1),
     ):
-        settings = experiment().settings()
-        assert len(settings) == runs and len({s.activation for s in settings}) == activations
-        for s in settings:
+        configs = experiment().configs()
+        assert len(configs) == runs and len({s.activation for s in configs}) == activations
+        for s in configs:
             assert (s.steps, s.lr, s.momentum, s.weight_decay, s.preprocessing, s.augmented) == (
                 steps,
                 0.01,
@@ -328,11 +326,11 @@ def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
         experiment(steps=steps // 10)
         for experiment, steps in ((Cifar11, 165_000), (Cifar18, 160_000))
     )
-    phases = [(phase.start, phase.lr) for phase in small.phases(small.settings()[0])]
+    phases = [(phase.start, phase.lr) for phase in small.phases(small.configs()[0])]
     assert phases == [(1, 0.01), (3501, 0.005), (8501, 0.0005), (13501, pytest.approx(0.00005))]
     found = [
         (phase.start, phase.lr, phase.where, phase.factor)
-        for phase in large.phases(large.settings()[0])
+        for phase in large.phases(large.configs()[0])
     ]
     assert found == [
         (1, 0.01, "last", 1),
@@ -350,7 +348,7 @@ def test_width_multiplies_the_hidden_units_of_a_convolutional_network(experiment
     )
     data = synthetic_cifar()
     shapes = [
-        [p.shape[0] for p in e.trial(e.settings()[0], data).model.parameters() if p.ndim > 1]
+        [p.shape[0] for p in e.trial(e.configs()[0], data).model.parameters() if p.ndim > 1]
         for e in (full, quarter)
     ]
     assert (
@@ -358,12 +356,12 @@ def test_width_multiplies_the_hidden_units_of_a_convolutional_network(experiment
         and shapes[1][-1] == shapes[0][-1]
     )
     with pytest.raises(ValueError, match="--width must be a number above 0, got 0"):
-        experiment(width=0.0).settings()
+        experiment(width=0.0).configs()
 
 
 def test_a_cifar_runs_folder_tells_what_it_is():
     names = [
-        [str(e.folder(s)) for s in e.settings()]
+        [str(e.folder(s)) for s in e.configs()]
         for e in (Cifar11(seeds=1, batch_norm=True), Cifar18(dataset="cifar10"))
     ]
     assert names == [
@@ -373,14 +371,14 @@ def test_a_cifar_runs_folder_tells_what_it_is():
 
 
 def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
-    settings = Demo().settings()
-    assert {s.activation for s in settings} == {"elu", "relu", "lrelu", "srelu"}
-    assert {s.seed for s in settings} == set(range(6)) and len(settings) == 24
-    assert {(s.depth, s.width, s.lr, s.batch_size) for s in settings} == {(8, 128, 0.01, 64)}
-    quick = Demo(quick=True).settings()
-    assert sum(s.epochs for s in quick) <= sum(s.epochs for s in settings) / 10
-    assert {replace(s, epochs=60) for s in quick} < set(settings)
-    assert settings[0].exam_size >= 10 * 128  # else no unit could have enough effective samples
+    configs = Demo().configs()
+    assert {s.activation for s in configs} == {"elu", "relu", "lrelu", "srelu"}
+    assert {s.seed for s in configs} == set(range(6)) and len(configs) == 24
+    assert {(s.depth, s.width, s.lr, s.batch_size) for s in configs} == {(8, 128, 0.01, 64)}
+    quick = Demo(quick=True).configs()
+    assert sum(s.epochs for s in quick) <= sum(s.epochs for s in configs) / 10
+    assert {replace(s, epochs=60) for s in quick} < set(configs)
+    assert configs[0].exam_size >= 10 * 128  # else no unit could have enough effective samples
 
 
 @pytest.mark.parametrize(
@@ -407,16 +405,16 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
 )
 def test_an_option_out_of_its_range_is_named(options, says):
     with pytest.raises(ValueError, match=says):
-        Mnist(**options).settings()
+        Mnist(**options).configs()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"device": "nonsense"}, "no kind of device 'nonsense'; try cpu or cuda"),
+        ({"device": "nonsense"}, "--device must be auto, cpu or cuda, got 'nonsense'"),
         (
             {"device": "cuda:99"},
-            "--device cuda:99: this machine has . GPUs that PyTorch can use; leave the option out",
+            r"--device cuda:99 must be one of the \d GPUs that PyTorch finds .* Leave the option out",
         ),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"ensemble": True, "precision": "bfloat16"}, "--ensemble trains in float32"),
@@ -426,7 +424,7 @@ def test_an_option_out_of_its_range_is_named(options, says):
 @pytest.mark.parametrize("experiment", [Mnist, Tiny])
 def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], options, says):
     with pytest.raises(ValueError, match=says) as caught:
-        experiment(**options).settings()
+        experiment(**options).configs()
     assert "\n" not in str(caught.value)
 
 
@@ -435,7 +433,7 @@ def test_going_on_and_beginning_anew_exclude_each_other():
     sweep the other way round.
     """
     with pytest.raises(ValueError, match="--replace and --resume exclude each other"):
-        Mnist(replace=True, resume=True).settings()
+        Mnist(replace=True, resume=True).configs()
     assert not Demo(resume=True).replace and not Sweep(replace=True).resume
 
 
@@ -443,7 +441,7 @@ def test_going_on_and_beginning_anew_exclude_each_other():
 def test_several_processes_of_torchrun_train_one_network(options, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Under torchrun all processes train one network"):
-        Tiny(**options).settings()
+        Tiny(**options).configs()
 
 
 def test_what_is_there_is_refused_replaced_or_gone_on_with():
@@ -474,7 +472,7 @@ def test_what_is_there_is_refused_replaced_or_gone_on_with():
 def test_what_graphs_cannot_record_is_refused_on_a_gpu(experiment: Experiment, says, monkeypatch):
     monkeypatch.setattr(Experiment, "where", lambda self: torch.device("cuda"))
     with pytest.raises(ValueError, match=says):
-        experiment.settings()
+        experiment.configs()
 
 
 def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
@@ -482,25 +480,25 @@ def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
         quick=True, out=Path("here")
     ).out == Path("here")
     assert Demo(smoke=True).out == Path("runs/demo/smoke")
-    assert Demo(quick=True).folder(Demo(quick=True).settings()[0]) == Path("runs/demo/quick/elu-0")
+    assert Demo(quick=True).folder(Demo(quick=True).configs()[0]) == Path("runs/demo/quick/elu-0")
 
 
 @pytest.mark.parametrize("experiment", [Demo, Mnist])
 def test_a_smoke_test_is_one_seed_of_a_tiny_network(experiment):
-    settings = experiment(smoke=True).settings()
-    assert {setting.seed for setting in settings} == {0} and len(
-        {setting.activation for setting in settings}
-    ) == len(settings)
+    configs = experiment(smoke=True).configs()
+    assert {config.seed for config in configs} == {0} and len(
+        {config.activation for config in configs}
+    ) == len(configs)
     assert all(
-        setting.depth <= 2 and setting.width <= 20 and setting.epochs <= 2 for setting in settings
+        config.depth <= 2 and config.width <= 20 and config.epochs <= 2 for config in configs
     )
 
 
 def test_an_ensemble_differs_in_nothing_but_the_seed():
     demo = Demo()
-    groups = {demo.alike(setting) for setting in demo.settings()}
+    groups = {demo.alike(config) for config in demo.configs()}
     assert len(groups) == 4  # activations
-    one = demo.settings()[0]
+    one = demo.configs()[0]
     assert demo.alike(replace(one, seed=9)) == demo.alike(one) != demo.alike(replace(one, lr=0.02))
 
 
@@ -508,8 +506,8 @@ def test_an_ensemble_differs_in_nothing_but_the_seed():
 def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
     options = {"probe": 200, "exam_probe": 1500, "units": 2, "fisher_every": 2}
     mnist = Mnist(activation=("elu",), seeds=1, epochs=2, data=data_root, **options)
-    (setting,) = mnist.settings()
-    run([mnist.trial(setting, mnist.load())], [tmp_path / "elu-0"], "refuse", unheard)
+    (config,) = mnist.configs()
+    run([mnist.trial(config, mnist.load())], [tmp_path / "elu-0"], "refuse", unheard)
     found = read_run(tmp_path / "elu-0")
     scores = found[found["train_loss"].notna()]
     assert scores["step"].tolist() == [0, 782, 1564]  # 50,000 images in batches of 64

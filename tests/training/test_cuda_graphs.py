@@ -8,7 +8,7 @@ from torch import nn
 
 import biasshift as bs
 from biasshift.training import Gradient
-from biasshift.training.cuda_graphs import WARM_UP, Graphed
+from biasshift.training.cuda_graphs import WARM_UP, GraphedStep
 
 
 def network() -> nn.Sequential:
@@ -63,7 +63,9 @@ def sgd(model):
 def test_recorded_steps_are_the_same_steps():
     one, two, tape = network(), network(), Tape()
     expected = trained(one, Gradient(one, sgd(one)), minibatches(20))
-    losses, state = trained(two, Graphed(Gradient(two, sgd(two)), capture=tape), minibatches(20))
+    losses, state = trained(
+        two, GraphedStep(Gradient(two, sgd(two)), capture=tape), minibatches(20)
+    )
     assert losses == expected[0] and all(
         torch.equal(state[name], value) for name, value in expected[1].items()
     )
@@ -80,7 +82,7 @@ def test_a_change_of_the_learning_rate_or_of_dropout_is_recorded_anew():
         if i == 11:
             model[2].p = 0.5
 
-    trained(model, Graphed(Gradient(model, optimizer), capture=tape), minibatches(14), change)
+    trained(model, GraphedStep(Gradient(model, optimizer), capture=tape), minibatches(14), change)
     assert tape.captures == 3
 
 
@@ -100,8 +102,8 @@ def test_measured_steps_run_as_they_are_and_the_log_counts_all():
                 def count(log=log):
                     log.step += 1
 
-                update = Graphed(
-                    update, due=lambda log=log: log.due, passed=count, capture=Unheard(optimizer)
+                update = GraphedStep(
+                    update, due=lambda log=log: log.due, on_replay=count, capture=Unheard(optimizer)
                 )
             trained(model, update, minibatches(12))
         tables.append(log.table())
@@ -144,7 +146,7 @@ class Unheard(Tape):
 def test_away_from_a_gpu_it_is_refused():
     model = network()
     with pytest.raises(ValueError, match="need a GPU"):
-        Graphed(Gradient(model, sgd(model)))
+        GraphedStep(Gradient(model, sgd(model)))
 
 
 @pytest.mark.gpu
@@ -152,7 +154,7 @@ def test_on_a_gpu_the_recorded_steps_are_the_same_steps():
     one, two = network().cuda().float(), network().cuda().float()
     batches = minibatches(40, "cuda", torch.float32)
     expected = trained(one, Gradient(one, sgd(one)), batches)
-    losses, state = trained(two, Graphed(Gradient(two, sgd(two))), batches)
+    losses, state = trained(two, GraphedStep(Gradient(two, sgd(two))), batches)
     assert losses == pytest.approx(expected[0], rel=1e-5)
     for name, value in expected[1].items():
         torch.testing.assert_close(state[name], value)

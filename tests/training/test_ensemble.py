@@ -21,7 +21,8 @@ from biasshift.optim import UnitNaturalGradient
 from biasshift.runs.reader import read_run, run_states
 from biasshift.training import Diverged, Ensemble, Gradient, train
 from biasshift.training.checkpoint import CHECKPOINT
-from biasshift.training.runner import Together, run
+from biasshift.training.ensemble import StackedStream
+from biasshift.training.runner import run
 from biasshift.training.trial import Execution, Phase, Progress, Trial
 
 SEEDS, STEPS = (0, 1, 2), 40
@@ -100,7 +101,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_members_follow_the_trajectories_that_they_would_have_alone(make, optimizer):
     """Parameters and buffers, over tens of steps of momentum and weight decay."""
     members = [network(make, seed) for seed in SEEDS]
-    together = Together([stream(make, seed) for seed in SEEDS])
+    together = StackedStream([stream(make, seed) for seed in SEEDS])
     losses = torch.stack(
         [step.loss for step in train(Ensemble(members, optimizer), together, steps=STEPS)]
     )
@@ -140,7 +141,9 @@ def test_members_are_what_the_ensemble_trains_at_any_time():
     """
     members = [network(normalized, seed) for seed in SEEDS]
     ensemble = Ensemble(members, sgd)
-    for step in train(ensemble, Together([stream(normalized, seed) for seed in SEEDS]), steps=12):
+    for step in train(
+        ensemble, StackedStream([stream(normalized, seed) for seed in SEEDS]), steps=12
+    ):
         for number, member in enumerate(members):
             for name, value in {
                 **dict(member.named_parameters()),
@@ -165,7 +168,9 @@ def test_the_members_modes_are_left_as_found_and_they_train_in_training_mode():
     before = [member[1].running_mean.clone() for member in members]
     list(
         train(
-            Ensemble(members, sgd), Together([stream(normalized, seed) for seed in SEEDS]), steps=1
+            Ensemble(members, sgd),
+            StackedStream([stream(normalized, seed) for seed in SEEDS]),
+            steps=1,
         )
     )
     assert not any(member.training for member in members)
@@ -191,7 +196,7 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
     list(
         train(
             Ensemble(members, sgd),
-            Together([stream(perceptron, seed) for seed in SEEDS]),
+            StackedStream([stream(perceptron, seed) for seed in SEEDS]),
             steps=STEPS,
         )
     )
@@ -211,23 +216,23 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
         ([], "at least one member"),
         (
             [nn.Linear(3, 2), nn.Linear(2, 3)],
-            "member 1 of the ensemble has other parameters than member 0",
+            "Member 1 of the ensemble has other parameters than member 0",
         ),
         (
             [nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2, bias=False)],
-            "member 2 of the ensemble has other parameters",
+            "Member 2 of the ensemble has other parameters",
         ),
         (
             [nn.Linear(3, 2), nn.Linear(3, 2).double()],
-            "member 1 of the ensemble has other parameters",
+            "Member 1 of the ensemble has other parameters",
         ),
         (
             [nn.Sequential(nn.Linear(3, 2), nn.ELU()), nn.Sequential(nn.Linear(3, 2), nn.ReLU())],
-            "member 1 .* other modules",
+            "Member 1 .* other modules",
         ),
         (
             [nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)) for p in (0.1, 0.2)],
-            "member 1 .* other modules",
+            "Member 1 .* other modules",
         ),
     ],
 )
@@ -244,7 +249,7 @@ def test_unlike_members_are_refused(members, says):
 def test_an_optimizer_that_watches_a_network_is_refused():
     members = [network(perceptron, seed) for seed in SEEDS]
     with pytest.raises(
-        ValueError, match="UnitNaturalGradient does not train the members of an ensemble together"
+        ValueError, match="'UnitNaturalGradient' cannot train the members of an ensemble together"
     ):
         Ensemble(members, lambda parameters: UnitNaturalGradient(members[0], lr=0.1))
 
@@ -255,7 +260,7 @@ def test_trials_of_different_shapes_are_refused_before_anything_is_written(tmp_p
         "same steps": replace(two, steps=9),
         "same steps, phases and times of scores": replace(two, score_every=1),
         "same steps, phases": replace(two, phases=(Phase(1, 1.0),)),
-        "member 1 .* other modules": trials(activations=("relu",))[1],
+        "Member 1 .* other modules": trials(activations=("relu",))[1],
         "equally many minibatches": replace(two, stream=replace(two.stream, batch_size=100)),
     }
     for says, other in others.items():
@@ -274,8 +279,8 @@ def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Tria
     """In float64, where the two ways agree to many digits over all steps."""
     found = []
     for one in (
-        trial(setting, data())
-        for setting in Tiny(activations=activations, seeds=seeds, momentum=0.5).settings()
+        trial(config, data())
+        for config in Tiny(activations=activations, seeds=seeds, momentum=0.5).configs()
     ):
         stream = replace(one.stream, x=one.stream.x.double())
         schedules = [
@@ -289,7 +294,7 @@ def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Tria
                 stream=stream,
                 schedules=schedules,
                 exam=None,
-                closing=None,
+                at_end=None,
                 score=weights,
             )
         )
@@ -425,7 +430,7 @@ def lost(trial: Trial) -> Trial:
     return trial
 
 
-@pytest.mark.filterwarnings("ignore:No Fisher and gap rows:UserWarning")
+@pytest.mark.filterwarnings("ignore:Step .* no Fisher and gap rows:UserWarning")
 def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single):
     one, two, three = trials()
     closed: list[nn.Module] = []
@@ -434,7 +439,7 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
         closed.append(model)
         return pd.DataFrame({"step": [step], "closing": [1.0]})
 
-    members = [replace(member, closing=closing) for member in (one, lost(two), three)]
+    members = [replace(member, at_end=closing) for member in (one, lost(two), three)]
     run(members, folders(tmp_path), "refuse", ignore, KEEP)
     assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
     assert closed == [one.model, three.model]
@@ -449,7 +454,7 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
     assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
 
 
-@pytest.mark.filterwarnings("ignore:No Fisher and gap rows:UserWarning")
+@pytest.mark.filterwarnings("ignore:Step .* no Fisher and gap rows:UserWarning")
 def test_an_ensemble_that_diverges_as_a_whole_says_so(tmp_path):
     with pytest.raises(Diverged, match="at step 1:"):
         run([lost(one) for one in trials()], folders(tmp_path), "refuse", ignore, KEEP)

@@ -8,7 +8,7 @@ from torch import nn
 from biasshift.data import DataSet, TensorStream
 from biasshift.training import Diverged, Gradient, Step, evaluate, train
 from biasshift.training.evaluation import evaluate_batches
-from biasshift.training.loop import LOOK_EVERY
+from biasshift.training.loop import CHECK_EVERY
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_its_step(little, bad, at):
     seen = []
     with pytest.raises(
         Diverged,
-        match=rf"the loss became {bad} at step {at}: training diverged; lower the learning rate",
+        match=rf"The loss became {bad} at step {at}: training diverged; lower the learning rate",
     ) as caught:
         seen += [step.number for step in steps]
         pytest.fail("no error")
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_is_found_within_a_long_epoch(little):
     with pytest.raises(Diverged, match="at step 3:"):
         for step in train(update, data, steps=4000):
             seen.append(step.number)
-    assert len(seen) == LOOK_EVERY - 1 == 499
+    assert len(seen) == CHECK_EVERY - 1 == 499
 
 
 def test_an_ensemble_has_diverged_when_all_of_it_has(little):
@@ -269,7 +269,7 @@ def test_evaluate_is_in_evaluation_mode(randn):
 
 
 def test_evaluate_refuses_no_examples():
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="needs at least one example, got none"):
         evaluate(linear(), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 
 

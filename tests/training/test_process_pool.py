@@ -157,7 +157,7 @@ def test_a_failing_job_ends_the_others_with_its_exception(tmp_path):
 
 
 def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(process_pool, "CLOSING", 0.5)
+    monkeypatch.setattr(process_pool, "GRACE_SECONDS", 0.5)
     with pytest.raises(ValueError, match="planted to fail"):
         run_jobs([(fail, (tmp_path,)), (cling, (tmp_path,))], 2, ignore)
     assert gone([int((tmp_path / "linger.pid").read_text())])

@@ -89,8 +89,8 @@ def tiny(**options: Any) -> Trial:
     """A run of the demo in small, in float64, in which the shares add up in another order to nearly
     the same.
     """
-    (setting,) = Tiny(activations=("elu",), momentum=0.5, **options).settings()
-    made = trial(setting, data())
+    (config,) = Tiny(activations=("elu",), momentum=0.5, **options).configs()
+    made = trial(config, data())
     probes = [
         replace(schedule, probe=(schedule.probe[0].double(), schedule.probe[1]))
         for schedule in made.schedules
@@ -104,7 +104,7 @@ def tiny(**options: Any) -> Trial:
         schedules=probes,
         score=score,
         exam=None,
-        closing=None,
+        at_end=None,
     )
 
 
@@ -341,7 +341,7 @@ def test_scores_are_means_over_the_examples_of_all_processes(together, alone):
         assert (
             together[0][number]["no examples"]
             == alone[0]["no examples"]
-            == "ValueError: there are no examples to evaluate on."
+            == "ValueError: An evaluation needs at least one example, got none."
         )
 
 
@@ -351,7 +351,7 @@ def test_a_loss_that_one_process_loses_ends_all_of_them(together, alone):
         for name in ("lost in the first process", "lost in the last process"):
             assert together[0][number][name] == alone[0][name] != "nothing"
     assert (
-        f"{Diverged.__name__}: the loss became nan at step 5:"
+        f"{Diverged.__name__}: The loss became nan at step 5:"
         in alone[0]["lost in the last process"]
     )
 
@@ -396,7 +396,7 @@ def test_finished_runs_are_not_touched(together):
 
 def test_a_run_is_gone_on_with_by_as_many_processes(together):
     with pytest.raises(
-        ValueError, match="was begun by 2 processes and is resumed by 1: start as many"
+        ValueError, match="was started by 2 processes and cannot be resumed by 1: start 2"
     ):
         run([dropping()], [together[1] / "stopped"], "resume", ignore, KEEP)
 

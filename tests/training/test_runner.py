@@ -125,7 +125,7 @@ def make(kind: str = "dropout", config: Config | None = None) -> Trial:
             lambda model, step: rows(model, step, "exam"),
         ),
         enter=enter,
-        closing=lambda model, step: rows(model, step, "closing"),
+        at_end=lambda model, step: rows(model, step, "closing"),
     )
 
 
@@ -326,7 +326,7 @@ class Tripwire:
 def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -> None:
     trial = make()
     exam = trial.exam
-    assert exam is not None and trial.closing is not None
+    assert exam is not None and trial.at_end is not None
     optimizer_of = trial.make_optimizer
 
     def make_optimizer(model, parameters):
@@ -345,7 +345,7 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
             loss=tripwire.around("a look", exam.loss),
             examine=tripwire.around("the examination", exam.examine),
         ),
-        closing=tripwire.around("the end", trial.closing),
+        at_end=tripwire.around("the end", trial.at_end),
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in ("replace", "fsync"):
@@ -578,15 +578,16 @@ UNFIT = [
 ]
 SAID = {
     **dict.fromkeys(
-        UNREADABLE, "is no readable checkpoint: delete it to begin this run anew with --replace"
+        UNREADABLE, "cannot be read as a checkpoint: start this run anew with --replace"
     ),
     **dict.fromkeys(
-        WRONG, "is no checkpoint of a training run: delete it to begin this run anew with --replace"
+        WRONG, "is not a checkpoint of a training run: start this run anew with --replace"
     ),
     **dict.fromkeys(
-        UNFIT, "is of another network or optimizer: give this run another --out, or begin it anew"
+        UNFIT,
+        "belongs to another network or optimizer: choose another --out, or start this run anew",
     ),
-    "two processes": "was begun by 2 processes and is resumed by 1: start as many",
+    "two processes": "was started by 2 processes and cannot be resumed by 1: start 2",
     "a link": "is a link out of its run",
     "a pipe": "is missing or no ordinary file",
     "a folder": "is missing or no ordinary file",

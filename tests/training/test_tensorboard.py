@@ -12,9 +12,9 @@ from biasshift.training.trial import Execution
 
 
 def go(folder) -> None:
-    (setting,) = Tiny(activations=("elu",)).settings()
+    (config,) = Tiny(activations=("elu",)).configs()
     run(
-        [trial(setting, data())],
+        [trial(config, data())],
         [folder],
         "refuse",
         lambda report: None,
