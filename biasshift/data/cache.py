@@ -1,6 +1,4 @@
-"""Arrays that take minutes to compute, kept in a folder under the hash of what they were computed
-from.
-"""
+"""A cache on disk of arrays that take minutes to compute, named by the hash of their inputs."""
 
 import contextlib
 import hashlib
@@ -17,14 +15,19 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder(root: str | Path | None = None) -> Path:
-    """Where computed arrays are kept: `$BIASSHIFT_CACHE`, else `cache/` below the folder of the
-    data sets, see `data_root`.
+    """Returns the folder of computed arrays: `$BIASSHIFT_CACHE`, else `cache/` in the data folder.
+
+    Args:
+        root: the folder of the data sets, see `data_root`. The folder need not exist.
     """
     return Path(os.environ.get("BIASSHIFT_CACHE") or data_root(root) / "cache").expanduser()
 
 
 def content_key(*parts: object) -> str:
-    """A name for what `parts` hold: arrays by dtype, shape and content, all else by its text.
+    """Returns a SHA-256 of what `parts` hold, in hexadecimal digits.
+
+    Arrays count with dtype, shape and content, everything else with its ``repr``. Two calls agree
+    only where all parts agree in this sense, and in their order.
 
     >>> content_key(np.zeros(3), 0.1) == content_key(np.zeros(3), 0.2)
     False
@@ -47,45 +50,49 @@ def cached(
     compute: Callable[[], Arrays],
     cache: Path,
 ) -> Arrays:
-    """The float64 arrays that `compute` returns, from the cache where they are there and whole.
+    """Returns the float64 arrays of `compute`, from the cache where a complete entry exists.
 
-    A damaged file is computed anew and replaced. A cache that cannot be written is done without:
-    the result is the same.
+    A damaged entry is computed anew and replaced. Where the cache cannot be written, the arrays are
+    computed in every call: the result is the same.
 
     Args:
         kind: the beginning of the file's name.
         key: of what the arrays are computed from, see `content_key`.
-        shapes: of the arrays by name; a file with others is no such cache.
+        shapes: of the arrays by name; a file with others is not an entry of this cache.
+        compute: called without arguments where there is no complete entry.
+        cache: the folder of the entries, see `cache_folder`.
     """
     path = cache / f"{kind}-{key[:32]}.npz"
-    found = _read(path, shapes)
-    if found is None:
-        found = compute()
-        _write(path, found)
-    return found
+    arrays = _read(path, shapes)
+    if arrays is None:
+        arrays = compute()
+        _write(path, arrays)
+    return arrays
 
 
 def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
-    """The arrays, or none if anything is wrong with the file; the zip format keeps a checksum of
-    each.
-    """
-    most = sum(8 * int(np.prod(shape)) + 1024 for shape in shapes.values()) + 1024
+    """The arrays, or none if anything is wrong with the file; zip keeps a checksum of each."""
+    max_bytes = sum(8 * int(np.prod(shape)) + 1024 for shape in shapes.values()) + 1024
     try:
-        if not path.is_file() or path.stat().st_size > most:
+        if not path.is_file() or path.stat().st_size > max_bytes:
             return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in shapes}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
+            arrays = {name: entry[name] for name in shapes}
     except Exception:  # which one depends on the byte that is wrong
         return None
-    right = all(
-        found[name].shape == tuple(shape) and found[name].dtype == np.float64
+    whole = all(
+        arrays[name].shape == tuple(shape)
+        and arrays[name].dtype == np.float64
+        and np.isfinite(arrays[name]).all()
         for name, shape in shapes.items()
     )
-    return found if right and all(np.isfinite(array).all() for array in found.values()) else None
+    return arrays if whole else None
 
 
 def _write(path: Path, arrays: Arrays) -> None:
     """Under another name first: whoever reads meanwhile finds a whole file or none."""
+    # Not `biasshift.atomic.replacing`, which has one temporary name per file: the processes of one
+    # run compute the same entry at the same time, and each needs a name of its own.
     part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

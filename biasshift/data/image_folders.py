@@ -1,4 +1,8 @@
-"""Which images there are: a look at the folders, before any image is opened."""
+"""Folders of image files in ImageNet's layout: which there are, and what each holds.
+
+`imagenet` reads the folders alone, before any image is opened. `photographs` opens and decodes the
+files, which may come from anywhere: each is checked, and one that is not an image is named.
+"""
 
 import os
 import warnings
@@ -16,17 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 from biasshift.data.dataset import data_root
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
-MAPPING = (
-    "LOC_synset_mapping.txt"  # ImageNet's 1,000 classes in order: "n01440764 tench, Tinca tinca"
-)
+FORMATS = ("JPEG", "PNG")  # one of ImageNet's .JPEG files is a PNG
+# ImageNet's 1,000 classes in order, a line each: "n01440764 tench, Tinca tinca".
+MAPPING = "LOC_synset_mapping.txt"
 MAPPING_BYTES = 2**20
-# a few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million
+# A few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million.
 MAX_PIXELS = 100_000_000
 WORKERS = min(4, os.cpu_count() or 1)
-FORMATS = ("JPEG", "PNG")  # one of ImageNet's .JPEG files is a PNG
 
 
-# -- image files as tensors --------------------------------------------------------------------
+# -- which images there are ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,37 +43,170 @@ class Images:
         return len(self.paths)
 
     def sample(self, count: int, seed: int = 0) -> "Images":
-        """So many of them at random, each at most once, in their own order.
+        """Returns `count` of the images at random, each at most once, in their own order.
+
+        Args:
+            seed: the same seed takes the same images; the global random state is untouched.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer, or `count` is not positive.
         """
         if not 0 < count <= len(self):
-            raise ValueError(f"{count} images cannot be taken from {len(self)}.")
-        chosen = (
-            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-            .sort()
-            .values
-        )
+            raise ValueError(f"'count' must be from 1 to {len(self)} images, got {count}.")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        chosen = order[:count].sort().values
         return Images(tuple(self.paths[i] for i in chosen.tolist()), self.y[chosen])
 
 
-def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
-    """The image in red, green and blue, squeezed to `side` × `side` pixels; grey ones have three
-    equal channels.
+@dataclass(frozen=True, eq=False)
+class ImageNet:
+    """Two splits of image files.
+
+    ImageNet's validation images are the paper's test set: nobody else has labels for the real one.
+
+    Args:
+        classes: how many outputs a network for them has.
+        folders: the name of each class's folder, a WordNet number in ImageNet, by class number.
+        names: in English where `LOC_synset_mapping.txt` is there, else the folder's name.
+    """
+
+    name: str
+    classes: int
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+    train: Images
+    valid: Images
+
+
+def imagenet(
+    root: str | Path | None = None, numbering: Literal["folders", "mapping"] = "folders"
+) -> ImageNet:
+    """Returns the images below `train/<class>/` and `val/<class>/`.
+
+    Only folders are read; a file that is not an image is reported when it is loaded.
+
+    Args:
+        root: the folder that holds `train/` and `val/`, or one that holds them in `imagenet/`.
+            Default: `$BIASSHIFT_DATA`, else `./data`.
+        numbering: "folders" numbers the classes that are there, so that ten folders make ten
+            classes: in the order of `LOC_synset_mapping.txt` where it lies beside `train/`, else by
+            name, which is ImageNet's order too. "mapping" gives every class its number in that
+            file.
 
     Raises:
-        RuntimeError: the file cannot be read, or is no whole JPEG or PNG image.
+        FileNotFoundError: the folders are not there, or the mapping that was asked for.
+        RuntimeError: the two splits have other classes, a class has no images, or the mapping is
+            not one.
+    """
+    base = data_root(root)
+    folder = base if (base / "train").is_dir() else base / "imagenet"
+    train, valid = (_class_folders(folder / split) for split in ("train", "val"))
+    if unpaired := sorted(train ^ valid):
+        present, missing = ("train", "val") if unpaired[0] in train else ("val", "train")
+        raise RuntimeError(
+            f"'{folder}' has the class '{unpaired[0]}' in {present}/ and not in {missing}/. Copy "
+            "both splits anew."
+        )
+    order, names = _order(folder, train, numbering)
+    number = {name: place for place, name in enumerate(order) if name in train}
+    splits = [_images(folder / split, number) for split in ("train", "val")]
+    return ImageNet(folder.name, len(order), tuple(order), tuple(names), *splits)
+
+
+def _class_folders(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names = {
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            }
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{folder}' cannot be read ({error.strerror}). "
+            "Name the folder that holds train/ and val/ with --data or $BIASSHIFT_DATA."
+        ) from error
+    if not names:
+        raise RuntimeError(
+            f"'{folder}' has no folder per class. ImageNet's validation images come in one: sort "
+            "them into folders first."
+        )
+    return names
+
+
+def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], list[str]]:
+    """The classes' folders and names, by number."""
+    path = folder / MAPPING
+    if not path.is_file():
+        if numbering == "mapping":
+            raise FileNotFoundError(
+                f"'{path}' is missing, which numbers the classes. Put it there, or number them by "
+                "folders."
+            )
+        return sorted(present), sorted(present)
+    listed = _read_mapping(path)
+    if unlisted := sorted(present - set(listed)):
+        raise RuntimeError(
+            f"'{folder}' has the class folder '{unlisted[0]}', which {MAPPING} does not list. "
+            "Rename or remove one of them."
+        )
+    order = [name for name in listed if numbering == "mapping" or name in present]
+    return order, [listed[name] for name in order]
+
+
+def _read_mapping(path: Path) -> dict[str, str]:
+    try:
+        with path.open("rb") as file:
+            lines = file.read(MAPPING_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuntimeError(
+            f"'{path}' cannot be read as text. Delete it or copy it anew."
+        ) from error
+    pairs = [line.strip().partition(" ") for line in lines if line.strip()]
+    listed = {wnid: name or wnid for wnid, _, name in pairs}
+    if len(listed) != len(pairs):
+        raise RuntimeError(f"'{path}' lists a class twice. Delete it or copy it anew.")
+    return listed
+
+
+def _images(folder: Path, number: dict[str, int]) -> Images:
+    from torchvision.datasets.folder import make_dataset
+
+    try:
+        samples = make_dataset(str(folder), number, extensions=EXTENSIONS)
+    # torchvision's, which lists the classes; and a folder that vanished meanwhile
+    except FileNotFoundError as error:
+        empty = [name for name in sorted(number) if not any((folder / name).rglob("*.*"))]
+        which = f"the class '{empty[0]}'" if empty else "a class"
+        raise RuntimeError(
+            f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}). Copy it anew, or "
+            "remove the folder."
+        ) from error
+    except OSError as error:
+        raise RuntimeError(
+            f"'{error.filename or folder}' cannot be read: {error.strerror}."
+        ) from error
+    return Images(tuple(path for path, _ in samples), torch.tensor([label for _, label in samples]))
+
+
+# -- image files as tensors ------------------------------------------------------------------------
+
+
+def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
+    """Returns the image in red, green and blue, squeezed to `side` × `side` pixels.
+
+    Gray images have three equal channels. Only JPEG and PNG are decoded, by Pillow, and only images
+    of at most `MAX_PIXELS` pixels.
+
+    Raises:
+        RuntimeError: the file cannot be read, or is not a whole JPEG or PNG image.
     """
     from PIL import Image
 
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise RuntimeError(f"'{path}' is no file, or has been deleted.")
+        raise RuntimeError(f"'{path}' is not a file, or has been deleted.")
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter(
-                "ignore"
-            )  # of damaged notes about the camera; the size is looked at below
+            # Of damaged notes about the camera, and of many pixels, which are counted below.
+            warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise RuntimeError(
@@ -85,7 +221,7 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     except Exception as error:  # which one depends on the byte that is wrong
         reason = getattr(error, "strerror", None) or "it is damaged, cut short, or something else"
         raise RuntimeError(
-            f"'{path}' is no image that can be read ({reason}): delete the file or copy it anew."
+            f"'{path}' cannot be read as an image ({reason}). Delete the file or copy it anew."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -117,13 +253,17 @@ def photographs(
     workers: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[UInt8[Tensor, "batch 3 {side} {side}"], Int[Tensor, " batch"]]]:
-    """The batches (x, y) of the images with the given numbers, on `device`, in the given order.
+    """Yields batches (x, y) of the images with the given numbers, in the given order.
 
     Args:
+        batches: the numbers of the images of each batch.
+        side: height and width to which images are squeezed, see `read_photograph`.
         workers: processes that decode ahead of whoever iterates; 0 decodes here.
+        device: of x and y; the files are decoded on the CPU.
 
     Raises:
-        RuntimeError: a file is no image, by name; or a worker process was killed.
+        RuntimeError: a file is not an image, which the message names; or a worker process was
+            killed.
     """
     loader = DataLoader(
         _Files(images.paths, side),
@@ -131,151 +271,19 @@ def photographs(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator().manual_seed(
-            0
-        ),  # the workers' seeds, which nobody uses; else the global generator is drawn from
+        # The workers' seeds, which nobody uses; else the global generator is drawn from.
+        generator=torch.Generator().manual_seed(0),
     )
     try:
         for numbers, x in zip(batches, loader, strict=True):
             if isinstance(x, str):
                 raise RuntimeError(x)
-            yield (
-                x.to(device, non_blocking=True),
-                images.y[torch.as_tensor(numbers)].to(device, non_blocking=True),
-            )
+            y = images.y[torch.as_tensor(numbers)]
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
-            "a process that loads images was killed, perhaps for want of memory: take fewer "
+            "A process that loads images was killed, perhaps for want of memory. Take fewer "
             "workers."
         ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class ImageNet:
-    """Two splits of image files. ImageNet's validation images are the paper's test set: nobody else
-    has labels for the real one.
-
-    Args:
-        classes: how many outputs a network for them has.
-        folders: the name of each class's folder, a WordNet number in ImageNet, by class number.
-        names: in English where `LOC_synset_mapping.txt` is there, else the folder's name.
-    """
-
-    name: str
-    classes: int
-    folders: tuple[str, ...]
-    names: tuple[str, ...]
-    train: Images
-    valid: Images
-
-
-def imagenet(
-    root: str | Path | None = None, numbering: Literal["folders", "mapping"] = "folders"
-) -> ImageNet:
-    """The images below `train/<class>/` and `val/<class>/`. Only folders are read; a file that is
-    no image is found when it is loaded.
-
-    Args:
-        root: the folder that holds `train/` and `val/`, or one that holds them in `imagenet/`.
-            Default: `$BIASSHIFT_DATA`, else `./data`.
-        numbering: "folders" numbers the classes that are there, so that ten folders make ten
-            classes: in the order of `LOC_synset_mapping.txt` where it lies beside `train/`, else by
-            name, which is ImageNet's order too. "mapping" gives every class its number in that
-            file.
-
-    Raises:
-        FileNotFoundError: the folders are not there, or the mapping that was asked for.
-        RuntimeError: the two splits have other classes, a class has no images, or the mapping is
-            not one.
-    """
-    base = data_root(root)
-    folder = base if (base / "train").is_dir() else base / "imagenet"
-    train, valid = (_class_folders(folder / split) for split in ("train", "val"))
-    if alone := sorted(train ^ valid):
-        there, missing = ("train", "val") if alone[0] in train else ("val", "train")
-        raise RuntimeError(
-            f"'{folder}' has the class '{alone[0]}' in {there}/ and not in {missing}/: copy both "
-            "splits anew."
-        )
-    order, names = _order(folder, train, numbering)
-    number = {name: place for place, name in enumerate(order)}
-    here = {name: number[name] for name in train}
-    splits = [_images(folder / split, here) for split in ("train", "val")]
-    return ImageNet(folder.name, len(order), tuple(order), tuple(names), *splits)
-
-
-def _class_folders(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            found = {
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-            }
-    except OSError as error:
-        raise FileNotFoundError(
-            f"there are no images in '{folder}' ({error.strerror}): "
-            f"name the folder that holds train/ and val/ with --data or $BIASSHIFT_DATA."
-        ) from error
-    if not found:
-        raise RuntimeError(
-            f"'{folder}' has no folder per class: ImageNet's validation images come in one, sort "
-            "them into folders first."
-        )
-    return found
-
-
-def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], list[str]]:
-    """The classes' folders and names, by number."""
-    path = folder / MAPPING
-    if not path.is_file():
-        if numbering == "mapping":
-            raise FileNotFoundError(
-                f"there is no '{path}' to number the classes by: put it there, or number them by "
-                "folders."
-            )
-        return sorted(present), sorted(present)
-    listed = _read_mapping(path)
-    if unknown := sorted(present - set(listed)):
-        raise RuntimeError(
-            f"the class folder '{unknown[0]}' in '{folder}' is not listed in {MAPPING}: rename or "
-            "remove one of them."
-        )
-    order = [name for name in listed if numbering == "mapping" or name in present]
-    return order, [listed[name] for name in order]
-
-
-def _read_mapping(path: Path) -> dict[str, str]:
-    try:
-        with path.open("rb") as file:
-            lines = file.read(MAPPING_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RuntimeError(
-            f"'{path}' cannot be read as text: delete it or copy it anew."
-        ) from error
-    pairs = [line.strip().partition(" ") for line in lines if line.strip()]
-    listed = {wnid: name or wnid for wnid, _, name in pairs}
-    if len(listed) != len(pairs):
-        raise RuntimeError(f"'{path}' lists a class twice: delete it or copy it anew.")
-    return listed
-
-
-def _images(folder: Path, number: dict[str, int]) -> Images:
-    from torchvision.datasets.folder import make_dataset
-
-    try:
-        found = make_dataset(str(folder), number, extensions=EXTENSIONS)
-    except (
-        FileNotFoundError
-    ) as error:  # torchvision's, which lists the classes; and a folder that vanished meanwhile
-        empty = [name for name in sorted(number) if not any((folder / name).rglob("*.*"))]
-        which = f"the class '{empty[0]}'" if empty else "a class"
-        raise RuntimeError(
-            f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}): copy it anew, or "
-            "remove the folder."
-        ) from error
-    except OSError as error:
-        raise RuntimeError(
-            f"'{error.filename or folder}' cannot be read: {error.strerror}."
-        ) from error
-    return Images(tuple(path for path, _ in found), torch.tensor([label for _, label in found]))

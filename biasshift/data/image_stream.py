@@ -1,6 +1,4 @@
-"""Minibatches of image files: random crops to train on, center crops to test on, and the mean image
-that both subtract.
-"""
+"""Minibatches of image files: random crops to train on, center crops to test on, the mean image."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,20 +13,20 @@ from torch import Tensor
 from biasshift.data.augmentation import Crop, Scale
 from biasshift.data.cache import Arrays, cache_folder, cached, content_key
 from biasshift.data.image_folders import WORKERS, Images, photographs
-from biasshift.data.stream import Batching, epoch_generator, epoch_order
+from biasshift.data.stream import BatchedStream, Batching, epoch_generator, epoch_order
 
 SIDE, CROP = 256, 224  # the paper's: images resized to 256 × 256, crops of 224 × 224
 CHUNK = 64  # images at a time for the mean
 
 
 @dataclass(frozen=True, eq=False)
-class ImageStream:
-    """Shuffled minibatches of image files, decoded by worker processes; a `Stream` as
-    `TensorStream` is one.
+class ImageStream(BatchedStream):
+    """Shuffled minibatches of image files, decoded by worker processes.
 
-    Files are squeezed to `crop.side` pixels, prepared on the device, then cropped and flipped
-    there: so a mean per pixel can be subtracted. All crops of an epoch are drawn beforehand, one
-    for each image from the seed and the epoch: which worker loads it, and when, does not matter.
+    It is a `Stream` as `TensorStream` is one. Files are squeezed to `crop.side` pixels, prepared on
+    the device, then cropped and flipped there: so a mean per pixel can be subtracted. The crops of
+    an epoch are drawn beforehand from the seed and the epoch's number, one for each image. Which
+    worker loads an image, and when, does not matter.
 
     Args:
         batch_size: over all processes.
@@ -40,7 +38,7 @@ class ImageStream:
 
     Raises:
         ValueError: there is no minibatch for every process.
-        RuntimeError: while iterating: a file is no image, by name.
+        RuntimeError: while iterating: a file is not an image; the message names it.
     """
 
     images: Images
@@ -56,53 +54,40 @@ class ImageStream:
     drop_last: bool = False
 
     def __post_init__(self):
-        epoch_generator(self.seed, 0)  # refuses a negative seed now, not when training begins
-        len(self)  # refuses batches that cannot be, likewise
+        super().__post_init__()
         _refuse_workers(self.workers)
 
     @property
     def _batching(self) -> Batching:
         return Batching(len(self.images), self.batch_size, self.rank, self.world, self.drop_last)
 
-    def __len__(self) -> int:
-        """The minibatches of an epoch."""
-        return len(self._batching)
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches of epoch `number`, from 1, but for the first `start`, whose files are not
-        opened.
-
-        Raises:
-            ValueError: epoch 0, or a `start` behind the end.
-        """
-        if number < 1:
-            raise ValueError(f"epochs are numbered from 1, got {number}.")
-        return self._batches(number, list(self._batching.shares(start)))
-
-    def _batches(self, number: int, shares: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, number: int, shares: Iterator[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, number)
         order = epoch_order(len(self.images), 1, generator)
         draws = self.crop.draw(len(order), generator)
-        chosen = [order[share] for share in shares]
-        loaded = photographs(
-            self.images,
-            [part.tolist() for part in chosen],
-            self.crop.side,
-            self.workers,
-            self.device,
-        )
-        for part, (x, y) in zip(chosen, loaded, strict=True):
-            yield self.crop.apply(self.prepare(x), draws[part].to(x.device)), y
+        batches = [order[share] for share in shares]
+        numbers = [batch.tolist() for batch in batches]
+        loaded = photographs(self.images, numbers, self.crop.side, self.workers, self.device)
+        for batch, (x, y) in zip(batches, loaded, strict=True):
+            yield self.crop.apply(self.prepare(x), draws[batch].to(x.device)), y
 
 
 @dataclass(frozen=True, eq=False)
 class CenterCrops:
-    """Batches (x, y) of the middle of every image, in order, for testing; may be iterated any
-    number of times.
+    """Batches (x, y) of the middle of every image, in order, for testing.
+
+    They may be iterated any number of times.
 
     Args:
+        batch_size: images in a batch of this process.
+        prepare: bytes to numbers, before the crop, as in `ImageStream`.
+        workers: processes that decode; 0 decodes here.
         rank: the number of this process; of several, each has a contiguous share of the images,
             which may be empty.
+
+    Raises:
+        ValueError: a negative number of workers.
+        RuntimeError: while iterating: a file is not an image; the message names it.
     """
 
     images: Images
@@ -132,19 +117,19 @@ def mean_image(
     root: str | Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Float32[Tensor, "3 {side} {side}"]:
-    """The mean of every pixel over the images, squeezed to `side` × `side`, in [0, 1]; ``.mean((1,
-    2), keepdim=True)`` is that per channel.
+    """Returns the mean of every pixel over the images, squeezed to `side` × `side`, in [0, 1].
 
-    All images are decoded, hours of one core for ImageNet: ``images.sample(100_000)`` gives each
-    pixel to ± 0.001. The result is kept under the names, times and sizes of the files, see
-    `cache_folder`.
+    ``mean_image(…).mean((1, 2), keepdim=True)`` is the mean per channel. All images are decoded,
+    hours of one core for ImageNet: ``images.sample(100_000)`` gives each pixel to ± 0.001. The
+    result is kept under the names, times and sizes of the files, see `cache_folder`.
 
     Args:
+        workers: processes that decode; 0 decodes here.
         root: the folder of the data sets.
         on_batch: called with the number of images that are done, for a progress bar.
 
     Raises:
-        RuntimeError: a file is no image, by name.
+        RuntimeError: a file is not an image; the message names it.
     """
 
     def compute() -> Arrays:
@@ -163,14 +148,14 @@ def mean_image(
 
 
 def _state(path: str) -> tuple[int, int]:
-    """What changes when a file changes. One that is gone is found when it is loaded."""
+    """What changes when a file changes. A missing one is reported when it is loaded."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _refuse_workers(workers: int) -> None:
     if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}.")
+        raise ValueError(f"'workers' must be 0 or more, got {workers}.")

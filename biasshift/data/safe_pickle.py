@@ -1,8 +1,9 @@
-"""Read the pickles that data sets come in without letting them do what pickles can: anything.
+"""A reader of the pickles that data sets come in, which does not execute what a file asks for.
 
 Unpickling calls whatever the file names. Here the file may name three things, none of which is what
 it seems: stand-ins that keep the numbers of an array of bytes. Not even numpy's own functions are
-called, since their arguments would be the file's.
+called, since their arguments would be the file's. Before that, `_inspect` refuses instructions that
+no data set needs, so that each of the two checks stands without the other.
 """
 
 import io
@@ -17,48 +18,16 @@ import numpy as np
 MAX_BYTES = 256 * 2**20  # CIFAR-100's training file, the largest, has 155 MB
 # Containers, numbers, strings, memo, and the three calls that rebuild an array. The originals were
 # written by Python 2.
-PLAIN = {
-    *(
-        "PROTO",
-        "FRAME",
-        "STOP",
-        "MARK",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-    ),
-    *(
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-    ),
-    *(
-        "EMPTY_LIST",
-        "LIST",
-        "APPEND",
-        "APPENDS",
-        "EMPTY_DICT",
-        "DICT",
-        "SETITEM",
-        "SETITEMS",
-        "EMPTY_TUPLE",
-    ),
-    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
-}
-FEW = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
-# an array needs ten of the few; a tuple in a tuple, a million deep, would overflow the stack when
-# it is hashed
-MANY = 100
+PLAIN = set(
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 "
+    "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
+    "EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE "
+    "PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
+)
+LIMITED = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
+# An array needs ten of the limited; a tuple in a tuple, a million deep, would overflow the stack
+# when it is hashed.
+MAX_LIMITED = 100
 
 
 class Refused(Exception):
@@ -136,51 +105,59 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The dictionary that a file holds: numbers, strings (in bytes where Python 2 wrote them),
-    lists, and arrays of bytes.
+    """Returns the dictionary that a file holds: numbers, strings, lists, and arrays of bytes.
+
+    Keys are strings. Other strings are bytes where Python 2 wrote them. Arrays are uint8.
+
+    Args:
+        path: an ordinary file.
+        max_bytes: a larger file is not read.
 
     Raises:
         RuntimeError: the file cannot be read, is too large, damaged, or holds anything else.
             Nothing in it is executed.
     """
-    remedy = "the file is damaged or not what its name says: delete it and run again with a network, or copy it anew."
+    remedy = (
+        "It is damaged or not what its name says: delete it and run again with a network, or copy "
+        "it anew"
+    )
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise RuntimeError(f"'{path}' is no file.")
+            raise RuntimeError(f"'{path}' is not a file.")
         if (size := path.stat().st_size) > max_bytes:
             raise RuntimeError(
-                f"'{path}' has {size} bytes where at most {max_bytes} are expected: {remedy}"
+                f"'{path}' must have at most {max_bytes} bytes, got {size}. {remedy}."
             )
         content = path.read_bytes()
     except OSError as error:
         raise RuntimeError(f"'{path}' cannot be read: {error.strerror}.") from error
     try:
         _inspect(content)
-        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        if not isinstance(found, dict):
-            raise Refused("it holds no dictionary")
+        entries = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        if not isinstance(entries, dict):
+            raise Refused("it does not hold a dictionary")
         return {
             _text(key): value.values if isinstance(value, _Array) else value
-            for key, value in found.items()
+            for key, value in entries.items()
         }
     except Refused as refusal:
-        raise RuntimeError(f"'{path}' is refused, since {refusal}: {remedy}") from refusal
+        raise RuntimeError(f"'{path}' is refused, since {refusal}. {remedy}.") from refusal
     except Exception as error:  # which one depends on the byte that is wrong
-        raise RuntimeError(f"'{path}' is no complete pickle: {remedy}") from error
+        raise RuntimeError(f"'{path}' is not a complete pickle. {remedy}.") from error
 
 
 def _inspect(content: bytes) -> None:
-    """Look through the instructions before any is carried out: their kinds, and what would take
-    memory or depth without bound.
+    """Checks the instructions before any is carried out: their kinds, and what would take memory or
+    depth without bound.
     """
-    count = few = 0
+    count = limited = 0
     for opcode, argument, _ in pickletools.genops(content):
         count += 1
-        few += opcode.name in FEW
-        if opcode.name not in PLAIN | FEW or few > MANY:
+        limited += opcode.name in LIMITED
+        if opcode.name not in PLAIN | LIMITED or limited > MAX_LIMITED:
             raise Refused(
                 f"it contains the instruction {opcode.name}, which no data set "
-                f"needs{' so often' * (few > MANY)}"
+                f"needs{' so often' * (limited > MAX_LIMITED)}"
             )
         # A place in the memo takes memory for all places before it.
         if opcode.name.endswith("PUT") and int(argument or 0) > count:

@@ -1,5 +1,7 @@
-"""Minibatches as a pure function of the seed and the epoch: a run that goes on sees what an
-uninterrupted one would have seen.
+"""Shuffled minibatches of tensors, and what every stream is made of: seeds, orders and shares.
+
+The minibatches of an epoch are a pure function of the seed and the epoch's number, so that a
+resumed run sees what an uninterrupted one would have seen.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,48 +10,61 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from biasshift.data.augmentation import Augment
 
-__all__ = ["Augment", "Stream", "TensorStream"]
-
-
-# -- which images stand in which minibatch -----------------------------------------------------
+# -- orders and shares -----------------------------------------------------------------------------
 
 
 def epoch_generator(seed: int, epoch: int, *more: int) -> torch.Generator:
-    """A CPU generator for one epoch; different seeds and epochs give unrelated numbers.
+    """Returns a CPU generator for one epoch; different arguments give unrelated numbers.
 
     Args:
+        seed: of the run.
+        epoch: the number of the epoch.
         more: further numbers that the randomness shall depend on, such as that of an image.
 
     Raises:
         ValueError: a number is negative.
 
-    >>> torch.equal(torch.randperm(9, generator=epoch_generator(0, 1)), torch.randperm(9, generator=epoch_generator(0, 1)))
+    >>> draws = [torch.randperm(9, generator=epoch_generator(0, 1)) for _ in range(2)]
+    >>> torch.equal(*draws)
     True
     """
     if min(seed, epoch, *more, 0) < 0:
         raise ValueError(
-            f"the seed and the epoch must not be negative, got seed {seed} and epoch {epoch}."
+            f"'seed' and 'epoch' must not be negative, got seed {seed} and epoch {epoch}."
         )
     # Not seed + epoch: seed 0 in epoch 2 would then see what seed 1 sees in epoch 1.
     state = np.random.SeedSequence([seed, epoch, *more]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def epoch_order(images: int, views: int, generator: torch.Generator) -> Int[Tensor, " images"]:
+    """Returns every image once, in random order, each at a random one of its `views` places.
+
+    Image i in view v has the number ``i + images · v``. The order is drawn where the generator
+    lives, so that a CPU generator gives the same order on every device.
+    """
+    device = generator.device
+    order = torch.randperm(images, generator=generator, device=device)
+    if views > 1:
+        order = order + images * torch.randint(views, (images,), generator=generator, device=device)
+    return order
+
+
 @dataclass(frozen=True)
 class Batching:
-    """How the images of an epoch are cut into minibatches, and each minibatch into the shares of
-    several processes.
+    """The cuts of an epoch into minibatches, and of each minibatch into shares of processes.
 
     Every process cuts the same order and takes its own contiguous share of each minibatch. The
     shares of a minibatch that `world` does not divide differ by one image, the first ones being the
     longer: weight the processes' means by their counts.
 
     Args:
+        images: images in an epoch.
         batch_size: images in a minibatch, over all processes.
         rank: the number of this process, from 0.
         world: how many processes there are.
@@ -58,7 +73,7 @@ class Batching:
     Raises:
         ValueError: there is no minibatch, or a process would have no share of one.
 
-    >>> len(Batching(images=10, batch_size=4)), len(Batching(images=10, batch_size=4, drop_last=True))
+    >>> len(Batching(images=10, batch_size=4)), len(Batching(10, 4, drop_last=True))
     (3, 2)
     """
 
@@ -69,91 +84,127 @@ class Batching:
     drop_last: bool = False
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        _refuse_batch_size(self.batch_size)
         if not 0 <= self.rank < self.world:
             raise ValueError(
-                f"rank must be one of 0 … world − 1, got rank {self.rank} with world {self.world}."
+                f"'rank' must be one of 0 … world − 1, got rank {self.rank} with world "
+                f"{self.world}."
             )
         if self.images < 1:
-            raise ValueError("there are no examples to make batches of.")
+            raise ValueError(f"Batches need at least one example, got {self.images} examples.")
         if len(self) == 0:
             raise ValueError(
-                f"{self.images} examples make no whole batch of {self.batch_size}: take smaller "
-                "batches or drop_last=False."
+                f"'batch_size' must be at most the {self.images} examples, got {self.batch_size}. "
+                "Take smaller batches or drop_last=False."
             )
-        smallest = (
-            self.batch_size if self.drop_last else self.images - self.batch_size * (len(self) - 1)
-        )
+        last = self.images - self.batch_size * (len(self) - 1)
+        smallest = self.batch_size if self.drop_last else last
         if smallest < self.world:
             raise ValueError(
-                f"{self.images} examples in batches of {self.batch_size} leave a batch of "
-                f"{smallest}, in which some of the "
-                f"{self.world} processes have no share: take another batch size, drop_last=True, "
-                "or fewer processes."
+                f"'batch_size' {self.batch_size} makes a batch of {smallest} of the {self.images} "
+                f"examples, in which some of the {self.world} processes have no share. "
+                "Take another batch size, drop_last=True, or fewer processes."
             )
 
     def __len__(self) -> int:
         """The minibatches of an epoch."""
-        return (
-            self.images // self.batch_size if self.drop_last else -(-self.images // self.batch_size)
-        )
+        whole, rest = divmod(self.images, self.batch_size)
+        return whole if self.drop_last else whole + (rest > 0)
 
     def share(self, batch: int) -> slice:
-        """Where this process's share of minibatch `batch` (from 0) stands in the order of the
-        epoch.
+        """Returns where this process's share of minibatch `batch` stands in the epoch's order.
+
+        Args:
+            batch: the number of the minibatch, from 0.
 
         >>> [Batching(images=10, batch_size=4, rank=rank, world=2).share(2) for rank in (0, 1)]
         [slice(8, 9, None), slice(9, 10, None)]
         """
         first = batch * self.batch_size
-        length = min(self.batch_size, self.images - first)
-        size, longer = divmod(length, self.world)
+        size, longer = divmod(min(self.batch_size, self.images - first), self.world)
         begin = first + self.rank * size + min(self.rank, longer)
         return slice(begin, begin + size + (self.rank < longer))
 
     def shares(self, start: int = 0) -> Iterator[slice]:
-        """This process's shares from minibatch `start` (from 0) to the end of the epoch.
+        """Returns this process's shares from minibatch `start` (from 0) to the end of the epoch.
 
         Raises:
             ValueError: an epoch has fewer minibatches than are to be skipped.
         """
         if not 0 <= start <= len(self):
             raise ValueError(
-                f"an epoch has {len(self)} batches; it cannot start behind {start} of them."
+                f"'start' must be from 0 to {len(self)}, the batches of an epoch, got {start}."
             )
-        return (self.share(batch) for batch in range(start, len(self)))
+        return map(self.share, range(start, len(self)))
 
 
-def epoch_order(images: int, views: int, generator: torch.Generator) -> Int[Tensor, " images"]:
-    """Every image once, in random order, each at a random one of its `views` places ``image +
-    images * view``.
-    """
-    order = torch.randperm(images, generator=generator)
-    return (
-        order + images * torch.randint(views, (images,), generator=generator)
-        if views > 1
-        else order
-    )
+def _refuse_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"'batch_size' must be at least 1, got {batch_size}.")
+
+
+def _refuse_unpaired(x: Tensor, y: Tensor, views: int) -> None:
+    if len(x) != len(y):
+        raise ValueError(
+            f"'x' and 'y' must have equal lengths, got {len(x)} examples and {len(y)} labels."
+        )
+    if views < 1 or len(x) % views:
+        raise ValueError(f"'views' must divide the {len(x)} examples, got {views}.")
+
+
+# -- minibatches -----------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """Where the minibatches of a training run come from."""
+    """The minibatches of a training run, epoch by epoch."""
 
     def __len__(self) -> int:
         """The minibatches of an epoch."""
         ...
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches (x, y) of epoch `number`, from 1; the first `start` are skipped without
-        being read.
+        """Returns the minibatches (x, y) of epoch `number`, from 1, behind the first `start`.
+
+        The minibatches that are skipped are not read.
         """
         ...
 
 
+class BatchedStream:
+    """What the streams of this package share: epochs that `Batching` cuts into minibatches.
+
+    A subclass has a `seed`, `_batching`, and `_batches`, which yields an epoch's minibatches.
+    """
+
+    seed: int
+    _batching: Batching
+    _batches: Callable[[int, Iterator[slice]], Iterator[tuple[Tensor, Tensor]]]
+
+    def __post_init__(self):
+        epoch_generator(self.seed, 0)  # refuses a negative seed now, not when training begins
+        len(self)  # refuses batches that cannot be, likewise
+
+    def __len__(self) -> int:
+        """The minibatches of an epoch."""
+        return len(self._batching)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Returns the minibatches (x, y) of epoch `number`, from 1, behind the first `start`.
+
+        The minibatches that are skipped are not read: files stay closed, bytes unprepared. What the
+        others hold does not depend on `start`.
+
+        Raises:
+            ValueError: epoch 0, or a `start` behind the end.
+        """
+        if number < 1:
+            raise ValueError(f"'number' must be at least 1, the first epoch, got {number}.")
+        return self._batches(number, self._batching.shares(start))
+
+
 @dataclass(frozen=True, eq=False)
-class TensorStream:
+class TensorStream(BatchedStream):
     """Shuffled minibatches of a data set that lies in memory, on any device.
 
     What an epoch holds depends on the seed and the epoch's number alone: on no other epoch, no
@@ -197,40 +248,18 @@ class TensorStream:
     drop_last: bool = False
 
     def __post_init__(self):
-        if len(self.x) != len(self.y):
-            raise ValueError(
-                f"x has {len(self.x)} examples and y has {len(self.y)} labels; they must be as "
-                "many."
-            )
-        if self.views < 1 or len(self.x) % self.views:
-            raise ValueError(f"{len(self.x)} examples are no {self.views} views of as many images.")
+        _refuse_unpaired(self.x, self.y, self.views)
         if self.augment is not None and self.x.dim() != 4:
             raise ValueError(
-                "augment needs images (examples, channels, height, width); x has shape "
+                "'augment' needs images (examples, channels, height, width), got 'x' of shape "
                 f"{tuple(self.x.shape)}."
             )
-        epoch_generator(self.seed, 0)  # refuses a negative seed now, not when training begins
-        len(self)  # refuses batches that cannot be, likewise
+        super().__post_init__()
 
     @property
     def _batching(self) -> Batching:
-        return Batching(
-            len(self.x) // self.views, self.batch_size, self.rank, self.world, self.drop_last
-        )
-
-    def __len__(self) -> int:
-        """The minibatches of an epoch."""
-        return len(self._batching)
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches of epoch `number`, from 1, but for the first `start`.
-
-        Raises:
-            ValueError: epoch 0, or a `start` behind the end.
-        """
-        if number < 1:
-            raise ValueError(f"epochs are numbered from 1, got {number}.")
-        return self._batches(number, self._batching.shares(start))
+        images = len(self.x) // self.views
+        return Batching(images, self.batch_size, self.rank, self.world, self.drop_last)
 
     def _batches(self, number: int, shares: Iterator[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, number)
@@ -243,3 +272,34 @@ class TensorStream:
             if self.augment is not None and draws is not None:
                 x = self.augment.apply(x, draws[share])
             yield (self.prepare(x) if self.prepare else x), self.y.index_select(0, order[share])
+
+
+def batches(
+    x: Float[Tensor, "examples *inputs"],
+    y: Int[Tensor, " examples"],
+    batch_size: int,
+    generator: torch.Generator,
+    views: int = 1,
+) -> Iterator[tuple[Float[Tensor, "batch *inputs"], Int[Tensor, " batch"]]]:
+    """Returns one epoch of shuffled minibatches, for a training loop that needs no `TensorStream`.
+
+    The last minibatch is shorter where `batch_size` does not divide the examples. No examples make
+    one empty minibatch.
+
+    Args:
+        generator: the source of the shuffle. Each call draws one permutation from it, and one view
+            per example where there are several.
+        views: how often every example stands in `x`; the epoch has each of them once.
+
+    Raises:
+        ValueError: `batch_size` is not positive, `views` does not divide the examples, or `x` and
+            `y` differ in length.
+
+    >>> x, y = torch.arange(5.0), torch.arange(5)
+    >>> [len(labels) for _, labels in batches(x, y, 2, torch.Generator().manual_seed(0))]
+    [2, 2, 1]
+    """
+    _refuse_batch_size(batch_size)
+    _refuse_unpaired(x, y, views)
+    order = epoch_order(len(x) // views, views, generator).to(x.device)
+    return ((x.index_select(0, i), y.index_select(0, i)) for i in order.split(batch_size))

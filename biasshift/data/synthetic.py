@@ -1,5 +1,6 @@
-"""Little data sets that nobody has to download, in the shapes of the real ones: to try a program,
-not a claim.
+"""Small data sets that are made, not downloaded, in the shapes of the real ones.
+
+They serve to try a program, not a claim.
 """
 
 import tempfile
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from biasshift.data.dataset import DataSet
+from biasshift.data.dataset import DataSet, split
 from biasshift.data.image_folders import ImageNet, imagenet
 
 SPOTS = 4  # blobs in a row: coarse enough to be seen through the noise
@@ -17,27 +18,35 @@ NOISE = 0.5  # the share of an image that is not its class's pattern
 
 
 def synthetic_mnist(train: int = 400, valid: int = 100, test: int = 100, seed: int = 0) -> DataSet:
-    """Ten patterns of blobs in noise, flat images of 28×28 pixels in [0, 1].
+    """Returns ten patterns of blobs in noise, as flat images of 28×28 pixels in [0, 1].
+
+    Args:
+        train: images to train; likewise `valid` and `test`. Classes differ by one image at most.
+        seed: of the patterns, the noise and the order; the global random state is untouched.
 
     >>> synthetic_mnist().x_train.shape
     torch.Size([400, 784])
     """
     x, y = _blobs((1, 28, 28), 10, train + valid + test, seed)
-    return _split("synthetic-mnist", 10, x.flatten(1), y, [train, valid, test])
+    return split("synthetic-mnist", 10, x.flatten(1), y, [train, valid, test])
 
 
 def synthetic_cifar(
     classes: int = 10, train: int = 400, valid: int = 100, test: int = 100, seed: int = 0
 ) -> DataSet:
-    """As many patterns of colored blobs in noise as there are classes, 3×32×32 bytes.
+    """Returns a pattern of colored blobs in noise for every class, as 3×32×32 bytes.
+
+    Args:
+        classes: how many patterns there are.
+        train: images to train; likewise `valid` and `test`. Classes differ by one image at most.
+        seed: of the patterns, the noise and the order; the global random state is untouched.
 
     >>> synthetic_cifar(classes=100).x_train.shape
     torch.Size([400, 3, 32, 32])
     """
     x, y = _blobs((3, 32, 32), classes, train + valid + test, seed)
-    return _split(
-        f"synthetic-cifar{classes}", classes, (255 * x).to(torch.uint8), y, [train, valid, test]
-    )
+    x = (255 * x).to(torch.uint8)
+    return split(f"synthetic-cifar{classes}", classes, x, y, [train, valid, test])
 
 
 def synthetic_imagenet(
@@ -48,18 +57,21 @@ def synthetic_imagenet(
     side: int = 64,
     seed: int = 0,
 ) -> ImageNet:
-    """A folder of JPEG files in ImageNet's layout, with `train` and `valid` images of `side` ×
-    `side` pixels for each class.
+    """Writes a folder of JPEG files in ImageNet's layout, and returns its images.
 
     Args:
-        folder: is made, whole or not at all.
+        folder: appears complete or not at all.
+        classes: how many patterns there are.
+        train: images to train per class; likewise `valid`.
+        side: height and width of the images in pixels.
+        seed: of the patterns, the noise and the order; the global random state is untouched.
 
     Raises:
-        FileExistsError: there is something of that name.
+        FileExistsError: `folder` exists.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"'{folder}' exists already: name a folder that is to be made.")
+        raise FileExistsError(f"'{folder}' exists already. Name a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     x, y = _blobs((3, side, side), classes, classes * (train + valid), seed)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
@@ -81,23 +93,13 @@ def _blobs(
     return (1 - NOISE) * patterns[y] + NOISE * torch.rand(images, *shape, generator=generator), y
 
 
-def _split(name: str, classes: int, x: Tensor, y: Tensor, sizes: list[int]) -> DataSet:
-    (x_train, x_valid, x_test), (y_train, y_valid, y_test) = x.split(sizes), y.split(sizes)
-    return DataSet(name, classes, x_train, y_train, x_valid, y_valid, x_test, y_test)
-
-
 def _write(folder: Path, x: Tensor, y: Tensor, train: int) -> None:
     from PIL import Image
 
     for label in range(int(y.max()) + 1):
+        wnid = f"n{label:08d}"
         for number, image in enumerate(x[y == label]):
-            path = (
-                folder
-                / ("train" if number < train else "val")
-                / f"n{label:08d}"
-                / f"n{label:08d}_{number}.JPEG"
-            )
+            path = folder / ("train" if number < train else "val") / wnid / f"{wnid}_{number}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((255 * image).to(torch.uint8).permute(1, 2, 0).numpy()).save(
-                path, quality=95
-            )
+            pixels = (255 * image).to(torch.uint8).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(path, quality=95)

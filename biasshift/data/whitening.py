@@ -1,5 +1,4 @@
-"""Global contrast normalization and ZCA whitening, the preprocessing of the paper's CIFAR
-experiments.
+"""Global contrast normalization and ZCA whitening: the preprocessing of the paper's CIFAR images.
 
 The paper names the two and no constants [open]. These are those of the Maxout networks (Goodfellow
 et al. 2013, section 5.2), which the papers it compares with share: every image scaled to the
@@ -20,15 +19,16 @@ from biasshift.data.dataset import DataSet
 
 SCALE = 55.0  # Maxout's: with 3,072 pixels their standard deviation becomes 0.99
 DIAGONAL = 0.1  # Maxout's
-# an image whose pixels are all equal has no contrast to normalize; it becomes 0 and stays so
+# An image whose pixels are all equal has no contrast to normalize; it becomes 0 and stays so.
 FLAT = 1e-8
 CHUNK = 1000  # images at a time in float64
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """What contrast normalization takes away from each image: the mean of its pixels, and their
-    norm around it.
+    """What contrast normalization takes away: every image's mean, and its norm around that.
+
+    An image without contrast has the norm 1 here, and becomes 0 when it is normalized.
     """
 
     mean: Float64[Tensor, "images 1"]
@@ -36,7 +36,7 @@ class Contrast:
 
     @classmethod
     def of(cls, x: Real[Tensor, "images *inputs"]) -> "Contrast":
-        """Measured on images of any dtype, each over all its pixels and channels."""
+        """Measures the contrast of images of any dtype, each over all its pixels and channels."""
         flat = x.flatten(1).to(torch.float64)
         mean = flat.mean(1, keepdim=True)
         norm = (flat - mean).norm(dim=1, keepdim=True)
@@ -46,7 +46,10 @@ class Contrast:
 def normalize_contrast(
     x: Real[Tensor, "images *inputs"], scale: float = SCALE
 ) -> Float64[Tensor, "images inputs"]:
-    """Every image with mean 0 and Euclidean norm `scale`, flat.
+    """Returns every image with mean 0 and Euclidean norm `scale`, flat.
+
+    ``scale · (x − mean(x)) / ‖x − mean(x)‖``: neither brightness nor contrast are left. An image
+    whose pixels are all equal becomes 0.
 
     >>> normalize_contrast(torch.tensor([[1, 2, 3]]), scale=2**0.5).tolist()
     [[-1.0, 0.0, 1.0]]
@@ -57,9 +60,9 @@ def normalize_contrast(
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Contrast normalization, then ``(x − mean) (C + diagonal · I)^(−1/2)`` with the covariance
-    ``C`` of the training images.
+    """Contrast normalization, then ``(x − mean) (C + diagonal · I)^(−1/2)``.
 
+    ``C`` is the covariance of the normalized training images, divided by their number.
     Directions in which the images vary by much more than `diagonal` come out with variance 1; those
     of eigenvalue λ with ``λ / (λ + diagonal)``. Among all whitening matrices the symmetric one
     changes the images least, so that they stay images.
@@ -84,10 +87,14 @@ class Whitening:
         diagonal: float = DIAGONAL,
         root: str | Path | None = None,
     ) -> "Whitening":
-        """Fitted on the training images `x`: a minute on one CPU core for CIFAR, kept under the
-        hash of the images.
+        """Fits the whitening on the training images `x`: a minute on one CPU core for CIFAR.
+
+        The eigenvalues and eigenvectors are kept on disk under the hash of the images.
 
         Args:
+            x: images of any dtype; the result lies on their device.
+            scale: the norm of every image after contrast normalization.
+            diagonal: what is added to the covariance's diagonal.
             root: the folder of the data sets; the result is kept in `$BIASSHIFT_CACHE`, else in
                 `cache/` below it.
 
@@ -95,7 +102,14 @@ class Whitening:
             ValueError: there are no images, a pixel is not finite, or `scale` or `diagonal` is not
                 positive.
         """
-        _refuse_unfit(x, scale, diagonal)
+        if not len(x):
+            raise ValueError(f"'x' must hold images to fit the whitening on, got {tuple(x.shape)}.")
+        if not (0 < scale < float("inf") and 0 < diagonal < float("inf")):
+            raise ValueError(
+                f"'scale' and 'diagonal' must be positive and finite, got {scale} and {diagonal}."
+            )
+        if not bool(x.isfinite().all()):
+            raise ValueError("'x' must be finite, got an image with an infinite or NaN pixel.")
         inputs = x[0].numel()
         shapes = {"mean": (inputs,), "values": (inputs,), "vectors": (inputs, inputs)}
         key = content_key(x.cpu().numpy(), scale)  # the diagonal is added when the result is used
@@ -107,7 +121,12 @@ class Whitening:
         )
 
     def apply(self, x: Real[Tensor, "images *inputs"]) -> Float32[Tensor, "images *inputs"]:
-        """The whitened images, in the shape of `x`; computed in float64 on the device of `x`."""
+        """Returns the whitened images in the shape of `x`, computed in float64 on its device.
+
+        Args:
+            x: images of any dtype and of the size that the whitening was fitted on; none are
+                allowed.
+        """
         mean, root = self.mean.to(x.device), self._inverse_root.to(x.device)
         parts = [
             ((normalize_contrast(part, self.scale) - mean) @ root).to(torch.float32)
@@ -118,8 +137,12 @@ class Whitening:
     def invert(
         self, z: Float[Tensor, "images *inputs"], contrast: Contrast | None = None
     ) -> Float32[Tensor, "images *inputs"]:
-        """The images that `z` was whitened from, normalized in contrast; with their `contrast`, as
-        they were before that.
+        """Returns the images that `z` was whitened from, normalized in contrast.
+
+        Args:
+            z: what `apply` returned.
+            contrast: of the images before `apply`, ``Contrast.of(x)``; with it the images are
+                returned as they were.
         """
         mean, root = self.mean.to(z.device), self._root(0.5).to(z.device)
         images = torch.cat(
@@ -139,45 +162,29 @@ class Whitening:
 
 
 def whitened(data: DataSet, root: str | Path | None = None) -> DataSet:
-    """The data set with all its images whitened, in float32; fitted on the training images alone.
+    """Returns the data set with all its images whitened, in float32.
+
+    The whitening is fitted on the training images alone and applied to all three splits.
 
     Args:
-        root: see `Whitening.fit`.
+        root: the folder of the data sets, for the cache, see `Whitening.fit`.
     """
     whitening = Whitening.fit(data.x_train, root=root)
     train, valid, test = (whitening.apply(x) for x in (data.x_train, data.x_valid, data.x_test))
     return replace(data, x_train=train, x_valid=valid, x_test=test)
 
 
-def _refuse_unfit(x: Tensor, scale: float, diagonal: float) -> None:
-    if not len(x):
-        raise ValueError("there are no images to fit the whitening on.")
-    if not (0 < scale < float("inf") and 0 < diagonal < float("inf")):
-        raise ValueError(
-            f"scale and diagonal must be positive and finite, got {scale} and {diagonal}."
-        )
-    if not bool(x.isfinite().all()):
-        raise ValueError("an image to fit the whitening on has a pixel that is infinite or NaN.")
-
-
 def _spectrum(x: Tensor, scale: float) -> Arrays:
     """The mean of the normalized images, and the eigenvalues and eigenvectors of their covariance,
     in float64.
     """
-
-    inputs = x[0].numel()
-    mean, covariance = (
-        torch.zeros(shape, dtype=torch.float64, device=x.device)
-        for shape in ((inputs,), (inputs, inputs))
-    )
+    mean = torch.zeros(x[0].numel(), dtype=torch.float64, device=x.device)
+    covariance = mean.new_zeros(len(mean), len(mean))
     for part in x.split(CHUNK):
         mean += normalize_contrast(part, scale).sum(0) / len(x)
     for part in x.split(CHUNK):  # a second time: centering first, nothing cancels
         centered = normalize_contrast(part, scale) - mean
         covariance += centered.T @ centered / len(x)
     values, vectors = torch.linalg.eigh(covariance)
-    return {"mean": _array(mean), "values": _array(values), "vectors": _array(vectors)}
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(values.cpu().numpy())
+    spectrum = {"mean": mean, "values": values, "vectors": vectors}
+    return {name: np.ascontiguousarray(part.cpu().numpy()) for name, part in spectrum.items()}

@@ -23,9 +23,9 @@ from tiny import Tiny
 from biasshift import cli
 from biasshift.analysis.formatting import effect, footnote
 from biasshift.analysis.verdicts import claims
-from biasshift.cli import claims as judging, console, train as training
+from biasshift.cli import claims as claims_command, results, train
 from biasshift.cli.console import progress
-from biasshift.experiments import demo as digits
+from biasshift.experiments import demo
 from biasshift.experiments.demo import Demo
 from biasshift.runs.reader import read_runs, run_states
 from biasshift.runs.writer import Run
@@ -138,7 +138,7 @@ def test_python_minus_m():
 
 
 def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch):
-    """A folder may be called anything: to move the cursor, set the title, or turn the line around."""
+    """A folder may have any name: to move the cursor, set the title, or turn the line around."""
     monkeypatch.chdir(tmp_path)
     with Run.create(
         tmp_path / "runs" / "r\x1b[31m\x1b]0;mine\x07\u202e", {"seed": 0, "activation": "elu"}
@@ -157,14 +157,14 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
     [
         (["figure", "2", "runs", "--quick"], "leave the folders out"),
         (["figure", "all", "--quick"], "trains for one figure"),
-        (["figure", "2", "--smoke"], "--smoke is about what --quick trains"),
-        (["figure", "6", "--data", "images"], "--data is about what --quick trains"),
+        (["figure", "2", "--smoke"], "--smoke and --data change what --quick trains"),
+        (["figure", "6", "--data", "images"], "--smoke and --data change what --quick trains"),
         (
             ["figure", "theory1", "--quick", "--smoke", "--data", "images"],
-            "comes with the package: leave it out",
+            "--data must be left out: the data of figure theory1 comes with the package",
         ),
         (["figure", "6", "--quick", "--data", "images"], "images"),
-        (["figure", "1", "--save", "tables"], "figure 1 shows none"),
+        (["figure", "1", "--save", "tables"], "--save must be left out: figure 1 shows functions"),
         (["figure", "gap", "nowhere"], "'nowhere' is no folder"),
         (["figure", "2", "."], "no runs in ."),
         (["claims"], "biasshift claims FOLDER"),
@@ -174,9 +174,9 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
         (["runs", "."], "no runs in ."),
         (
             ["demo", "--device", "nonsense"],
-            "--device: there is no kind of device 'nonsense'; try cpu or cuda",
+            "--device must be auto, cpu or cuda, got 'nonsense'",
         ),
-        (["train", "mnist", "--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["train", "mnist", "--device", "cuda:99"], "--device cuda:99 must be one of the"),
         (["train", "mnist", "--replace", "--resume"], "--replace and --resume exclude each other"),
         (["demo", "--replace", "--resume"], "--replace and --resume exclude each other"),
         (
@@ -195,14 +195,17 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
         (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
         (["train", "mnist", "--workers", "0"], "--workers must be at least 1, got 0"),
-        (["train", "cifar11", "--workers", "2"], "--workers: a run of cifar11 takes all cores"),
+        (
+            ["train", "cifar11", "--workers", "2"],
+            "--workers must be left out: a run of cifar11 takes all cores",
+        ),
         (["train", "mnist", "--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["train", "mnist", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["train", "mnist", "--lr", "-1"], "--lr must be a number above 0, got -1.0"),
         (["train", "mnist", "--lr", "nan"], "--lr must be a number above 0, got nan"),
         (["train", "mnist", "--activation"], "--activation needs at least one value"),
         (["train", "mnist", "--activation", "elu", "elu"], "each of them once"),
-        (["train", "mnist"], "MNIST is not complete in 'data/MNIST/raw'"),
+        (["train", "mnist"], "'data/MNIST/raw' lacks train-images-idx3-ubyte, "),
         (["train", "mnist", "--data", "nowhere"], "--data or $BIASSHIFT_DATA"),
     ],
     ids=" ".join,
@@ -250,7 +253,7 @@ def test_corrupt_data_is_one_sentence(here, capsys):
     status, shown, errors = call(capsys, "train", "mnist")
     assert (status, shown) == (2, "") and errors.count("\n") == 1
     assert (
-        "train-images-idx3-ubyte' is no complete idx file" in errors
+        "train-images-idx3-ubyte' is not a complete idx file" in errors
         and not (here / "runs").exists()
     )
 
@@ -412,7 +415,7 @@ def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monk
 def test_verdicts_are_colored_on_a_terminal_and_said_everywhere(runs, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     shown = io.StringIO()
-    judging.say_claims(
+    claims_command.print_claims(
         Console(file=shown, width=300, force_terminal=True, color_system="standard"), claims(runs)
     )
     for verdict, color in (("supported", 32), ("not supported", 31), ("undecided", 33)):
@@ -424,14 +427,14 @@ def test_nothing_in_a_claim_acts_on_the_terminal(runs):
     text = "[red]a[/red] \x1b[31mb\x07 :boom:\nc\u202e"
     found = claims(runs).assign(statement=text, statistic=text, claim=text, caveat=text)
     shown = io.StringIO()
-    judging.say_claims(Console(file=shown, width=300), found)
+    claims_command.print_claims(Console(file=shown, width=300), found)
     assert shown.getvalue().count("[red]a[/red] �[31mb� :boom: c�") == 3 * len(found) + 1
     assert not {"\x1b", "\x07", "\u202e"} & set(shown.getvalue())
 
 
 def test_no_claim_is_a_sentence(runs):
     shown = io.StringIO()
-    judging.say_claims(Console(file=shown, width=80), claims(runs).iloc[:0])
+    claims_command.print_claims(Console(file=shown, width=80), claims(runs).iloc[:0])
     assert "no claim is about runs of these kinds" in shown.getvalue()
 
 
@@ -449,7 +452,7 @@ def test_a_table_of_claims_that_cannot_be_written_is_shown_first(runs, here, cap
     assert status == 2 and "1 means" in shown and "Claims:" not in shown
     assert (
         errors
-        == "biasshift: the table of claims cannot be written into 'claims' (File exists): choose "
+        == "biasshift: The table of claims cannot be written into 'claims' (File exists). Choose "
         "another --out.\n"
     )
 
@@ -512,10 +515,13 @@ def test_whoever_stops_reading_is_not_shouted_at(runs, here):
 
 @pytest.mark.parametrize(
     ("n", "effect", "low", "said"),
-    [(6, 1.5, 1.0, "+1.5 [+1, +2], n = "
-                   "6."), (1, 1.5, np.nan, "+1.5, n = 1."), (1, np.nan, np.nan, "undefined, n = 1."),
-     (0, np.nan, np.nan, "not measured, n = 0.")],
-)  # fmt: skip
+    [
+        (6, 1.5, 1.0, "+1.5 [+1, +2], n = 6."),
+        (1, 1.5, np.nan, "+1.5, n = 1."),
+        (1, np.nan, np.nan, "undefined, n = 1."),
+        (0, np.nan, np.nan, "not measured, n = 0."),
+    ],
+)
 def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, said):
     row = {
         "verdict": "undecided",
@@ -527,9 +533,9 @@ def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, sa
         "high": 2.0,
         "n": n,
     }
-    monkeypatch.setattr(console, "claims", lambda table: pd.DataFrame([row]))
+    monkeypatch.setattr(results, "claims", lambda table: pd.DataFrame([row]))
     shown = io.StringIO()
-    console.say_verdicts(Console(file=shown, width=80), pd.DataFrame())
+    results.print_verdicts(Console(file=shown, width=80), pd.DataFrame())
     assert f"  It (1). share: {said}\n" in shown.getvalue()
 
 
@@ -569,7 +575,7 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("trained") / "a [bold] folder"
     shown = io.StringIO()
     console = Console(file=shown, width=60, highlight=False, markup=False, emoji=False)
-    training.train(console, Tiny(out=folder))
+    train.run_experiment(console, Tiny(out=folder))
     return folder, shown.getvalue()
 
 
@@ -626,7 +632,7 @@ def test_training_leaves_run_folders_and_figures(trained):
 
 def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
     shown = io.StringIO()
-    training.train(
+    train.run_experiment(
         Console(file=shown, width=80),
         Tiny(out=tmp_path, diverging=("elu",), activations=("elu", "relu", "lrelu")),
     )
@@ -641,13 +647,13 @@ def test_a_run_that_diverges_is_named_and_the_others_finish(tmp_path):
 
 def test_when_all_runs_diverge_there_is_still_an_end(tmp_path):
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu")))
+    train.run_experiment(
+        Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu"))
+    )
     assert shown.getvalue().count("training diverged") == 2 and set(
         run_states(tmp_path)["state"]
     ) == {"failed"}
-    assert shown.getvalue().endswith(
-        "There is nothing to draw or to compare: no run came to its end.\n"
-    )
+    assert shown.getvalue().endswith("There is nothing to draw or to compare: all runs diverged.\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -668,7 +674,7 @@ class Part(Tiny):
 
 def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
     shown = io.StringIO()
-    training.train(
+    train.run_experiment(
         Console(file=shown, width=80), Undrawn(out=tmp_path, activations=("elu",), epochs=1)
     )
     lines = shown.getvalue().splitlines()
@@ -745,14 +751,16 @@ def test_a_part_without_runs_is_no_failure(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE, "--part", "9", "9")
     assert (
         (status, errors) == (0, "")
-        and shown == "No runs fall to this part: there are more parts than runs.\n"
+        and shown == "This part has no runs: there are more parts than runs.\n"
         and not list(here.iterdir())
     )
 
 
 def test_a_lost_part_says_which_runs_diverged(tmp_path):
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), Part(out=tmp_path, diverging=("elu", "relu")))
+    train.run_experiment(
+        Console(file=shown, width=80), Part(out=tmp_path, diverging=("elu", "relu"))
+    )
     assert (
         shown.getvalue().count("training diverged") == 2
         and "when all parts are done" in shown.getvalue()
@@ -779,14 +787,14 @@ def test_runs_of_another_grid_are_refused_before_anything_is_trained(here, capsy
         OSError(28, "No space left on device", "tiny/figure_2.png"),
     ],
 )
-@pytest.mark.parametrize("what", ["say_comparison", "say_identities", "draw", "say_verdicts"])
+@pytest.mark.parametrize("what", ["print_comparison", "print_identities", "draw", "print_verdicts"])
 def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeypatch, what, error):
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(training, what, refuse)
+    monkeypatch.setattr(train, what, refuse)
     shown = io.StringIO()
-    training.train(Console(file=shown, width=200), Tiny(out=tmp_path, epochs=1))
+    train.run_experiment(Console(file=shown, width=200), Tiny(out=tmp_path, epochs=1))
     why = (
         "they cannot be compared."
         if isinstance(error, ValueError)
@@ -799,7 +807,7 @@ def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeyp
         and len(lines) == (2 if what == "draw" else 1)
     )
     assert ("What these runs say" in shown.getvalue()) == (
-        what != "say_verdicts"
+        what != "print_verdicts"
     )  # the rest follows
 
 
@@ -808,16 +816,16 @@ def test_a_defect_is_not_hidden(tmp_path, monkeypatch, error):
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(training, "say_verdicts", refuse)
+    monkeypatch.setattr(train, "print_verdicts", refuse)
     with pytest.raises(type(error)):
-        training.train(Console(file=io.StringIO(), width=200), Tiny(out=tmp_path, epochs=1))
+        train.run_experiment(Console(file=io.StringIO(), width=200), Tiny(out=tmp_path, epochs=1))
 
 
 def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):
     """All seeds of an activation at once; seed 0 is the run that was made alone."""
     tiny = Tiny(out=tmp_path, ensemble=True, seeds=2)
     shown = io.StringIO()
-    training.train(Console(file=shown, width=80), tiny)
+    train.run_experiment(Console(file=shown, width=80), tiny)
     assert set(run_states(tmp_path)["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"} and set(
         run_states(tmp_path)["state"]
     ) == {"finished"}
@@ -863,7 +871,7 @@ def test_a_system_error_names_its_file(here, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "runs/demo")
 
-    monkeypatch.setattr(cli.train, "train", refuse)
+    monkeypatch.setattr(train, "run_experiment", refuse)
     assert call(capsys, "demo") == (2, "", "biasshift: 'runs/demo': Permission denied.\n")
 
 
@@ -890,7 +898,7 @@ def test_ctrl_c_is_130_and_one_sentence(here, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "run_jobs", interrupted)
+    monkeypatch.setattr(train, "run_jobs", interrupted)
     status, _, errors = call(capsys, "demo", "--quick")
     assert (
         status == 130 and errors.startswith("biasshift: interrupted.") and errors.count("\n") == 1
@@ -960,7 +968,10 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
     """The demo with small networks: Ctrl-C in the middle of two runs; then the same command with
     --resume.
     """
-    code = f"from biasshift.experiments import demo; vars(demo).update({SMALL}); from biasshift.cli import main; main()"
+    code = (
+        f"from biasshift.experiments import demo; vars(demo).update({SMALL}); "
+        "from biasshift.cli import main; main()"
+    )
     options = ["demo", "--quick", "--device", "cpu", "--checkpoint-seconds", "0.2"]
     process = spawn(
         "-c",
@@ -987,7 +998,7 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
         errors.startswith("biasshift: interrupted. Finished runs are complete")
         and errors.count("\n") == 1
     )
-    assert errors.endswith("the same command with --resume goes on.\n")
+    assert errors.endswith("The same command with --resume continues them.\n")
     while members(process.pid):  # one that was killed may still be ending
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -999,7 +1010,7 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
     )
 
     for name, value in SMALL.items():
-        monkeypatch.setattr(digits, name, value)
+        monkeypatch.setattr(demo, name, value)
     assert call(capsys, *options, "--no-replace")[0] == 2  # a run is there
     status, shown, errors = call(capsys, *options, "--resume", "--workers", "1")
     assert (status, errors) == (0, "") and not list(here.rglob("checkpoint.pt"))

@@ -1,5 +1,6 @@
-"""Folders of images: which there are, what comes out of a file, and streams over them. Second
-opinions: PIL, numpy and slices.
+"""Folders of images: which there are, what comes out of a file, and streams over them.
+
+Second opinions: PIL, numpy and slices.
 """
 
 import io
@@ -7,6 +8,7 @@ import os
 import shutil
 import struct
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from biasshift.data import (
     Images,
     ImageStream,
     Scale,
-    image_folders as folders,
+    image_folders,
     image_stream,
 )
 from biasshift.data.image_folders import photographs, read_photograph
@@ -73,9 +75,10 @@ def settings(monkeypatch, tmp_path):
     monkeypatch.setenv("BIASSHIFT_CACHE", str(tmp_path / "cache"))
 
 
-def one_sentence(error: BaseException) -> str:
+def one_message(error: BaseException) -> str:
+    """The text of an error: one line, at most two sentences."""
     message = str(error)
-    assert "\n" not in message and message.endswith(".") and message.count(". ") == 0
+    assert "\n" not in message and message.endswith(".") and message.count(". ") <= 1
     return message
 
 
@@ -83,48 +86,37 @@ def one_sentence(error: BaseException) -> str:
 
 
 def test_folders_are_classes_in_the_order_of_their_names(little, tmp_path):
-    assert (little.classes, little.folders, little.names) == (
-        3,
-        ("n01", "n02", "n03"),
-        ("n01", "n02", "n03"),
-    )
+    assert little.classes == 3 and little.folders == little.names == ("n01", "n02", "n03")
     assert len(little.train) == 12 and len(little.valid) == 6
     for split, name in ((little.train, "train"), (little.valid, "val")):
         for path, label in zip(split.paths, split.y.tolist(), strict=True):
             assert Path(path).parent == tmp_path / "little" / name / little.folders[label]
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
+def test_hidden_folders_are_not_classes(tmp_path):
     (build(tmp_path / "little") / "train" / ".cache").mkdir()
     assert data.imagenet(tmp_path / "little").classes == 3
 
 
 def test_the_mapping_gives_order_and_names(tmp_path):
     root = build(tmp_path / "mapped")
-    (root / folders.MAPPING).write_text("n03 fox, red one\nn00 owl\n\nn01 cat\nn02\n")
-    found = data.imagenet(root)
-    assert (found.classes, found.folders, found.names) == (
-        3,
-        ("n03", "n01", "n02"),
-        ("fox, red one", "cat", "n02"),
-    )
-    assert {
-        Path(path).parent.name
-        for path, label in zip(found.train.paths, found.train.y, strict=True)
-        if label == 0
-    } == {"n03"}
+    (root / image_folders.MAPPING).write_text("n03 fox, red one\nn00 owl\n\nn01 cat\nn02\n")
+    present = data.imagenet(root)
+    assert present.classes == 3 and present.folders == ("n03", "n01", "n02")
+    assert present.names == ("fox, red one", "cat", "n02")
+    folders = [Path(path).parent.name for path in present.train.paths]
+    numbers = present.train.y.tolist()
+    assert {name for name, number in zip(folders, numbers, strict=True) if number == 0} == {"n03"}
     whole = data.imagenet(root, numbering="mapping")
     assert (whole.classes, whole.folders) == (4, ("n03", "n00", "n01", "n02"))
-    assert (
-        sorted(set(whole.train.y.tolist())) == [0, 2, 3] and whole.train.paths == found.train.paths
-    )
+    assert sorted(set(whole.train.y.tolist())) == [0, 2, 3]
+    assert whole.train.paths == present.train.paths
 
 
 def test_the_folder_is_found_by_argument_variable_and_name(tmp_path, monkeypatch):
     build(tmp_path / "imagenet")
-    assert (
-        len(data.imagenet(tmp_path).train) == len(data.imagenet(tmp_path / "imagenet").train) == 12
-    )
+    for root in (tmp_path, tmp_path / "imagenet"):
+        assert len(data.imagenet(root).train) == 12
     monkeypatch.setenv("BIASSHIFT_DATA", str(tmp_path))
     assert len(data.imagenet().valid) == 6
     monkeypatch.delenv("BIASSHIFT_DATA")
@@ -134,11 +126,10 @@ def test_the_folder_is_found_by_argument_variable_and_name(tmp_path, monkeypatch
 
 
 def break_folders(root: Path, fault: str) -> str:
-    """Breaks the folders and returns what the sentence must name."""
-    mapping = root / folders.MAPPING
+    """Breaks the folders and returns what the message must name."""
     if fault == "no val":
         shutil.rmtree(root / "val")
-        return "'" + str(root / "val") + "' (No such file or directory)"
+        return f"'{root / 'val'}' cannot be read (No such file or directory)"
     if fault == "flat val":
         shutil.rmtree(root / "val")
         (root / "val").mkdir()
@@ -158,15 +149,13 @@ def break_folders(root: Path, fault: str) -> str:
         for file in (root / "val" / "n03").iterdir():
             file.rename(file.with_suffix(""))
         return "no images of the class 'n03'"
-    texts = {
-        "unlisted": b"n01 a\nn02 b\n",
-        "twice": b"n01 a\nn02 b\nn03 c\nn01 d\n",
-        "binary": b"\xff\xfe\x00n01",
-    }
-    mapping.write_bytes(texts[fault])
-    return {"unlisted": "'n03'", "twice": "a class twice", "binary": "cannot be read as text"}[
-        fault
-    ]
+    text, named = {
+        "unlisted": (b"n01 a\nn02 b\n", "'n03'"),
+        "twice": (b"n01 a\nn02 b\nn03 c\nn01 d\n", "a class twice"),
+        "binary": (b"\xff\xfe\x00n01", "cannot be read as text"),
+    }[fault]
+    (root / image_folders.MAPPING).write_bytes(text)
+    return named
 
 
 @pytest.mark.parametrize(
@@ -183,31 +172,28 @@ def break_folders(root: Path, fault: str) -> str:
         "binary",
     ],
 )
-def test_folders_that_are_not_whole_are_one_sentence(tmp_path, fault):
+def test_folders_that_are_not_whole_are_one_message(tmp_path, fault):
     named = break_folders(build(tmp_path / "little"), fault)
     with pytest.raises((RuntimeError, FileNotFoundError)) as caught:
         data.imagenet(tmp_path / "little")
-    assert named in one_sentence(caught.value)
+    assert named in one_message(caught.value)
 
 
 def test_a_numbering_without_its_mapping_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=folders.MAPPING):
+    with pytest.raises(FileNotFoundError, match=image_folders.MAPPING):
         data.imagenet(build(tmp_path / "little"), numbering="mapping")
 
 
 def test_a_sample_is_of_different_images_and_the_same_every_time(little):
     before = torch.get_rng_state()
-    one, again, other = (
-        little.train.sample(5),
-        little.train.sample(5),
-        little.train.sample(5, seed=1),
-    )
+    sample, again = little.train.sample(5), little.train.sample(5)
     assert torch.equal(torch.get_rng_state(), before)
-    assert one.paths == again.paths != other.paths and len(set(one.paths)) == 5
+    assert sample.paths == again.paths != little.train.sample(5, seed=1).paths
+    assert len(set(sample.paths)) == 5
     labels = dict(zip(little.train.paths, little.train.y.tolist(), strict=True))
-    assert [labels[path] for path in one.paths] == one.y.tolist()
+    assert [labels[path] for path in sample.paths] == sample.y.tolist()
     for count in (0, 13):
-        with pytest.raises(ValueError, match=f"{count} images cannot be taken from 12"):
+        with pytest.raises(ValueError, match=f"'count' must be from 1 to 12 images, got {count}"):
             little.train.sample(count)
 
 
@@ -221,23 +207,17 @@ def written(tmp_path: Path, content: bytes) -> str:
 
 def test_an_image_is_squeezed_to_a_square(tmp_path):
     path = written(tmp_path, png((20, 14)))
-    found = read_photograph(path, 7)
+    image = read_photograph(path, 7)
     expected = np.asarray(Image.open(path).convert("RGB").resize((7, 7), Image.Resampling.BILINEAR))
-    assert found.dtype == torch.uint8 and found.shape == (3, 7, 7) and found.is_contiguous()
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
-    assert np.array_equal(
-        read_photograph(written(tmp_path, png((6, 6))), 6).permute(1, 2, 0).numpy(),
-        np.asarray(Image.open(path).convert("RGB")),
-    )
+    assert image.dtype == torch.uint8 and image.shape == (3, 7, 7) and image.is_contiguous()
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+    square = read_photograph(written(tmp_path, png((6, 6))), 6)
+    assert np.array_equal(square.permute(1, 2, 0), np.asarray(Image.open(path).convert("RGB")))
 
 
-def test_grey_images_have_three_equal_channels(tmp_path):
-    found = read_photograph(written(tmp_path, jpeg(mode="L")), 9)
-    assert (
-        torch.equal(found[0], found[1])
-        and torch.equal(found[0], found[2])
-        and found.float().std() > 0
-    )
+def test_gray_images_have_three_equal_channels(tmp_path):
+    red, green, blue = read_photograph(written(tmp_path, jpeg(mode="L")), 9)
+    assert torch.equal(red, green) and torch.equal(red, blue) and red.float().std() > 0
 
 
 @pytest.mark.parametrize(
@@ -257,17 +237,12 @@ def large_png(side: int) -> bytes:
     """A few bytes that unpack to side² pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
 
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
 
 
 BROKEN = {
@@ -284,28 +259,27 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_image_is_one_sentence_that_names_it(tmp_path, fault):
+def test_a_broken_image_is_one_message_that_names_it(tmp_path, fault):
     path = written(tmp_path, BROKEN[fault])
-    with pytest.raises(
-        RuntimeError, match=r"is no image that can be read|more than is safe"
-    ) as caught:
+    refusal = "cannot be read as an image|more than is safe"
+    with pytest.raises(RuntimeError, match=refusal) as caught:
         read_photograph(path, 9)
-    assert f"'{path}'" in one_sentence(caught.value)
+    assert f"'{path}'" in one_message(caught.value)
 
 
-def test_what_would_unpack_to_gigabytes_is_told_before(tmp_path):
+def test_what_would_unpack_to_gigabytes_is_refused_before(tmp_path):
     with pytest.raises(RuntimeError, match="11000 × 11000 pixels, more than is safe to unpack"):
         read_photograph(written(tmp_path, large_png(11_000)), 9)
 
 
-def test_what_is_no_file_is_one_sentence(tmp_path):
+def test_what_is_not_a_file_is_one_message(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "gone", tmp_path):
-        with pytest.raises(RuntimeError, match="is no file, or has been deleted"):
+        with pytest.raises(RuntimeError, match="is not a file, or has been deleted"):
             read_photograph(str(path), 9)
 
 
-def test_every_truncation_and_every_flipped_byte_is_an_image_or_one_sentence(tmp_path):
+def test_every_truncation_and_every_flipped_byte_is_an_image_or_one_message(tmp_path):
     good = jpeg((8, 8))
     random = np.random.default_rng(0)
     damaged = [good[:length] for length in range(0, len(good), 7)]
@@ -315,48 +289,49 @@ def test_every_truncation_and_every_flipped_byte_is_an_image_or_one_sentence(tmp
         try:
             assert read_photograph(written(tmp_path, content), 9).shape == (3, 9, 9)
         except RuntimeError as error:
-            one_sentence(error)
+            one_message(error)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_met_as_one_sentence_wherever_it_is_loaded(little, workers):
+def test_a_broken_image_is_met_as_one_message_wherever_it_is_loaded(little, workers):
     broken = little.train.paths[5]
     Path(broken).write_bytes(jpeg()[:300])
     stream = ImageStream(little.train, 3, 0, crop=CROP, workers=workers)
     with pytest.raises(RuntimeError) as caught:
         list(stream.epoch(1))
-    assert f"'{broken}'" in one_sentence(caught.value)
+    assert f"'{broken}'" in one_message(caught.value)
 
 
-def test_a_worker_that_is_killed_is_one_sentence(little, monkeypatch):
+def test_a_worker_that_is_killed_is_one_message(little, monkeypatch):
     monkeypatch.setattr("biasshift.data.image_folders.read_photograph", lambda *args: os._exit(1))
     with pytest.raises(RuntimeError, match="was killed, perhaps for want of memory") as caught:
         list(ImageStream(little.train, 3, 0, crop=CROP, workers=1).epoch(1))
-    one_sentence(caught.value)
+    one_message(caught.value)
 
 
 # -- streams ---------------------------------------------------------------------------------------
 
 
-def same(one, other) -> bool:
-    return all(
-        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(one, other, strict=True)
-    )
+def same(first, second) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+
+
+def decoded(images: Images) -> torch.Tensor:
+    return torch.stack([read_photograph(path, SIDE) for path in images.paths])
 
 
 def test_a_crop_is_a_slice_of_its_image_mirrored_or_not():
-    x = torch.randint(
-        256, (500, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (500, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     draws = CROP.draw(500, torch.Generator().manual_seed(1))
-    for image, (row, column, mirrored), found in zip(
-        x.numpy(), draws.tolist(), CROP.apply(x, draws).numpy(), strict=True
+    cropped = CROP.apply(x, draws).numpy()
+    for image, (row, column, mirrored), crop in zip(
+        x.numpy(), draws.tolist(), cropped, strict=True
     ):
-        crop = image[:, row : row + SIZE, column : column + SIZE]
-        assert np.array_equal(found, crop[:, :, ::-1] if mirrored else crop)
-    assert {tuple(draw) for draw in draws.tolist()} == {
-        (i, j, k) for i in range(5) for j in range(5) for k in range(2)
-    }
+        expected = image[:, row : row + SIZE, column : column + SIZE]
+        assert np.array_equal(crop, expected[:, :, ::-1] if mirrored else expected)
+    assert set(map(tuple, draws.tolist())) == set(product(range(5), range(5), range(2)))
     assert not Crop(SIDE, SIZE, flip=False).draw(200, torch.Generator())[:, 2].any()
     assert torch.equal(CROP.apply(x, CROP.center(500)), x[:, :, 2:-2, 2:-2])
     assert torch.equal(Crop(SIDE, SIDE, flip=False).apply(x, Crop(SIDE, SIDE).center(500)), x)
@@ -366,34 +341,30 @@ def test_a_crop_is_a_slice_of_its_image_mirrored_or_not():
 
 
 def test_an_epoch_shows_every_image_once_cropped_as_drawn_for_it(little):
-    """The crop of image i is found by looking for it in the image: prepared before the crop, as a
-    mean per pixel needs it.
-    """
+    """Against slices of the prepared images: a mean per pixel is subtracted before the crop."""
     mean = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     stream = ImageStream(little.train, 5, seed=3, prepare=Scale(mean=mean), crop=CROP, workers=0)
     shown = list(stream.epoch(2))
     assert [len(y) for _, y in shown] == [5, 5, 2] and len(stream) == 3
     x, y = (torch.cat(parts) for parts in zip(*shown, strict=True))
-    images = (
-        torch.stack([read_photograph(path, SIDE) for path in little.train.paths]) / 255.0 - mean
-    )
+    images = decoded(little.train) / 255.0 - mean
     generator = epoch_generator(3, 2)
     order, draws = torch.randperm(12, generator=generator), CROP.draw(12, generator)
     assert torch.equal(y, little.train.y[order])
-    for found, number in zip(x, order.tolist(), strict=True):
+    for crop, number in zip(x, order.tolist(), strict=True):
         row, column, mirrored = draws[number].tolist()
-        crop = images[number, :, row : row + SIZE, column : column + SIZE]
-        assert torch.equal(found, crop.flip(2) if mirrored else crop)
+        expected = images[number, :, row : row + SIZE, column : column + SIZE]
+        assert torch.equal(crop, expected.flip(2) if mirrored else expected)
 
 
 def test_workers_and_their_number_do_not_matter_and_the_global_generator_is_left_alone(little):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    epochs = [
+    without, one_worker, two_workers = (
         list(ImageStream(little.train, 5, 0, crop=CROP, workers=workers).epoch(1))
         for workers in (0, 1, 2)
-    ]
-    assert same(epochs[0], epochs[1]) and same(epochs[0], epochs[2])
+    )
+    assert same(without, one_worker) and same(without, two_workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -409,26 +380,20 @@ def test_a_resumed_epoch_goes_on_where_it_stopped_without_opening_what_is_skippe
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_together_see_what_one_alone_would(little, world):
-    alone = list(ImageStream(little.train, 8, 0, crop=CROP, workers=0).epoch(1))
-    shares = [
-        list(ImageStream(little.train, 8, 0, crop=CROP, workers=0, rank=rank, world=world).epoch(1))
-        for rank in range(world)
+    def epoch(**options):
+        return list(ImageStream(little.train, 8, 0, crop=CROP, workers=0, **options).epoch(1))
+
+    shares = [epoch(rank=rank, world=world) for rank in range(world)]
+    together = [
+        tuple(torch.cat(parts) for parts in zip(*batch, strict=True))
+        for batch in zip(*shares, strict=True)
     ]
-    assert same(
-        alone,
-        [
-            tuple(torch.cat(parts) for parts in zip(*batch, strict=True))
-            for batch in zip(*shares, strict=True)
-        ],
-    )
+    assert same(epoch(), together)
 
 
 def test_center_crops_are_all_images_in_order(little):
     crops = CenterCrops(little.valid, 4, crop=CROP, workers=0)
-    images = (
-        torch.stack([read_photograph(path, SIDE) for path in little.valid.paths])[:, :, 2:-2, 2:-2]
-        / 255.0
-    )
+    images = decoded(little.valid)[:, :, 2:-2, 2:-2] / 255.0
     for _ in range(2):
         x, y = (torch.cat(parts) for parts in zip(*crops, strict=True))
         assert torch.equal(x, images) and torch.equal(y, little.valid.y)
@@ -445,11 +410,11 @@ def test_center_crops_are_all_images_in_order(little):
         ({"batch_size": 0}, "at least 1"),
         (
             {"batch_size": 11, "world": 2},
-            "a batch of 1, in which some of the 2 processes have no share",
+            "a batch of 1 of the 12 examples, in which some of the 2 processes have no share",
         ),
         ({"seed": -1}, "negative"),
-        ({"workers": -1}, "workers must be 0 or more"),
-        ({"batch_size": 13, "drop_last": True}, "no whole batch"),
+        ({"workers": -1}, "'workers' must be 0 or more"),
+        ({"batch_size": 13, "drop_last": True}, "at most the 12 examples, got 13"),
     ],
 )
 def test_streams_that_cannot_be_are_refused(little, options, word):
@@ -459,9 +424,9 @@ def test_streams_that_cannot_be_are_refused(little, options, word):
 
 def test_epochs_that_do_not_exist_are_refused(little):
     stream = ImageStream(little.train, 4, 0, crop=CROP, workers=0)
-    with pytest.raises(ValueError, match="numbered from 1"):
+    with pytest.raises(ValueError, match="at least 1, the first epoch, got 0"):
         stream.epoch(0)
-    with pytest.raises(ValueError, match="3 batches; it cannot start behind 4"):
+    with pytest.raises(ValueError, match="from 0 to 3, the batches of an epoch, got 4"):
         stream.epoch(1, 4)
 
 
@@ -471,35 +436,31 @@ def test_epochs_that_do_not_exist_are_refused(little):
 def test_the_mean_image_is_that_of_numpy(little, monkeypatch):
     monkeypatch.setattr(image_stream, "CHUNK", 5)
     done = []
-    found = data.mean_image(little.train, SIDE, workers=0, on_batch=done.append)
-    images = np.stack([read_photograph(path, SIDE).numpy() for path in little.train.paths])
-    assert found.dtype == torch.float32 and np.allclose(found, images.mean(0) / 255, atol=1e-7)
+    mean = data.mean_image(little.train, SIDE, workers=0, on_batch=done.append)
+    expected = decoded(little.train).numpy().mean(0) / 255
+    assert mean.dtype == torch.float32 and np.allclose(mean, expected, atol=1e-7)
     assert done == [5, 10, 12]
 
 
 def test_the_mean_image_is_computed_once_for_the_same_files(little):
     done = []
-    first, second = (
-        data.mean_image(little.train, SIDE, workers=0, on_batch=done.append) for _ in range(2)
-    )
-    assert torch.equal(first, second) and done == [12]
+
+    def mean(images: Images) -> torch.Tensor:
+        return data.mean_image(images, SIDE, workers=0, on_batch=done.append)
+
+    first = mean(little.train)
+    assert torch.equal(first, mean(little.train)) and done == [12]
     Path(little.train.paths[0]).write_bytes(jpeg((9, 9), seed=99))
-    assert not torch.equal(
-        data.mean_image(little.train, SIDE, workers=0, on_batch=done.append), first
-    )
-    assert data.mean_image(little.train.sample(5), SIDE, workers=0, on_batch=done.append).shape == (
-        3,
-        SIDE,
-        SIDE,
-    )
+    assert not torch.equal(mean(little.train), first)
+    assert mean(little.train.sample(5)).shape == (3, SIDE, SIDE)
     assert done == [12, 12, 5]
 
 
-def test_a_file_that_is_gone_is_one_sentence(little):
+def test_a_deleted_file_is_one_message(little):
     Path(little.train.paths[3]).unlink()
     with pytest.raises(RuntimeError) as caught:
         data.mean_image(little.train, SIDE, workers=0)
-    assert little.train.paths[3] in one_sentence(caught.value)
+    assert little.train.paths[3] in one_message(caught.value)
 
 
 # -- the real ones ---------------------------------------------------------------------------------
@@ -514,9 +475,8 @@ def test_ten_real_classes(data_root):
     assert real.classes == 10 and len(real.train) >= 1000 and real.train.y.bincount().min() > 0
     sample = real.train.sample(60)
     mean = data.mean_image(sample, 256, workers=0)
-    assert mean.mean((1, 2)).tolist() == pytest.approx(
-        [0.485, 0.456, 0.406], abs=0.06
-    )  # ImageNet's, widely published; of 60 images
+    # ImageNet's, widely published; of 60 images
+    assert mean.mean((1, 2)).tolist() == pytest.approx([0.485, 0.456, 0.406], abs=0.06)
     x, y = next(ImageStream(sample, 30, 0, prepare=Scale(mean=mean), workers=2).epoch(1))
     assert x.shape == (30, 3, 224, 224) and y.max() < 10 and abs(x.mean().item()) < 0.1
     every, numbers = Images(real.valid.paths, real.valid.y), list(range(0, len(real.valid), 5))

@@ -1,5 +1,6 @@
-"""Minibatches as a function of the seed and the epoch. Second opinions: counting, numpy's pad and
-slices, and one process for many.
+"""Minibatches as a function of the seed and the epoch.
+
+Second opinions: counting, numpy's pad and slices, and one process for many.
 """
 
 import inspect
@@ -16,19 +17,17 @@ from biasshift.data.stream import Batching, epoch_generator
 def pictures(
     count: int, dtype: torch.dtype = torch.uint8, channels: int = 3, side: int = 6
 ) -> torch.Tensor:
-    """No pixel is 0, so that the frame can be told from the image."""
-    values = torch.randint(
-        1, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1)
-    )
-    return values.to(dtype)
+    """No pixel is 0, so that the frame differs from the image."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, 256, (count, channels, side, side), generator=generator).to(dtype)
 
 
 def labels(stream: TensorStream, epoch: int, start: int = 0) -> list[list[int]]:
     return [y.tolist() for _, y in stream.epoch(epoch, start)]
 
 
-def same(one, other) -> bool:
-    pairs = list(zip(one, other, strict=True))
+def same(first, second) -> bool:
+    pairs = list(zip(first, second, strict=True))
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
 
 
@@ -42,15 +41,18 @@ def same(one, other) -> bool:
     epoch=st.integers(1, 9),
 )
 def test_an_epoch_shows_every_example_once_with_its_label(examples, batch_size, seed, epoch):
+    def inputs(labels: torch.Tensor) -> torch.Tensor:
+        return torch.stack([labels * 2.0, labels * 3.0], 1)
+
     y = torch.arange(examples)
-    stream = TensorStream(torch.stack([y * 2.0, y * 3.0], 1), y, batch_size, seed)
-    shown = list(stream.epoch(epoch))
-    for x, batch in shown:
-        assert torch.equal(x, torch.stack([batch * 2.0, batch * 3.0], 1))
-    assert sorted(label for _, batch in shown for label in batch.tolist()) == list(range(examples))
+    stream = TensorStream(inputs(y), y, batch_size, seed)
+    batches = list(stream.epoch(epoch))
+    for x, labels in batches:
+        assert torch.equal(x, inputs(labels))
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(examples))
     full, rest = divmod(examples, batch_size)
-    assert [len(batch) for _, batch in shown] == [batch_size] * full + [rest] * (rest > 0)
-    assert len(stream) == len(shown)
+    assert [len(labels) for _, labels in batches] == [batch_size] * full + [rest] * (rest > 0)
+    assert len(stream) == len(batches)
 
 
 @given(
@@ -60,18 +62,14 @@ def test_an_epoch_shows_every_example_once_with_its_label(examples, batch_size, 
     seed=st.integers(0, 9),
 )
 def test_an_epoch_shows_every_image_once_at_one_of_its_views(images, views, batch_size, seed):
-    number, place = (
-        torch.arange(images).repeat(views),
-        torch.arange(views).repeat_interleave(images),
-    )
-    stream = TensorStream(
-        torch.stack([number, place], 1).float(), number, batch_size, seed, views=views
-    )
-    rows = torch.cat([x for x, _ in stream.epoch(1)])
-    assert sorted(rows[:, 0].tolist()) == list(range(images)) and all(
-        0 <= at < views for at in rows[:, 1]
-    )
-    assert rows[:, 0].tolist() == [label for batch in labels(stream, 1) for label in batch]
+    number = torch.arange(images).repeat(views)
+    place = torch.arange(views).repeat_interleave(images)
+    x = torch.stack([number, place], 1).float()
+    stream = TensorStream(x, number, batch_size, seed, views=views)
+    numbers, places = torch.cat([x for x, _ in stream.epoch(1)]).unbind(1)
+    assert sorted(numbers.tolist()) == list(range(images))
+    assert all(0 <= place < views for place in places)
+    assert numbers.tolist() == [label for batch in labels(stream, 1) for label in batch]
 
 
 def test_views_are_chosen_evenly_and_anew():
@@ -111,8 +109,8 @@ def test_epochs_and_seeds_are_unrelated():
 
 def test_the_batch_size_changes_where_the_order_is_cut_not_the_order():
     y = torch.arange(30)
-    streams = [TensorStream(torch.zeros(30, 1), y, size, 0) for size in (4, 30)]
-    assert [label for batch in labels(streams[0], 1) for label in batch] == labels(streams[1], 1)[0]
+    cut, whole = (labels(TensorStream(torch.zeros(30, 1), y, size, 0), 1) for size in (4, 30))
+    assert [[label for batch in cut for label in batch]] == whole
 
 
 @pytest.mark.parametrize("start", range(6))
@@ -132,11 +130,9 @@ def test_a_resumed_epoch_goes_on_where_it_stopped_without_reading_what_is_skippe
 
 def test_a_short_last_batch_can_be_dropped():
     y = torch.arange(10)
-    streams = [
-        TensorStream(torch.zeros(10, 1), y, 4, 0, drop_last=drop_last)
-        for drop_last in (True, False)
-    ]
-    assert labels(streams[0], 1) == labels(streams[1], 1)[:2] and len(streams[0]) == 2
+    dropped = TensorStream(torch.zeros(10, 1), y, 4, 0, drop_last=True)
+    kept = TensorStream(torch.zeros(10, 1), y, 4, 0)
+    assert labels(dropped, 1) == labels(kept, 1)[:2] and len(dropped) == 2
     assert len(TensorStream(torch.zeros(8, 1), y[:8], 4, 0, drop_last=True)) == 2
 
 
@@ -153,11 +149,10 @@ def test_a_short_last_batch_can_be_dropped():
 def test_processes_together_see_what_one_alone_would(images, batch_size, world, epoch, drop_last):
     x, y = pictures(images), torch.arange(images)
     options = {"augment": Augment(pad=2), "drop_last": drop_last}
-    sizes = [batch_size] * (images // batch_size) + [images % batch_size] * (
-        images % batch_size > 0 and not drop_last
-    )
+    full, rest = divmod(images, batch_size)
+    sizes = [batch_size] * full + [rest] * (rest > 0 and not drop_last)
     if not sizes or min(sizes) < world:
-        with pytest.raises(ValueError, match=r"whole batch|have no share"):
+        with pytest.raises(ValueError, match=r"at most the \d+ examples|have no share"):
             TensorStream(x, y, batch_size, 0, rank=0, world=world, **options)
         return
     alone = list(TensorStream(x, y, batch_size, 0, **options).epoch(epoch))
@@ -187,24 +182,17 @@ def test_shares_can_be_resumed_too():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 6, 6), (1, 5, 7)])
 def test_crops_and_flips_are_those_of_numpy(dtype, shape):
-    """Every draw there is, on distinct images; a slice of numpy's padded image, turned with [::-1],
-    is the oracle.
-    """
-    pad = 2
-    draws = torch.cartesian_prod(
-        torch.arange(2 * pad + 1), torch.arange(2 * pad + 1), torch.arange(2)
-    )
-    x = torch.randint(1, 256, (len(draws), *shape), generator=torch.Generator().manual_seed(0)).to(
-        dtype
-    )
-    found = Augment(pad=pad).apply(x, draws)
-    assert found.dtype == dtype and found.shape == x.shape and found.is_contiguous()
-    for image, (row, column, mirrored), cropped in zip(
-        x.numpy(), draws.tolist(), found.numpy(), strict=True
-    ):
-        framed = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
-        crop = framed[:, row : row + shape[1], column : column + shape[2]]
-        assert np.array_equal(cropped, crop[:, :, ::-1] if mirrored else crop)
+    """Every possible draw, against slices of numpy's padded images, mirrored with [::-1]."""
+    pad, generator = 2, torch.Generator().manual_seed(0)
+    corner = torch.arange(2 * pad + 1)
+    draws = torch.cartesian_prod(corner, corner, torch.arange(2))
+    x = torch.randint(1, 256, (len(draws), *shape), generator=generator).to(dtype)
+    crops = Augment(pad=pad).apply(x, draws)
+    assert crops.dtype == dtype and crops.shape == x.shape and crops.is_contiguous()
+    framed = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    for image, (row, column, mirrored), crop in zip(framed, draws.tolist(), crops, strict=True):
+        expected = image[:, row : row + shape[1], column : column + shape[2]]
+        assert np.array_equal(crop, expected[:, :, ::-1] if mirrored else expected)
 
 
 def test_draws_are_even_and_independent():
@@ -220,23 +208,22 @@ def test_no_crops_and_no_flips_are_the_images_themselves():
     still = Augment(pad=0, flip=False)
     assert torch.equal(still.apply(x, still.draw(50, generator)), x)
     flips, crops = Augment(pad=0), Augment(flip=False)
-    flipped, cropped = (kind.apply(x, kind.draw(50, generator)) for kind in (flips, crops))
-    assert all(
-        torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(flipped, x, strict=True)
-    ) and not torch.equal(flipped, x)
+    flipped, cropped = (each.apply(x, each.draw(50, generator)) for each in (flips, crops))
+    for image, original in zip(flipped, x, strict=True):
+        assert torch.equal(image, original) or torch.equal(image, original.flip(2))
+    assert not torch.equal(flipped, x)
     assert not crops.draw(50, generator)[:, 2].any() and (cropped == 0).any()
 
 
 def test_images_are_augmented_anew_in_every_epoch_and_their_order_is_that_without():
     x, y = pictures(40), torch.arange(40)
-    streams = [TensorStream(x, y, 40, 0, augment=augment) for augment in (Augment(), None)]
-    assert labels(streams[0], 1) == labels(streams[1], 1)
+    augmented, plain = (TensorStream(x, y, 40, 0, augment=how) for how in (Augment(), None))
+    assert labels(augmented, 1) == labels(plain, 1)
     assert torch.equal(x, pictures(40))  # the data set itself stays as it is
     alike = TensorStream(pictures(1).expand(40, 3, 6, 6), y, 40, 0, augment=Augment())
     (first, _), (second, _) = next(alike.epoch(1)), next(alike.epoch(2))
-    assert not torch.equal(
-        first, second
-    )  # one image 40 times: only the draws can tell the epochs apart
+    # One image 40 times: only the draws differ between the epochs.
+    assert not torch.equal(first, second)
 
 
 def test_bytes_are_prepared_after_the_augmentation():
@@ -245,10 +232,10 @@ def test_bytes_are_prepared_after_the_augmentation():
         TensorStream(x, torch.arange(20), 6, 0, augment=Augment(), prepare=how)
         for how in (None, Scale(mean=mean))
     )
-    for (raw, _), (found, _) in zip(plain.epoch(1), scaled.epoch(1), strict=True):
-        assert raw.dtype == torch.uint8 and found.dtype == torch.float32
+    for (raw, _), (prepared, _) in zip(plain.epoch(1), scaled.epoch(1), strict=True):
+        assert raw.dtype == torch.uint8 and prepared.dtype == torch.float32
         expected = raw.numpy().astype(np.float64) / 255 - np.array([0.4, 0.5, 0.6]).reshape(3, 1, 1)
-        assert np.abs(found.numpy() - expected).max() < 1e-6
+        assert np.abs(prepared.numpy() - expected).max() < 1e-6
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -258,71 +245,64 @@ def test_bytes_are_prepared_after_the_augmentation():
     ("options", "word"),
     [
         ({"batch_size": 0}, "at least 1, got 0"),
-        ({"views": 3}, "10 examples are no 3 views"),
-        ({"views": 0}, "10 examples are no 0 views"),
-        ({"views": -1}, "10 examples are no -1 views"),
+        ({"views": 3}, "'views' must divide the 10 examples, got 3"),
+        ({"views": 0}, "'views' must divide the 10 examples, got 0"),
+        ({"views": -1}, "'views' must divide the 10 examples, got -1"),
         ({"seed": -1}, "must not be negative"),
         ({"rank": 2, "world": 2}, "rank 2 with world 2"),
         ({"rank": -1}, "rank -1 with world 1"),
         (
             {"batch_size": 4, "world": 3},
-            "leave a batch of 2, in which some of the 3 processes have no share",
+            "a batch of 2 of the 10 examples, in which some of the 3 processes have no share",
         ),
         ({"batch_size": 2, "world": 3, "drop_last": True}, "in which some of the 3"),
-        ({"batch_size": 11, "drop_last": True}, "no whole batch of 11"),
-        ({"augment": Augment()}, r"x has shape \(10, 2\)"),
+        ({"batch_size": 11, "drop_last": True}, "at most the 10 examples, got 11"),
+        ({"augment": Augment()}, r"got 'x' of shape \(10, 2\)"),
     ],
 )
-def test_what_cannot_be_batched_is_one_sentence(options, word):
+def test_what_cannot_be_batched_is_one_message(options, word):
     with pytest.raises(ValueError, match=word) as caught:
         TensorStream(torch.zeros(10, 2), torch.arange(10), **{"batch_size": 5, "seed": 0} | options)
     assert "\n" not in str(caught.value)
 
 
 def test_no_examples_and_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="at least one example, got 0"):
         TensorStream(torch.zeros(0, 2), torch.arange(0), 5, 0)
-    with pytest.raises(ValueError, match="3 examples and y has 4"):
-        init = inspect.unwrap(
-            TensorStream.__init__
-        )  # as users call it: under pytest the shapes are checked before
+    # As users call it: under pytest the shapes are checked before.
+    init = inspect.unwrap(TensorStream.__init__)
+    with pytest.raises(ValueError, match="got 3 examples and 4 labels"):
         init(object.__new__(TensorStream), torch.zeros(3, 2), torch.arange(4), 2, 0)
 
 
 def test_epochs_that_do_not_exist_are_refused_when_they_are_asked_for():
     stream = TensorStream(torch.zeros(10, 2), torch.arange(10), 5, 0)
-    with pytest.raises(ValueError, match="numbered from 1, got 0"):
+    with pytest.raises(ValueError, match="at least 1, the first epoch, got 0"):
         stream.epoch(0)
     for start in (-1, 3):
-        with pytest.raises(ValueError, match=f"2 batches; it cannot start behind {start}"):
+        with pytest.raises(ValueError, match=f"from 0 to 2, the batches of an epoch, got {start}"):
             stream.epoch(1, start)
     assert list(stream.epoch(1, 2)) == []
 
 
 def test_the_numbers_of_an_image_can_be_asked_for():
-    draws = {
-        tuple(torch.randperm(20, generator=epoch_generator(0, 1, image)).tolist())
-        for image in range(50)
-    }
-    assert len(draws) == 50
+    generators = [epoch_generator(0, 1, image) for image in range(50)]
+    assert len({tuple(torch.randperm(20, generator=g).tolist()) for g in generators}) == 50
     with pytest.raises(ValueError, match="negative"):
         epoch_generator(0, -1)
 
 
 def test_shares_of_one_process_are_whole_batches():
-    assert list(Batching(images=5, batch_size=2).shares()) == [
-        slice(0, 2),
-        slice(2, 4),
-        slice(4, 5),
-    ]
+    shares = list(Batching(images=5, batch_size=2).shares())
+    assert shares == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
 @pytest.mark.gpu
 def test_batches_are_equal_on_every_device():
     x, y = pictures(50), torch.arange(50)
-    streams = [
-        TensorStream(x.to(at), y.to(at), 8, 0, augment=Augment(), prepare=Scale())
-        for at in ("cpu", "cuda")
-    ]
-    for (a, b), (u, v) in zip(*(stream.epoch(1) for stream in streams), strict=True):
+    cpu, cuda = (
+        TensorStream(x.to(device), y.to(device), 8, 0, augment=Augment(), prepare=Scale()).epoch(1)
+        for device in ("cpu", "cuda")
+    )
+    for (a, b), (u, v) in zip(cpu, cuda, strict=True):
         assert u.device.type == "cuda" and torch.equal(a, u.cpu()) and torch.equal(b, v.cpu())

@@ -1,8 +1,10 @@
-"""Contrast normalization and ZCA. Second opinions: the eigenvalues that theory promises, numpy's
-svd, and the way back.
+"""Contrast normalization and ZCA whitening, and the cache of its result.
+
+Second opinions: the eigenvalues that theory promises, numpy's svd, and the way back.
 """
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,13 +34,13 @@ def covariance(x: torch.Tensor) -> np.ndarray:
 
 
 def test_every_image_has_mean_0_and_norm_55():
-    found = normalize_contrast(pictures())
-    assert found.shape == (400, 75) and found.dtype == torch.float64
-    assert found.mean(1).abs().max() < 1e-12 and torch.allclose(
-        found.norm(dim=1), torch.tensor(55.0, dtype=torch.float64)
-    )
-    one = pictures()[7].numpy().ravel().astype(float)
-    assert np.allclose(found[7], 55 * (one - one.mean()) / (one.std() * np.sqrt(75)))
+    normalized = normalize_contrast(pictures())
+    assert normalized.shape == (400, 75) and normalized.dtype == torch.float64
+    assert normalized.mean(1).abs().max() < 1e-12
+    assert torch.allclose(normalized.norm(dim=1), torch.tensor(55.0, dtype=torch.float64))
+    image = pictures()[7].numpy().ravel().astype(float)
+    expected = 55 * (image - image.mean()) / (image.std() * np.sqrt(75))
+    assert np.allclose(normalized[7], expected)
 
 
 def test_contrast_and_brightness_do_not_matter():
@@ -53,40 +55,35 @@ def test_an_image_without_contrast_becomes_0():
 
 
 def test_the_whitened_covariance_has_the_eigenvalues_of_theory():
-    """λ / (λ + 0.1) for each eigenvalue λ of the normalized images' covariance, with the same
-    eigenvectors.
-    """
+    """λ / (λ + 0.1) for each λ of the normalized images' covariance, on the same eigenvectors."""
     x = pictures()
-    normalized, found = covariance(normalize_contrast(x)), covariance(Whitening.fit(x).apply(x))
-    values, vectors = np.linalg.eigh(normalized)
-    assert np.diag(vectors.T @ found @ vectors) == pytest.approx(values / (values + 0.1), abs=1e-5)
-    assert np.abs(vectors.T @ found @ vectors - np.diag(values / (values + 0.1))).max() < 1e-5
+    values, vectors = np.linalg.eigh(covariance(normalize_contrast(x)))
+    rotated = vectors.T @ covariance(Whitening.fit(x).apply(x)) @ vectors
+    assert np.diag(rotated) == pytest.approx(values / (values + 0.1), abs=1e-5)
+    assert np.abs(rotated - np.diag(values / (values + 0.1))).max() < 1e-5
     assert values.max() > 1 > 0.1 > values.min()  # both ends are there to be seen
 
 
 def test_the_way_of_zca_is_that_of_numpys_svd():
-    x, other = pictures(), pictures(seed=1)
+    x, test = pictures(), pictures(seed=1)
     normalized = normalize_contrast(x).numpy()
     mean = normalized.mean(0)
     _, sizes, rows = np.linalg.svd(normalized - mean)
     matrix = rows.T @ np.diag((sizes**2 / len(x) + 0.1) ** -0.5) @ rows
-    expected = (normalize_contrast(other).numpy() - mean) @ matrix
-    found = Whitening.fit(x).apply(other)
-    assert found.dtype == torch.float32 and found.shape == other.shape
-    assert np.abs(found.flatten(1).numpy() - expected).max() < 1e-5
-    assert np.allclose(
-        matrix, matrix.T
-    )  # symmetric: of all whitenings the one that changes the images least
+    expected = (normalize_contrast(test).numpy() - mean) @ matrix
+    z = Whitening.fit(x).apply(test)
+    assert z.dtype == torch.float32 and z.shape == test.shape
+    assert np.abs(z.flatten(1).numpy() - expected).max() < 1e-5
+    # Symmetric: of all whitenings the one that changes the images least.
+    assert np.allclose(matrix, matrix.T)
 
 
 def test_the_way_back_gives_the_images():
-    x, other = pictures(), pictures(seed=1)
-    fitted = Whitening.fit(x)
-    z = fitted.apply(other)
-    assert torch.allclose(
-        fitted.invert(z).flatten(1).double(), normalize_contrast(other), atol=1e-4
-    )
-    assert (fitted.invert(z, Contrast.of(other)) - other).abs().max() < 1e-3
+    fitted, test = Whitening.fit(pictures()), pictures(seed=1)
+    z = fitted.apply(test)
+    normalized = fitted.invert(z).flatten(1).double()
+    assert torch.allclose(normalized, normalize_contrast(test), atol=1e-4)
+    assert (fitted.invert(z, Contrast.of(test)) - test).abs().max() < 1e-3
 
 
 def test_chunks_do_not_matter(monkeypatch):
@@ -99,33 +96,27 @@ def test_chunks_do_not_matter(monkeypatch):
 
 def test_a_data_set_is_whitened_by_its_training_images_alone():
     x, y = pictures(), torch.arange(400) % 10
-    sets = [
-        data.DataSet("pictures", 10, x[:300], y[:300], x[300:350], y[300:350], test, y[350:])
-        for test in (x[350:], 255 - x[350:])
-    ]
-    one, other = (whitened(each) for each in sets)
+    plain = data.DataSet("plain", 10, x[:300], y[:300], x[300:350], y[300:350], x[350:], y[350:])
+    first, second = whitened(plain), whitened(replace(plain, x_test=255 - x[350:]))
     fitted = Whitening.fit(x[:300])
-    assert torch.equal(one.x_train, other.x_train) and torch.equal(
-        one.x_train, fitted.apply(x[:300])
-    )
-    assert torch.equal(one.x_valid, fitted.apply(x[300:350])) and torch.equal(
-        other.x_test, fitted.apply(255 - x[350:])
-    )
-    assert (
-        torch.equal(one.y_test, y[350:]) and one.x_train.dtype == one.x_test.dtype == torch.float32
-    )
+    assert torch.equal(first.x_train, second.x_train)
+    assert torch.equal(first.x_train, fitted.apply(x[:300]))
+    assert torch.equal(first.x_valid, fitted.apply(x[300:350]))
+    assert torch.equal(second.x_test, fitted.apply(255 - x[350:]))
+    assert torch.equal(first.y_test, y[350:])
+    assert first.x_train.dtype == first.x_test.dtype == torch.float32
 
 
 def test_a_data_set_without_validation_images_is_whitened_too():
     x, y = pictures(), torch.arange(400) % 10
-    found = whitened(data.DataSet("pictures", 10, x[:300], y[:300], x[:0], y[:0], x[300:], y[300:]))
-    assert found.x_valid.shape == (0, 3, 5, 5)
+    plain = data.DataSet("plain", 10, x[:300], y[:300], x[:0], y[:0], x[300:], y[300:])
+    assert whitened(plain).x_valid.shape == (0, 3, 5, 5)
 
 
 @pytest.mark.parametrize(
     ("x", "options", "word"),
     [
-        (torch.zeros(0, 4), {}, "no images"),
+        (torch.zeros(0, 4), {}, r"must hold images .*, got \(0, 4\)"),
         (torch.tensor([[1.0, torch.nan]]), {}, "infinite or NaN"),
         (torch.tensor([[1.0, torch.inf]]), {}, "infinite or NaN"),
         (torch.eye(3), {"diagonal": 0.0}, "must be positive"),
@@ -157,22 +148,17 @@ def computed(monkeypatch):
 def test_a_spectrum_is_computed_once_for_the_same_images(computed, cache):
     x = pictures(60)
     first, second = Whitening.fit(x), Whitening.fit(x.clone(), diagonal=1.0)
-    assert (
-        len(computed) == 1 and torch.equal(first.vectors, second.vectors) and second.diagonal == 1.0
-    )
+    assert len(computed) == 1 and second.diagonal == 1.0
+    assert torch.equal(first.vectors, second.vectors)
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
     changed = x.clone()
     changed[0, 0, 0, 0] ^= 1
-    for other, options in (
-        (changed, {}),
-        (x.float(), {}),
-        (x.flip(0), {}),
-        (x.view(60, 75), {}),
-        (x, {"scale": 1.0}),
-    ):
+    for images in (changed, x.float(), x.flip(0), x.view(60, 75)):
         before = len(computed)
-        Whitening.fit(other, **options)
+        Whitening.fit(images)
         assert len(computed) == before + 1
+    Whitening.fit(x, scale=1.0)
+    assert len(computed) == before + 2
 
 
 def test_the_cache_lies_where_the_data_sets_lie_unless_the_variable_says_otherwise(
@@ -228,12 +214,9 @@ def test_a_damaged_cache_is_computed_anew_and_replaced(computed, cache, damage, 
     else:
         path.unlink()
         path.mkdir()
-    found = Whitening.fit(x)
-    assert (
-        len(computed) == 2
-        and torch.equal(found.mean, right.mean)
-        and torch.equal(found.values, right.values)
-    )
+    again = Whitening.fit(x)
+    assert len(computed) == 2
+    assert torch.equal(again.mean, right.mean) and torch.equal(again.values, right.values)
     assert not (tmp_path / "canary").exists() and list(cache.iterdir()) == [path]
     if damage != "folder":  # which nobody may simply remove
         Whitening.fit(x)
@@ -253,8 +236,8 @@ class Bomb:
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, computed):
     x = pictures(60)
     monkeypatch.setenv("BIASSHIFT_CACHE", os.devnull)
-    one, other = Whitening.fit(x), Whitening.fit(x)
-    assert len(computed) == 2 and torch.equal(one.vectors, other.vectors)
+    first, second = Whitening.fit(x), Whitening.fit(x)
+    assert len(computed) == 2 and torch.equal(first.vectors, second.vectors)
 
 
 def test_an_interrupted_write_leaves_nothing(monkeypatch, cache):
@@ -280,8 +263,7 @@ def test_the_real_images(data_root):
     values = np.linalg.eigvalsh(covariance(normalize_contrast(x)))
     assert np.linalg.eigvalsh(covariance(z)) == pytest.approx(values / (values + 0.1), abs=1e-4)
     assert (fitted.invert(z, Contrast.of(x)) - x).abs().max() < 1e-2
-    # What whitening is for: neighboring pixels, nearly equal in images, are hardly correlated any
-    # more.
+    # What whitening is for: neighboring pixels, nearly equal in images, are hardly correlated then.
     before, after = (
         np.corrcoef(images[:, 0, 8, 8].double(), images[:, 0, 8, 9].double())[0, 1]
         for images in (x, z)
