@@ -1,4 +1,8 @@
-"""The paper's networks, as functions that return plain PyTorch modules."""
+"""The paper's networks, as functions that return plain PyTorch modules.
+
+`mlp`, `autoencoder`, `cifar11`, `cifar18` and `imagenet15` are the networks of the figures and
+tables; `stacks` builds others. Equal seeds give equal weights whatever the activation.
+"""
 
 from biasshift.nets.convnets import cifar11, cifar18, imagenet15
 from biasshift.nets.convolution_stacks import stacks

@@ -1,5 +1,6 @@
-"""The two networks of the CIFAR experiments: 11 layers for comparing activations, 18 for the lowest
-error.
+"""The paper's convolutional networks: 11 and 18 layers for CIFAR, 15 layers for ImageNet.
+
+On CIFAR the network of 11 layers compares activations, and that of 18 has the lowest error.
 """
 
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from biasshift.nets.convolution_stacks import (
     convolutions,
     stacks,
 )
-from biasshift.nets.initialization import Init, linear, shrunk
+from biasshift.nets.initialization import Init, linear, scaled_units
 from biasshift.nets.modules import SpatialPyramidPooling
 
 # Stacks of (layers, units, receptive field), section 4.2: [1×192×5], [1×192×1, 1×240×3], …
@@ -31,8 +32,6 @@ CIFAR11: tuple[Stack, ...] = (
     ((1, 300, 1),),
     ((1, 100, 1),),
 )
-
-
 # Section 4.3 calls it 18 layers; its list has 19.
 CIFAR18: tuple[Stack, ...] = (
     ((1, 384, 3),),
@@ -44,18 +43,13 @@ CIFAR18: tuple[Stack, ...] = (
     ((1, 1152, 1),),
     ((1, 100, 1),),
 )
-
-
 # The same seven rates for both networks, whose eighth stack, if there is one, has none: it gives
-# the logits. The seventh of
-# the 18-layer net then has the rate 0 printed last; that a rate between .5 and 0 was left out is as
-# likely (give `rates`).
+# the logits. The seventh of the 18-layer net then has the rate 0 printed last; that a rate between
+# .5 and 0 was left out is as likely (give `rates`).
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
-
-
-# Stacks of (layers, units, receptive field), section 4.4: 1×96×6, 3×512×3, 5×768×3, 3×1024×3
+# Section 4.4: 1×96×6, 3×512×3, 5×768×3, 3×1024×3
 IMAGENET15: tuple[Stack, ...] = (((1, 96, 6),), ((3, 512, 3),), ((5, 768, 3),), ((3, 1024, 3),))
-CONNECTED = (4096, 4096)  # units of the hidden fully connected layers
+FULLY_CONNECTED = (4096, 4096)  # units of its hidden fully connected layers
 
 
 def cifar11(
@@ -71,20 +65,27 @@ def cifar11(
     rates: Sequence[float] = RATES,
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 11-layer network of Figures 4 and 5: (batch, 3, 32, 32) → (batch, classes) logits;
-    1,669,028 parameters.
+    """Returns the 11-layer network of Figures 4 and 5: (batch, 3, 32, 32) → (batch, classes).
 
-    Arguments and module names are those of `stacks`. The geometry is not in the paper. "same" gives
-    maps of 32-16-8-4-2-1-1-1, and the last two poolings do nothing; "caffe", probably the original,
-    32-16-8-5-3-2-1-1.
+    It has 1,669,028 parameters, and its outputs are logits. Arguments and module names are those of
+    `stacks`. The geometry is not in the paper. "same" gives maps of 32-16-8-4-2-1-1-1, and the last
+    two poolings do nothing; "caffe", probably the original, 32-16-8-5-3-2-1-1.
 
     >>> sum(p.numel() for p in cifar11().parameters())
     1669028
     """
     return stacks(
-        _for_classes(CIFAR11, classes), activation, seed,
-        rates=rates, geometry=geometry, batch_norm=batch_norm, norm_at=norm_at, dropout=dropout, init=init, width=width,
-    )  # fmt: skip
+        (*CIFAR11[:-1], ((1, classes, 1),)),
+        activation,
+        seed,
+        rates=rates,
+        geometry=geometry,
+        batch_norm=batch_norm,
+        norm_at=norm_at,
+        dropout=dropout,
+        init=init,
+        width=width,
+    )
 
 
 def cifar18(
@@ -100,27 +101,27 @@ def cifar18(
     rates: Sequence[float] = RATES,
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 18-layer network of Table 1: (batch, 3, 32, 32) → (batch, classes) logits; 39,330,404
-    parameters.
+    """Returns the 18-layer network of Table 1: (batch, 3, 32, 32) → (batch, classes).
 
-    Arguments and module names are those of `stacks`. Maps are 32-16-8-4-2-1-1-1-1 ("same") or
-    32-16-10-7-5-4-3-2-1 ("caffe", where even the logits are pooled, from 2×2). For fine-tuning,
-    `set_dropout` puts dropout behind all layers.
+    It has 39,330,404 parameters, and its outputs are logits. Arguments and module names are those
+    of `stacks`. Maps are 32-16-8-4-2-1-1-1-1 ("same") or 32-16-10-7-5-4-3-2-1 ("caffe", where even
+    the logits are pooled, from 2×2). For fine-tuning, `set_dropout` puts dropout behind all layers.
 
     >>> [name for name, _ in cifar18(width=0.01).named_children()][-4:]
     ['pool7', 'conv8_1', 'pool8', 'flatten']
     """
     return stacks(
-        _for_classes(CIFAR18, classes), activation, seed,
-        rates=rates, geometry=geometry, batch_norm=batch_norm, norm_at=norm_at, dropout=dropout, init=init, width=width,
-    )  # fmt: skip
-
-
-def _for_classes(specification: tuple[Stack, ...], classes: int) -> tuple[Stack, ...]:
-    return (*specification[:-1], ((1, classes, 1),))
-
-
-# -- the 15-layer network of the ImageNet experiment -------------------------------------------
+        (*CIFAR18[:-1], ((1, classes, 1),)),
+        activation,
+        seed,
+        rates=rates,
+        geometry=geometry,
+        batch_norm=batch_norm,
+        norm_at=norm_at,
+        dropout=dropout,
+        init=init,
+        width=width,
+    )
 
 
 def imagenet15(
@@ -136,13 +137,13 @@ def imagenet15(
     norm_at: NormAt = "before",
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes) logits; 55.9 M
-    parameters in its convolutions.
+    """Returns the 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes).
 
-    Four stacks of convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each; spatial
-    pyramid pooling, "pyramid"; two layers of 4096 units with dropout, "fc5_1" and "fc5_2"; the
-    logits, "fc6_1". Normalization and activations are named alike. Images of other sizes work, as
-    long as the last maps can be cut into the pyramid's bins.
+    Its convolutions have 55.9 M parameters, and its outputs are logits. Four stacks of
+    convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each; spatial pyramid pooling,
+    "pyramid"; two layers of 4096 units with dropout, "fc5_1" and "fc5_2"; the logits, "fc6_1".
+    Normalization and activations are named alike. Images of other sizes work, as long as the last
+    maps can be cut into the pyramid's bins.
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
@@ -155,7 +156,7 @@ def imagenet15(
         batch_norm: normalizes every hidden layer, ``norm_at`` "before" or "after" its activation.
         dropout: the rate in both 4096 layers; 0 builds no dropout modules.
         init: "normal" or "uniform", as in `mlp`.
-        width: multiplies the units of every hidden layer, for a quick look.
+        width: multiplies the units of every hidden layer, to try things out on a small network.
 
     Raises:
         ValueError: a name that is unknown, or a size or rate that makes no sense.
@@ -166,19 +167,17 @@ def imagenet15(
     """
     if classes < 1 or not 0 <= dropout < 1:
         raise ValueError(
-            f"there must be classes, and a dropout rate from 0 to below 1; got classes {classes}, "
-            f"dropout {dropout}."
+            "'classes' must be at least 1, and 'dropout' a rate from 0 to below 1, got classes "
+            f"{classes}, dropout {dropout}."
         )
     style = Style(activation, init, "same", batch_norm, norm_at, "all", width)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(convolutions(IMAGENET15, style, generator, stride=stride))
     modules["pyramid"] = pyramid = SpatialPyramidPooling(bins)
-    hidden = [
-        pyramid.outputs(shrunk(IMAGENET15[-1][-1][1], width)),
-        *(shrunk(units, width) for units in CONNECTED),
-    ]
+    channels = scaled_units(IMAGENET15[-1][-1][1], width)
+    hidden = [pyramid.outputs(channels), *(scaled_units(units, width) for units in FULLY_CONNECTED)]
     for place, (fan_in, units) in enumerate(pairwise(hidden), start=1):
         modules[f"fc5_{place}"] = linear(fan_in, units, init, generator)
-        modules.update(style.behind(f"5_{place}", nn.BatchNorm1d(units), dropout, last=True))
+        modules.update(style.followers(f"5_{place}", nn.BatchNorm1d(units), dropout, last=True))
     modules["fc6_1"] = linear(hidden[-1], classes, init, generator)
     return nn.Sequential(modules)

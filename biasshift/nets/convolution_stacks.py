@@ -1,45 +1,57 @@
-"""Stacks of convolutions with a max-pooling behind each, built from the lists that the paper
-prints.
-"""
+"""Stacks of convolutions with max-pooling behind each, built from the lists the paper prints."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from biasshift.nets.initialization import Init, activation_named, convolution, shrunk
+from biasshift.nets.initialization import (
+    Init,
+    activation_module,
+    convolution,
+    refuse_unknown,
+    scaled_units,
+)
 from biasshift.nets.modules import StackDropout
 
 Stack = Sequence[tuple[int, int, int]]  # layers × units × receptive field, as in [1×192×1, 1×240×3]
 Geometry = Literal["same", "caffe"]
 NormAt = Literal["before", "after"]
 Dropout = Literal["none", "last", "all"]
-Named = Iterator[tuple[str, nn.Module]]
+NamedModules = Iterator[tuple[str, nn.Module]]
 
 
 class Flattened(nn.Module):
-    """(batch, classes, 1, 1) → (batch, classes). Larger maps are refused: their pixels would pass
-    for more classes.
+    """(batch, classes, 1, 1) → (batch, classes).
+
+    Larger maps are refused: their pixels would pass for more classes.
     """
 
     def forward(
         self, x: Float[Tensor, "batch classes height width"]
     ) -> Float[Tensor, "batch classes"]:
+        """Returns the one pixel of every map."""
         if x.shape[2:] != (1, 1):
             raise ValueError(
-                f"{x.shape[2]} × {x.shape[3]} pixels are left of the maps where one should be: "
-                "give smaller images, or more stacks."
+                f"Maps of the last layer must be down to one pixel, got {x.shape[2]} × "
+                f"{x.shape[3]}. Give smaller images, or more stacks."
             )
         return x.flatten(1)
 
 
 @dataclass(frozen=True)
 class Style:
-    """What surrounds the weights, alike in every layer of a network."""
+    """What surrounds the weights, alike in every layer of a network.
+
+    The fields are the arguments of `stacks` of the same names.
+
+    Raises:
+        ValueError: a name that is unknown, or a width that is not positive.
+    """
 
     activation: str = "elu"
     init: Init = "normal"
@@ -50,22 +62,22 @@ class Style:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        activation_named(self.activation)
-        shrunk(1, self.width)
-        known = {
-            "geometry": ("same", "caffe"),
-            "norm_at": ("before", "after"),
-            "dropout": ("none", "last", "all"),
-        }
-        for option, values in known.items():
-            if getattr(self, option) not in values:
-                raise ValueError(
-                    f"unknown {option} '{getattr(self, option)}'; known are {', '.join(values)}."
-                )
+        activation_module(self.activation)
+        scaled_units(1, self.width)
+        refuse_unknown("geometry", self.geometry, get_args(Geometry))
+        refuse_unknown("norm_at", self.norm_at, get_args(NormAt))
+        refuse_unknown("dropout", self.dropout, get_args(Dropout))
 
-    def behind(self, layer: str, norm: nn.Module, rate: float, last: bool) -> Named:
-        """What follows the weights of a hidden layer: normalization, activation and dropout."""
-        modules = [(f"act{layer}", activation_named(self.activation))]
+    def followers(self, layer: str, norm: nn.Module, rate: float, last: bool) -> NamedModules:
+        """Yields what follows the weights of a hidden layer: normalization, activation, dropout.
+
+        Args:
+            layer: stack and place, such as "2_1"; the names are "bn2_1", "act2_1" and "drop2_1".
+            norm: the normalization, left out unless `batch_norm` is set.
+            rate: the dropout rate of the stack; 0 yields no dropout.
+            last: whether the layer is the last of its stack.
+        """
+        modules = [(f"act{layer}", activation_module(self.activation))]
         if self.batch_norm:
             modules.insert(0 if self.norm_at == "before" else 1, (f"bn{layer}", norm))
         yield from modules
@@ -87,8 +99,7 @@ def stacks(
     width: float = 1.0,
     channels: int = 3,
 ) -> nn.Sequential:
-    """A convolutional classifier as a list of stacks, each (layers, units, receptive field); the
-    last layer gives the logits.
+    """Returns a convolutional classifier of the given stacks; the last layer gives the logits.
 
     Modules are named by stack and layer: "conv2_1", "bn2_1", "act2_1", "drop2_1", and "pool2"
     behind stack 2. Names and weights do not depend on the activation, nor on which other modules
@@ -100,8 +111,8 @@ def stacks(
     ``layers=lambda name, module: name.startswith("act")``.
 
     Args:
-        specification: the stacks; the last one ends with a layer of as many units as there are
-            classes.
+        specification: the stacks, each a list of (layers, units, receptive field); the last one
+            ends with a layer of as many units as there are classes.
         activation: a name in `biasshift.activations.ACTIVATIONS`.
         seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
             zero.
@@ -116,7 +127,7 @@ def stacks(
         dropout: behind the "last" or "all" layers of each stack (`set_dropout` changes it later),
             or "none": no such modules.
         init: "normal" or "uniform", as in `mlp`.
-        width: multiplies the units of every hidden layer, for a quick look.
+        width: multiplies the units of every hidden layer, to try things out on a small network.
         channels: of the images.
 
     Raises:
@@ -144,9 +155,20 @@ def convolutions(
     channels: int = 3,
     stride: int = 1,
     logits: bool = False,
-) -> Named:
-    """The modules of all stacks by name. ``stride`` is that of the first layer; with ``logits`` the
-    last layer is the output's.
+) -> NamedModules:
+    """Yields the modules of all stacks by name, in the order of the forward pass.
+
+    Args:
+        specification: the stacks, as in `stacks`.
+        style: what surrounds the weights.
+        generator: the only source of the weights.
+        rates: dropout rate of each stack, 0 for those beyond the list.
+        channels: of the images.
+        stride: of the first layer; the others have 1.
+        logits: whether the last layer gives the logits; else it is hidden as the others.
+
+    Raises:
+        ValueError: a specification with a size below 1, or rates that do not fit it.
     """
     _refuse(specification, rates, channels, stride, logits)
     for number, stack in enumerate(specification, start=1):
@@ -155,15 +177,15 @@ def convolutions(
         for place, (units, field) in enumerate(layers, start=1):
             layer, last = f"{number}_{place}", place == len(layers)
             output = logits and last and number == len(specification)
-            units = units if output else shrunk(units, style.width)
-            yield from _padded(layer, channels, units, field, stride, style, generator)
+            units = units if output else scaled_units(units, style.width)
+            yield from _padded_convolution(layer, channels, units, field, stride, style, generator)
             if not output:
-                yield from style.behind(layer, nn.BatchNorm2d(units), rate, last)
+                yield from style.followers(layer, nn.BatchNorm2d(units), rate, last)
             channels, stride = units, 1
         yield f"pool{number}", nn.MaxPool2d(2, 2, ceil_mode=True)
 
 
-def _padded(
+def _padded_convolution(
     layer: str,
     channels: int,
     units: int,
@@ -171,13 +193,14 @@ def _padded(
     stride: int,
     style: Style,
     generator: torch.Generator,
-) -> Named:
+) -> NamedModules:
     """One convolution, behind a padding of its own where the zeros of two opposite sides differ."""
     total = 2 * (field // 2) if style.geometry == "caffe" else max(field - stride, 0)
-    if total % 2:  # padding="same" would do, but warns on every even kernel, and knows no strides
-        before, after = total // 2, total - total // 2
+    before, after = total // 2, total - total // 2
+    if before != after:
+        # padding="same" would do, but warns on every even kernel, and knows no strides
         yield f"pad{layer}", nn.ZeroPad2d((before, after, before, after))
-    padding = 0 if total % 2 else total // 2
+    padding = before if before == after else 0
     yield (
         f"conv{layer}",
         convolution(channels, units, field, style.init, generator, stride=stride, padding=padding),
@@ -188,24 +211,24 @@ def _refuse(
     specification: Sequence[Stack], rates: Sequence[float], channels: int, stride: int, logits: bool
 ) -> None:
     if not specification or not all(specification):
-        raise ValueError("a network needs at least one stack, and a stack at least one layer.")
-    if (
-        min(min(sizes) for stack in specification for sizes in stack) < 1
-        or min(channels, stride) < 1
-    ):
         raise ValueError(
-            f"layers, units and receptive fields must be positive, got {specification}, channels "
+            f"'specification' must have at least one stack, and a stack at least one layer, got "
+            f"{specification}."
+        )
+    if min(channels, stride, *(min(sizes) for stack in specification for sizes in stack)) < 1:
+        raise ValueError(
+            f"Layers, units and receptive fields must be positive, got {specification}, channels "
             f"{channels}, stride {stride}."
         )
     if len(rates) > len(specification):
         raise ValueError(
-            f"{len(rates)} dropout rates for {len(specification)} stacks: give at most one per "
-            "stack."
+            f"'rates' must have at most one dropout rate per stack, got {len(rates)} for "
+            f"{len(specification)} stacks."
         )
     if not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"dropout rates lie from 0 to below 1, got {tuple(rates)}.")
+        raise ValueError(f"'rates' must lie from 0 to below 1, got {tuple(rates)}.")
     if logits and len(rates) == len(specification) and rates[-1] > 0:
         raise ValueError(
-            "the last stack gives the logits, which are not dropped: its rate must be 0, not "
-            f"{rates[-1]}."
+            "'rates' must be 0 for the last stack, which gives the logits: they are not dropped. "
+            f"Got {rates[-1]}."
         )

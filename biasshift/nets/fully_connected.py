@@ -8,21 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from biasshift.nets.initialization import Init, activation_named, linear, shrunk
+from biasshift.nets.initialization import (
+    Init,
+    activation_module,
+    linear,
+    refuse_unknown,
+    scaled_units,
+)
 
-CODER = (
-    1000,
-    500,
-    250,
-    30,
-)  # the encoder's layers and, mirrored, the decoder's (Desjardins et al. 2015)
+# The encoder's layers and, mirrored, the decoder's (Desjardins et al. 2015).
+ENCODER = (1000, 500, 250, 30)
 
 
 class Shifted(nn.Module):
-    """``activation(x) + constant``: moves the mean activation and nothing else, an intervention on
-    what the theory talks about.
+    """An activation plus a constant, ``activation(x) + constant``.
 
-    The next layer can absorb it: with its bias lowered by ``constant · Σ_j w_j`` the network
+    The constant moves the mean activation and nothing else: an intervention on what the theory is
+    about. The next layer can absorb it: with its bias lowered by ``constant · Σ_j w_j`` the network
     computes the same function. What learning does differently from there on, the constant caused.
 
     Raises:
@@ -36,12 +38,12 @@ class Shifted(nn.Module):
         super().__init__()
         if any(True for _ in activation.parameters()):
             raise ValueError(
-                f"{type(activation).__name__} has parameters, which Shifted would hide from the "
-                "optimizer."
+                "'activation' must not have parameters, which Shifted would hide from the "
+                f"optimizer, got {type(activation).__name__}."
             )
         if not math.isfinite(constant):
             raise ValueError(
-                f"the constant added to every activation must be finite, got {constant}."
+                f"'constant', added to every activation, must be finite, got {constant}."
             )
         # In a tuple it is no child: measurements take the childless module, constant included, for
         # the activation.
@@ -49,6 +51,7 @@ class Shifted(nn.Module):
         self.constant = constant
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns ``activation(x) + constant``."""
         return self.inner[0](x) + self.constant
 
     def extra_repr(self) -> str:
@@ -66,12 +69,12 @@ def mlp(
     constant: float = 0.0,
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    """The fully connected classifier of Figure 2: `depth` hidden layers of `hidden` units, then
-    `classes` logits.
+    """Returns the fully connected classifier of Figure 2: (batch, inputs) → (batch, classes).
 
-    Weights follow He et al. 2015 for every activation: variance 2/fan_in; biases are zero. Equal
-    seeds give equal weights whatever the activation, so runs of one number differ in nothing else.
-    The layers are "0", "2", …, "2·depth", the activations between them "1", "3", ….
+    It has `depth` hidden layers of `hidden` units, and its outputs are logits. Weights follow He et
+    al. 2015 for every activation: variance 2/fan_in; biases are zero. Equal seeds give equal
+    weights whatever the activation, so runs of one number differ in nothing else. The layers are
+    "0", "2", …, "2·depth", the activations between them "1", "3", ….
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
@@ -92,10 +95,10 @@ def mlp(
     >>> len(net), net[0], net[1]
     (17, Linear(in_features=784, out_features=128, bias=True), ReLU())
     """
-    activation_named(activation)  # refused also where there is no hidden layer
+    activation_module(activation)  # refused also where there is no hidden layer
     if min(inputs, hidden, classes) < 1 or depth < 0:
         raise ValueError(
-            f"sizes must be positive, got inputs {inputs}, hidden {hidden}, classes {classes}, "
+            f"Sizes must be positive, got inputs {inputs}, hidden {hidden}, classes {classes}, "
             f"depth {depth}."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -106,8 +109,8 @@ def mlp(
         if number < depth:
             if batch_norm:
                 modules[f"norm{2 * number}"] = nn.BatchNorm1d(units)
-            behind = activation_named(activation)
-            modules[f"{2 * number + 1}"] = Shifted(behind, constant) if constant else behind
+            module = activation_module(activation)
+            modules[f"{2 * number + 1}"] = Shifted(module, constant) if constant else module
     return nn.Sequential(modules)
 
 
@@ -121,16 +124,16 @@ def autoencoder(
     output: Literal["logits", "logistic"] = "logits",
     width: float = 1.0,
 ) -> nn.Sequential:
-    """The deep autoencoder of Figure 3: 784-1000-500-250-30-250-500-1000-784, (batch, 784) →
-    (batch, 784) **logits**.
+    """Returns the deep autoencoder of Figure 3: (batch, 784) → (batch, 784) **logits**.
 
-    The layers are "fc1" … "fc8", the activations behind them "act1" … "act7"; the 30 code units
-    come out of "fc4". Equal seeds give equal weights whatever the activation.
+    It has 784-1000-500-250-30-250-500-1000-784 units. The layers are "fc1" … "fc8", the activations
+    behind them "act1" … "act7"; the 30 code units come out of "fc4". Equal seeds give equal weights
+    whatever the activation.
 
-    The paper says nothing of loss, code and output unit. The defaults are Martens 2010's: a linear
+    The paper leaves loss, code and output unit open. The defaults are Martens 2010's: a linear
     code, logistic outputs and the cross-entropy, ``F.binary_cross_entropy_with_logits(net(x), x,
     reduction="none").sum(1).mean()``, measured with ``likelihood="bernoulli"``. The reconstruction
-    is ``net(x).sigmoid()``, and the paper's *reconstruction error* read as its squared distance
+    is ``net(x).sigmoid()``, and the paper's *reconstruction error* is read as its squared distance
     from x. For linear outputs with a squared error, the same net's output is the reconstruction.
 
     Args:
@@ -140,6 +143,7 @@ def autoencoder(
         code: "activation" puts "act4" behind the code layer.
         output: "logistic" appends the sigmoid, "reconstruct", for a squared error on the
             reconstruction (``"gaussian"``).
+        inputs: pixels of an image; also the number of outputs.
         width: multiplies the units of every hidden layer, the code's too.
 
     Raises:
@@ -149,22 +153,18 @@ def autoencoder(
     >>> [layer.out_features for layer in autoencoder() if isinstance(layer, nn.Linear)]
     [1000, 500, 250, 30, 250, 500, 1000, 784]
     """
-    if code not in ("linear", "activation") or output not in ("logits", "logistic"):
-        raise ValueError(
-            f"code is 'linear' or 'activation' and output 'logits' or 'logistic', got '{code}' and "
-            f"'{output}'."
-        )
+    refuse_unknown("code", code, ("linear", "activation"))
+    refuse_unknown("output", output, ("logits", "logistic"))
     if inputs < 1:
-        raise ValueError(f"an autoencoder needs at least one input, got {inputs}.")
+        raise ValueError(f"'inputs' must be at least 1, got {inputs}.")
     generator = torch.Generator().manual_seed(seed)
-    hidden = [shrunk(units, width) for units in CODER]
+    hidden = [scaled_units(units, width) for units in ENCODER]
+    widths = [inputs, *hidden, *hidden[-2::-1], inputs]
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (fan_in, units) in enumerate(
-        pairwise([inputs, *hidden, *hidden[-2::-1], inputs]), start=1
-    ):
+    for number, (fan_in, units) in enumerate(pairwise(widths), start=1):
         modules[f"fc{number}"] = linear(fan_in, units, init, generator)
-        if number < 2 * len(CODER) and (number != len(CODER) or code == "activation"):
-            modules[f"act{number}"] = activation_named(activation)
+        if number < 2 * len(ENCODER) and (number != len(ENCODER) or code == "activation"):
+            modules[f"act{number}"] = activation_module(activation)
     if output == "logistic":
         modules["reconstruct"] = nn.Sigmoid()
     return nn.Sequential(modules)

@@ -1,7 +1,8 @@
-"""What every network is built from: weight layers drawn from a generator, and activations by name."""
+"""Weight layers drawn from a generator of their own, and activation modules by name."""
 
 import math
-from typing import Literal, TypeVar
+from collections.abc import Iterable
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -13,7 +14,20 @@ WeightLayer = TypeVar("WeightLayer", nn.Linear, nn.Conv2d)
 
 
 def linear(fan_in: int, units: int, init: Init, generator: torch.Generator) -> nn.Linear:
-    """A fully connected layer, weights after He et al. 2015, biases zero."""
+    """Returns a fully connected layer with weights after He et al. 2015 and biases of zero.
+
+    Weights have variance ``2 / fan_in``: the mean square of the net inputs then stays the same from
+    one ReLU layer to the next.
+
+    Args:
+        fan_in: the inputs of every unit.
+        units: the outputs of the layer.
+        init: "normal" draws from N(0, 2/fan_in), "uniform" from U(±√(6/fan_in)).
+        generator: the only source of the weights; the global random state is untouched.
+
+    Raises:
+        ValueError: an unknown init.
+    """
     # On the meta device a layer draws nothing; elsewhere it would take its own weights from the
     # global generator first.
     return _he(nn.Linear(fan_in, units, device="meta"), init, generator)
@@ -29,13 +43,19 @@ def convolution(
     stride: int = 1,
     padding: int = 0,
 ) -> nn.Conv2d:
-    """A convolution with a square receptive field; weights and biases as in `linear`, a unit's
-    fan-in being its patch.
+    """Returns a convolution with a square receptive field of `field` × `field` pixels.
+
+    Weights and biases are those of `linear`; the fan-in of a unit is its patch, ``channels ·
+    field²``.
+
+    Raises:
+        ValueError: an unknown init.
     """
     return _he(nn.Conv2d(channels, units, field, stride, padding, device="meta"), init, generator)
 
 
 def _he(layer: WeightLayer, init: Init, generator: torch.Generator) -> WeightLayer:
+    refuse_unknown("init", init, get_args(Init))
     layer.to_empty(device="cpu")
     fan_in = layer.weight[0].numel()
     with torch.no_grad():
@@ -43,34 +63,45 @@ def _he(layer: WeightLayer, init: Init, generator: torch.Generator) -> WeightLay
             layer.bias.zero_()
         if init == "normal":
             layer.weight.normal_(0, math.sqrt(2 / fan_in), generator=generator)
-        elif init == "uniform":
+        else:
             bound = math.sqrt(6 / fan_in)
             layer.weight.uniform_(-bound, bound, generator=generator)
-        else:
-            raise ValueError(f"unknown init '{init}'; known are normal, uniform.")
     return layer
 
 
-def activation_named(name: str) -> nn.Module:
-    """A new activation module.
+def activation_module(name: str) -> nn.Module:
+    """Returns a new activation module.
 
     Raises:
-        ValueError: a name that is not in `biasshift.activations.ACTIVATIONS`.
+        ValueError: `name` is not in `biasshift.activations.ACTIVATIONS`.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation '{name}'; known are {', '.join(ACTIVATIONS)}.")
+    refuse_unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 
-def shrunk(units: int, width: float) -> int:
-    """``units · width``, rounded, at least 1: the same network, small enough for a quick look.
+def scaled_units(units: int, width: float) -> int:
+    """Returns ``units · width``, rounded, at least 1: the same network, smaller, to try things out.
 
     Raises:
-        ValueError: a width that is not positive.
+        ValueError: a width that is not positive and finite.
+
+    >>> scaled_units(192, 0.01)
+    2
     """
     if not 0 < width < math.inf:
         raise ValueError(
-            f"width {width} must be positive: it multiplies the number of units of every hidden "
-            "layer."
+            f"'width' must be positive, got {width}. It multiplies the number of units of every "
+            "hidden layer."
         )
     return max(1, round(units * width))
+
+
+def refuse_unknown(option: str, value: str, known: Iterable[str]) -> None:
+    """Raises a ValueError where an option's value is not among the known ones.
+
+    >>> refuse_unknown("init", "zeros", ["normal", "uniform"])
+    Traceback (most recent call last):
+    ValueError: 'init' must be one of normal, uniform, got 'zeros'.
+    """
+    if value not in known:
+        raise ValueError(f"'{option}' must be one of {', '.join(known)}, got '{value}'.")

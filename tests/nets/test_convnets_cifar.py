@@ -1,3 +1,5 @@
+"""The networks of the CIFAR experiments: what the paper prints, names, weights, dropout."""
+
 from functools import cache
 
 import pytest
@@ -21,26 +23,26 @@ def images(count=6, size=32):
 
 @pytest.fixture
 def as_users_call():
-    """Types are checked under pytest alone: a wrong literal gets a user our own sentence."""
+    """Types are checked under pytest alone: a wrong literal gets a user our own message."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
 
 
-def sizes(net, module_kind, x):
-    """The map sizes that modules of one kind put out, in order."""
-    seen = []
+def sizes(net, module_type, x):
+    """The sizes of the maps that modules of one type put out, in order."""
+    shapes = []
     handles = [
-        m.register_forward_hook(lambda m, inputs, output: seen.append(tuple(output.shape[2:])))
-        for m in net.modules()
-        if isinstance(m, module_kind)
+        module.register_forward_hook(lambda m, inputs, output: shapes.append(output.shape[2:]))
+        for module in net.modules()
+        if isinstance(module, module_type)
     ]
     with torch.no_grad():
         net(x)
     for handle in handles:
         handle.remove()
-    assert all(height == width for height, width in seen)
-    return [height for height, _ in seen]
+    assert all(height == width for height, width in shapes)
+    return [height for height, _ in shapes]
 
 
 def names(net):
@@ -57,10 +59,10 @@ def test_the_papers_parameter_counts(build, count):
 
 def test_the_11_layers_layer_by_layer():
     layers = [m for m in cifar11().children() if isinstance(m, nn.Conv2d)]
-    assert [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in layers] == [
-        (3, 192, 5), (192, 192, 1), (192, 240, 3), (240, 240, 1), (240, 260, 2), (260, 260, 1), (260, 280, 2),
-        (280, 280, 1), (280, 300, 2), (300, 300, 1), (300, 100, 1),
-    ]  # fmt: skip
+    units = [192, 192, 240, 240, 260, 260, 280, 280, 300, 300, 100]
+    assert [m.out_channels for m in layers] == units
+    assert [m.in_channels for m in layers] == [3, *units[:-1]]
+    assert [m.kernel_size[0] for m in layers] == [5, 1, 3, 1, 2, 1, 2, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -79,21 +81,12 @@ def test_maps_after_each_stack(build, geometry, after):
 
 
 def test_same_keeps_the_size_of_every_map_and_caffe_grows_those_of_even_kernels():
-    before_pooling = sizes(cifar11(width=TINY).eval(), nn.Conv2d, images(1))
-    assert before_pooling == [32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1]
-    assert sizes(cifar11(width=TINY, geometry="caffe").eval(), nn.Conv2d, images(1)) == [
-        32,
-        16,
-        16,
-        8,
-        9,
-        5,
-        6,
-        3,
-        4,
-        2,
-        1,
-    ]
+    same, caffe = (
+        sizes(cifar11(width=TINY, geometry=geometry).eval(), nn.Conv2d, images(1))
+        for geometry in ("same", "caffe")
+    )
+    assert same == [32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1]
+    assert caffe == [32, 16, 16, 8, 9, 5, 6, 3, 4, 2, 1]
 
 
 def test_same_is_torchs_same():
@@ -116,9 +109,8 @@ def test_pooling_leaves_maps_of_one_pixel_alone():
 def test_no_activation_normalization_or_dropout_on_the_logits():
     net = cifar11(width=TINY, batch_norm=True, dropout="all")
     assert names(net)[-4:] == ["pool6", "conv7_1", "pool7", "flatten"]
-    assert (
-        cifar11(classes=10, width=TINY).conv7_1.out_channels == 10
-    )  # the width leaves the classes alone
+    # The width leaves the classes alone.
+    assert cifar11(classes=10, width=TINY).conv7_1.out_channels == 10
 
 
 # -- names and weights -----------------------------------------------------------------------------
@@ -176,20 +168,11 @@ def rates(net):
 
 
 def test_dropout_behind_the_last_layer_of_each_stack():
-    assert rates(cifar11(width=TINY)) == {
-        "2_2": 0.1,
-        "3_2": 0.2,
-        "4_2": 0.3,
-        "5_2": 0.4,
-        "6_1": 0.5,
-    }
-    assert rates(cifar18(width=TINY)) == {
-        "2_4": 0.1,
-        "3_4": 0.2,
-        "4_3": 0.3,
-        "5_3": 0.4,
-        "6_2": 0.5,
-    }
+    expected = [0.1, 0.2, 0.3, 0.4, 0.5]
+    layers = ("2_2", "3_2", "4_2", "5_2", "6_1")
+    assert rates(cifar11(width=TINY)) == dict(zip(layers, expected, strict=True))
+    layers = ("2_4", "3_4", "4_3", "5_3", "6_2")
+    assert rates(cifar18(width=TINY)) == dict(zip(layers, expected, strict=True))
     assert rates(cifar18(width=TINY, rates=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5)))["7_1"] == 0.5
     assert rates(cifar11(width=TINY, dropout="none")) == {}
 
@@ -200,14 +183,9 @@ def test_the_phases_of_the_18_layer_net_share_their_weights():
     outputs = net.eval()(x)
     set_dropout(net, "all")
     assert rates(net) == rates(cifar18(width=TINY, dropout="all"))
-    assert sorted(rates(net).items())[:4] == [
-        ("2_1", 0.1),
-        ("2_2", 0.1),
-        ("2_3", 0.1),
-        ("2_4", 0.1),
-    ]
+    assert sorted(rates(net).items())[:4] == [(f"2_{place}", 0.1) for place in (1, 2, 3, 4)]
     set_dropout(net, "all", 1.5)
-    set_dropout(net, "all", 1.5)  # factors do not pile up
+    set_dropout(net, "all", 1.5)  # factors do not accumulate
     assert set(rates(net).values()) == {0.15, 0.3, 0.45, 0.6, 0.75}
     assert torch.equal(net(x), outputs)
     plain = cifar18(width=TINY, seed=9, dropout="none")
@@ -221,14 +199,14 @@ def test_the_phases_of_the_18_layer_net_share_their_weights():
 def test_set_dropout_refuses_and_then_changes_nothing(as_users_call):
     net = cifar18(width=TINY)
     before = rates(net)
-    with pytest.raises(ValueError, match=r"factor 2.0 makes the dropout rate 0.5 1.0"):
+    with pytest.raises(ValueError, match=r"from 0 to below 1, got 2\.0, which makes 0\.5 1\.0"):
         set_dropout(net, "all", 2.0)
-    with pytest.raises(ValueError, match="factor nan"):
+    with pytest.raises(ValueError, match=r"'factor' must .*, got nan"):
         set_dropout(net, "all", float("nan"))
-    with pytest.raises(ValueError, match="'last' or 'all'"):
+    with pytest.raises(ValueError, match="'where' must be one of last, all, got 'first'"):
         set_dropout(net, "first")
     assert rates(net) == before
-    with pytest.raises(ValueError, match="no dropout to set"):
+    with pytest.raises(ValueError, match="'model' must have dropout to set"):
         set_dropout(cifar18(width=TINY, dropout="none"))
 
 
@@ -273,7 +251,7 @@ def test_every_layer_can_be_measured(geometry, batch_norm):
     }
 
 
-def test_dropout_in_training_mode_is_refused_by_name():
+def test_dropout_in_training_mode_is_refused_with_its_name():
     with pytest.raises(ValueError, match="Layer 'drop2_2'"):
         bs.unit_fisher(cifar11(width=TINY), images(2))
 
@@ -305,16 +283,16 @@ def test_two_stacked_members_run_as_one(geometry):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "unknown activation 'gelu'"),
-        ({"geometry": "valid"}, "unknown geometry 'valid'; known are same, caffe"),
-        ({"dropout": "first"}, "unknown dropout 'first'"),
-        ({"norm_at": "behind"}, "unknown norm_at 'behind'"),
-        ({"init": "zeros"}, "unknown init 'zeros'"),
-        ({"width": 0.0}, "width 0.0 must be positive"),
-        ({"classes": 0}, "must be positive"),
-        ({"rates": (0.1,) * 8}, "8 dropout rates for 7 stacks"),
-        ({"rates": (0.1,) * 7}, "its rate must be 0, not 0.1"),
-        ({"rates": (1.0,)}, "from 0 to below 1"),
+        ({"activation": "gelu"}, "'activation' must be one of .*, got 'gelu'"),
+        ({"geometry": "valid"}, "'geometry' must be one of same, caffe, got 'valid'"),
+        ({"dropout": "first"}, "'dropout' must be one of none, last, all, got 'first'"),
+        ({"norm_at": "behind"}, "'norm_at' must be one of before, after, got 'behind'"),
+        ({"init": "zeros"}, "'init' must be one of normal, uniform, got 'zeros'"),
+        ({"width": 0.0}, r"'width' must be positive, got 0\.0"),
+        ({"classes": 0}, "units and receptive fields must be positive"),
+        ({"rates": (0.1,) * 8}, "at most one dropout rate per stack, got 8 for 7 stacks"),
+        ({"rates": (0.1,) * 7}, r"must be 0 for the last stack.*Got 0\.1"),
+        ({"rates": (1.0,)}, "'rates' must lie from 0 to below 1"),
     ],
 )
 def test_cifar_refuses(as_users_call, wrong, message):
@@ -332,5 +310,5 @@ def test_images_too_large_for_the_stacks_are_refused():
     """Flattened, their pixels would pass for classes."""
     net = cifar11(width=TINY, geometry="caffe").eval()
     assert net(images(1, 28)).shape == (1, 100)
-    with pytest.raises(ValueError, match="2 × 2 pixels are left"):
+    with pytest.raises(ValueError, match="down to one pixel, got 2 × 2"):
         net(images(1, 160))

@@ -1,3 +1,5 @@
+"""The classifier of Figure 2, shifted activations, and the autoencoder of Figure 3."""
+
 import copy
 import math
 import pickle
@@ -16,7 +18,7 @@ from biasshift.nets import Shifted, autoencoder, mlp
 
 @pytest.fixture
 def as_users_call():
-    """Types are checked under pytest alone: a wrong literal gets a user our own sentence."""
+    """Types are checked under pytest alone: a wrong literal gets a user our own message."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
@@ -24,15 +26,12 @@ def as_users_call():
 
 def test_the_network_of_figure_2():
     net = mlp(784)
-    shapes = [
-        (layer.in_features, layer.out_features) for layer in net if isinstance(layer, nn.Linear)
-    ]
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
     assert shapes == [(784, 128)] + [(128, 128)] * 7 + [(128, 10)]
     assert [isinstance(layer, nn.ELU) for layer in net] == [False, True] * 8 + [False]
-    assert (
-        sum(p.numel() for p in net.parameters())
-        == 784 * 128 + 128 + 7 * (128 * 128 + 128) + 128 * 10 + 10
-    )
+    count = 784 * 128 + 128 + 7 * (128 * 128 + 128) + 128 * 10 + 10
+    assert sum(p.numel() for p in net.parameters()) == count
     assert all(p.dtype == torch.float32 and p.requires_grad for p in net.parameters())
 
 
@@ -58,37 +57,35 @@ def test_the_global_random_state_is_untouched(init):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("init", "distribution"),
-    [
-        ("normal", lambda fan_in: stats.norm(0, math.sqrt(2 / fan_in))),
-        (
-            "uniform",
-            lambda fan_in: stats.uniform(-math.sqrt(6 / fan_in), 2 * math.sqrt(6 / fan_in)),
-        ),
-    ],
-)
-def test_weights_follow_he(init, distribution):
-    net = mlp(300, hidden=120, depth=2, init=init)
+def normal(fan_in):
+    return stats.norm(0, math.sqrt(2 / fan_in))
+
+
+def uniform(fan_in):
+    bound = math.sqrt(6 / fan_in)
+    return stats.uniform(-bound, 2 * bound)
+
+
+def pvalue(weights, distribution):
+    return stats.kstest(weights.detach().flatten().double().numpy(), distribution.cdf).pvalue
+
+
+@pytest.mark.parametrize("distribution", [normal, uniform])
+def test_weights_follow_he(distribution):
+    net = mlp(300, hidden=120, depth=2, init=distribution.__name__)
     for layer in (net[0], net[2], net[4]):
-        weights = layer.weight.detach().flatten().double().numpy()
-        assert stats.kstest(weights, distribution(layer.in_features).cdf).pvalue > 1e-3
+        assert pvalue(layer.weight, distribution(layer.in_features)) > 1e-3
         assert not layer.bias.any()
-    weights = net[0].weight.detach().flatten().double().numpy()
-    assert (
-        stats.kstest(weights * 1.05, distribution(300).cdf).pvalue < 1e-3
-    )  # the test can tell 5 %
+    # The test notices 5 %.
+    assert pvalue(net[0].weight.double() * 1.05, distribution(300)) < 1e-3
 
 
 def test_relu_networks_keep_the_size_of_their_signal(generator):
-    """He's point: with variance 2/fan_in the mean square of the net inputs neither grows nor dies
-    over 8 ReLU layers.
-    """
+    """With variance 2/fan_in their mean square neither grows nor vanishes over 8 ReLU layers."""
     x = torch.randn(200, 400, generator=generator)
     ratios = []
-    for seed in range(
-        1, 6
-    ):  # not 0: weights and inputs from one seed are the same numbers, hence correlated
+    # Not seed 0: weights and inputs from one seed are the same numbers, hence correlated.
+    for seed in range(1, 6):
         net = mlp(400, hidden=400, depth=8, classes=400, activation="relu", seed=seed)
         ratios.append(net(x).square().mean().item() / (2 * x.square().mean().item()))
     assert 0.6 < sum(ratios) / 5 < 1.6, ratios
@@ -97,7 +94,10 @@ def test_relu_networks_keep_the_size_of_their_signal(generator):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "unknown activation 'gelu'; known are elu, relu, lrelu, srelu"),
+        (
+            {"activation": "gelu"},
+            "'activation' must be one of elu, relu, lrelu, srelu, got 'gelu'",
+        ),
         ({"hidden": 0}, "hidden 0"),
         ({"depth": -1}, "depth -1"),
     ],
@@ -116,15 +116,11 @@ def test_without_a_constant_nothing_changes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_next_bias_can_absorb_the_constant(activation, randn):
-    """The same function, and the same gradients by the weights below; only the mean activations
-    have moved.
-    """
+    """The same function and gradients by the weights below, with other mean activations."""
     x = randn(30, 6)
     plain = mlp(6, hidden=5, depth=3, activation=activation, seed=2).double()
     moved = mlp(6, hidden=5, depth=3, activation=activation, seed=2, constant=0.7).double()
-    assert [name for name, _ in moved.named_children()] == [
-        name for name, _ in plain.named_children()
-    ]
+    assert list(dict(moved.named_children())) == list(dict(plain.named_children()))
     moved.load_state_dict(plain.state_dict())
     assert not torch.allclose(moved(x), plain(x))
     with torch.no_grad():
@@ -137,17 +133,16 @@ def test_the_next_bias_can_absorb_the_constant(activation, randn):
     for name in means:
         torch.testing.assert_close(shifted[name].mean, means[name].mean + 0.7)
         torch.testing.assert_close(shifted[name].var, means[name].var)
-    fisher, other = bs.unit_fisher(plain, x)["2"], bs.unit_fisher(moved, x)["2"]
-    torch.testing.assert_close(
-        other.mean_q, fisher.mean_q + 0.7, equal_nan=True
-    )  # a dead unit has none
-    torch.testing.assert_close(other.var_q, fisher.var_q, equal_nan=True)
-    live = ~fisher.dead & ~fisher.singular
-    assert live.any() and not torch.isclose(other.coupling[live], fisher.coupling[live]).any()
+    before, after = (bs.unit_fisher(net, x)["2"] for net in (plain, moved))
+    # A dead unit has no mean under q.
+    torch.testing.assert_close(after.mean_q, before.mean_q + 0.7, equal_nan=True)
+    torch.testing.assert_close(after.var_q, before.var_q, equal_nan=True)
+    live = ~before.dead & ~before.singular
+    assert live.any() and not torch.isclose(after.coupling[live], before.coupling[live]).any()
 
 
 def test_shifted_refuses():
-    with pytest.raises(ValueError, match="PReLU has parameters"):
+    with pytest.raises(ValueError, match=r"must not have parameters, .* got PReLU"):
         Shifted(nn.PReLU(), 1.0)
     with pytest.raises(ValueError, match="must be finite, got nan"):
         mlp(4, constant=math.nan)
@@ -155,8 +150,8 @@ def test_shifted_refuses():
 
 def test_a_shifted_network_can_be_copied_and_pickled(randn):
     net, x = mlp(6, hidden=5, depth=2, constant=0.5).double(), randn(3, 6)
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert torch.equal(other(x), net(x))
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), net(x))
 
 
 # -- the autoencoder -------------------------------------------------------------------------------
@@ -167,10 +162,8 @@ def test_the_autoencoder_of_figure_3():
     layers = [m for m in net if isinstance(m, nn.Linear)]
     assert [m.in_features for m in layers] == [784, 1000, 500, 250, 30, 250, 500, 1000]
     assert layers[-1].out_features == 784
-    assert (
-        " ".join(name for name, _ in net.named_children())
-        == "fc1 act1 fc2 act2 fc3 act3 fc4 fc5 act5 fc6 act6 fc7 act7 fc8"
-    )
+    names = " ".join(name for name, _ in net.named_children())
+    assert names == "fc1 act1 fc2 act2 fc3 act3 fc4 fc5 act5 fc6 act6 fc7 act7 fc8"
     x = torch.rand(4, 784, generator=torch.Generator().manual_seed(1))
     assert net(x).shape == x.shape and net(x).min() < 0  # logits, not pixels
 
@@ -194,13 +187,7 @@ def test_autoencoders_differ_in_the_activation_alone():
     states = [autoencoder(name, 4, "uniform", width=0.1).state_dict() for name in ACTIVATIONS]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
-    weight = autoencoder().fc1.weight.detach()
-    assert (
-        stats.kstest(
-            weight.flatten()[:50_000].double().numpy(), stats.norm(0, math.sqrt(2 / 784)).cdf
-        ).pvalue
-        > 1e-3
-    )
+    assert pvalue(autoencoder().fc1.weight.flatten()[:50_000], normal(784)) > 1e-3
 
 
 def test_an_autoencoder_can_be_measured(randn):
@@ -214,11 +201,11 @@ def test_an_autoencoder_can_be_measured(randn):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "unknown activation 'gelu'"),
-        ({"inputs": 0}, "at least one input, got 0"),
-        ({"width": -1.0}, "width -1.0 must be positive"),
-        ({"code": "logistic"}, "got 'logistic' and 'logits'"),
-        ({"output": "linear"}, "got 'linear' and 'linear'"),
+        ({"activation": "gelu"}, "'activation' must be one of .*, got 'gelu'"),
+        ({"inputs": 0}, "'inputs' must be at least 1, got 0"),
+        ({"width": -1.0}, r"'width' must be positive, got -1\.0"),
+        ({"code": "logistic"}, "'code' must be one of linear, activation, got 'logistic'"),
+        ({"output": "linear"}, "'output' must be one of logits, logistic, got 'linear'"),
     ],
 )
 def test_the_autoencoder_refuses(as_users_call, wrong, message):
