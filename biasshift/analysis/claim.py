@@ -1,15 +1,11 @@
-"""One claim with what was found about it, before its verdict; the wording and the effect that
-claims share.
-"""
+"""One claim with its estimate, before its verdict; the caveats and the effect that claims share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from biasshift.analysis.statistics import Found
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from biasshift.analysis.statistics import Estimate
 
 EQUAL_STEPS = "At equal steps, not at equal loss."
 EQUAL_LOSS = "At equal training loss."
@@ -18,38 +14,41 @@ NO_EXAM = "No two runs with one seed came down to the equal loss."
 NO_UNITS = "No two runs with one seed came down to the equal loss with enough effective samples."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement with a direction, and the effect that these runs show.
+    """A statement that predicts the sign of an effect, and the estimate of that effect.
 
-    ``predicted`` is the sign that the statement predicts for the effect. Claims of one ``family``
-    are one statement with its
-    variants: their p values are corrected together.
+    Claims of one ``family`` are one statement with its variants: their p values are corrected
+    together.
     """
 
-    number: int  # of the question it belongs to
+    number: int  # of the question it belongs to, 1 to 8
     name: str
     family: str
     statement: str
-    source: str
+    source: str  # in the paper
     statistic: str
-    found: Found
+    estimate: Estimate
     caveat: str
-    missing: str  # why there is no pair, said in place of the caveat
-    predicted: int = -1
-    unsure: bool = False  # undecided whatever the tests say, for a reason that the caveat gives
+    missing: str  # why there is no pair, in place of the caveat
+    predicted: int = -1  # the sign of the effect
+    decidable: bool = True  # False: undecided whatever the tests show; the caveat gives the reason
 
 
 def differences(
-    numbers: "pd.DataFrame", column: str, first: str, second: str, transform: Callable = lambda x: x
-) -> "pd.Series":
-    """First minus second activation function, for every seed that both were trained with; NaN where
-    one of them has no number.
+    numbers: pd.DataFrame, column: str, first: str, second: str, transform: Callable = lambda x: x
+) -> pd.Series:
+    """Returns first minus second activation function for every seed that both were trained with.
+
+    Args:
+        numbers: one row per run, with ``activation`` and ``seed``.
+        column: the number to compare; NaN where one of the two runs has none.
+        transform: applied to the column of each before the subtraction.
     """
     by_seed = numbers.set_index("seed")
-    one, other = (
+    a, b = (
         by_seed.loc[(by_seed["activation"] == name).to_numpy(), column].astype(float)
         for name in (first, second)
     )
-    seeds = one.index.intersection(other.index)
-    return transform(one.loc[seeds]) - transform(other.loc[seeds])
+    seeds = a.index.intersection(b.index)
+    return transform(a.loc[seeds]) - transform(b.loc[seeds])

@@ -1,51 +1,55 @@
-"""What the claims are judged by: every run reduced to its numbers, its learning curve and what was
+"""What claims are judged by: every run reduced to its numbers, its learning curve and what was
 measured of its layers.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from biasshift.analysis.grid import NAMES, Cell, best_rate, cell_of, paper_runs
+from biasshift.analysis.claim import EQUAL_LOSS
+from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cell_of, paper_runs
 from biasshift.analysis.layer_points import exam_points, points_of
-from biasshift.analysis.learning_curves import common_levels, curve_of, loss_after, reached
+from biasshift.analysis.learning_curves import TINY, common_levels, curve_of, loss_after, reached
 from biasshift.analysis.per_run import REFERENCE_DAMPING, per_run
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-TO_STEPS, TO_SECONDS = (
-    "ln of the steps to training loss {:g}",
-    "ln of the seconds to training loss {:g}",
-)
-AT_THE_END, AT_EQUAL_TIME = (
-    "ln of the training loss at the end",
-    "ln of the training loss at equal time",
-)
-PROBES, DAMPINGS = 2, 3
+TO_STEPS = "ln of the steps to training loss {:g}"
+TO_SECONDS = "ln of the seconds to training loss {:g}"
+AT_THE_END = "ln of the training loss at the end"
+AT_EQUAL_TIME = "ln of the training loss at equal time"
+PROBES, DAMPINGS = 2, 3  # on which an effect must keep its sign
 EQUAL = 1.1  # losses that differ by less than this factor are called equal
-REPEATED = "The sign is the same on two disjoint probes and at dampings {}."
+REPEATED = "The sign is the same on two disjoint probes and at dampings {} and {:g}."
 SIGN_CHANGES = "The sign changes with the damping or the probe."
 NOT_REPEATED = "Not repeated on two probes at three dampings, without which nothing is decided."
 
 
-# -- what is read off Fisher matrices must repeat ----------------------------------------------
+class Condition(NamedTuple):
+    """A condition of a verdict: whether it holds, and a sentence about it for the caveat."""
+
+    sentence: str
+    holds: bool
 
 
-class Repetition(NamedTuple):
-    """Whether an effect keeps its sign where it is repeated, in words and as a fact."""
+class Speed(NamedTuple):
+    """How fast cells learn by one measure."""
 
-    said: str
-    sure: bool
+    statistic: str
+    level: float | None  # the loss to get to, in nats; None: the loss itself is compared
+    in_time: bool  # seconds count, not steps
+    table: pd.DataFrame  # seeds × cells, smaller is faster
 
 
 def repeated(
-    points: "pd.DataFrame", effects: Callable[["pd.DataFrame"], "pd.Series"], expected: float
-) -> Repetition:
+    points: pd.DataFrame, effects: Callable[[pd.DataFrame], pd.Series], expected: float
+) -> Condition:
     """Repeats an effect at equal loss, probe by probe and damping by damping.
+
+    The condition holds if the sign is always that of ``expected``, on at least two probes at three
+    dampings: what is read off Fisher matrices may depend on either.
 
     Args:
         points: those of the examinations.
@@ -55,171 +59,181 @@ def repeated(
     groups = dict(list(points.groupby(["exam_probe", "exam_damping"])))
     dampings = sorted({damping for _, damping in groups})
     if len({probe for probe, _ in groups}) < PROBES or len(dampings) < DAMPINGS:
-        return Repetition(NOT_REPEATED, False)
+        return Condition(NOT_REPEATED, False)
     means = [float(effects(group).mean()) for group in groups.values()]
     if not np.isfinite(means).all():
-        return Repetition(NOT_REPEATED, False)
+        return Condition(NOT_REPEATED, False)
     if not all(mean * expected > 0 for mean in means):
-        return Repetition(SIGN_CHANGES, False)
-    return Repetition(REPEATED.format(_listed(dampings)), True)
+        return Condition(SIGN_CHANGES, False)
+    *smaller, largest = dampings
+    return Condition(REPEATED.format(", ".join(map("{:g}".format, smaller)), largest), True)
 
 
-def at_equal_losses(points: "pd.DataFrame", first: str, second: str) -> Repetition:
-    """Whether two activation functions were examined at losses that are equal: each is looked at
-    now and then, and not at the same time.
+def at_equal_losses(points: pd.DataFrame, first: str, second: str) -> Condition:
+    """Returns whether two activation functions were examined at equal losses.
+
+    Whether a run has come down to the equal loss is checked at intervals, and so runs are examined
+    at losses somewhat below it. The geometric means over the points of an activation function may
+    differ by up to a tenth.
     """
     losses = points.groupby("activation")["loss"].agg(
         lambda loss: float(np.exp(np.log(loss.astype(float)).mean()))
     )
-    one, other = (float(losses.get(name, np.nan)) for name in (first, second))
-    if not abs(np.log(one / other)) > np.log(EQUAL):  # nor where it is not recorded
-        return Repetition("At equal training loss.", True)
-    said = f"{NAMES[first]} was examined at a loss of {one:.3g}, {NAMES[second]} at {other:.3g}, which is not equal: nothing is decided."
-    return Repetition(said, False)
-
-
-def _listed(numbers: list[float]) -> str:
-    *some, last = (f"{number:g}" for number in numbers)
-    return f"{', '.join(some)} and {last}"
+    a, b = (float(losses.get(name, np.nan)) for name in (first, second))
+    if not abs(np.log(a / b)) > np.log(EQUAL):  # holds, too, where it is not recorded
+        return Condition(EQUAL_LOSS, True)
+    return Condition(
+        f"{NAMES[first]} was examined at a loss of {a:.3g}, {NAMES[second]} at {b:.3g}, which is "
+        "not equal: nothing is decided.",
+        False,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Runs, reduced. ``paper`` are those of plain gradient descent at one learning rate."""
+    """Runs, reduced to what the claims need. Build it with `Evidence.of`."""
 
-    numbers: "pd.DataFrame"  # one row per run, `biasshift.analysis.per_run.per_run`
-    curves: dict[str, "pd.DataFrame"]
-    points: "pd.DataFrame"  # one row per run of the paper's kind, step and layer
-    exam_points: "pd.DataFrame"  # one row per run of the paper's kind, layer, probe and damping
+    numbers: pd.DataFrame  # one row per run, `biasshift.analysis.per_run.per_run`
+    curves: dict[str, pd.DataFrame]  # by the name of the run
+    points: pd.DataFrame  # one row per run of the paper's kind, step and layer
+    exam_points: pd.DataFrame  # one row per run of the paper's kind, layer, probe and damping
 
     @classmethod
-    def of(cls, table: "pd.DataFrame") -> "Evidence":
-        """Reduces a table of runs."""
-        import pandas as pd
+    def of(cls, table: pd.DataFrame) -> "Evidence":
+        """Reduces a table of runs.
 
-        _refuse_negative_losses(table)
+        Raises:
+            ValueError: if a training loss is below 0, or the runs cannot be compared; see
+                `biasshift.analysis.per_run.per_run`.
+        """
+        if "train_loss" in table and (below := table.loc[table["train_loss"] < 0, "run"]).size:
+            raise ValueError(
+                f"The training loss of run '{below.iloc[0]}' falls below 0: claims compare "
+                "logarithms of losses, and steps to losses. Give runs whose loss cannot be "
+                "negative, such as a cross-entropy or a squared error."
+            )
         numbers = per_run(table)
-        paper = list(paper_runs(numbers)["run"])
-        curves, points = {}, []
+        paper = set(paper_runs(numbers)["run"])
+        curves, measured = {}, []
         for name, run in table.groupby("run", observed=True, sort=False):
             curves[str(name)] = curve_of(run)
-            if name in paper:
-                points.append(
-                    points_of(run).assign(
-                        run=name, activation=run["activation"].iloc[0], seed=run["seed"].iloc[0]
-                    )
-                )
-        measured = [some for some in points if len(some)]
-        layers = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
+            if name in paper and len(points := points_of(run)):
+                activation, seed = run["activation"].iloc[0], run["seed"].iloc[0]
+                measured.append(points.assign(run=name, activation=activation, seed=seed))
+        points = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
         examined = exam_points(table)
-        return cls(numbers, curves, layers, examined[examined["run"].isin(paper)])
+        return cls(numbers, curves, points, examined[examined["run"].isin(paper)])
 
     @cached_property
-    def paper(self) -> "pd.DataFrame":
+    def paper(self) -> pd.DataFrame:
+        """The numbers of the runs of plain gradient descent at one learning rate."""
         return paper_runs(self.numbers)
 
     @property
-    def reference(self) -> "pd.DataFrame":
+    def reference(self) -> pd.DataFrame:
         """The points of the examinations at the damping whose numbers are shown."""
         return self.exam_points[self.exam_points["exam_damping"] == REFERENCE_DAMPING]
 
+    def has(self, *activations: str) -> bool:
+        """Tells whether runs of the paper's kind were trained with each of the activations."""
+        return set(activations) <= set(self.paper["activation"])
+
     def seeds(self, *activations: str) -> list[int]:
-        """Those that all of these activation functions were trained with; without any, those of all
-        runs of the paper's kind.
+        """Returns the seeds that all of these activation functions were trained with.
+
+        Without any activation function, those of all runs of the paper's kind.
         """
-        runs = self.paper
-        both = [
-            set(runs.loc[(runs["activation"] == name).to_numpy(), "seed"]) for name in activations
-        ]
-        return sorted(set.intersection(*both) if both else set(runs["seed"]))
+        seeds = self.paper["seed"]
+        trained = [set(seeds[self.paper["activation"] == name]) for name in activations]
+        return sorted(set.intersection(*trained) if trained else set(seeds))
+
+    @property
+    def cells(self) -> set[Cell]:
+        """The cells that were trained."""
+        return set(self._by_cell)
 
     @cached_property
-    def cells(self) -> set[Cell]:
-        return {
-            cell_of(runs)
-            for _, runs in self.numbers.groupby(["activation", "update", "constant", "batch_norm"])
-        }
+    def _by_cell(self) -> dict[Cell, pd.DataFrame]:
+        return {cell_of(runs): runs for _, runs in self.numbers.groupby(list(CELL))}
 
-    def best(self, cells: Sequence[Cell]) -> dict[Cell, "pd.DataFrame"]:
-        """The runs of every cell at its best learning rate of those that all of these cells were
-        trained at, by seed.
+    def best(self, cells: Sequence[Cell]) -> dict[Cell, pd.DataFrame]:
+        """Returns the runs of every cell at its best learning rate, by seed.
+
+        Only rates that all of these cells were trained at count; where there is none, there are no
+        runs.
         """
-        runs, rates = {cell: self._runs(cell) for cell in cells}, self._rates(cells)
-        found = {}
-        for cell, some in runs.items():
-            some = some[some["lr"].isin(rates)]
-            found[cell] = (some[some["lr"] == best_rate(some)] if rates else some).set_index("seed")
-        return found
+        rates, best = self._rates(cells), {}
+        for cell in cells:
+            runs = self._by_cell[cell]
+            runs = runs[runs["lr"].isin(rates)]
+            best[cell] = (runs[runs["lr"] == best_rate(runs)] if rates else runs).set_index("seed")
+        return best
 
     def _rates(self, cells: Sequence[Cell]) -> list[float]:
         """The learning rates that all of these cells were trained at."""
-        return sorted(set.intersection(*(set(self._runs(cell)["lr"]) for cell in cells)))
-
-    def _runs(self, cell: Cell) -> "pd.DataFrame":
-        same = np.ones(len(self.numbers), bool)
-        for name, value in cell._asdict().items():
-            same &= (self.numbers[name] == value).to_numpy()
-        return self.numbers.loc[same]
+        return sorted(set.intersection(*(set(self._by_cell[cell]["lr"]) for cell in cells)))
 
     def edges(self, cells: Sequence[Cell]) -> list[str]:
-        """Names of the cells whose best learning rate is the first or the last of several: a better
-        one may lie outside.
+        """Returns the cells whose best learning rate is the first or the last of several.
+
+        A better rate may lie outside of those tried. Each is given as "ELU (1)", the name of the
+        cell with its rate.
         """
-        found, rates = [], self._rates(cells)
-        for cell, runs in self.best(cells).items():
-            if len(rates) > 1 and len(runs) and runs["lr"].iloc[0] in (rates[0], rates[-1]):
-                found.append(f"{cell.name} ({runs['lr'].iloc[0]:g})")
-        return found
+        rates = self._rates(cells)
+        best = {cell: runs["lr"].iloc[0] for cell, runs in self.best(cells).items() if len(runs)}
+        return [
+            f"{cell.name} ({rate:g})"
+            for cell, rate in best.items()
+            if len(rates) > 1 and rate in (rates[0], rates[-1])
+        ]
 
-    def speeds(self, cells: Sequence[Cell], levels: int) -> dict[str, "pd.DataFrame"]:
-        """How fast cells learn at their best rates: measure → (seed, cell), smaller is faster,
-        seeds that all cells have.
+    def speeds(self, cells: Sequence[Cell], levels: int) -> list[Speed]:
+        """Returns how fast cells learn at their best rates, on the seeds that all cells have.
 
-        Steps and seconds to the lowest losses that all of these runs reach, the loss at the end,
-        and that after the seconds of the quickest of the runs of a seed.
+        The measures, all as logarithms: steps, then seconds, to the lowest losses that all of these
+        runs reach, from the highest loss on; the loss at the end; and the loss after the seconds of
+        the quickest of the runs of a seed.
+
+        Args:
+            cells: those that are compared.
+            levels: how many losses at most, for steps and for seconds.
         """
-        import pandas as pd
-
         best = self.best(cells)
         seeds = sorted(set.intersection(*(set(runs.index) for runs in best.values())))
         curves = {
-            cell: {seed: self.curves[str(runs.loc[seed, "run"])] for seed in seeds}
+            cell: [self.curves[str(runs.loc[seed, "run"])] for seed in seeds]
             for cell, runs in best.items()
         }
+        end = {
+            cell: [runs.loc[seed, "train_loss"] for seed in seeds] for cell, runs in best.items()
+        }
         finished = [
-            by_seed[seed]
-            for cell, by_seed in curves.items()
-            for seed in seeds
-            if best[cell].loc[seed, "train_loss"] >= 0
+            curve
+            for cell in cells
+            for curve, loss in zip(curves[cell], end[cell], strict=True)
+            if loss >= 0
         ]
-        found = {}
-        for axis, name in (("step", TO_STEPS), ("seconds", TO_SECONDS)):
-            for level in common_levels(finished, levels):
-                found[name.format(level)] = {
-                    cell: [reached(some[seed], level, axis) for seed in seeds]
-                    for cell, some in curves.items()
-                }
-        found[AT_THE_END] = {
-            cell: [best[cell].loc[seed, "train_loss"] for seed in seeds] for cell in cells
+        quickest = [
+            min(float(curve["seconds"].max()) for curve in of_seed)
+            for of_seed in zip(*curves.values(), strict=True)
+        ]
+        equal_time = {
+            cell: [loss_after(*pair) for pair in zip(curves[cell], quickest, strict=True)]
+            for cell in best
         }
-        quickest = {
-            seed: min(float(some[seed]["seconds"].max()) for some in curves.values())
-            for seed in seeds
-        }
-        found[AT_EQUAL_TIME] = {
-            cell: [loss_after(some[seed], quickest[seed]) for seed in seeds]
-            for cell, some in curves.items()
-        }
-        return {
-            name: np.log(pd.DataFrame(by_cell, index=pd.Index(seeds)).clip(lower=1e-300))
-            for name, by_cell in found.items()
-        }
-
-
-def _refuse_negative_losses(table: "pd.DataFrame") -> None:
-    if "train_loss" in table and (below := table.loc[table["train_loss"] < 0, "run"]).size:
-        raise ValueError(
-            f"The training loss of run '{below.iloc[0]}' falls below 0: claims compare logarithms "
-            "of losses, and steps to losses. "
-            "Give runs whose loss cannot be negative, such as a cross-entropy or a squared error."
-        )
+        measures = [
+            (
+                title.format(level),
+                level,
+                axis == "seconds",
+                {cell: [reached(curve, level, axis) for curve in curves[cell]] for cell in best},
+            )
+            for axis, title in (("step", TO_STEPS), ("seconds", TO_SECONDS))
+            for level in common_levels(finished, levels)
+        ]
+        measures += [(AT_THE_END, None, False, end), (AT_EQUAL_TIME, None, True, equal_time)]
+        index = pd.Index(seeds)
+        return [
+            Speed(name, level, in_time, np.log(pd.DataFrame(by_cell, index=index).clip(lower=TINY)))
+            for name, level, in_time, by_cell in measures
+        ]

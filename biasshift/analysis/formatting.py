@@ -1,24 +1,18 @@
-"""The paper's claims, held against runs: a number, its interval over paired seeds, and a verdict
-that may be *undecided*.
-"""
+"""Numbers and verdicts as people read them: tables of runs, sentences, Markdown."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from biasshift.analysis.grid import CELL, NAMES, best_rate, cell_of, paper_runs
 from biasshift.analysis.statistics import LEVEL, seeds_needed
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SAID = {
+VERDICTS = {  # how a sentence about a claim begins
     "supported": "Supported",
     "not supported": "Not supported, the contrary holds",
     "undecided": "Undecided",
 }
-
-
-# column of `per_run` → its name in the table for reading
-QUANTITIES = {
+QUANTITIES = {  # column of `per_run` → its name in the table for reading
     "unit_mean": "mean unit activation, median",
     "unit_mean_abs": "|mean unit activation|, mean",
     "inherited": "share of bias shift inherited",
@@ -31,72 +25,91 @@ QUANTITIES = {
     "exam_effective_samples": "effective samples",
     "exam_excluded": "excluded units (share)",
 }
-READING = """\
-The first four rows: at equal steps, over all hidden units; shares over all measured steps, layers behind the first.
-The others: at equal training loss, layers fed by an activation (medians over units, means over layers, damping 0.01).
-Units with fewer than ten effective samples per incoming activation are excluded there: their numbers are biased."""
+READING = (
+    "The first four rows: at equal steps, over all hidden units; shares over all measured steps, "
+    "layers behind the first.\n"
+    "The others: at equal training loss, layers fed by an activation (medians over units, means "
+    "over layers, damping 0.01).\n"
+    "Units with fewer than ten effective samples per incoming activation are excluded there: their "
+    "numbers are biased."
+)
+HEADINGS = (
+    "claim", "verdict", "statement", "statistic", "effect [95 % interval], predicted", "n", "p",
+    "p, Holm", "p of the contrary, Holm", "caveat",
+)  # fmt: skip
 
 
-def reading_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → one row per quantity, one column per activation function, as text: mean ± SD over
-    seeds.
+def reading_table(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table for reading: one row per quantity, one column per activation function.
 
-    Of runs of several updates and learning rates, those that the paper compared: plain gradient
-    descent at one rate.
+    Cells are texts, mean ± SD over seeds. Of runs of several updates and learning rates, it shows
+    those that the paper compared: plain gradient descent at one rate. Without such runs it shows
+    all, one column per cell and rate.
+
+    Args:
+        numbers: as `per_run` returns them.
     """
-    import pandas as pd
-
-    plain = paper_runs(numbers)
-    columns = {}
-    for _, group in (plain if len(plain) else numbers).groupby([*CELL, "lr"], sort=False):
-        kind, rate = cell_of(group), group["lr"].iloc[0]
-        name = NAMES.get(kind.activation, kind.activation) if len(plain) else kind.name
+    paper, columns = paper_runs(numbers), {}
+    for _, group in (paper if len(paper) else numbers).groupby([*CELL, "lr"], sort=False):
+        cell, rate = cell_of(group), group["lr"].iloc[0]
+        name = NAMES.get(cell.activation, cell.activation) if len(paper) else cell.name
         name = f"{name}, {rate:g}" if name in columns else name
         texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
         columns[name] = {**texts, "seeds": str(len(group))}
     return pd.DataFrame(columns)
 
 
-def sweep_table(numbers: "pd.DataFrame") -> "pd.DataFrame":
-    """`per_run` → the learning rates that were tried: one row per kind of run, one column per rate,
-    as text.
+def sweep_table(numbers: pd.DataFrame) -> pd.DataFrame:
+    """Returns the learning rates that were tried: one row per cell, one column per rate, as text.
 
-    The training loss at the end, mean ± SD over seeds; an asterisk at the rate that each is judged
-    at, and in column ``plain`` the one at which plain runs are compared where the claim is not
-    about speed.
+    Shown is the training loss at the end, mean ± SD over seeds, with an asterisk at the rate that
+    the cell is judged at. Column ``plain`` gives the rate at which plain runs are compared where
+    the claim is not about speed.
+
+    Args:
+        numbers: as `per_run` returns them.
     """
-    import pandas as pd
-
     common = best_rate(paper_runs(numbers)) if len(paper_runs(numbers)) else float("nan")
     rows = {}
-    for _, cell in numbers.groupby(list(CELL), sort=False):
-        kind, chosen = cell_of(cell), best_rate(cell)
+    for _, runs in numbers.groupby(list(CELL), sort=False):
+        cell, best = cell_of(runs), best_rate(runs)
         texts = {
-            f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == chosen)
-            for rate, group in cell.groupby("lr")
+            f"{rate:g}": mean_and_sd(group["train_loss"]) + "*" * (rate == best)
+            for rate, group in runs.groupby("lr")
         }
-        rows[kind.name] = {**texts, "plain": f"{common:g}" if kind.update == "plain" else ""}
+        rows[cell.name] = {**texts, "plain": f"{common:g}" if cell.update == "plain" else ""}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
-def mean_and_sd(values: "pd.Series") -> str:
-    """ "0.31 ± 0.02"; a dash where no run has a value, and how many have one where some have none."""
-    found = values.dropna()
-    if not len(found):
+def mean_and_sd(values: pd.Series) -> str:
+    """Returns mean ± sample SD as text; the number of decimals follows the size of the values.
+
+    Missing values are left out; then the text counts those that are there.
+
+    >>> mean_and_sd(pd.Series([0.1, 0.3])), mean_and_sd(pd.Series([0.1, float("nan"), 0.3]))
+    ('0.200 ± 0.141', '0.200 ± 0.141 (n = 2)')
+    >>> mean_and_sd(pd.Series([float("nan")]))
+    '–'
+    """
+    present = values.dropna()
+    if not len(present):
         return "–"
-    size = found.abs().mean()
+    size = present.abs().mean()
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-    sd = f" ± {found.std():.{digits}f}" if len(found) > 1 else ""
-    return f"{found.mean():.{digits}f}{sd}" + (
-        f" (n = {len(found)})" if len(found) < len(values) else ""
-    )
+    sd = f" ± {present.std():.{digits}f}" if len(present) > 1 else ""
+    count = f" (n = {len(present)})" if len(present) < len(values) else ""
+    return f"{present.mean():.{digits}f}{sd}{count}"
 
 
-def sentences(found: "pd.DataFrame") -> list[str]:
-    """One plain sentence per claim, with its number, interval and caveat."""
+def sentences(verdicts: pd.DataFrame) -> list[str]:
+    """Returns one plain sentence per claim, with its number, interval and caveat.
+
+    Args:
+        verdicts: as `biasshift.claims` returns them.
+    """
     return [
-        f"{SAID[row.verdict]}: {row.statement} ({row.source}). {_number(row)}{row.caveat}"
-        for row in found.itertuples()
+        f"{VERDICTS[row.verdict]}: {row.statement} ({row.source}). {_number(row)}{row.caveat}"
+        for row in verdicts.itertuples()
     ]
 
 
@@ -109,49 +122,58 @@ def _number(row: Any) -> str:
 
 
 def deciding_p(row: Any) -> tuple[float, bool]:
-    """The corrected p that the verdict of a claim goes by, and whether it is that of the contrary."""
+    """Returns the corrected p that decided a claim, and whether it is that of the contrary."""
     contrary = row.verdict == "not supported"
     return (row.p_contrary if contrary else row.p_holm), contrary
 
 
 def effect(row: Any) -> str:
-    """The effect of a claim with its interval, for people."""
+    """Returns the effect of a claim with its interval, for people.
+
+    It reads "undefined" where there is no effect, such as a share of a gap that is not there.
+
+    Args:
+        row: a row of the claims with ``effect``, ``low`` and ``high``.
+    """
     if row.effect != row.effect:
-        return "undefined"  # a share of a gap, where there is none
+        return "undefined"
     interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
     return f"{row.effect:+.3g}{interval}"
 
 
-def claims_markdown(found: "pd.DataFrame") -> str:
-    """The table of claims as Markdown, for people: verdict, statement, effect, seeds, p, caveat."""
-    head = (
-        "claim",
-        "verdict",
-        "statement",
-        "statistic",
-        "effect [95 % interval], predicted",
-        "n",
-        "p",
-        "p, Holm",
-        "p of the contrary, Holm",
-        "caveat",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in found.itertuples():
+def claims_markdown(verdicts: pd.DataFrame) -> str:
+    """Returns the claims as a Markdown table with a footnote, for people.
+
+    Columns: claim, verdict, statement, statistic, effect with interval and predicted sign, seeds,
+    p values and caveat. Text from runs is escaped.
+
+    Args:
+        verdicts: as `biasshift.claims` returns them.
+    """
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
+    for row in verdicts.itertuples():
         row: Any = row
-        shown = f"{effect(row)}, {row.predicted}" if row.n else f"–, {row.predicted}"
         cells = [
-            f"{row.number} {row.claim}", row.verdict, f"{row.statement} "
-                                                      f"({row.source})", row.statistic, shown, str(row.n),
-            _p(row.p), _p(row.p_holm), _p(row.p_contrary), row.caveat,
-        ]  # fmt: skip
+            f"{row.number} {row.claim}",
+            row.verdict,
+            f"{row.statement} ({row.source})",
+            row.statistic,
+            f"{effect(row) if row.n else '–'}, {row.predicted}",
+            str(row.n),
+            *(f"{p:.2g}" if p == p else "–" for p in (row.p, row.p_holm, row.p_contrary)),
+            row.caveat,
+        ]
         lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
-    return "\n".join(lines) + f"\n\n{footnote(found)}\n"
+    return "\n".join(lines) + f"\n\n{footnote(verdicts)}\n"
 
 
-def footnote(found: "pd.DataFrame") -> str:
-    """How many questions these are, and what is left when they are taken as one."""
-    tested = found[found["p"].notna()]
+def footnote(verdicts: pd.DataFrame) -> str:
+    """Returns how many questions were tested, and what remains when they are taken as one.
+
+    Args:
+        verdicts: as `biasshift.claims` returns them.
+    """
+    tested = verdicts[verdicts["p"].notna()]
     families, seeds = tested["family"].nunique(), int(tested["n"].max()) if len(tested) else 0
     strict = int(((tested["verdict"] == "supported") & (tested["p_holm_all"] < LEVEL)).sum())
     possible = (
@@ -161,15 +183,10 @@ def footnote(found: "pd.DataFrame") -> str:
     )
     return (
         f"{len(tested)} tests in {families} families of variants; Holm's correction is within "
-        "families. If nothing held, about "
-        f"{families * LEVEL / 2:.1f} families would be called supported, and as many not "
-        "supported, by chance. "
-        f"Corrected over all tests at once {strict} supported claims remain{possible}."
+        f"families. If nothing held, about {families * LEVEL / 2:.1f} families would be called "
+        "supported, and as many not supported, by chance. Corrected over all tests at once "
+        f"{strict} supported claims remain{possible}."
     )
-
-
-def _p(value: float) -> str:
-    return f"{value:.2g}" if value == value else "–"
 
 
 def _escaped(text: str) -> str:

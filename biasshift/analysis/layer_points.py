@@ -2,126 +2,116 @@
 number.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from math import nan
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import rankdata
 
 from biasshift.analysis.per_run import (
     ENOUGH_UNITS,
     EXAM_KEYS,
     enough_samples,
     fed_layers,
+    gap_degrees,
     layer_inputs,
 )
 from biasshift.theory import hotelling
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 FEWEST = 3  # points, to rank them
 COLUMNS = ("step", "layer", "incoming", "coupling", "corrected", "gap", "smaller")
-POINT = (*EXAM_KEYS, "layer")  # what tells the points of an examination apart
-EXAMINED = {  # what an examination found → the name of what was measured along the run
-    "exam_inflation": "coupling", "exam_gap_degrees": "gap", "exam_mean_in_abs": "incoming", "exam_smaller_share": "smaller",
+POINT = (*EXAM_KEYS, "layer")  # what identifies a point of an examination
+EXAMINED = {  # column of an examination → the name of what was measured along the run
+    "exam_inflation": "coupling",
+    "exam_gap_degrees": "gap",
+    "exam_mean_in_abs": "incoming",
+    "exam_smaller_share": "smaller",
     "exam_loss": "loss",
-}  # fmt: skip
-NEEDED = (
-    "coupling",
-    "effective_samples",
-    "norm_mean_p",
-    "norm_corrected_mean",
-    "mean_in_abs",
+}
+NEEDED = {
+    "coupling", "effective_samples", "norm_mean_p", "norm_corrected_mean", "mean_in_abs",
     "cos_gradient",
-)
+}  # fmt: skip
 
 
-def points_of(run: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per measured step and layer that is fed by an activation.
+def points_of(run: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row per measured step and layer that is fed by an activation.
 
-    ``incoming``: the mean of |E_p(a)| over inputs; ``coupling``: the median of h over units;
-    ``corrected``: that of h corrected for few samples; ``gap``: degrees between gradient and unit
-    natural gradient of the whole layer, NaN unless all of its units have enough effective samples;
-    ``smaller``: the share of units with |μ − k m| < |μ|. Layers most of whose units have too few
-    have no row.
+    * ``incoming``: the mean of |E_p(a)| over inputs.
+    * ``coupling``: the median of h over units; ``corrected``: that of h corrected for few samples.
+    * ``gap``: degrees between gradient and unit natural gradient of the whole layer, NaN unless all
+      of its units have enough effective samples.
+    * ``smaller``: the share of units with |μ − k m| < |μ|.
+
+    A layer most of whose units have too few effective samples has no row.
     """
-    import pandas as pd
-
-    if any(name not in run for name in NEEDED):
+    if not set(run) >= NEEDED:
         return pd.DataFrame(columns=list(COLUMNS))
-    inputs = layer_inputs(run)
+    inputs, point = layer_inputs(run), ["step", "layer"]
     behind = run[run["layer"].isin(fed_layers(run))].astype({"layer": str})
     units = behind[(behind["unit"] >= 0) & behind["coupling"].notna()]
-    enough = enough_samples(units, inputs)
-    smaller = (units["norm_corrected_mean"] < units["norm_mean_p"]).where(
-        units["norm_corrected_mean"].notna()
-    )
+    smaller = units["norm_corrected_mean"] < units["norm_mean_p"]
     units = units.assign(
-        enough=enough, corrected=_corrected(units, inputs), smaller=smaller.astype(float)
+        enough=enough_samples(units, inputs),
+        corrected=_corrected(units, inputs),
+        smaller=smaller.where(units["norm_corrected_mean"].notna()).astype(float),
     )
-    layers = units.groupby(["step", "layer"])["enough"].mean()
-    kept = units[units["enough"]].groupby(["step", "layer"])
-    found = pd.DataFrame(
-        {
-            "coupling": kept["coupling"].median(),
-            "corrected": kept["corrected"].median(),
-            "smaller": kept["smaller"].mean(),
-        }
-    )
-    whole = behind[(behind["unit"] < 0) & behind["cos_gradient"].notna()].set_index(
-        ["step", "layer"]
-    )
-    found = found.join(whole[["mean_in_abs", "cos_gradient"]]).assign(enough=layers)
-    found = found[found["enough"] >= ENOUGH_UNITS]
-    gap = np.degrees(np.arccos(found["cos_gradient"].astype(float).clip(-1, 1))).where(
-        found["enough"] == 1
-    )
-    return found.assign(incoming=found["mean_in_abs"], gap=gap).reset_index()[list(COLUMNS)]
+    sufficient = units[units["enough"]].groupby(point)
+    whole = behind[(behind["unit"] < 0) & behind["cos_gradient"].notna()].set_index(point)
+    points = sufficient[["coupling", "corrected"]].median()
+    points = points.assign(smaller=sufficient["smaller"].mean())
+    points = points.join(whole[["mean_in_abs", "cos_gradient"]])
+    points = points.assign(enough=units.groupby(point)["enough"].mean())
+    points = points[points["enough"] >= ENOUGH_UNITS]
+    gap = gap_degrees(points["cos_gradient"].astype(float)).where(points["enough"] == 1)
+    return points.assign(incoming=points["mean_in_abs"], gap=gap).reset_index()[list(COLUMNS)]
 
 
-def _corrected(units: "pd.DataFrame", inputs: "pd.Series") -> "pd.Series":
+def _corrected(units: pd.DataFrame, inputs: pd.Series) -> pd.Series:
     """h of every unit without the bias that few samples give it."""
-    import pandas as pd
-
-    found = pd.Series(np.nan, index=units.index)
+    corrected = pd.Series(np.nan, index=units.index)
     for layer, rows in units.groupby("layer"):
         h, samples = (
             torch.tensor(rows[name].to_numpy(float)) for name in ("coupling", "effective_samples")
         )
         unbiased = hotelling(h / (1 - h), samples, int(inputs[layer]))
-        found.loc[rows.index] = (unbiased / (1 + unbiased)).numpy()
-    return found
+        corrected.loc[rows.index] = (unbiased / (1 + unbiased)).numpy()
+    return corrected
 
 
-def exam_points(table: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per run, layer, probe and damping of the examinations, at equal loss: ``coupling``,
-    ``gap``, ``incoming``, ``smaller``, ``loss``.
+def exam_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row per run, layer, probe and damping of the examinations at equal loss.
 
-    NaN where most units of a layer have too few effective samples; what was not examined is NaN,
-    too.
+    Columns ``coupling`` (here 1/(1−h)), ``gap``, ``incoming``, ``smaller`` and ``loss``. They are
+    NaN where most units of a layer have too few effective samples, and where something was not
+    examined.
     """
-    import pandas as pd
-
-    if any(name not in table for name in (*POINT, "exam_enough")):
-        return pd.DataFrame(columns=[*POINT, *EXAMINED.values()]).astype(
-            dict.fromkeys(EXAMINED.values(), float)
-        )
+    columns = list(EXAMINED.values())
+    if not set(table) >= {*POINT, "exam_enough"}:
+        return pd.DataFrame(columns=[*POINT, *columns]).astype(dict.fromkeys(columns, float))
     rows = table[table["exam_damping"].notna()]
     rows = rows.reindex(columns=[*POINT, "exam_enough", *EXAMINED]).rename(columns=EXAMINED)
-    found = list(EXAMINED.values())
-    rows[found] = rows[found].where(rows["exam_enough"] >= ENOUGH_UNITS)
+    rows[columns] = rows[columns].where(rows["exam_enough"] >= ENOUGH_UNITS)
     return rows.drop(columns="exam_enough").astype({"run": str, "activation": str, "layer": str})
 
 
-def between(
-    points: "pd.DataFrame", column: str, at: list[str], transform: Callable = lambda x: x
-) -> "pd.Series":
-    """ELU minus ReLU at the points that agree in ``at`` and that both have a number for; the mean
-    over them, seed by seed.
-    """
-    import pandas as pd
+def elu_minus_relu(
+    points: pd.DataFrame, column: str, at: list[str], transform: Callable = lambda x: x
+) -> pd.Series:
+    """Returns ELU minus ReLU, seed by seed.
 
+    It is the mean over the points that both have a number for. A seed without such a point is left
+    out.
+
+    Args:
+        points: as `points_of` or `exam_points` return them, with ``activation`` and ``seed``.
+        column: what is compared.
+        at: the columns in which two points must agree to be compared.
+        transform: applied to the numbers before the subtraction.
+    """
     pairs = points[points["activation"].isin(["elu", "relu"])] if len(points) else points
     if not len(pairs):
         return pd.Series(dtype=float)
@@ -130,16 +120,19 @@ def between(
             index=["seed", *at], columns="activation", values=column, observed=True
         )
     )
-    return (
-        (table["elu"] - table["relu"]).dropna().groupby("seed").mean()
-        if {"elu", "relu"} <= set(table)
-        else pd.Series(dtype=float)
-    )
+    if not {"elu", "relu"} <= set(table):
+        return pd.Series(dtype=float)
+    return (table["elu"] - table["relu"]).dropna().groupby("seed").mean()
 
 
-def residuals(points: "pd.DataFrame", columns: tuple[str, ...], among: list[str]) -> "pd.DataFrame":
-    """The points with what is left of the columns when the mean over all seeds of the same group is
-    taken off.
+def residuals(points: pd.DataFrame, columns: tuple[str, ...], among: list[str]) -> pd.DataFrame:
+    """Returns the points with the mean over their group subtracted from each column.
+
+    Points without a finite number in one of the columns are left out.
+
+    Args:
+        columns: those that the mean is subtracted from.
+        among: the columns in which the points of a group agree; the mean is over all seeds.
     """
     pairs = points.loc[np.isfinite(points[list(columns)].to_numpy(float)).all(1)]
     groups = pairs.groupby(among, observed=True)
@@ -152,36 +145,34 @@ def residuals(points: "pd.DataFrame", columns: tuple[str, ...], among: list[str]
 
 
 def rank_correlations(
-    points: "pd.DataFrame", cause: str, effect: str, within: list[str]
-) -> "pd.Series":
-    """Spearman's correlation within every group of a seed's points that agree in ``within``,
-    averaged over groups: one per seed.
-    """
-    import pandas as pd
+    points: pd.DataFrame, cause: str, effect: str, within: list[str]
+) -> pd.Series:
+    """Returns one rank correlation of two columns per seed.
 
+    It is Spearman's correlation within every group of a seed's points that agree in ``within``,
+    averaged over groups. A seed none of whose groups can be ranked is left out.
+    """
     if not len(points):
         return pd.Series(dtype=float)
     pairs = points[[cause, effect]].to_numpy(float)
-    points, pairs = points.loc[there := np.isfinite(pairs).all(1)], pairs[there]
+    finite = np.isfinite(pairs).all(1)
+    points, pairs = points.loc[finite], pairs[finite]
     groups = points.groupby(["seed", *within], observed=True).ngroup().to_numpy()
-    seeds, found = points["seed"].to_numpy(), {}
+    seeds, by_seed = points["seed"].to_numpy(), defaultdict(list)
     for group in np.unique(groups):
         here = groups == group
-        found.setdefault(seeds[here][0], []).append(correlation_of_ranks(*pairs[here].T))
-    return pd.Series(
-        {
-            seed: np.mean(rhos)
-            for seed, some in found.items()
-            if (rhos := [rho for rho in some if rho == rho])
-        },
-        dtype=float,
-    )
+        rho = correlation_of_ranks(*pairs[here].T)
+        if rho == rho:
+            by_seed[seeds[here][0]].append(rho)
+    return pd.Series({seed: np.mean(rhos) for seed, rhos in by_seed.items()}, dtype=float)
 
 
-def correlation_of_ranks(x: "np.ndarray", y: "np.ndarray") -> float:
-    """Spearman's, NaN where fewer than three points or one value can be ranked."""
-    from scipy.stats import rankdata
+def correlation_of_ranks(x: np.ndarray, y: np.ndarray) -> float:
+    """Returns Spearman's correlation; NaN for fewer than three points, or where one is constant.
 
+    >>> correlation_of_ranks(np.array([1.0, 2.0, 9.0]), np.array([3.0, 5.0, 4.0]))
+    0.5
+    """
     if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
-        return float("nan")
+        return nan
     return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from biasshift.analysis.per_run import gap_degrees
+
 
 def with_epochs(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the table with an `epoch` in every row, interpolated over the steps of its run.
@@ -121,7 +123,7 @@ def gap_points(
         rows = rows.loc[rows["layer"].isin(list(layers))]
     rows = rows.loc[rows["cos_gradient"].notna()]
     need(rows, [], "the gradient gap of these layers")
-    return rows.assign(degrees=np.degrees(np.arccos(rows["cos_gradient"].clip(-1, 1))))
+    return rows.assign(degrees=gap_degrees(rows["cos_gradient"]))
 
 
 def need(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:

@@ -1,1 +1,1 @@
-"""The claims of the theory, one file per subject."""
+"""The claims of the theory, one file per subject: statements beside their effects."""

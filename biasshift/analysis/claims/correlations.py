@@ -3,24 +3,32 @@ as rank correlations)?
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
+
+import pandas as pd
 
 from biasshift.analysis.claim import Claim
-from biasshift.analysis.claims.coupling import NO_POINTS, ONE_PROBE, POINTS
-from biasshift.analysis.evidence import NOT_REPEATED, Evidence, repeated
+from biasshift.analysis.claims.coupling import FEW_SAMPLES, NO_POINTS, ONE_PROBE, POINTS
+from biasshift.analysis.evidence import NOT_REPEATED, Condition, Evidence, repeated
 from biasshift.analysis.layer_points import rank_correlations, residuals
 from biasshift.analysis.statistics import paired
 
-if TYPE_CHECKING:
-    import pandas as pd
+NO_CAUSE = "A correlation is no cause"
+ONE_ORDER = (
+    f"{NO_CAUSE}, and all seeds repeat the same few activation functions, whose order is one "
+    "observation: described, not decided."
+)
 
-LINKS = (  # family, cause, effect, statement, statistic
-    ("mean-coupling", "incoming", "coupling", "where incoming means are larger, bias and weights "
-                                              "are coupled more", "mean |E_p(a)| and h"),
-    ("coupling-gap", "coupling", "gap",
-     "where bias and weights are coupled more, the gradient is farther from the unit natural "
-     "gradient", "h and the angle between them"),
-)  # fmt: skip
+
+class Link(NamedTuple):
+    """Two columns of points, of which one is said to follow the other."""
+
+    family: str
+    cause: str
+    effect: str
+    statement: str
+    statistic: str
 
 
 class Scope(NamedTuple):
@@ -32,70 +40,111 @@ class Scope(NamedTuple):
     examined: list[str] | None  # at equal loss; None: an examination has no such points
     caveat: str
     decides: bool = True
-    of_residuals: bool = False  # with the mean over seeds of points that agree in these taken off
+    of_residuals: bool = False  # the mean over seeds of points that agree in these is subtracted
 
 
-NO_CAUSE = "A correlation is no cause"
-ONE_ORDER = f"{NO_CAUSE}, and all seeds repeat the same few activation functions, whose order is one observation: described, not decided."
+LINKS = (
+    Link(
+        "mean-coupling",
+        "incoming",
+        "coupling",
+        "where incoming means are larger, bias and weights are coupled more",
+        "mean |E_p(a)| and h",
+    ),
+    Link(
+        "coupling-gap",
+        "coupling",
+        "gap",
+        "where bias and weights are coupled more, the gradient is farther from the unit natural "
+        "gradient",
+        "h and the angle between them",
+    ),
+)
 SCOPES = (
-    Scope("seeds", "from seed to seed, of the same activation, layer and "
-                   "step", ["activation", "step", "layer"], ["activation", "layer"],
-          f"{NO_CAUSE}; the mean over seeds is taken off, so that depth, time and activation "
-          "function cannot make it.", of_residuals=True),
-    Scope("layers", "across layers alone", ["activation", "step"], ["activation"], f"{NO_CAUSE}: depth may move both."),
-    Scope("steps", "across steps alone", ["activation", "layer"], None, f"{NO_CAUSE}: time may "
-                                                                        "move both."),
-    Scope("activations", "across activations "
-                         "alone", ["step", "layer"], ["layer"], ONE_ORDER, decides=False),
+    Scope(
+        "seeds",
+        "from seed to seed, of the same activation, layer and step",
+        ["activation", "step", "layer"],
+        ["activation", "layer"],
+        f"{NO_CAUSE}; the mean over seeds is taken off, so that depth, time and activation "
+        "function cannot make it.",
+        of_residuals=True,
+    ),
+    Scope(
+        "layers",
+        "across layers alone",
+        ["activation", "step"],
+        ["activation"],
+        f"{NO_CAUSE}: depth may move both.",
+    ),
+    Scope(
+        "steps",
+        "across steps alone",
+        ["activation", "layer"],
+        None,
+        f"{NO_CAUSE}: time may move both.",
+    ),
+    Scope(
+        "activations",
+        "across activations alone",
+        ["step", "layer"],
+        ["layer"],
+        ONE_ORDER,
+        decides=False,
+    ),
     Scope("all", "over all layers, steps and activations", [], [], ONE_ORDER, decides=False),
-)  # fmt: skip
+)
 
 
-def follow_means(evidence: Evidence) -> Iterator[Claim]:
-    """Claim 2, within and across seeds, layers, steps and activations; one number per seed."""
-    for family, cause, effect, statement, of in LINKS:
+def correlation_claims(evidence: Evidence) -> Iterator[Claim]:
+    """Yields claim 2 as rank correlations, one number per seed.
+
+    Coupling follows incoming means, and the gap follows the coupling: from seed to seed, across
+    layers, steps and activations alone, and over all. Across the few activation functions a
+    correlation is described, and never decided.
+    """
+    for link in LINKS:
         for scope in SCOPES:
-            found = paired(
-                _correlations(evidence.points, cause, effect, scope, scope.along).reindex(
-                    evidence.seeds()
-                ),
-                1,
-            )
-            said, sure = _repeated(evidence, cause, effect, scope, found.effect)
-            variants = "within" if scope.decides else scope.name
+            effects = _correlations(evidence.points, scope, scope.along, link.cause, link.effect)
+            estimate = paired(effects.reindex(evidence.seeds()), predicted=1)
+            repetition = _repeated(evidence, link, scope, estimate.effect)
             yield Claim(
-                2, f"{family}-{scope.name}", f"{family}-{variants}", f"{statement}, {scope.words}", "section 3",
-                f"rank correlation of {of}", found, f"{scope.caveat} {POINTS} "
-                                                    f"{said}", NO_POINTS, 1, unsure=not (sure and scope.decides),
-            )  # fmt: skip
+                number=2,
+                name=f"{link.family}-{scope.name}",
+                family=f"{link.family}-{'within' if scope.decides else scope.name}",
+                statement=f"{link.statement}, {scope.words}",
+                source="section 3",
+                statistic=f"rank correlation of {link.statistic}",
+                estimate=estimate,
+                caveat=f"{scope.caveat} {POINTS} {repetition.sentence}",
+                missing=NO_POINTS,
+                predicted=1,
+                decidable=repetition.holds and scope.decides,
+            )
 
 
 def _correlations(
-    points: "pd.DataFrame", cause: str, effect: str, scope: Scope, common: list[str]
-) -> "pd.Series":
+    points: pd.DataFrame, scope: Scope, common: list[str], cause: str, effect: str
+) -> pd.Series:
     if scope.of_residuals and len(points):
         points, common = residuals(points, (cause, effect), common), []
     return rank_correlations(points, cause, effect, common)
 
 
-def _repeated(
-    evidence: Evidence, cause: str, effect: str, scope: Scope, found: float
-) -> tuple[str, bool]:
+def _repeated(evidence: Evidence, link: Link, scope: Scope, expected: float) -> Condition:
     """With h corrected for few samples along the run; at equal loss, on two probes at three
     dampings.
     """
-    swapped = {"coupling": "corrected"}
-    again = _correlations(
-        evidence.points, swapped.get(cause, cause), swapped.get(effect, effect), scope, scope.along
+    cause, effect = (
+        "corrected" if column == "coupling" else column for column in (link.cause, link.effect)
     )
-    if again.mean() * found < 0:
-        return "The sign changes when h is corrected for few samples.", False
+    corrected = _correlations(evidence.points, scope, scope.along, cause, effect)
+    if corrected.mean() * expected < 0:
+        return Condition(FEW_SAMPLES, False)
     if scope.examined is None:
-        return f"On one probe at one damping. {NOT_REPEATED}", False
-    common = scope.examined
-    repetition = repeated(
-        evidence.exam_points,
-        lambda points: _correlations(points, cause, effect, scope, common),
-        found,
+        return Condition(f"On one probe at one damping. {NOT_REPEATED}", False)
+    effects = partial(
+        _correlations, scope=scope, common=scope.examined, cause=link.cause, effect=link.effect
     )
-    return ONE_PROBE.format(repetition.said), repetition.sure
+    sentence, holds = repeated(evidence.exam_points, effects, expected)
+    return Condition(ONE_PROBE.format(sentence), holds)

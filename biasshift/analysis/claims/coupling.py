@@ -3,46 +3,43 @@ does to the mean (claim 3).
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from biasshift.analysis.claim import EQUAL_STEPS, NO_EXAM, NO_UNITS, Claim
+from biasshift.analysis.claim import EQUAL_LOSS, EQUAL_STEPS, NO_EXAM, NO_UNITS, Claim
 from biasshift.analysis.evidence import Evidence, at_equal_losses, repeated
 from biasshift.analysis.grid import NAMES
-from biasshift.analysis.layer_points import between
+from biasshift.analysis.layer_points import elu_minus_relu
 from biasshift.analysis.statistics import paired
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 CORRECTION = "Theorem 2's correction makes the effective incoming mean smaller more often than not"
-SHARE = "½ − share of units with |μ − k m| < |μ|"
+ANGLE = "degrees between gradient and unit natural gradient"
 POINTS = "Layers and steps with too few effective samples are left out."
 ONE_PROBE = "On one probe at one damping; repeated at equal loss: {}"
 FEW_SAMPLES = "The sign changes when h is corrected for few samples."
 NO_POINTS = "Too few layers and steps were measured with enough effective samples."
 
 
-class Question(NamedTuple):
-    """What is compared between ELU and ReLU."""
+class Quantity(NamedTuple):
+    """What is compared between ELU and ReLU, layer by layer."""
 
-    name: str
+    name: str  # a column of points, and the name of its claim
     statement: str
     source: str
-    statistic: str  # at equal loss
-    along: str  # at equal steps
+    at_loss: str  # the statistic at equal loss
+    at_steps: str  # and at equal steps
     transform: Callable
 
-    def at_loss(self, points: "pd.DataFrame") -> "pd.Series":
-        """ELU minus ReLU in the examinations, seed by seed."""
-        return between(points, self.name, ["layer", "exam_probe", "exam_damping"], self.transform)
+    def difference(self, points: pd.DataFrame) -> pd.Series:
+        """Returns ELU minus ReLU in the examinations, seed by seed."""
+        at = ["layer", "exam_probe", "exam_damping"]
+        return elu_minus_relu(points, self.name, at, self.transform)
 
 
-ANGLE = "degrees between gradient and unit natural gradient"
-EXAMINED = (
-    Question(
+QUANTITIES = (
+    Quantity(
         "coupling",
         "bias and weights are coupled less in ELU networks than in ReLU networks",
         "Theorem 1",
@@ -50,7 +47,7 @@ EXAMINED = (
         "h",
         np.log,
     ),
-    Question(
+    Quantity(
         "gap",
         "ELU's gradient is nearer the unit natural gradient than ReLU's",
         "section 3",
@@ -61,110 +58,116 @@ EXAMINED = (
 )
 
 
-def coupled_less(evidence: Evidence) -> Iterator[Claim]:
-    """Claim 2, between ELU and ReLU at equal loss and at equal steps."""
-    if not {"elu", "relu"} <= set(evidence.paper["activation"]):
-        return
-    for question in EXAMINED:
-        yield _at_equal_loss(evidence, question)
-        yield _at_equal_steps(evidence, question)
+def coupling_claims(evidence: Evidence) -> Iterator[Claim]:
+    """Yields claim 2: coupling and gradient gap are smaller in ELU networks than in ReLU networks.
+
+    Each at equal loss and at equal steps. Either is decided only where the effect at equal loss
+    keeps its sign on two probes at three dampings.
+    """
+    for quantity in QUANTITIES:
+        if evidence.has("elu", "relu"):
+            yield _at_equal_loss(evidence, quantity)
+            yield _at_equal_steps(evidence, quantity)
 
 
-def _at_equal_loss(evidence: Evidence, question: Question) -> Claim:
-    found = paired(question.at_loss(evidence.reference).reindex(evidence.seeds("elu", "relu")))
-    losses = at_equal_losses(evidence.reference, "elu", "relu")
-    again = repeated(evidence.exam_points, question.at_loss, found.effect)
-    caveat = f"{losses.said} {_left_out(evidence.reference, question.name)}{again.said}"
+def _at_equal_loss(evidence: Evidence, quantity: Quantity) -> Claim:
+    points = evidence.reference
+    estimate = paired(quantity.difference(points).reindex(evidence.seeds("elu", "relu")))
+    losses = at_equal_losses(points, "elu", "relu")
+    repetition = repeated(evidence.exam_points, quantity.difference, estimate.effect)
     return Claim(
-        2, question.name, question.name, question.statement, question.source, question.statistic, found, caveat, NO_UNITS,
-        unsure=not (losses.sure and again.sure),
-    )  # fmt: skip
+        number=2,
+        name=quantity.name,
+        family=quantity.name,
+        statement=quantity.statement,
+        source=quantity.source,
+        statistic=quantity.at_loss,
+        estimate=estimate,
+        caveat=f"{losses.sentence} {_left_out(points, quantity.name)}{repetition.sentence}",
+        missing=NO_UNITS,
+        decidable=losses.holds and repetition.holds,
+    )
 
 
-def _at_equal_steps(evidence: Evidence, question: Question) -> Claim:
-    name, points, at = question.name, evidence.points, ["step", "layer"]
-    found = paired(between(points, name, at).reindex(evidence.seeds("elu", "relu")))
-    again = repeated(evidence.exam_points, question.at_loss, found.effect)
-    turned = name == "coupling" and bool(between(points, "corrected", at).mean() * found.effect < 0)
-    caveat = f"{EQUAL_STEPS} {POINTS} {FEW_SAMPLES if turned else ONE_PROBE.format(again.said)}"
-    statistic = f"{question.along}, mean over measured steps and layers"
+def _at_equal_steps(evidence: Evidence, quantity: Quantity) -> Claim:
+    points, at = evidence.points, ["step", "layer"]
+    effects = elu_minus_relu(points, quantity.name, at).reindex(evidence.seeds("elu", "relu"))
+    estimate = paired(effects)
+    repetition = repeated(evidence.exam_points, quantity.difference, estimate.effect)
+    # Few samples make a coupling where there is none.
+    spurious = quantity.name == "coupling" and bool(
+        elu_minus_relu(points, "corrected", at).mean() * estimate.effect < 0
+    )
+    reason = FEW_SAMPLES if spurious else ONE_PROBE.format(repetition.sentence)
     return Claim(
-        2, f"{name}-steps", name, f"{question.statement}, at equal "
-                                  "steps", question.source, statistic, found, caveat, NO_POINTS,
-        unsure=turned or not again.sure,
-    )  # fmt: skip
+        number=2,
+        name=f"{quantity.name}-steps",
+        family=quantity.name,
+        statement=f"{quantity.statement}, at equal steps",
+        source=quantity.source,
+        statistic=f"{quantity.at_steps}, mean over measured steps and layers",
+        estimate=estimate,
+        caveat=f"{EQUAL_STEPS} {POINTS} {reason}",
+        missing=NO_POINTS,
+        decidable=repetition.holds and not spurious,
+    )
 
 
-def _left_out(points: "pd.DataFrame", column: str) -> str:
+def _left_out(points: pd.DataFrame, column: str) -> str:
     """How many layers of ELU and ReLU networks have no number, in words."""
-    layers = (
-        points[points["activation"].isin(["elu", "relu"])]
-        .groupby(["seed", "activation", "layer"], observed=True)[column]
-        .count()
-    )
-    without = int((layers == 0).sum())
-    return (
-        f"{without} of {len(layers)} layers have too few effective samples and are left out. "
-        if without
-        else ""
-    )
+    pairs = points[points["activation"].isin(["elu", "relu"])]
+    counts = pairs.groupby(["seed", "activation", "layer"], observed=True)[column].count()
+    if not (empty := int((counts == 0).sum())):
+        return ""
+    return f"{empty} of {len(counts)} layers have too few effective samples and are left out. "
 
 
-def corrected(evidence: Evidence) -> Iterator[Claim]:
-    """Claim 3 has no pairs: one half minus the share of units that the correction helps, at equal
-    loss and along the runs.
+def correction_claims(evidence: Evidence) -> Iterator[Claim]:
+    """Yields claim 3: Theorem 2's correction makes the effective incoming mean smaller.
+
+    There are no pairs: the effect is one half minus the share of units that the correction helps,
+    at equal loss (all together, in ELU and in ReLU networks) and along the runs.
     """
+    at_loss, along = evidence.reference, evidence.points
     missing = NO_UNITS if len(evidence.exam_points) else NO_EXAM
-    trained = [name for name in ("elu", "relu") if (evidence.paper["activation"] == name).any()]
-    kinds = [("correction", "correction", CORRECTION, [])]
-    kinds += [
-        (
-            f"correction-{name}",
-            "correction-activations",
-            f"{CORRECTION} in {NAMES[name]} networks",
-            [name],
-        )
-        for name in trained
-    ]
-    for name, family, said, activations in kinds:
-
-        def less(points: "pd.DataFrame", activations: list[str] = activations) -> "pd.Series":
-            return _half_less(
-                points[points["activation"].isin(activations)] if activations else points
+    along_caveat = f"{EQUAL_STEPS} {POINTS} {ONE_PROBE}"
+    variants = [
+        ("", "", "", at_loss, (), EQUAL_LOSS + " {}", missing),
+        *(
+            (
+                f"-{activation}",
+                "-activations",
+                f" in {NAMES[activation]} networks",
+                at_loss,
+                (activation,),
+                EQUAL_LOSS + " {}",
+                missing,
             )
+            for activation in ("elu", "relu")
+            if evidence.has(activation)
+        ),
+        ("-steps", "", ", along the runs", along, (), along_caveat, NO_POINTS),
+    ]
+    for suffix, group, where, points, activations, caveat, no_estimate in variants:
 
-        found = paired(less(evidence.reference).reindex(evidence.seeds(*activations)))
-        again = repeated(evidence.exam_points, less, found.effect)
-        caveat = f"At equal training loss. {again.said}"
+        def effects(points: pd.DataFrame, activations: tuple[str, ...] = activations) -> pd.Series:
+            if activations:
+                points = points[points["activation"].isin(activations)]
+            # Units without a corrected mean, as those without a bias, do not count.
+            shares = points.groupby("seed")["smaller"].mean() if len(points) else pd.Series()
+            return 0.5 - shares.dropna().astype(float)
+
+        estimate = paired(effects(points).reindex(evidence.seeds(*activations)))
+        repetition = repeated(evidence.exam_points, effects, estimate.effect)
         yield Claim(
-            3, name, family, said, "Theorem 2", SHARE, found, caveat, missing, unsure=not again.sure
+            number=3,
+            name=f"correction{suffix}",
+            family=f"correction{group}",
+            statement=f"{CORRECTION}{where}",
+            source="Theorem 2",
+            statistic="½ − share of units with |μ − k m| < |μ|",
+            estimate=estimate,
+            caveat=caveat.format(repetition.sentence),
+            missing=no_estimate,
+            decidable=repetition.holds,
         )
-    found = paired(_half_less(evidence.points).reindex(evidence.seeds()))
-    again = repeated(evidence.exam_points, _half_less, found.effect)
-    caveat = f"{EQUAL_STEPS} {POINTS} {ONE_PROBE.format(again.said)}"
-    said = f"{CORRECTION}, along the runs"
-    yield Claim(
-        3,
-        "correction-steps",
-        "correction",
-        said,
-        "Theorem 2",
-        SHARE,
-        found,
-        caveat,
-        NO_POINTS,
-        unsure=not again.sure,
-    )
-
-
-def _half_less(points: "pd.DataFrame") -> "pd.Series":
-    """½ − share of units that the correction helps, seed by seed; units without a corrected mean,
-    as those without a bias, do not count.
-    """
-    import pandas as pd
-
-    return (
-        0.5 - points.groupby("seed")["smaller"].mean().dropna()
-        if len(points)
-        else pd.Series(dtype=float)
-    )
