@@ -1,4 +1,9 @@
-"""From recorded runs to numbers, and from numbers to verdicts on the claims of the theory."""
+"""From recorded runs to numbers, and from numbers to verdicts on the claims of the theory.
+
+`biasshift.analysis.verdicts.claims` does all of it. A table of runs becomes one
+number per run and quantity (`quantities`, `learning_curves`, `layer_points`). Each file of `claims`
+makes paired effects of them, and `statistics` turns effects into verdicts.
+"""
 
 from biasshift.analysis.formatting import (
     claims_markdown,
@@ -7,7 +12,7 @@ from biasshift.analysis.formatting import (
     sentences,
     sweep_table,
 )
-from biasshift.analysis.per_run import (
+from biasshift.analysis.quantities import (
     SAMPLES_PER_INPUT,
     enough_samples,
     fed_layers,

@@ -14,7 +14,7 @@ from biasshift.analysis.claim import EQUAL_LOSS
 from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cell_of, paper_runs
 from biasshift.analysis.layer_points import exam_points, points_of
 from biasshift.analysis.learning_curves import TINY, common_levels, curve_of, loss_after, reached
-from biasshift.analysis.per_run import REFERENCE_DAMPING, per_run
+from biasshift.analysis.quantities import REFERENCE_DAMPING, per_run
 
 TO_STEPS = "ln of the steps to training loss {:g}"
 TO_SECONDS = "ln of the seconds to training loss {:g}"
@@ -93,7 +93,7 @@ def at_equal_losses(points: pd.DataFrame, first: str, second: str) -> Condition:
 class Evidence:
     """Runs, reduced to what the claims need. Build it with `Evidence.of`."""
 
-    numbers: pd.DataFrame  # one row per run, `biasshift.analysis.per_run.per_run`
+    numbers: pd.DataFrame  # one row per run, `biasshift.analysis.quantities.per_run`
     curves: dict[str, pd.DataFrame]  # by the name of the run
     points: pd.DataFrame  # one row per run of the paper's kind, step and layer
     exam_points: pd.DataFrame  # one row per run of the paper's kind, layer, probe and damping
@@ -104,7 +104,7 @@ class Evidence:
 
         Raises:
             ValueError: if a training loss is below 0, or the runs cannot be compared; see
-                `biasshift.analysis.per_run.per_run`.
+                `biasshift.analysis.quantities.per_run`.
         """
         if "train_loss" in table and (below := table.loc[table["train_loss"] < 0, "run"]).size:
             raise ValueError(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from biasshift.analysis.per_run import (
+from biasshift.analysis.quantities import (
     ENOUGH_UNITS,
     EXAM_KEYS,
     enough_samples,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift import theory
-from biasshift.analysis.per_run import SAMPLES_PER_INPUT
+from biasshift.analysis.quantities import SAMPLES_PER_INPUT
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure.accumulators import Measured
 from biasshift.measure.bias_shift import bias_shift

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from biasshift.analysis.per_run import ENOUGH_UNITS
+from biasshift.analysis.quantities import ENOUGH_UNITS
 from biasshift.plots.reductions import gap_points, need
 from biasshift.plots.theme import PAPER, Look, between, escaped, legend, looks
 

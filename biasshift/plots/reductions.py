@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from biasshift.analysis.per_run import gap_degrees
+from biasshift.analysis.quantities import gap_degrees
 
 
 def with_epochs(table: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from biasshift.analysis.formatting import READING, deciding_p, reading_table, sentences
-from biasshift.analysis.per_run import per_run
+from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
 from biasshift.report.groups import RunGroup
 from biasshift.report.html import details, escaped, note, number, table

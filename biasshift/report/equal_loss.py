@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from biasshift.analysis.formatting import QUANTITIES, mean_and_sd
-from biasshift.analysis.per_run import REFERENCE_DAMPING
+from biasshift.analysis.quantities import REFERENCE_DAMPING
 from biasshift.report.downsample import LARGEST, by_depth, evenly_spaced
 from biasshift.report.groups import MAX_GROUPS, RunGroup
 from biasshift.report.html import details, distinct, escaped, listed, note, number, plain, table

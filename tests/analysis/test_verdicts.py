@@ -14,7 +14,7 @@ from biasshift.analysis.formatting import reading_table, sweep_table
 from biasshift.analysis.grid import Cell, best_rate, cells_of, paper_runs
 from biasshift.analysis.layer_points import points_of, rank_correlations
 from biasshift.analysis.learning_curves import common_levels, curve_of, loss_after, reached
-from biasshift.analysis.per_run import drifts, per_run
+from biasshift.analysis.quantities import drifts, per_run
 from biasshift.analysis.verdicts import claims
 
 SEEDS = range(6)

@@ -6,7 +6,7 @@ import pytest
 from planted import Planted, table
 
 from biasshift.analysis.formatting import QUANTITIES, mean_and_sd, reading_table
-from biasshift.analysis.per_run import examinations, fed_layers, inherited_share, per_run
+from biasshift.analysis.quantities import examinations, fed_layers, inherited_share, per_run
 
 
 def one(run: Planted) -> pd.Series:
