@@ -1,3 +1,5 @@
-"""Is it fast, and in how much memory? One file per question; `python -m benchmarks` asks them all
-and writes `results/`.
+"""How fast the package is, and in how much memory.
+
+A question is a file with a ``TITLE``, ``rows(device)``, and a ``HEADER`` of what its result holds
+beside the rows. `python -m benchmarks` asks them all and writes `results/`.
 """

@@ -1,5 +1,4 @@
-"""``python -m benchmarks [--shared] [question …]``: asks all questions or some, and writes their
-tables.
+"""``python -m benchmarks [--shared] [question …]``: asks all or those, and writes tables.
 
 ``--shared`` is for a machine that others use too: one thread, and CPU seconds instead of those of
 the clock on the wall.
@@ -11,21 +10,23 @@ import sys
 
 import torch
 
-from .harness import SHARED
+from .harness import SHARED, devices, write
 from .report import QUESTIONS, table
 
 
 def main(questions: list[str]) -> None:
+    """Answers the questions one after the other, and prints all tables."""
     unknown = [question for question in questions if question not in QUESTIONS]
     if unknown:
         sys.exit(
-            f"no question {', '.join(unknown)}; there are {', '.join(QUESTIONS)}, and report, "
-            "which asks none"
+            f"There is no question {', '.join(unknown)}. Ask {', '.join(QUESTIONS)}, or report, "
+            "which only prints the tables."
         )
     for question in questions:
         module = importlib.import_module(f"benchmarks.{question}")
         print(f"{question}: {module.TITLE}", flush=True)
-        module.main()
+        for device in devices():
+            write(question, device, module.TITLE, module.rows(device), **module.HEADER)
     print(table())
 
 

@@ -1,15 +1,13 @@
-"""All unit Fisher blocks of a network, exact over the labels, as each library gives them, and the
-oracle that judges them.
+"""All unit Fisher blocks of a network by every library, exact over the labels, and their oracle.
 
 Only ASDL has the blocks natively. The others have per-example gradients, from which ``F_u = Σ_y p_y
-g_u g_uᵀ`` takes a loop over the classes and a few lines. Each peer gets the best of these that we
-found: the factor ``√p_y`` goes into the loss, so that gradients are never scaled afterwards; one
-batched product per layer adds to a matrix made once; whatever is no longer needed is freed at once;
+g_u g_uᵀ`` takes a loop over the classes and a few lines. Each peer gets the fastest of these that
+we know: the factor ``√p_y`` goes into the loss, so that gradients are never scaled afterwards; one
+batched product per layer adds to a matrix made once; whatever is no longer needed is freed;
 and the examples come in pieces (``PIECES``, tried out per library and network).
 """
 
 import warnings
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +17,10 @@ import biasshift as bs
 from .harness import Unavailable
 
 Blocks = dict[str, Tensor]  # layer name → (units, params, params), bias last
-Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # F r, layer by layer
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the linear layers and convolutions, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -31,12 +29,12 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def joined(weight: Tensor, bias: Tensor) -> Tensor:
-    """Per-example gradients (…, units, params): every unit's weights, and its bias last."""
+    """Returns gradients (…, units, params): every unit's weights, and its bias last."""
     return torch.cat([weight.flatten(bias.dim()), bias.unsqueeze(-1)], dim=-1)
 
 
 def add_outer(blocks: Blocks, name: str, g: Tensor) -> None:
-    """``F_u += Σ g_u g_uᵀ`` over (rows, units, params)."""
+    """Adds ``Σ g_u g_uᵀ`` to the blocks of a layer, over the rows of (rows, units, params)."""
     by_unit = g.transpose(0, 1)
     if name in blocks:
         blocks[name].baddbmm_(by_unit.transpose(1, 2), by_unit)
@@ -48,10 +46,12 @@ def add_outer(blocks: Blocks, name: str, g: Tensor) -> None:
 
 
 def biasshift(model: nn.Module, x: Tensor, piece: int) -> object:
+    """Measures all layers at once."""
     return bs.unit_fisher(model, x)
 
 
 def asdl(model: nn.Module, x: Tensor, piece: int) -> Blocks:
+    """Accumulates the unit-wise Fisher matrices that ASDL has."""
     from asdl import (
         FISHER_EXACT,
         LOSS_CROSS_ENTROPY,
@@ -73,6 +73,7 @@ def asdl(model: nn.Module, x: Tensor, piece: int) -> Blocks:
 
 
 def backpack(model: nn.Module, x: Tensor, piece: int) -> Blocks:
+    """Multiplies per-example gradients, class by class, from one graph of a piece."""
     from backpack import backpack as extensions
     from backpack.extensions import BatchGrad
 
@@ -97,12 +98,15 @@ def backpack(model: nn.Module, x: Tensor, piece: int) -> Blocks:
 
 
 def opacus(model: nn.Module, x: Tensor, piece: int) -> Blocks:
+    """Multiplies per-example gradients, class by class, each from a forward pass of its own.
+
+    The hooks of Opacus let go of a forward pass after one backward pass.
+    """
     blocks: Blocks = {}
     layers = weight_layers(model._module)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    classes = next(reversed(layers.values())).out_features
     for part in x.split(piece):
-        for y in range(
-            next(reversed(layers.values())).out_features
-        ):  # its hooks let go of a forward pass after one backward pass
+        for y in range(classes):
             log_p = model(part).log_softmax(-1)[:, y]
             (log_p.detach().mul(0.5).exp() * log_p).sum().backward()
             for name, module in layers.items():
@@ -113,6 +117,7 @@ def opacus(model: nn.Module, x: Tensor, piece: int) -> Blocks:
 
 
 def torch_func(model: nn.Module, x: Tensor, piece: int) -> Blocks:
+    """Multiplies per-example Jacobians of all classes together."""
     from torch.func import functional_call, jacrev, vmap
 
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -125,10 +130,7 @@ def torch_func(model: nn.Module, x: Tensor, piece: int) -> Blocks:
     for part in x.split(piece):
         g = vmap(jacrev(scaled), in_dims=(None, 0))(params, part)
         for name in weight_layers(model):
-            weight, bias = (
-                g.pop(f"{name}.weight").flatten(0, 1),
-                g.pop(f"{name}.bias").flatten(0, 1),
-            )
+            weight, bias = (g.pop(f"{name}.{p}").flatten(0, 1) for p in ("weight", "bias"))
             add_outer(blocks, name, joined(weight, bias))
     return blocks
 
@@ -147,8 +149,11 @@ REASONS = {
 
 
 def prepared(method: str, model: nn.Module) -> nn.Module:
-    """The model as the library wants it. Raises ImportError where the library is missing,
-    Unavailable where it cannot.
+    """Returns the model as the library wants it.
+
+    Raises:
+        ImportError: If the library is missing.
+        Unavailable: If the library has no such matrices.
     """
     if method in REASONS:
         raise Unavailable(REASONS[method])
@@ -172,7 +177,10 @@ def prepared(method: str, model: nn.Module) -> nn.Module:
 
 
 def random_vectors(model: nn.Module) -> dict[str, Tensor]:
-    """One random vector for every unit: a wrong number anywhere in a block shows in its product."""
+    """Returns one random vector for every unit.
+
+    A wrong number anywhere in a block shows in its product with one.
+    """
     generator = torch.Generator().manual_seed(1)
     shapes = {
         name: joined(m.weight[None], m.bias[None])[0].shape
@@ -185,7 +193,7 @@ def random_vectors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def oracle(model: nn.Module, x: Tensor, r: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``F r`` of every unit in float64: one backward pass per example and class, and nothing else."""
+    """Returns ``F r`` of every unit in float64, by one backward pass per example and class."""
     wide, layers = model.double().cpu(), weight_layers(model)
     product = {name: torch.zeros_like(v) for name, v in r.items()}
     parameters = [p for m in layers.values() for p in (m.weight, m.bias)]
@@ -200,21 +208,21 @@ def oracle(model: nn.Module, x: Tensor, r: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def products(result: object, examples: int, r: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``F r`` from what a method returned."""
-    found = {}
+    """Returns ``F r`` from what a method returned."""
+    by_layer = {}
     for name, v in r.items():
         layer = result[name]  # pyright: ignore[reportIndexIssue]
         if isinstance(layer, bs.UnitFisher):
             w, w0 = layer.matvec(v[:, :-1].to(layer.mean_q), v[:, -1].to(layer.mean_q))
-            found[name] = torch.cat([w, w0[:, None]], 1)  # pyright: ignore[reportOptionalSubscript]
+            by_layer[name] = torch.cat([w, w0[:, None]], 1)  # pyright: ignore[reportOptionalSubscript]
         else:
-            found[name] = (layer.double() @ v.to(layer.device)[:, :, None])[:, :, 0] / examples
-    return found
+            vectors = v.to(layer.device)[:, :, None]
+            by_layer[name] = (layer.double() @ vectors)[:, :, 0] / examples
+    return by_layer
 
 
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative error of a layer."""
-    errors: Iterator[float] = (
-        ((found[n].cpu().double() - e).norm() / e.norm()).item() for n, e in expected.items()
+def worst(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Returns the largest relative error of a layer."""
+    return max(
+        ((computed[n].cpu().double() - e).norm() / e.norm()).item() for n, e in expected.items()
     )
-    return max(errors)

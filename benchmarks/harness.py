@@ -1,10 +1,10 @@
-"""How things are measured: one process per method, repeats interleaved, memory in a fresh process,
-answers checked first.
+"""How things are measured: methods in turns, memory in a fresh process, answers checked first.
 
 A question is a module with ``prepare(method, device, small) -> Task`` and a list of methods.
 `compare` starts one worker per method, checks its answer against the oracle, then lets the workers
 run in turns, one at a time, so that a busy machine hurts all of them alike. The peak memory of a
-method is that of one run in a fresh process, after a run of a small problem.
+method is that of one run in a fresh process, after a run of a small problem. `interleaved` is for
+questions that need no processes.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -27,7 +28,7 @@ from typing import IO, Any
 
 import torch
 
-# in the environment: others use this machine, so one thread, and CPU seconds
+# In the environment where others use the machine: one thread, and CPU seconds.
 SHARED = "BIASSHIFT_BENCHMARKS_SHARED"
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = [
@@ -40,15 +41,13 @@ PACKAGES = [
     "curvlinops-for-pytorch",
     "delve",
 ]
-# relative error against float64 that float32 work may have; a method beyond it is not timed
+# The relative error against float64 that float32 work may have; a method beyond it is not timed.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Task:
-    """``run()`` is what is timed; ``error(run())`` is its relative error against an answer in
-    float64.
-    """
+    """``run()`` is timed; ``error(run())`` is its relative error against an answer in float64."""
 
     run: Callable[[], object]
     error: Callable[[Any], float]
@@ -62,8 +61,9 @@ class Unavailable(Exception):
 
 
 def work(question: str, method: str, device: str, small: bool) -> None:
-    """Answers commands on stdin with one line of JSON each; whatever the libraries print goes to
-    stderr.
+    """Answers commands on stdin with one line of JSON each.
+
+    Whatever the libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -74,8 +74,8 @@ def work(question: str, method: str, device: str, small: bool) -> None:
 
     try:
         prepare = importlib.import_module(f"benchmarks.{question}").prepare
-        # once through everything, so that kernels and caches of the libraries are no part of the
-        # peak
+        # Once through everything, so that kernels and caches of the libraries are no part of the
+        # peak.
         if small:
             prepare(method, device, True).run()
         task = prepare(method, device, False)
@@ -97,12 +97,13 @@ def work(question: str, method: str, device: str, small: bool) -> None:
 
 
 def synchronize(device: str) -> None:
+    """Waits for the GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one run; freeing its result is not part of it."""
+    """Returns the seconds of one run; freeing its result is not part of it."""
     gc.collect()
     synchronize(device)
     start = clock(device)
@@ -114,13 +115,14 @@ def seconds(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def clock(device: str) -> float:
-    """Wall-clock seconds; CPU seconds where the machine is shared."""
+    """Returns wall-clock seconds; CPU seconds where the machine is shared."""
     return time.process_time() if SHARED in os.environ and device == "cpu" else time.perf_counter()
 
 
 def extra_memory(run: Callable[[], object], device: str = "cpu") -> float | None:
-    """How many bytes the process grows by during one run at its peak, result included. None where
-    the system does not tell.
+    """Returns how many bytes the process grows by at the peak of one run, result included.
+
+    None where the system does not report it.
     """
     gc.collect()
     if device == "cuda":
@@ -142,33 +144,21 @@ def extra_memory(run: Callable[[], object], device: str = "cpu") -> float | None
 
 
 def _status(key: str) -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(key + ":")
-    )
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-# -- the other side --------------------------------------------------------------------------------
+# -- the side that asks ----------------------------------------------------------------------------
 
 
 class Worker:
     """One method in a process of its own."""
 
     def __init__(self, question: str, method: str, device: str, small: bool = False):
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.harness",
-            question,
-            method,
-            device,
-            str(int(small)),
-        ]
+        arguments = [question, method, device, str(int(small))]
         self.method, self.why, self.seconds = method, "", 0.0
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "benchmarks.harness", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -177,7 +167,7 @@ class Worker:
         self._read()
 
     def ask(self, command: str) -> Any:
-        """The answer to one command; None when the worker has failed, and then ``why`` says why."""
+        """Returns the answer to one command; None when the worker has failed, see ``why``."""
         if self.why:
             return None
         stdin: IO[str] = self.process.stdin  # pyright: ignore[reportAssignmentType]
@@ -189,33 +179,31 @@ class Worker:
     def _read(self) -> dict:
         stdout: IO[str] = self.process.stdout  # pyright: ignore[reportAssignmentType]
         line = stdout.readline()
-        answer = (
-            json.loads(line) if line else {"ok": False, "why": "the process ended (out of memory?)"}
-        )
+        ended = {"ok": False, "why": "the process ended (out of memory?)"}
+        answer = json.loads(line) if line else ended
         if answer.get("ok") is False:
             self.why = answer["why"]
         return answer
 
     def close(self) -> None:
+        """Ends the process. Calling it again does nothing."""
         if self.process.stdin and not self.process.stdin.closed:
-            try:
+            with suppress(BrokenPipeError):
                 self.process.stdin.close()
-            except BrokenPipeError:
-                pass
         self.process.wait()
 
 
 def compare(
     question: str, methods: Sequence[str], device: str, repeats: int, tolerance: float = TOLERANCE
 ) -> list[dict]:
-    """One row per method: seconds (median, lowest), memory, error; or why there is none. Without
-    repeats, the seconds are those of the one run whose memory was measured.
+    """Returns one row per method: seconds (median, lowest), memory, error; or why there is none.
+
+    Without repeats, the seconds are those of the one run whose memory was measured.
     """
     rows, workers, once = [], [], {}
     for method in methods:
-        row: dict[str, Any] = {"method": method}
         fresh = Worker(question, method, device, small=True)
-        row["bytes"] = fresh.ask("memory")
+        row: dict[str, Any] = {"method": method, "bytes": fresh.ask("memory")}
         once[method] = fresh.seconds
         fresh.close()
         worker = Worker(question, method, device)
@@ -237,46 +225,68 @@ def compare(
     for worker, row in zip(workers, rows, strict=True):
         worker.close()
         if worker.method in times and not worker.why:
-            row |= {
-                "seconds": median(times[worker.method]),
-                "fastest": min(times[worker.method]),
-                "repeats": max(1, repeats),
-            }
-            print(f"  {worker.method}: {show(row)}", flush=True)
+            row |= summary(times[worker.method])
+            memory = "" if row["bytes"] is None else f", +{row['bytes'] / 2**20:.0f} MiB"
+            print(
+                f"  {worker.method}: {row['seconds'] * 1e3:.1f} ms (fastest "
+                f"{row['fastest'] * 1e3:.1f}){memory}, error {row['error']:.0e}",
+                flush=True,
+            )
     return rows
 
 
-def show(row: dict) -> str:
-    memory = "" if row.get("bytes") is None else f", +{row['bytes'] / 2**20:.0f} MiB"
-    return f"{row['seconds'] * 1e3:.1f} ms (fastest {row['fastest'] * 1e3:.1f}){memory}, error {row['error']:.0e}"
+def interleaved(
+    methods: Iterable[str], timed: Callable[[str], float], repeats: int
+) -> dict[str, list[float]]:
+    """Returns the seconds of every method, timed in turns; a first round warms up.
+
+    Numbers of one place in two lists were measured right after each other: their ratios hold on a
+    busy machine, too.
+    """
+    times: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(repeats + 1):
+        for method, of_method in times.items():
+            of_method.append(timed(method))
+    return {method: of_method[1:] for method, of_method in times.items()}
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Returns what a row holds of the seconds of one method."""
+    return {"seconds": median(times), "fastest": min(times), "repeats": len(times)}
+
+
+def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the median of the ratios of seconds that were measured beside each other."""
+    return median(a / b for a, b in zip(times, reference, strict=True))
 
 
 # -- results ---------------------------------------------------------------------------------------
 
 
 def devices() -> list[str]:
+    """Returns the CPU, and the GPU where there is one."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def device_name(device: str) -> str:
+    """Returns the model of the device; of a CPU also the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    threads = (
-        "1 thread, CPU seconds" if SHARED in os.environ else f"{torch.get_num_threads()} threads"
-    )
-    return f"{names[0] if names else platform.processor()}, {threads}"
+    name, threads = names[0] if names else platform.processor(), torch.get_num_threads()
+    return f"{name}, {'1 thread, CPU seconds' if SHARED in os.environ else f'{threads} threads'}"
 
 
 def gemm_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations per second of a float32 matrix product: what this device can do."""
+    """Returns the floating-point operations per second of a float32 matrix product."""
     a, b = torch.randn(2, size, size, device=device).unbind()
     return 2 * size**3 / median([seconds(lambda: a @ b, device) for _ in range(repeats + 1)][1:])
 
 
 def version(package: str) -> str | None:
+    """Returns the version of an installed package, else None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -284,22 +294,22 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The present commit, with a plus when the tree differs from it."""
-    here = Path(__file__).parent
+    """Returns the present commit, with a plus when the package differs from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        command, here = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (
-        "+" if git("status", "--porcelain", "--", "../biasshift") else ""
-    )
+    changed = git("status", "--porcelain", "--", "../biasshift")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def write(question: str, device: str, title: str, rows: list[dict], **more: object) -> Path:
-    """One small JSON file per question and kind of device."""
-    header = {
+    """Writes one small JSON file per question and kind of device, and returns its path.
+
+    It holds the rows, where and with what versions they were measured, and how to do it again.
+    """
+    result = {
         "question": question,
         "title": title,
         "device": device_name(device),
@@ -310,18 +320,16 @@ def write(question: str, device: str, title: str, rows: list[dict], **more: obje
         "command": f"python -m benchmarks {'--shared ' if SHARED in os.environ else ''}{question}",
         "date": date.today().isoformat(),
         **more,
+        "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{question}_{device}.json"
-    path.write_text(
-        json.dumps({**header, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 if __name__ == "__main__":
-    from benchmarks.harness import (
-        work,
-    )  # as the questions import it, so that its classes are the same
+    # As the questions import it, so that its classes are the same.
+    from benchmarks.harness import work
 
     work(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "1")

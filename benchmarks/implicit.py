@@ -1,15 +1,13 @@
-"""Layers too large for blocks: natural gradients of all units from the samples alone, against
-building and factoring the blocks.
-"""
+"""Layers too large for blocks: natural gradients from the samples alone, against the blocks."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import biasshift as bs
 
-from .harness import Task, compare, devices, write
+from .harness import Task, compare
 
 TITLE = "Natural gradients of all units: from the samples (implicit) and from the blocks (dense)"
 DAMPING, RESIDUAL = 1e-2, 1e-3
@@ -22,28 +20,30 @@ LARGE = {  # once: (units) blocks of (inputs)² would take 275 and 147 GB in flo
     "3×3 768→768 on 14×14, 8 examples, implicit": (768, 768, 8, "conv"),
 }
 METHODS = COMPARED | LARGE
-TARGETS = {"1024→1024, dense over implicit": 3, "4096→4096, implicit, bytes": 2**31}
+HEADER = {
+    "targets": {"1024→1024, dense over implicit": 3, "4096→4096, implicit, bytes": 2**31},
+    "damping": DAMPING,
+    "residual": RESIDUAL,
+}
 
 
 def prepare(method: str, device: str, small: bool) -> Task:
+    """Returns the task of one storage at one size."""
     inputs, units, samples, storage = METHODS[method]
     if small:
         inputs, units, samples = 8, 8, 4 if storage == "conv" else 32
     torch.manual_seed(0)
-    return (
-        _convolution(inputs, samples, device)
-        if storage == "conv"
-        else _linear(inputs, units, samples, storage, device)
-    )
+    if storage == "conv":
+        return _convolution(inputs, samples, device)
+    return _linear(inputs, units, samples, storage, device)
 
 
 def _linear(inputs: int, units: int, samples: int, storage: str, device: str) -> Task:
     """Correlated activations behind an ELU, and errors that sit on few of the samples, as they do
     in a trained network.
     """
-    factors = (
-        torch.randn(samples, inputs // 4) @ torch.randn(inputs // 4, inputs) / (inputs // 4) ** 0.5
-    )
+    rank = inputs // 4
+    factors = torch.randn(samples, rank) @ torch.randn(rank, inputs) / rank**0.5
     a = nn.functional.elu(factors + 0.5 * torch.randn(samples, inputs)).to(device)
     delta2 = torch.randn(samples, units).mul_(1.5).exp_().to(device)
     g, g0 = torch.randn(units, inputs, device=device), torch.randn(units, device=device)
@@ -55,23 +55,15 @@ def _linear(inputs: int, units: int, samples: int, storage: str, device: str) ->
         return fisher.natural_gradient(g, g0)
 
     def error(result: tuple) -> float:
-        return max(
-            _residual(
-                a.double(),
-                delta2[:, u].double(),
-                g[u].double(),
-                g0[u].double(),
-                result[0][u].double(),
-            )
-            for u in (0, units - 1)
+        of_units = (
+            (a, delta2[:, unit], g[unit], g0[unit], result[0][unit]) for unit in (0, units - 1)
         )
+        return max(_residual(*(x.double() for x in of_unit)) for of_unit in of_units)
 
     return Task(run, error)
 
 
-def _residual(
-    a: torch.Tensor, weights: torch.Tensor, g: torch.Tensor, g0: torch.Tensor, dw: torch.Tensor
-) -> float:
+def _residual(a: Tensor, weights: Tensor, g: Tensor, g0: Tensor, dw: Tensor) -> float:
     """``|c W Δw − (g − g₀ m)| / |g − g₀ m|`` of one unit, its covariance written out."""
     c, q = weights.mean(), weights / weights.sum()
     m = q @ a
@@ -91,7 +83,7 @@ def _convolution(channels: int, examples: int, device: str) -> Task:
     ).to(device)
     x = nn.functional.elu(torch.randn(examples, channels, 14, 14, device=device))
     g, g0 = torch.randn(channels, 9 * channels, device=device), torch.randn(channels, device=device)
-    some = [0, channels - 1]
+    judged = [0, channels - 1]
 
     def run() -> tuple:
         fishers = bs.unit_fisher(
@@ -105,17 +97,16 @@ def _convolution(channels: int, examples: int, device: str) -> Task:
         hardly feels, are magnified in it.
         """
         wide = copy.deepcopy(model).double()
-        fisher = bs.unit_fisher(
-            wide, x.double(), layers=["0"], units=some, damping=DAMPING, storage="dense"
-        )["0"]
-        right, _ = fisher.natural_gradient(g[some].double(), g0[some].double())
-        return ((result[0][some].double() - right).norm(dim=1) / right.norm(dim=1)).max().item()
+        fishers = bs.unit_fisher(
+            wide, x.double(), layers=["0"], units=judged, damping=DAMPING, storage="dense"
+        )
+        exact, _ = fishers["0"].natural_gradient(g[judged].double(), g0[judged].double())
+        return ((result[0][judged].double() - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
 
     return Task(run, error)
 
 
-def main(repeats: int = 3) -> None:
-    for device in devices():
-        rows = compare("implicit", list(COMPARED), device, repeats, tolerance=2 * RESIDUAL)
-        rows += compare("implicit", list(LARGE), device, 0, tolerance=2 * RESIDUAL)
-        write("implicit", device, TITLE, rows, targets=TARGETS, damping=DAMPING, residual=RESIDUAL)
+def rows(device: str, repeats: int = 3) -> list[dict]:
+    """Returns one row per storage and size; what is `LARGE` runs once."""
+    compared = compare("implicit", list(COMPARED), device, repeats, tolerance=2 * RESIDUAL)
+    return compared + compare("implicit", list(LARGE), device, 0, tolerance=2 * RESIDUAL)

@@ -1,6 +1,4 @@
-"""The blocks of one layer: how fast the sums of outer products are built, against the machine's own
-matrix product.
-"""
+"""The blocks of one layer: how fast sums of outer products are, against plain matrix products."""
 
 from statistics import median
 
@@ -8,24 +6,23 @@ import torch
 
 from biasshift.fisher import packed
 
-from .harness import devices, seconds, write
+from .harness import interleaved, seconds, summary
 
-TITLE = "Blocks of one layer with as many units as inputs, 4096 samples, against a 2048³ matrix product (naive operations per second)"
+TITLE = (
+    "Blocks of one layer with as many units as inputs, 4096 samples, against a 2048³ matrix "
+    "product (naive operations per second)"
+)
 SAMPLES, SIZE = 4096, 2048
-TARGETS = {
-    128: 1.1,
-    256: 1.3,
-    512: 1.3,
-}  # rate over that of the matrix product, counting the naive 2 N m d² operations
+# The rate over that of the matrix product, counting the naive 2 N m d² operations.
+TARGETS = {128: 1.1, 256: 1.3, 512: 1.3}
+HEADER: dict = {}  # the target stands in each row
 
 
 def ratio(inputs: int, device: str, repeats: int) -> dict:
-    """The kernel between two matrix products, again and again: a busy machine slows both."""
+    """Times the kernel between two matrix products, again and again: a busy machine slows both."""
     torch.manual_seed(0)
-    a, weights = (
-        torch.randn(SAMPLES, inputs, device=device),
-        torch.rand(SAMPLES, inputs, device=device),
-    )
+    a = torch.randn(SAMPLES, inputs, device=device)
+    weights = torch.rand(SAMPLES, inputs, device=device)
     left, right = torch.randn(2, SIZE, SIZE, device=device).unbind()
 
     def blocks() -> packed.Rows:
@@ -33,40 +30,30 @@ def ratio(inputs: int, device: str, repeats: int) -> dict:
         packed.add_weighted(rows, a, weights)
         return rows
 
-    def product() -> torch.Tensor:
-        return left @ right
-
-    rates, times = [], []
-    for _ in range(repeats + 1):
-        before, taken, after = (
-            seconds(product, device),
-            seconds(blocks, device),
-            seconds(product, device),
-        )
-        times.append(taken)
-        rates.append((2 * SAMPLES * inputs**3 / taken) / (4 * SIZE**3 / (before + after)))
+    runs = {"before": lambda: left @ right, "blocks": blocks, "after": lambda: left @ right}
+    times = interleaved(runs, lambda name: seconds(runs[name], device), repeats)
+    rates = [
+        (2 * SAMPLES * inputs**3 / taken) / (4 * SIZE**3 / (before + after))
+        for before, taken, after in zip(*times.values(), strict=True)
+    ]
     exact = torch.einsum("n,ni,nj->ij", weights[:, 0].double(), a.double(), a.double())
     error = ((packed.dense(blocks(), slice(0, 1))[0] - exact).norm() / exact.norm()).item()
-    row = {
-        "method": f"{inputs} inputs, {inputs} units",
-        "seconds": median(times[1:]),
-        "fastest": min(times[1:]),
-        "repeats": repeats,
-    }
+    method = f"{inputs} inputs, {inputs} units"
     print(
-        f"  {row['method']}: {median(rates[1:]):.2f} × the matrix product (best "
-        f"{max(rates[1:]):.2f}), error {error:.0e}",
+        f"  {method}: {median(rates):.2f} × the matrix product (best {max(rates):.2f}), error "
+        f"{error:.0e}",
         flush=True,
     )
     return {
-        **row,
-        "gemm_ratio": median(rates[1:]),
-        "best_gemm_ratio": max(rates[1:]),
+        "method": method,
+        **summary(times["blocks"]),
+        "gemm_ratio": median(rates),
+        "best_gemm_ratio": max(rates),
         "target": TARGETS[inputs],
         "error": error,
     }
 
 
-def main(repeats: int = 9) -> None:
-    for device in devices():
-        write("kernel", device, TITLE, [ratio(inputs, device, repeats) for inputs in TARGETS])
+def rows(device: str, repeats: int = 9) -> list[dict]:
+    """Returns one row per size of the layer."""
+    return [ratio(inputs, device, repeats) for inputs in TARGETS]

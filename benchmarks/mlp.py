@@ -1,6 +1,4 @@
-"""Whole network: the unit Fisher matrices of all units of an MLP 784-128×3-10, exact over the
-labels, on 256 examples.
-"""
+"""Whole network: the unit Fisher matrices of all units of an MLP, exact over the labels."""
 
 import copy
 
@@ -8,32 +6,30 @@ import torch
 from torch import nn
 
 from . import blocks
-from .harness import Task, compare, devices, write
+from .harness import Task, compare
 
 TITLE = "MLP 784-128×3-10, 256 examples, every unit's Fisher matrix"
-TARGETS = {"ASDL": 12, "BackPACK": 7, "torch.func": 12}  # times our time, at least
+HEADER = {"targets": {"ASDL": 12, "BackPACK": 7, "torch.func": 12}}  # times our time, at least
 PIECES = {"ASDL": 256, "BackPACK": 256, "Opacus": 256, "torch.func": 64}  # examples at once
 METHODS = [*blocks.METHODS, *blocks.REASONS]
 
 
 def prepare(method: str, device: str, small: bool) -> Task:
+    """Returns the task of one method, on a network with three hidden layers."""
     torch.manual_seed(0)
     inputs, examples, hidden = (8, 4, 6) if small else (784, 256, 128)
-    model = nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, hidden),
-        nn.ELU(),
-        nn.Linear(hidden, 10),
-    )
+    layers = [
+        part
+        for before in (inputs, hidden, hidden)
+        for part in (nn.Linear(before, hidden), nn.ELU())
+    ]
+    model = nn.Sequential(*layers, nn.Linear(hidden, 10))
     x = torch.rand(examples, inputs)
     return task(method, device, model, x, PIECES.get(method, examples))
 
 
 def task(method: str, device: str, model: nn.Module, x: torch.Tensor, piece: int) -> Task:
-    """Any network, any method of `blocks`."""
+    """Returns the task of any method of `blocks` on any network, ``piece`` examples at once."""
     wide, there = copy.deepcopy(model), x.to(device)
     ready = blocks.prepared(method, model.to(device))
 
@@ -44,6 +40,6 @@ def task(method: str, device: str, model: nn.Module, x: torch.Tensor, piece: int
     return Task(lambda: blocks.METHODS[method](ready, there, piece), error)
 
 
-def main(repeats: int = 7) -> None:
-    for device in devices():
-        write("mlp", device, TITLE, compare("mlp", METHODS, device, repeats), targets=TARGETS)
+def rows(device: str, repeats: int = 7) -> list[dict]:
+    """Returns one row per method."""
+    return compare("mlp", METHODS, device, repeats)

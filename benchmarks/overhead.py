@@ -1,5 +1,4 @@
-"""What watching a training loop costs: activation moments on every step, and a probe log between
-two of its measurements.
+"""What instrumenting a training loop costs, on every step and between measurements on a probe.
 
 The network is the 11-layer one of the ELU paper for CIFAR-100: stacks of (layers × units × kernel),
 an ELU after every convolution, max-pooling 2×2 with stride 2 after every stack while the map is
@@ -10,7 +9,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import nn
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 
 import biasshift as bs
 
-from .harness import devices, seconds, write
+from .harness import interleaved, median_ratio, seconds, summary
 
 TITLE = "Share of a training step of the 11-layer network (CIFAR-100, batch 100)"
 STACKS = [
@@ -30,10 +28,11 @@ STACKS = [
     [(300, 1)],
     [(100, 1)],
 ]
-TARGETS = {"biasshift, every step": 0.05}  # of a step, at most
+HEADER = {"targets": {"biasshift, every step": 0.05}}  # of a step, at most
 
 
 def network() -> nn.Sequential:
+    """Returns the network of `STACKS`, with pooling between the stacks."""
     modules: list[nn.Module] = []
     channels, size = 3, 32
     for stack in STACKS:
@@ -46,19 +45,31 @@ def network() -> nn.Sequential:
     return nn.Sequential(*modules, nn.Flatten())
 
 
-def watched(
-    method: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: torch.Tensor,
-    y: torch.Tensor,
-) -> Callable[[], object]:
-    """Starts watching; returns what stops it."""
+class Loop:
+    """A network, its optimizer and one batch: a training step."""
+
+    def __init__(self, device: str, batch: int):
+        torch.manual_seed(0)
+        self.model = network().to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.x = torch.randn(batch, 3, 32, 32, device=device)
+        self.y = torch.randint(100, (batch,), device=device)
+
+    def __call__(self) -> None:
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def instrumented(method: str, loop: Loop) -> Callable[[], object]:
+    """Adds the hooks of a method to the loop's model, and returns what takes them off."""
     if method == "biasshift, every step":
-        return bs.instrument(model).remove
+        return bs.instrument(loop.model).remove
     if method == "biasshift, between probe steps":
+        probe, quantities = (loop.x[:4], loop.y[:4]), ("activations", "bias_shift")
         return bs.instrument(
-            model, optimizer, (x[:4], y[:4]), every=10**9, quantities=("activations", "bias_shift")
+            loop.model, loop.optimizer, probe, every=10**9, quantities=quantities
         ).remove
     if method == "plain hooks, var_mean":
         sums: dict[nn.Module, torch.Tensor] = {}
@@ -67,9 +78,8 @@ def watched(
             both = torch.stack(torch.var_mean(output.detach(), dim=(0, 2, 3)))
             sums[module] = both if module not in sums else sums[module] + both
 
-        handles = [
-            module.register_forward_hook(add) for module in model if isinstance(module, nn.ELU)
-        ]
+        elus = [module for module in loop.model if isinstance(module, nn.ELU)]
+        handles = [module.register_forward_hook(add) for module in elus]
         return lambda: [handle.remove() for handle in handles]
     return lambda: None
 
@@ -84,27 +94,8 @@ METHODS = [
 ]
 
 
-class Loop:
-    """A network, its optimizer and one batch: a training step."""
-
-    def __init__(self, device: str, batch: int):
-        torch.manual_seed(0)
-        self.model = network().to(device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
-        self.x, self.y = (
-            torch.randn(batch, 3, 32, 32, device=device),
-            torch.randint(100, (batch,), device=device),
-        )
-
-    def __call__(self) -> None:
-        loss = F.cross_entropy(self.model(self.x), self.y)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-def shares(device: str, repeats: int, batch: int = 100) -> list[dict]:
-    """Every method on one step in turn, and what each adds to the bare step beside it."""
+def rows(device: str, repeats: int = 15, batch: int = 100) -> list[dict]:
+    """Returns one row per method: a step of each in turn, and what it adds to the bare step."""
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
     loop = Loop(device, batch)
     loops, skipped = dict.fromkeys(METHODS, loop), {}
@@ -115,32 +106,25 @@ def shares(device: str, repeats: int, batch: int = 100) -> list[dict]:
 
     def timed(method: str) -> float:
         loop = loops[method]
-        stop = watched(method, loop.model, loop.optimizer, loop.x, loop.y)
+        remove = instrumented(method, loop)
         try:
             return seconds(loop, device)
         finally:
-            stop()
+            remove()
 
-    methods = [method for method in METHODS if method not in skipped]
-    rounds = [{method: timed(method) for method in methods} for _ in range(repeats + 1)][1:]
-    rows = []
-    for method in methods:
-        times = [times[method] for times in rounds]
-        share = median(times[method] / times["bare"] - 1 for times in rounds)
-        of_fastest = min(times) / min(times["bare"] for times in rounds) - 1
+    times = interleaved([method for method in METHODS if method not in skipped], timed, repeats)
+    measured = []
+    for method, of_method in times.items():
+        share = median_ratio(of_method, times["bare"]) - 1
+        of_fastest = min(of_method) / min(times["bare"]) - 1
+        row = {"method": method, **summary(of_method)}
+        measured.append({**row, "share": share, "share_of_fastest": of_fastest})
         print(
-            f"  {method}: {median(times) * 1e3:.0f} ms, {share:+.1%} of a step ({of_fastest:+.1%} "
-            "comparing the fastest)",
+            f"  {method}: {row['seconds'] * 1e3:.0f} ms, {share:+.1%} of a step "
+            f"({of_fastest:+.1%} comparing the fastest)",
             flush=True,
         )
-        row = {
-            "method": method,
-            "seconds": median(times),
-            "fastest": min(times),
-            "repeats": repeats,
-        }
-        rows.append({**row, "share": share, "share_of_fastest": of_fastest})
-    return rows + [{"method": method, "skipped": why} for method, why in skipped.items()]
+    return measured + [{"method": method, "skipped": why} for method, why in skipped.items()]
 
 
 def _with_delve(device: str, batch: int) -> Loop:
@@ -152,8 +136,3 @@ def _with_delve(device: str, batch: int) -> Loop:
     with tempfile.TemporaryDirectory() as folder:
         SaturationTracker(folder, "csv", modules=loop.model, stats=["trc"], device=device)
     return loop
-
-
-def main(repeats: int = 15) -> None:
-    for device in devices():
-        write("overhead", device, TITLE, shares(device, repeats), targets=TARGETS)

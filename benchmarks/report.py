@@ -5,10 +5,27 @@ import json
 from .harness import RESULTS
 
 QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop", "updates")
+COLUMNS = {  # behind method and time; of all other questions memory and error
+    "kernel": ["over the matrix product", "wanted", "error"],
+    "overhead": ["share of a step"],
+    "loop": ["more than by hand"],
+    "updates": ["steps of SGD", "error"],
+}
+CELLS = {
+    "extra memory": lambda row: (
+        "" if row.get("bytes") is None else f"{row['bytes'] / 2**20:.0f} MiB"
+    ),
+    "error": lambda row: f"{row['error']:.0e}",
+    "share of a step": lambda row: f"{row['share']:+.1%}",
+    "more than by hand": lambda row: f"{row['share']:+.1%}",
+    "steps of SGD": lambda row: f"{row['steps_of_sgd']:.1f} ×",
+    "over the matrix product": lambda row: f"{row['gemm_ratio']:.2f} ×",
+    "wanted": lambda row: f"≥ {row['target']} ×",
+}
 
 
 def results() -> list[dict]:
-    """What was measured last, question by question, the CPU first."""
+    """Returns what was measured last, question by question, the CPU first."""
     files = [
         RESULTS / f"{question}_{device}.json"
         for question in QUESTIONS
@@ -18,8 +35,9 @@ def results() -> list[dict]:
 
 
 def table() -> str:
-    """One Markdown table per question, with what it was measured on. Also written to
-    ``results/README.md``.
+    """Returns one Markdown table per question, with what it was measured on.
+
+    Also writes them to ``results/README.md``.
     """
     parts = [
         "# Benchmarks",
@@ -33,11 +51,15 @@ def table() -> str:
         versions = ", ".join(
             f"{package} {version}" for package, version in result["versions"].items() if version
         )
-        machine = f"{result['device']}, {result['gemm_gflops']:.0f} GFLOP/s in a matrix product of float32"
-        parts += ["", f"## {result['title']}", "", *_rows(result), ""]
         parts += [
-            f"{machine}; {versions}; commit {result['commit']}, {result['date']}; "
-            f"`{result['command']}`"
+            "",
+            f"## {result['title']}",
+            "",
+            *_rows(result),
+            "",
+            f"{result['device']}, {result['gemm_gflops']:.0f} GFLOP/s in a matrix product of "
+            f"float32; {versions}; commit {result['commit']}, {result['date']}; "
+            f"`{result['command']}`",
         ]
     text = "\n".join(parts) + "\n"
     (RESULTS / "README.md").write_text(text, encoding="utf-8")
@@ -45,51 +67,20 @@ def table() -> str:
 
 
 def _rows(result: dict) -> list[str]:
-    ours = next(
-        (row.get("seconds") for row in result["rows"] if row["method"] == "biasshift"), None
-    )
-    columns = ["method", "time", *(["against ours"] if ours else []), *_columns(result)]
+    more = COLUMNS.get(result["question"], ["extra memory", "error"])
+    by_method = {row["method"]: row.get("seconds") for row in result["rows"]}
+    ours = by_method.get("biasshift")
+    columns = ["method", "time", *(["against ours"] if ours else []), *more]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in result["rows"]:
         if "seconds" in row:
-            cells = [
-                row["method"],
-                _time(row["seconds"]),
-                *([f"{row['seconds'] / ours:.1f} ×"] if ours else []),
-            ]
-            cells += [_cell(row, column) for column in _columns(result)]
+            ratio = [f"{row['seconds'] / ours:.1f} ×"] if ours else []
+            values = (CELLS[name](row) for name in more)
+            cells = [row["method"], _time(row["seconds"]), *ratio, *values]
         else:
             cells = [row["method"], row["skipped"], *[""] * (len(columns) - 2)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _columns(result: dict) -> list[str]:
-    if result["question"] == "kernel":
-        return ["over the matrix product", "wanted", "error"]
-    if result["question"] == "overhead":
-        return ["share of a step"]
-    if result["question"] == "loop":
-        return ["more than by hand"]
-    if result["question"] == "updates":
-        return ["steps of SGD", "error"]
-    return ["extra memory", "error"]
-
-
-def _cell(row: dict, column: str) -> str:
-    if column == "extra memory":
-        return "" if row.get("bytes") is None else f"{row['bytes'] / 2**20:.0f} MiB"
-    if column == "error":
-        return f"{row['error']:.0e}"
-    if column in ("share of a step", "more than by hand"):
-        return f"{row['share']:+.1%}"
-    if column == "steps of SGD":
-        return f"{row['steps_of_sgd']:.1f} ×"
-    return (
-        f"{row['gemm_ratio']:.2f} ×"
-        if column == "over the matrix product"
-        else f"≥ {row['target']} ×"
-    )
 
 
 def _time(seconds: float) -> str:

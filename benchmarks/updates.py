@@ -1,18 +1,16 @@
-"""What a training step costs with every update of the package, against SGD and against the K-FAC of
-two peers.
+"""What a training step costs with every update, against SGD and the K-FAC of two peers.
 
-A step is forward, backward, update, with the mean cross-entropy; ``every 10`` looks at the
-curvature, and factors it, on every tenth step only. The learning rate is 0 while the clock runs:
-all methods work on the same network. What each one's first step would be is compared in float64
-with `formulas`, at the labels that the method draws. The damping is each method's own: relative to
-the mean diagonal here, shared out between the factors in the peers.
+A step is forward, backward, update, with the mean cross-entropy; ``every 10`` updates and factors
+the curvature on every tenth step only. The learning rate is 0 while the clock runs: all methods
+work on the same network. What each one's first step would be is compared in float64 with
+`formulas`, at the labels that the method draws. The damping is each method's own: relative to the
+mean diagonal here, shared out between the factors in the peers.
 """
 
 import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +19,45 @@ from torch.nn import functional as F
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 
-from .formulas import Seen, kfac_step, seen, unit_step
-from .harness import devices, seconds, write
+from .cnn import network as cnn
+from .formulas import LayerBatch, kfac_step, layer_batches, unit_step
+from .harness import interleaved, median_ratio, seconds, summary
 
 TITLE = "A training step: MLP 196-128×8-10, batch 64; CNN 3-32-32-32, 3×3, 16×16 images, batch 32"
-STEPS = 10  # of one timed run: one look of `every 10`
+STEPS = 10  # of one timed run: one update of the curvature with `every 10`
 DAMPING, DECAY = 1e-3, 0.95
+HEADER: dict = {}
 
 Step = Callable[[Tensor, Tensor], None]
 Make = Callable[[nn.Module, int, float], Step]  # model, every, rate
-Expected = Callable[[Seen], tuple[Tensor, Tensor]]
+Expected = Callable[[LayerBatch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Update:
-    """``make`` gives what trains; ``expected`` is its first update of a layer; ``labels`` are those
-    of its errors.
-    """
+    """One method, and what its first step must be."""
 
     make: Make
-    expected: Expected
-    labels: Callable[[Tensor, Tensor], Tensor]
+    expected: Expected  # its first update of a layer
+    labels: Callable[[Tensor, Tensor], Tensor]  # those that its errors are at
 
 
 # -- labels: of the logits and the data's own ------------------------------------------------------
 
 
 def drawn(logits: Tensor, y: Tensor) -> Tensor:
-    """As everybody here draws them from a fresh generator."""
-    return torch.multinomial(
-        logits.softmax(-1), 1, True, generator=torch.Generator().manual_seed(0)
-    )[:, 0]
+    """Draws labels as all methods here do, from a fresh generator."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.multinomial(logits.softmax(-1), 1, True, generator=generator)[:, 0]
 
 
 def drawn_in_single(logits: Tensor, y: Tensor) -> Tensor:
+    """Draws labels from float32 probabilities."""
     return drawn(logits.float(), y)
 
 
 def given(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the data's own labels."""
     return y
 
 
@@ -66,7 +65,7 @@ def given(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """What anybody would write."""
+    """Returns a training step as anybody would write it."""
 
     def step(x: Tensor, y: Tensor) -> None:
         loss = F.cross_entropy(model(x), y)
@@ -78,6 +77,8 @@ def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
 
 
 def sgd() -> Update:
+    """Returns plain gradient descent."""
+
     def make(model: nn.Module, every: int, rate: float) -> Step:
         return loop(model, torch.optim.SGD(model.parameters(), lr=rate))
 
@@ -85,20 +86,11 @@ def sgd() -> Update:
 
 
 def ours(center: str, scale: str, labels: str = "sampled") -> Update:
+    """Returns an update of the package."""
+
     def make(model: nn.Module, every: int, rate: float) -> Step:
-        return loop(
-            model,
-            UnitNaturalGradient(
-                model,
-                rate,
-                center,
-                scale,
-                damping=DAMPING,
-                labels=labels,
-                update_every=every,
-                decay=DECAY,
-            ),
-        )
+        options = {"damping": DAMPING, "labels": labels, "update_every": every, "decay": DECAY}
+        return loop(model, UnitNaturalGradient(model, rate, center, scale, **options))
 
     return Update(
         make,
@@ -108,7 +100,10 @@ def ours(center: str, scale: str, labels: str = "sampled") -> Update:
 
 
 def asdl() -> Update:
-    """Weights and biases apart, factors as running averages that start from 0."""
+    """Returns ASDL's K-FAC.
+
+    Weights and biases are apart, and factors are running averages that start from 0.
+    """
 
     def make(model: nn.Module, every: int, rate: float) -> Step:
         from asdl import KfacGradientMaker, PreconditioningConfig
@@ -136,8 +131,9 @@ def asdl() -> Update:
 
 
 def curvlinops() -> Update:
-    """No optimizer but a linear operator, of the latest look's batch alone, for which it goes
-    through the model once more.
+    """Returns curvlinops' K-FAC: a linear operator, with a step of plain SGD around it.
+
+    It is of the latest batch alone, for which it goes through the model once more.
     """
 
     def make(model: nn.Module, every: int, rate: float) -> Step:
@@ -154,9 +150,16 @@ def curvlinops() -> Update:
             loss.backward()
             if steps % every == 0:
                 kfac = KFACLinearOperator(
-                    model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False, seed=steps,
-                    num_per_example_loss_terms=1, separate_weight_and_bias=False, num_data=len(x),
-                )  # fmt: skip
+                    model,
+                    nn.CrossEntropyLoss(),
+                    params,
+                    [(x, y)],
+                    check_deterministic=False,
+                    seed=steps,
+                    num_per_example_loss_terms=1,
+                    separate_weight_and_bias=False,
+                    num_data=len(x),
+                )
                 inverse = KFACInverseLinearOperator(
                     kfac, damping=DAMPING, use_heuristic_damping=True
                 )
@@ -170,7 +173,7 @@ def curvlinops() -> Update:
     return Update(make, lambda layer: kfac_step(layer, DAMPING, joint=True), drawn)
 
 
-UPDATES = {  # name → update, steps between two looks
+UPDATES = {  # name → update, steps between two updates of the curvature
     "SGD": (sgd(), 1),
     "centering trick (p, none)": (ours("p", "none"), 1),
     "centered (q, none)": (ours("q", "none"), 1),
@@ -192,26 +195,20 @@ NETWORKS = ("MLP", "CNN")
 
 
 def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Returns a network and the batches of one timed run."""
     torch.manual_seed(0)
     if network == "MLP":
         shape = (4, 8) if small else (64, 196)
         model = mlp(shape[1], *((6, 2) if small else (128, 8)))
     else:
-        shape, channels = ((2, 3, 4, 4), 4) if small else ((32, 3, 16, 16), 32)
-        convolutions = [
-            part
-            for before in (3, channels, channels)
-            for part in (nn.Conv2d(before, channels, 3, padding=1), nn.ELU())
-        ]
-        model = nn.Sequential(
-            *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
-        )
+        shape = (2, 3, 4, 4) if small else (32, 3, 16, 16)
+        model = cnn(4 if small else 32)
     return model, [(torch.rand(shape), torch.randint(10, shape[:1])) for _ in range(STEPS)]
 
 
 def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The relative error of the first step of all parameters together."""
-    layers = seen(model, x, y, update.labels(model(x).detach(), y))
+    """Returns the relative error of the first step of all parameters together."""
+    layers = layer_batches(model, x, y, update.labels(model(x).detach(), y))
     expected = nn.utils.parameters_to_vector(
         [part.flatten() for layer in layers for part in update.expected(layer)]
     )
@@ -222,11 +219,9 @@ def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) ->
 
 
 def costs(network: str, device: str, repeats: int, small: bool = False) -> list[dict]:
-    """Every method on a few steps in turn, in multiples of the SGD beside it. The first round warms
-    up.
-    """
+    """Returns one row per method: a few steps in turn, in multiples of the SGD beside it."""
     model, batches = problem(network, small)
-    there, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
+    on_device, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
     errors: dict[str, float] = {}
     steps: dict[str, Step] = {}
     rows = []
@@ -238,39 +233,26 @@ def costs(network: str, device: str, repeats: int, small: bool = False) -> list[
             rows.append({"method": f"{network}: {name}", "skipped": str(reason)})
 
     def run(name: str) -> None:
-        for x, y in there:
+        for x, y in on_device:
             steps[name](x, y)
 
-    rounds = [
-        {name: seconds(lambda name=name: run(name), device) / STEPS for name in steps}
-        for _ in range(repeats + 1)
-    ][1:]
-    for name in steps:
-        times, ratio = (
-            [times[name] for times in rounds],
-            median(times[name] / times["SGD"] for times in rounds),
-        )
+    def seconds_of_step(name: str) -> float:
+        return seconds(lambda: run(name), device) / STEPS
+
+    times = interleaved(steps, seconds_of_step, repeats)
+    for name, of_method in times.items():
+        row = {"method": f"{network}: {name}", **summary(of_method)}
+        ratio = median_ratio(of_method, times["SGD"])
+        rows.append({**row, "steps_of_sgd": ratio, "error": errors[name]})
         print(
-            f"  {network}: {name}: {median(times) * 1e3:.2f} ms, {ratio:.2f} × SGD, error "
+            f"  {row['method']}: {row['seconds'] * 1e3:.2f} ms, {ratio:.2f} × SGD, error "
             f"{errors[name]:.0e}",
             flush=True,
         )
-        row = {
-            "method": f"{network}: {name}",
-            "seconds": median(times),
-            "fastest": min(times),
-            "repeats": repeats,
-        }
-        rows.append({**row, "steps_of_sgd": ratio, "error": errors[name]})
     return rows
 
 
-def main(repeats: int = 11) -> None:
+def rows(device: str, repeats: int = 11) -> list[dict]:
+    """Returns the rows of both networks."""
     warnings.filterwarnings("ignore", module="torch")  # what the peers use of it is deprecated
-    for device in devices():
-        write(
-            "updates",
-            device,
-            TITLE,
-            [row for network in NETWORKS for row in costs(network, device, repeats)],
-        )
+    return [row for network in NETWORKS for row in costs(network, device, repeats)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import report, updates
-from benchmarks.formulas import kfac_step, seen, unit_step
+from benchmarks.formulas import LayerBatch, kfac_step, layer_batches, unit_step
 
 PEERS = {"ASDL": "asdl", "curvlinops": "curvlinops"}
 
@@ -62,7 +62,7 @@ def test_one_class_of_examples_by_hand():
     5.
     """
     a, delta = torch.tensor([[[1.0]], [[3.0]]]).double(), torch.tensor([[[1.0]], [[-1.0]]]).double()
-    layer = updates.Seen(a, delta, torch.tensor([[7.0]]).double(), torch.tensor([2.0]).double())
+    layer = LayerBatch(a, delta, torch.tensor([[7.0]]).double(), torch.tensor([2.0]).double())
     for center, scale, dw in (("q", "full", 1.5), ("p", "diagonal", 1.5), ("q", "none", 3.0)):
         found, moved = unit_step(layer, center, scale, 1.0)
         assert found.item() == pytest.approx(dw) and moved.item() == pytest.approx(2 - 2 * dw)
@@ -72,12 +72,11 @@ def test_one_class_of_examples_by_hand():
     assert found.item() == pytest.approx(3) and moved.item() == pytest.approx(-4)
 
 
-def test_the_gradients_that_are_seen_are_those_of_autograd():
+def test_the_recorded_gradients_are_those_of_autograd():
     model, ((x, y), *_) = updates.problem("CNN", small=True)
     torch.nn.functional.cross_entropy(model(x), y).backward()
-    for layer, module in zip(
-        seen(model, x, y, y), [model[0], model[2], model[4], model[-1]], strict=True
-    ):
+    layers = [model[0], model[2], model[4], model[-1]]
+    for layer, module in zip(layer_batches(model, x, y, y), layers, strict=True):
         g = torch.einsum("ntu,nti->ui", layer.delta, layer.a) / len(x)
         assert torch.allclose(g, module.weight.grad.flatten(1), atol=1e-6) and torch.allclose(
             layer.g0, module.bias.grad

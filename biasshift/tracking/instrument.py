@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from biasshift.measure.layer_types import Selection
 from biasshift.measure.likelihoods import Labels, Likelihood
 from biasshift.measure.options import Options, Units
-from biasshift.measure.probe import Probe, Selection, rereadable
+from biasshift.measure.probe import Probe, rereadable
 from biasshift.tracking.logs import ProbeLog, TrainingLog
 
 QUANTITIES = ("activations", "bias_shift", "fisher", "gap")

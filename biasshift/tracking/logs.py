@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from biasshift.distributed import is_distributed
 from biasshift.measure import all_reduce, layer_types
-from biasshift.measure.accumulators import kept_units
+from biasshift.measure.accumulators import Measured, kept_units
 from biasshift.measure.activation_moments import (
     ActivationMoments,
-    ActivationWatcher,
+    ActivationRecorder,
     activation_modules,
     activation_moments,
 )
 from biasshift.measure.bias_shift import NetMeans, compare, net_means, unit_weights, used_gradients
 from biasshift.measure.coverage import NonFiniteOutputs
 from biasshift.measure.fisher import measure
-from biasshift.measure.gradient_gap import Foreseen, gap
-from biasshift.measure.hooks import Feeding, add_output_hook, output_hooks, underlying
-from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.options import Measured, Options
-from biasshift.measure.probe import Probe, Selection, batches, weight_layers
+from biasshift.measure.gradient_gap import PredictedShift, gap
+from biasshift.measure.hooks import LayerGraph, add_output_hook, output_hooks, underlying
+from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
+from biasshift.measure.options import Options
+from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import undisturbed
 from biasshift.tracking.rows import (
     activation_columns,
@@ -56,7 +56,7 @@ class Log:
         self.model, self.optimizer = underlying(model), optimizer
         self.weights, self.activations = _split(self.model, layers, measure_weights)
         self.step = 0
-        self._feeding = Feeding()
+        self._graph = LayerGraph()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "Log":
@@ -77,17 +77,22 @@ class Log:
         ``fed_by`` is the module whose output the layer reads, or "". ``inputs`` is 0 for an
         activation module.
         """
-        feeding = self._feeding
+        graph = self._graph
         rows = [
-            (name, kind, self._unit_count(name), feeding.fed_by[name], feeding.inputs.get(name, 0))
-            for name, kind in feeding.kinds_of.items()
+            (name, kind, self._unit_count(name), graph.fed_by[name], self._input_count(name))
+            for name, kind in graph.kinds.items()
             if name in self.weights or name in self.activations
         ]
         return pd.DataFrame(rows, columns=["layer", "kind", "units", "fed_by", "inputs"])
 
+    def _input_count(self, name: str) -> int:
+        return layer_types.input_count(self.weights[name]) if name in self.weights else 0
+
     def _unit_count(self, name: str) -> int:
+        if name in self.weights:
+            return layer_types.unit_count(self.weights[name])
         moments = (m for call, m in self._moments().items() if call.split("#")[0] == name)
-        return self._feeding.units.get(name) or next((len(m.mean) for m in moments), 0)
+        return next((len(m.mean) for m in moments), 0)
 
     def _moments(self) -> dict[str, ActivationMoments]:
         raise NotImplementedError
@@ -117,11 +122,11 @@ class ProbeLog(Log):
         self._merging = distributed and is_distributed()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
-        self._foreseen: dict[str, Foreseen] = {}
+        self._foreseen: dict[str, PredictedShift] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
         self._run_one_example(options.batch_size)
         self.weights = {
-            name: module for name, module in self.weights.items() if name in self._feeding.kinds_of
+            name: module for name, module in self.weights.items() if name in self._graph.kinds
         }
         self.options = replace(options, layers=list(self.weights))
         self._measure(defaultdict(dict))
@@ -151,10 +156,10 @@ class ProbeLog(Log):
     def _run_one_example(self, batch_size: int | None) -> None:
         """Which layers feed which, and which take part at all."""
         watched: dict[str, nn.Module] = {**self.weights, **self.activations}
-        with undisturbed(self.model, evaluate=True), output_hooks(watched, self._feeding.record):
+        with undisturbed(self.model, evaluate=True), output_hooks(watched, self._graph.record):
             first, _ = next(batches(self.model, self.x, None, batch_size))
             self.model(first[:1])
-        self._feeding.finish()
+        self._graph.finish()
 
     # -- around a step -----------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class ProbeLog(Log):
 
     def _foresee(
         self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
-    ) -> dict[str, Foreseen]:
+    ) -> dict[str, PredictedShift]:
         """What the gradient that the optimizer is about to use would shift, and Theorem 1's update
         of it: with F before the step.
         """
@@ -198,7 +203,7 @@ class ProbeLog(Log):
             with undisturbed(self.model, evaluate=True):
                 measured = self._measured(replace(self.options, generator=generator))
                 return {
-                    name: Foreseen.of(
+                    name: PredictedShift.of(
                         measured[name].fisher, self._kept(name, g), self._weights_of_units(name)
                     )
                     for name, g in gradients.items()
@@ -206,7 +211,7 @@ class ProbeLog(Log):
         except ValueError as error:
             if not isinstance(error, NonFiniteOutputs):  # of which the measurement afterwards warns
                 warnings.warn(
-                    f"What the gradient of step {self.step + 1} would shift is left out. {error} "
+                    f"Step {self.step + 1} gets no shifts of its gradient. {error} "
                     "Training goes on.",
                     stacklevel=2,
                 )
@@ -250,7 +255,7 @@ class ProbeLog(Log):
             return self._measured(self.options, gradient="gap" in self.quantities)
         except NonFiniteOutputs as error:
             warnings.warn(
-                f"No Fisher and gap rows are written for step {self.step}. {error} Training goes on.",
+                f"Step {self.step} gets no Fisher and gap rows. {error} Training goes on.",
                 stacklevel=2,
             )
             return {}
@@ -298,7 +303,7 @@ class TrainingLog(Log):
         super().__init__(model, optimizer, layers, measure_weights=False)
         self._recording = False  # inside a training forward pass of the whole model
         self._has_recorded = False
-        self._watcher = ActivationWatcher(self.model, list(self.activations))
+        self._watcher = ActivationRecorder(self.model, list(self.activations))
         self._handles += [
             *(
                 add_output_hook(name, module, self._record)
@@ -343,7 +348,7 @@ class TrainingLog(Log):
         if not self._recording:
             return
         if not self._has_recorded:
-            self._feeding.record(name, module, a, output)
+            self._graph.record(name, module, a, output)
         if name in self._watcher.modules:
             with torch.no_grad():
                 self._watcher.record(name, module, a, output)
@@ -351,7 +356,7 @@ class TrainingLog(Log):
     def _stop(self, module: nn.Module, args: object, output: object) -> None:
         if self._recording:
             if not self._has_recorded:
-                self._feeding.finish()
+                self._graph.finish()
             self._has_recorded = True
             self.step += self.optimizer is None
         self._recording = False  # a checkpoint's recomputation in the backward pass does not count

@@ -17,9 +17,10 @@ from torch import nn
 
 import biasshift as bs
 from biasshift import theory
+from biasshift.measure.accumulators import Measured
 from biasshift.measure.fisher import measure
 from biasshift.measure.gradient_gap import gap
-from biasshift.measure.options import Measured, Options
+from biasshift.measure.options import Options
 from biasshift.optim import UnitNaturalGradient
 from biasshift.tracking.rows import OWN_COLUMNS, UPDATE_COLUMNS
 from biasshift.training import Ensemble
@@ -355,7 +356,7 @@ def test_a_unit_whose_gradient_is_not_finite_has_none_of_it():
         backward(model)
         model[2].weight.grad[1, 0], model[2].bias.grad[3] = torch.nan, torch.inf
 
-    with pytest.warns(UserWarning, match="No Fisher and gap rows"):  # the step ends the network
+    with pytest.warns(UserWarning, match="no Fisher and gap rows"):  # the step ends the network
         rows = row(stepped(model, sgd(model), (x, y), fill=fill), 1, "2")
     for name in UPDATE_COLUMNS:
         assert rows[name].isna().tolist() == [False, True, False, True, False]
@@ -388,7 +389,7 @@ def test_a_singular_matrix_before_the_step_does_not_end_the_loop():
         optimizer._optimizer_step_post_hooks.move_to_end(
             next(reversed(optimizer._optimizer_step_post_hooks)), last=False
         )
-        with pytest.warns(UserWarning, match=r"left out\. Layer '2'.*singular"):
+        with pytest.warns(UserWarning, match=r"no shifts of its gradient\. Layer '2'.*singular"):
             optimizer.step()
     assert (
         row(log.table(), 1, "2")["shift_gradient"].isna().all()
