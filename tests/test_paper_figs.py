@@ -180,15 +180,15 @@ def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeyp
         (
             "fig6",
             [],
-            r"Figure 6 shows runs, and none come with this version: make them with `biasshift "
+            r"Figure 6 shows runs, and none come with this version\. Make them with `biasshift "
             r"train imagenet`",
         ),
-        ("fig6", ["--quick"], r"'--quick' is no folder of runs"),
+        ("fig6", ["--quick"], r"'--quick' is not a folder of runs"),
         ("fig2", ["nowhere"], r"'nowhere' is no folder"),
         ("fig3", ["."], r"no runs in \."),
         ("theory1", ["nowhere"], r"'nowhere' is no folder"),
         ("bench", ["nowhere"], r"'nowhere': No such file"),
-        ("fig1", ["nowhere"], r"Figure 1 shows functions, and no runs"),
+        ("fig1", ["nowhere"], r"Figure 1 shows functions, not runs"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(

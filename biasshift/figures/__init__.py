@@ -1,39 +1,27 @@
-"""Figures as files: runs, or the small tables that stand for them → the panels of `biasshift.plots`
-→ PNG and PDF.
+"""Figures as files: runs → a small table → the panels of `biasshift.plots` → PNG and PDF.
 
 spec        what a figure consists of
 selection   which of the given runs it is about
 captions    what it says about them
 files       both files or none
-tables      small tables with their origin
+tables      small tables with their origin, which stand for runs
 mlp, convnets, theory, sweep, benchmarks     the figures
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import pandas as pd
 
 from biasshift import plots
-from biasshift.figures import (
-    benchmarks,
-    convnets,
-    mlp,
-    sweep,
-    theory,
-)
+from biasshift.figures import benchmarks, convnets, mlp, sweep, theory
 from biasshift.figures.captions import described
 from biasshift.figures.files import in_a_sentence, write_both
 from biasshift.figures.selection import chosen, read, refuse_mixture, with_length
-from biasshift.figures.spec import NOTHING, Drawing, Number
+from biasshift.figures.spec import NOTHING, FigureSpec, Number
 from biasshift.figures.tables import committed, load, save
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from biasshift.plots import Figure
 
 __all__ = [
     "ALIASES",
@@ -54,103 +42,99 @@ __all__ = [
     "write",
 ]
 
-_ORDER = (
-    "1",
-    "2",
-    "3",
-    "4",
-    "5",
-    "6",
-    "7",
-    "table1",
-    "theory1",
-    "theory2",
-    "theory3",
-    "theory4",
-    "bench",
-)
-_FOUND = mlp.FIGURES | convnets.FIGURES | theory.FIGURES | sweep.FIGURES | benchmarks.FIGURES
-FIGURES: dict[str, Drawing] = {name: _FOUND[name] for name in _ORDER}
+_ORDER = "1 2 3 4 5 6 7 table1 theory1 theory2 theory3 theory4 bench".split()
+_SPECS = mlp.FIGURES | convnets.FIGURES | theory.FIGURES | sweep.FIGURES | benchmarks.FIGURES
+FIGURES: dict[str, FigureSpec] = {name: _SPECS[name] for name in _ORDER}
 ALIASES = {"gap": "theory1"}
 
 
 def data(name: str, *paths: str | os.PathLike[str]) -> pd.DataFrame | None:
-    """Returns the small table that a figure shows: of the given runs, or else the one that comes
-    with the package.
+    """Returns the small table that a figure shows; None for figure 1, which shows functions.
+
+    Args:
+        name: a name or an alias of a figure.
+        paths: folders of the runs to show; for "bench", files or folders that
+            `python -m benchmarks` wrote. Without any, the table that comes with the package.
 
     Raises:
-        ValueError: no such figure or table; runs that lack what it shows.
+        ValueError: there is no such figure or table, or the runs lack what it shows.
     """
-    drawing = _drawing(name)
-    if options := [
-        str(path) for path in paths if str(path).startswith("-") and not os.path.exists(path)
-    ]:
-        raise ValueError(
-            f"'{options[0]}' is no folder of runs: `biasshift figure` takes options, this takes "
-            "folders."
-        )
+    spec = _spec(name)
+    for path in map(str, paths):
+        if path.startswith("-") and not os.path.exists(path):
+            raise ValueError(
+                f"'{path}' is not a folder of runs. Leave it out: only `biasshift figure` takes "
+                "options."
+            )
     if name == "1":
         if paths:
-            raise ValueError("Figure 1 shows functions, and no runs: leave the folders out.")
+            raise ValueError("Figure 1 shows functions, not runs. Leave the folders out.")
         return None
     if paths:
-        return condensed(
-            name, benchmarks.read_benchmarks(*paths) if name == "bench" else read(*paths)
-        )
+        runs = benchmarks.read_benchmarks(*paths) if name == "bench" else read(*paths)
+        return condensed(name, runs)
     table = committed(ALIASES.get(name, name))
     if table is None:
         raise ValueError(
-            f"Figure {name} shows runs, and none come with this version: "
-            f"make them with `{drawing.runs}`, then `biasshift figure {name} FOLDER`."
+            f"Figure {name} shows runs, and none come with this version. Make them with "
+            f"`{spec.command}`, then `biasshift figure {name} FOLDER`."
         )
     return load(table)
 
 
 def condensed(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
-    """Returns the small table of a figure from the table of `biasshift.runs.reader.read_runs`.
+    """Returns the small table of a figure, made of the table of `read`.
+
+    Of the runs, only those that the figure is about are taken. What was left out is listed in
+    `attrs["left_out"]`, and the caption says so.
 
     Raises:
-        ValueError: the runs lack what the figure shows.
+        ValueError: there is no such figure, or the runs lack what it shows, or runs of several
+            settings would be taken for seeds of one.
     """
-    drawing = _drawing(name)
-    table = _there(name, table)
+    spec, table = _spec(name), _checked(name, table)
     if name in ("1", "bench"):
-        return drawing.condense(table)
+        return spec.condense(table)
     plots.need(table, ["run", "step"], f"figure {name}")
-    rows = chosen(table, drawing.experiments, drawing.prefer, f"make them with `{drawing.runs}`.")
-    refuse_mixture(rows, name, drawing.apart, drawing.unshown)
-    small = drawing.condense(with_length(rows))
+    rows = chosen(table, spec.experiments, spec.prefer, f"Make them with `{spec.command}`")
+    refuse_mixture(rows, name, spec.compared, spec.irrelevant)
+    small = spec.condense(with_length(rows))
     small.attrs = {key: rows.attrs[key] for key in ("left_out",) if key in rows.attrs}
     return small
 
 
-def picture(name: str, table: pd.DataFrame | None) -> Figure:
-    """Returns a figure of its small table, in the project's style; figure 1 has none.
+def picture(name: str, table: pd.DataFrame | None) -> plots.Figure:
+    """Returns a figure of its small table, in the project's style.
+
+    Args:
+        table: as `data` or `condensed` return it; None for figure 1.
 
     Raises:
-        ValueError: no such figure, or no table.
+        ValueError: there is no such figure, or no table.
     """
-    drawing = _drawing(name)
+    spec = _spec(name)
     with plots.style():
-        return drawing.panels(table if name == "1" else _there(name, table))
+        return spec.panels(table if name == "1" else _checked(name, table))
 
 
 def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
-    """Returns the numbers that a figure shows, each beside the paper's."""
-    return [] if table is None else _drawing(name).numbers(table)
+    """Returns the numbers that a figure shows, each beside the paper's; none without a table."""
+    return [] if table is None else _spec(name).numbers(table)
 
 
 def caption(name: str, table: pd.DataFrame | None) -> str:
-    """Returns what the figure is, what runs it shows, which of the given ones it leaves out, and
-    what the paper's shows.
+    """Returns a caption: what the figure is, and what runs it shows.
+
+    It also says which of the given runs are left out, what the paper's figure shows, and whether
+    the paper's numbers are of other runs than these.
     """
-    drawing = _drawing(name)
-    parts = [drawing.title]
+    spec = _spec(name)
+    parts = [spec.title]
     if table is not None:
-        parts += [f"Shown: {shown}"] if (shown := described(drawing.shown(table))) else []
+        parts += [f"Shown: {shown}"] if (shown := described(spec.drawn(table))) else []
         parts += [f"Left out: {', '.join(left)}"] if (left := table.attrs.get("left_out")) else []
-    parts += [f"Paper: {drawing.paper}"] if drawing.paper else []
-    if table is not None and not drawing.fits(table):
+    parts += [f"Paper: {spec.paper}"] if spec.paper else []
+    if table is not None and not spec.comparable(table):
         parts.append(
             "These runs are of another kind or length than the paper's, so that its numbers do not "
             "stand beside theirs"
@@ -159,7 +143,10 @@ def caption(name: str, table: pd.DataFrame | None) -> str:
 
 
 def said(name: str, table: pd.DataFrame | None) -> str:
-    """Returns the caption, and a line for every number that the figure shows, beside the paper's."""
+    """Returns the caption, and a line for every number that the figure shows.
+
+    Where the paper has the same number, it stands behind the one that was measured here.
+    """
     lines = [
         f"  {number.quantity}: {number.here}"
         + (f"  (paper: {number.paper})" if number.paper != NOTHING else "")
@@ -169,28 +156,38 @@ def said(name: str, table: pd.DataFrame | None) -> str:
 
 
 def write(
-    name: str, figure: Figure, folder: str | os.PathLike[str] = "figures", words: str = ""
+    name: str, figure: Any, folder: str | os.PathLike[str] = "figures", words: str = ""
 ) -> list[Path]:
-    """Writes a figure as PNG and PDF, with its caption in the files; returns the paths.
+    """Writes a figure as PNG and PDF and returns the paths, `figure_<name>.png` and `.pdf`.
+
+    Args:
+        figure: as `picture` returns it.
+        folder: is made if it does not exist.
+        words: the caption, for the metadata of the files.
 
     Raises:
-        ValueError: no such figure, or it is none of Matplotlib's.
+        ValueError: there is no such figure, or `figure` is not one of Matplotlib's.
         OSError: they cannot be written; then none of them is.
     """
-    _drawing(name)
+    _spec(name)
     if not hasattr(figure, "savefig"):
         raise ValueError(
-            f"A figure is what `biasshift.figures.picture` returns, not {type(figure).__name__}."
+            f"'figure' must be what `biasshift.figures.picture` returns, got "
+            f"{type(figure).__name__}."
         )
     return write_both(name, figure, Path(folder), words)
 
 
-def script(name: str, *paths: str) -> Figure:
-    """What a script of `paper_figs` does: returns a figure, of run folders or of the package's
-    table, and prints files and numbers.
+def script(name: str, *paths: str) -> plots.Figure:
+    """Draws, writes and returns a figure: all that a script of `paper_figs` does.
+
+    It prints the paths of the files, the caption and the numbers.
+
+    Args:
+        paths: run folders; without any, the package's table is drawn.
 
     Raises:
-        SystemExit: with one sentence and status 2, where the runs cannot be drawn.
+        SystemExit: with a message and status 2, where the runs cannot be drawn.
     """
     with in_a_sentence():
         table = data(name, *paths)
@@ -202,10 +199,13 @@ def script(name: str, *paths: str) -> Figure:
 
 
 def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
-    """Draws a figure of run folders' table and writes it as PNG and PDF; returns the paths.
+    """Draws a figure of a table of runs and writes it as PNG and PDF; returns the paths.
+
+    Args:
+        table: as `read` returns it, not condensed; None for figure 1.
 
     Raises:
-        ValueError: for a figure that does not exist, or runs that lack what it shows.
+        ValueError: there is no such figure, or the runs lack what it shows. Nothing is written.
     """
     small = None if name == "1" else condensed(name, table)
     return write(name, picture(name, small), folder, caption(name, small))
@@ -214,41 +214,40 @@ def draw(name: str, table: pd.DataFrame | None, folder: Path) -> list[Path]:
 def drawable(
     paths: Sequence[str | os.PathLike[str]],
 ) -> tuple[dict[str, pd.DataFrame | None], dict[str, str]]:
-    """Returns the small tables of all figures that the given runs, or without runs the package, can
-    draw; and why not the others.
+    """Returns the small tables of all figures that can be drawn, and why not the others.
+
+    Args:
+        paths: run folders; without any, the tables that come with the package are drawn.
     """
-    found: dict[str, pd.DataFrame | None] = {}
-    left: dict[str, str] = {}
-    table = read(*paths) if paths else None
+    tables: dict[str, pd.DataFrame | None] = {}
+    reasons = {}
+    runs = read(*paths) if paths else None
     for name in FIGURES:
         try:
-            if table is None or name == "1":
-                found[name] = data(name)
+            if runs is None or name == "1":
+                tables[name] = data(name)
             elif name == "bench":
-                left[name] = (
-                    "It shows no runs: give it a folder that `python -m benchmarks` wrote into."
-                )
+                reasons[name] = "It shows benchmarks: give a folder of `python -m benchmarks`."
             else:
-                found[name] = condensed(name, table)
+                tables[name] = condensed(name, runs)
         except ValueError as error:
-            left[name] = str(error)
-    return found, left
+            reasons[name] = str(error)
+    return tables, reasons
 
 
-def _there(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
-    if table is None:
-        raise ValueError(f"Figure '{name}' shows runs, and there are none.")
-    if not hasattr(table, "columns"):
+def _checked(name: str, table: pd.DataFrame | None) -> pd.DataFrame:
+    if not isinstance(table, pd.DataFrame):
+        got = "none" if table is None else type(table).__name__
         raise ValueError(
-            f"Figure '{name}' is drawn of a table, as `biasshift.figures.data` returns it, not of "
-            f"{type(table).__name__}."
+            f"Figure '{name}' shows a table of runs, got {got}. Give what "
+            "`biasshift.figures.data` returns."
         )
     return table
 
 
-def _drawing(name: str) -> Drawing:
-    if (found := FIGURES.get(ALIASES.get(name, name))) is None:
+def _spec(name: str) -> FigureSpec:
+    if (spec := FIGURES.get(ALIASES.get(name, name))) is None:
         raise ValueError(
-            f"There is no figure '{name}': choose one of {', '.join([*FIGURES, *ALIASES])}."
+            f"Figure '{name}' does not exist. Choose one of {', '.join([*FIGURES, *ALIASES])}."
         )
-    return found
+    return spec

@@ -1,97 +1,119 @@
-"""What a figure says about the runs that it shows, and whether they are such as the paper's numbers
-are of.
-"""
+"""What a figure says about the runs that it shows, and whether the paper's numbers are of such."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
+from biasshift import plots
 from biasshift.experiments import cifar11, cifar18
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MADE = {
     "smoke": "Smoke run: a tiny version, which shows only that it works.",
     "quick": "Quick version, which decides nothing.",
 }
-STEPS = {
-    "cifar11": ("the paper's ", cifar11.STEPS),
-    "cifar18": ("", cifar18.STEPS),
-}  # of the latter, the paper leaves some open
+# Whose numbers of steps these are. Of its 18-layer networks, the paper leaves some open.
+STEPS = {"cifar11": ("the paper's ", cifar11.STEPS), "cifar18": ("", cifar18.STEPS)}
 EMBEDDED = "digits"  # whose images a smoke run has, too
-TESTED = {
-    "test_images": (10_000, "test images"),
-    "valid_images": (5_000, "validation images"),
-}  # of the paper's errors
+# The images that the paper's errors are of.
+TESTED = {"test_images": (10_000, "test images"), "valid_images": (5_000, "validation images")}
 WITHIN = 0.01  # of the paper's length
 
 
 def described(table: pd.DataFrame) -> str:
-    """Which runs a figure shows, as far as they say it: "digits: 60 epochs, 6 seeds, cpu (x86_64)"."""
-    kinds = [_listed(table, "experiment"), _data(table), _shape(table), _unusual(table)]
+    """Returns which runs a figure shows: "digits: 60 epochs, 6 seeds, cpu (x86_64)".
+
+    Before the colon stand experiment, data set, and what is unusual about the networks; behind it
+    length, images, seeds and devices. What the table does not have is left out, and so is what is
+    as in the paper.
+
+    Args:
+        table: rows of runs, with any of the columns `RUN_COLUMNS`.
+    """
     seeds = table["seed"].nunique() if "seed" in table else 0
+    subject = [_listed(table, "experiment"), _data(table), _shape(table), _unusual(table)]
     facts = [
         _length(table),
         _tested(table),
         f"{seeds} seed{'s' if seeds > 1 else ''}" if seeds else "",
         _listed(table, "device"),
     ]
-    what, rest = ", ".join(filter(None, kinds)), ", ".join(filter(None, facts))
+    halves = [", ".join(filter(None, parts)) for parts in (subject, facts)]
     made = [MADE[name] for name in MADE if "made" in table and (table["made"] == name).any()]
-    return " ".join([*made, ": ".join(filter(None, [what, rest]))])
+    return " ".join([*made, ": ".join(filter(None, halves))])
 
 
 def over_seeds(table: pd.DataFrame, text: str = "Mean ± SD over seeds") -> str:
-    """How several seeds are shown; of one there is nothing to say but that."""
+    """Returns how several seeds are shown, or that there is only one run each.
+
+    Args:
+        text: what to say of several seeds. If it begins with a small letter, so does the other.
+    """
+    if "seed" not in table or table["seed"].nunique() != 1:
+        return text
     alone = "One run each, no spread"
-    several = "seed" not in table or table["seed"].nunique() != 1
-    return text if several else alone if text[0].isupper() else alone.lower()
+    return alone if text[0].isupper() else alone.lower()
+
+
+def finish(
+    figure: plots.Figure,
+    axes: Sequence[plots.Axes],
+    letters: Sequence[str],
+    heading: str,
+    columns: int = 6,
+) -> plots.Figure:
+    """Returns a figure with a letter and title over each panel, one legend below and a heading.
+
+    Args:
+        axes: the panels, of whose lines the legend is.
+        letters: the titles behind the letters: "(a) …".
+        heading: what stands over all panels.
+        columns: of the legend, at most.
+    """
+    plots.lettered(axes, letters)
+    plots.one_legend(figure, axes, columns)
+    plots.headed(figure, heading)
+    return figure
 
 
 def synthetic(table: pd.DataFrame) -> bool:
-    """Whether some of the runs were trained on something of a data set's shape."""
-    smoke = table["made"] == "smoke" if "made" in table else None
-    return smoke is not None and bool(
+    """Returns whether some of the runs were trained on random data of a data set's shape.
+
+    Smoke runs are, except for those on the images that come with scikit-learn.
+    """
+    if "made" not in table:
+        return False
+    smoke = table["made"] == "smoke"
+    return bool(
         (smoke & (table["experiment"] != EMBEDDED) if "experiment" in table else smoke).any()
     )
 
 
-def like_the_papers(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
-    """Whether runs are what the paper's numbers are of: its data, networks of its size without
-    batch norm, and its length.
+def comparable(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
+    """Returns whether the paper's numbers are of such runs.
+
+    They are if the data set is the paper's, the networks have its size and no batch normalization,
+    and the length is the paper's within 1 %.
+
+    Args:
+        dataset: the name of the paper's data set, as runs record it.
+        steps: the length of the paper's runs; None if any length will do.
     """
-    other_data = (
-        synthetic(table) or "dataset" not in table or bool((table["dataset"] != dataset).any())
-    )
-    normed = "batch_norm" in table and bool((table["batch_norm"] == True).any())  # noqa: E712
-    other_size = "width" in table and bool((table["width"] != 1).any())
+    if len(table) == 0 or synthetic(table) or "dataset" not in table:
+        return False
     last = table.groupby("run", observed=True)["step"].max() if steps else None
-    other_length = last is not None and bool(((last / steps - 1).abs() > WITHIN).any())
-    return len(table) > 0 and not (other_data or normed or other_size or other_length)
+    return not (
+        (table["dataset"] != dataset).any()
+        or ("batch_norm" in table and table["batch_norm"].eq(True).any())
+        or ("width" in table and (table["width"] != 1).any())
+        or (last is not None and ((last / steps - 1).abs() > WITHIN).any())
+    )
 
 
 def _data(table: pd.DataFrame) -> str:
     if synthetic(table):
         return "synthetic data"
-    swept = (
-        "experiment" in table and len(table) > 0 and bool((table["experiment"] == "sweep").all())
-    )
+    swept = "experiment" in table and len(table) > 0 and (table["experiment"] == "sweep").all()
     return "MNIST at half resolution" if swept else _listed(table, "dataset")
-
-
-def _tested(table: pd.DataFrame) -> str:
-    """Of how many images errors are, where the paper's are of others."""
-    found = [
-        f"{_range(table[name])} {images}"
-        for name, (usual, images) in TESTED.items()
-        if name in table and bool((table[name].dropna() != usual).any())
-    ]
-    return ", ".join(found)
-
-
-def _listed(table: pd.DataFrame, name: str) -> str:
-    return ", ".join(sorted(map(str, table[name].dropna().unique()))) if name in table else ""
 
 
 def _shape(table: pd.DataFrame) -> str:
@@ -104,20 +126,17 @@ def _shape(table: pd.DataFrame) -> str:
 
 def _unusual(table: pd.DataFrame) -> str:
     """What the reader would not expect of all of these networks."""
-    scales = (
-        sorted(table["width"].dropna().unique())
-        if "width" in table and "depth" not in table
-        else []
-    )
-    scaled = (
-        f"units × {' and '.join(f'{scale:g}' for scale in scales)}"
-        if scales and scales != [1]
-        else ""
-    )
-    normed = "batch_norm" in table and bool((table["batch_norm"] == True).all()) and len(table) > 0  # noqa: E712
+    unusual = []
+    if "width" in table and "depth" not in table:
+        scales = sorted(table["width"].dropna().unique())
+        if scales and scales != [1]:
+            unusual.append(f"units × {' and '.join(f'{scale:g}' for scale in scales)}")
+    if "batch_norm" in table and len(table) > 0 and table["batch_norm"].eq(True).all():
+        unusual.append("with batch norm")
     updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
-    other = f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else ""
-    return ", ".join(filter(None, [scaled, "with batch norm" if normed else "", other]))
+    if len(updates) == 1 and updates != ["plain"]:
+        unusual.append(f"{updates[0]} update")
+    return ", ".join(unusual)
 
 
 def _length(table: pd.DataFrame) -> str:
@@ -132,15 +151,26 @@ def _length(table: pd.DataFrame) -> str:
     if got in table and (table[got] < table[planned] - 1e-6).any():
         whole = f"{_range(table[got])} of {whole} (some ended early)"
     whose, usual = STEPS.get(_listed(table, "experiment") if by_steps else "", ("", 0))
-    # The schedule of the learning rate is shortened with the run: it is no beginning of the
-    # paper's.
     share = table[planned].max() / usual if usual else 1
-    made = "shortened" if share < 1 else "stretched"
-    return (
-        f"{whole} (schedule {made} from {whose}{usual:,} updates)"
-        if abs(share - 1) > WITHIN
-        else whole
+    if abs(share - 1) <= WITHIN:
+        return whole
+    # The schedule of the learning rate is shortened with the run, which is not the beginning of
+    # the paper's.
+    change = "shortened" if share < 1 else "stretched"
+    return f"{whole} (schedule {change} from {whose}{usual:,} updates)"
+
+
+def _tested(table: pd.DataFrame) -> str:
+    """The number of images that errors are of, where it is not the paper's."""
+    return ", ".join(
+        f"{_range(table[name])} {images}"
+        for name, (usual, images) in TESTED.items()
+        if name in table and (table[name].dropna() != usual).any()
     )
+
+
+def _listed(table: pd.DataFrame, name: str) -> str:
+    return ", ".join(sorted(map(str, table[name].dropna().unique()))) if name in table else ""
 
 
 def _range(values: pd.Series) -> str:

@@ -1,86 +1,76 @@
-"""What a figure consists of: the runs it is about, a small table, panels, and numbers beside the
-paper's.
-"""
-
-from __future__ import annotations
+"""What a figure consists of: runs, a small table of them, panels, and numbers to print."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
+
+from biasshift import plots
+from biasshift.analysis.formatting import mean_and_sd
 from biasshift.figures.selection import MEASURED
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from biasshift.plots import Figure
-
-
-NOTHING = "–"  # that could stand beside a number
+NOTHING = "–"  # beside a number that the paper does not have
 NONE_PRINTED = "prints none"
 
 
 class Number(NamedTuple):
-    """A number that a figure shows, and what the paper says."""
+    """A number that a figure shows, as text, and what the paper says of the same quantity."""
 
     quantity: str
     here: str
     paper: str = NOTHING
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: runs → a small table → panels. The small table is all that the panels and the
-    numbers look at.
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """A figure: runs are condensed to a small table, which panels and numbers are made of.
+
+    The panels and the numbers see nothing but the small table. It comes with the package where
+    there are no runs, and draws the same figure.
     """
 
     title: str
-    runs: str  # the command that makes them
-    paper: str  # what the paper's own figure shows
+    command: str = ""  # makes the runs
+    paper: str = ""  # what the paper's own figure shows
     condense: Callable[[pd.DataFrame], pd.DataFrame]
-    panels: Callable[[pd.DataFrame], Figure]
+    panels: Callable[[pd.DataFrame], plots.Figure]
     numbers: Callable[[pd.DataFrame], list[Number]]
-    experiments: tuple[str, ...] = ()  # of whose runs it is: the first that is there
-    prefer: Mapping[str, object] = field(
-        default_factory=dict
-    )  # settings of the runs, where there are such
+    # The experiments that it may be about: the first of which there are runs.
+    experiments: tuple[str, ...] = ()
+    # The settings of its runs, wherever some runs have them.
+    prefer: Mapping[str, object] = field(default_factory=dict)
     quick: tuple[str, ...] = ()  # commands that train a shortened version
-    apart: tuple[str, ...] = ()  # options of runs that it tells apart, besides activation and seed
-    unshown: tuple[str, ...] = MEASURED  # those that what it shows does not depend on
-    shown: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: (
-        table
-    )  # the part of the small table that is drawn
-    fits: Callable[[pd.DataFrame], bool] = lambda table: (
-        True
-    )  # whether the paper's numbers are of such runs
+    compared: tuple[str, ...] = ()  # options of the runs, besides activation and seed
+    irrelevant: tuple[str, ...] = MEASURED  # options that what it shows does not depend on
+    # The part of the small table that is drawn.
+    drawn: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
+    # Whether the paper's numbers are of such runs.
+    comparable: Callable[[pd.DataFrame], bool] = lambda table: True
 
 
-def finals(
+def final_values(
     table: pd.DataFrame,
     column: str,
     paper: Mapping[str, str] | str,
     name: str,
     percent: bool = False,
 ) -> list[Number]:
-    """The last value of a column in every run: mean ± SD over the seeds of every activation
-    function.
+    """Returns the last value of a column, mean ± SD over the runs of every activation function.
 
     Args:
-        paper: what the paper says, of all of them or of each.
+        table: rows with `run`, `step`, `activation` and the column; the last row of a run in which
+            the column has a value counts.
+        paper: what the paper says, of all activation functions or of each.
+        name: what the column is called.
+        percent: whether to show fractions as percentages.
     """
-    from biasshift.analysis.formatting import mean_and_sd
-    from biasshift.plots import looks
-
     rows = table.loc[table[column].notna()].sort_values("step").drop_duplicates("run", keep="last")
-    found = []
-    for key, look in looks(rows["activation"].unique()).items():
-        values = rows.loc[rows["activation"] == key, column].astype(float)
-        text = f"{mean_and_sd(100 * values if percent else values)}{' %' if percent else ''} (n = {len(values)})"
-        found.append(
-            Number(
-                f"{name}, {look.label}",
-                text,
-                paper if isinstance(paper, str) else paper.get(str(key), NOTHING),
-            )
-        )
-    return found
+    factor, unit = (100, " %") if percent else (1, "")
+    numbers = []
+    for key, look in plots.looks(rows["activation"].unique()).items():
+        values = factor * rows.loc[rows["activation"] == key, column].astype(float)
+        here = f"{mean_and_sd(values)}{unit} (n = {len(values)})"
+        there = paper if isinstance(paper, str) else paper.get(str(key), NOTHING)
+        numbers.append(Number(f"{name}, {look.label}", here, there))
+    return numbers

@@ -1,117 +1,92 @@
 """theory4: networks trained by updates that take the bias shift out, beside those that do not."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
 
 from biasshift import plots
 from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cells_of
 from biasshift.analysis.learning_curves import common_levels, curve_of, reached
-from biasshift.analysis.per_run import end_loss, has_ended
+from biasshift.analysis.quantities import end_loss, has_ended
 from biasshift.figures.captions import described, over_seeds
 from biasshift.figures.selection import kept
-from biasshift.figures.spec import Drawing, Number
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from biasshift.plots import Figure
+from biasshift.figures.spec import FigureSpec, Number
 
 LEVELS = 2  # losses, as in the claims
 UPDATES = ("plain", "centered", "centered-p", "quasi-diagonal", "full")
+CURVE = ["update", "network"]  # whose runs differ in seed and learning rate only
 
 
-def best(table: pd.DataFrame) -> pd.DataFrame:
-    """The training losses of every run; `network` is its activation with what was added to it,
-    `best` whether at its cell's best rate.
+# -- the small table ---------------------------------------------------------------------------
+
+
+def training_losses(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the training losses of every run, at all learning rates.
+
+    `network` is the activation with what was added to it, "elu + 0.5 with batch norm"; `best` tells
+    whether the run is at the best learning rate of its network and update. Of a run that diverged,
+    the losses before that are kept.
 
     Raises:
-        ValueError: cells were not trained at the same learning rates.
+        ValueError: networks and updates were not trained at the same learning rates.
     """
-    import numpy as np
-
     plots.need(table, ["train_loss", "update", "lr", "activation", "epochs", "epoch"], "theory4")
-    rows = table.loc[(table["layer"] == "") & table["train_loss"].notna()]
+    network = table.loc[table["layer"] == ""]
+    rows = network.loc[network["train_loss"].notna()]
     plots.need(rows, [], "theory4")
-    network = table.loc[(table["layer"] == "") & table["epoch"].notna()].astype({"run": str})
     ends = {
-        name: end_loss(run) if has_ended(run) else math.nan for name, run in network.groupby("run")
+        name: end_loss(run) if has_ended(run) else math.nan
+        for name, run in network.loc[network["epoch"].notna()].astype({"run": str}).groupby("run")
     }
-    rows = rows.loc[np.isfinite(rows["train_loss"])]  # of a run that diverged, what came before
+    rows = rows.loc[np.isfinite(rows["train_loss"])]
     runs = cells_of(rows)
     runs["train_loss"] = runs["run"].astype(str).map(ends)
     rates = {cell: best_rate(group) for cell, group in runs.groupby(list(CELL))}
     runs["best"] = [
         rates[tuple(row[name] for name in CELL)] == row["lr"] for row in runs.to_dict("records")
     ]
-    runs["network"] = [_network(cell) for cell in runs.itertuples()]
-    own = ["update", "constant", "batch_norm"]
-    found = (
-        kept(rows, ["epoch", "seconds", "train_loss"])
-        .drop(columns=own, errors="ignore")
-        .astype({"run": object})
-    )
-    return found.merge(runs[["run", *own, "network", "best"]].astype({"run": object}), on="run")
-
-
-def _network(cell: Any) -> str:
-    return (
+    runs["network"] = [
         str(cell.activation)
         + (f" + {cell.constant:g}" if cell.constant else "")
         + (" with batch norm" if cell.batch_norm else "")
-    )
+        for cell in runs.itertuples()
+    ]
+    columns = ["update", "constant", "batch_norm"]
+    losses = kept(rows, ["epoch", "seconds", "train_loss"]).drop(columns=columns, errors="ignore")
+    settings = runs[["run", *columns, "network", "best"]]
+    return losses.astype({"run": object}).merge(settings.astype({"run": object}), on="run")
 
 
-def steps_to(table: pd.DataFrame) -> dict[float, pd.DataFrame]:
-    """The two lowest losses of the 1-2-5 series that all runs at their best rates come down to →
-    every run's steps there.
+def at_best(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs that are drawn: those at the best learning rate of their kind."""
+    return table.loc[table["best"].astype(bool)]
+
+
+# -- what is drawn -----------------------------------------------------------------------------
+
+
+def theory4(table: pd.DataFrame) -> plots.Figure:
+    """Returns learning curves of every update, and the steps to losses that all come down to.
+
+    Each network is shown at its best learning rate. A network to which something is added has
+    dashed lines, so that grey print tells it from the others.
     """
-    import pandas as pd
-
-    runs = table.loc[table["best"]].groupby("run", sort=False)
-    curves = {name: curve_of(rows) for name, rows in runs}
-    cells = {
-        name: {key: rows[key].iloc[0] for key in ("update", "network", "seed", "lr")}
-        for name, rows in runs
-    }
-    return {
-        level: pd.DataFrame(
-            [cells[name] | {"steps": reached(curve, level)} for name, curve in curves.items()]
-        )
-        for level in common_levels(curves.values(), LEVELS)
-    }
-
-
-def theory4(table: pd.DataFrame) -> Figure:
-    """Learning curves of every update, and the steps to losses that all come down to, each at its
-    best learning rate.
-    """
-    updates, levels = [name for name in UPDATES if (table["update"] == name).any()], steps_to(table)
+    updates, levels = [name for name in UPDATES if (table["update"] == name).any()], _steps(table)
     count = len(updates) + len(levels)
     figure, axes = plots.panels(count, rows=1 if count < 4 else 2, width=3.0, height=2.7)
-    shown = named(table.loc[table["best"]])
-    # Where training starts is high enough: a run that blows up and comes back would squeeze all
+    shown = _named(at_best(table))
+    dashed = {name: "--" for name in shown["activation"].unique() if name not in NAMES}
+    # Where training starts is high enough: a run that diverges and returns would squeeze all
     # others.
-    low, high = (
-        shown["train_loss"].min(),
-        1.5 * shown.loc[shown["step"] == shown["step"].min(), "train_loss"].max(),
-    )
-    changed = {
-        name: "--" for name in shown["activation"].unique() if name not in NAMES
-    }  # told from the others in grey print, too
+    starts = shown.loc[shown["step"] == shown["step"].min(), "train_loss"]
+    limits = shown["train_loss"].min() * 0.9, 1.5 * starts.max()
     for ax, update in zip(axes, updates, strict=False):
-        plots.curves(
-            ax,
-            shown.loc[shown["update"] == update],
-            "train_loss",
-            group="activation",
-            log=True,
-            line=changed,
-        )
-        ax.set(ylabel="training loss (nats)", ylim=(low * 0.9, high))
+        rows = shown.loc[shown["update"] == update]
+        plots.curves(ax, rows, "train_loss", group="activation", log=True, line=dashed)
+        ax.set(ylabel="training loss (nats)", ylim=limits)
     for ax, steps in zip(axes[len(updates) :], levels.values(), strict=False):
-        plots.spans(ax, spread(steps), at="update")
+        plots.spans(ax, _spread(steps), at="update")
         ax.set(yscale="log", ylabel="steps", xlabel="update")
         plots.on_log_scale(ax.yaxis)
         plots.no_legend(ax)
@@ -119,133 +94,131 @@ def theory4(table: pd.DataFrame) -> Figure:
     plots.one_legend(figure, axes[: len(updates)], columns=5)
     for ax in axes[count:]:
         ax.remove()
-    plots.headed(figure, heading(table))
+    plots.headed(figure, _heading(table))
     return figure
 
 
-def at_best(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs that are drawn."""
-    return table.loc[table["best"].astype(bool)]
+def numbers(table: pd.DataFrame) -> list[Number]:
+    """Returns the steps to the common losses of every network and update.
 
-
-def heading(table: pd.DataFrame) -> str:
-    """What is drawn, how the full update was computed, and which best rates might be better still
-    outside the grid.
+    The learning rate at which they are shown stands beside, and whether it is at an edge of the
+    grid: then a better one may lie outside.
     """
-    shown = at_best(table)
-    looked = (
-        shown.loc[shown["update"] == "full", "update_every"].dropna().unique()
-        if "update_every" in shown
-        else []
-    )
-    lines = [
-        "Each at its best learning rate of those tried for all; "
-        f"{over_seeds(shown, 'mean ± SD of logarithms over seeds')}",
-        described(shown),
-        *(f"The full update looks at its curvature every {every:g} steps" for every in looked),
-    ]
-    edges = at_an_edge(table)
-    cells = shown.drop_duplicates(["update", "network"])
-    named_edges = [
-        _named_cell(row)
-        for row in cells.to_dict("records")
-        if (row["update"], row["network"]) in edges
-    ]
-    if named_edges:
-        lines.append(
-            f"Best rate at an edge of those tried, {_grid(table)}: {'; '.join(named_edges)}"
+    means = {
+        level: _spread(steps).set_index(["update", "activation"])["mean"]
+        for level, steps in _steps(table).items()
+    }
+    curves = at_best(table).drop_duplicates(CURVE).to_dict("records")
+    edges, listed = _at_an_edge(table), []
+    updates = [*UPDATES, *sorted({row["update"] for row in curves} - {*UPDATES})]
+    networks = [*plots.looks(NAMES), *sorted({row["network"] for row in curves} - {*NAMES})]
+    for row in sorted(
+        curves, key=lambda row: (updates.index(row["update"]), networks.index(row["network"]))
+    ):
+        update, network = row["update"], row["network"]
+        at = update, network if network in NAMES else _label(network)
+        here = [f"{steps.loc[at]:.0f} steps to {level:g}" for level, steps in means.items()]
+        edge = ", an edge of the grid" * ((update, network) in edges)
+        name = f"{Cell(_label(network), update).name}, learning rate {row['lr']:g}{edge}"
+        listed.append(Number(name, ", ".join(here) or "–"))
+    return listed
+
+
+def _steps(table: pd.DataFrame) -> dict[float, pd.DataFrame]:
+    """The two lowest losses of the 1-2-5 series that all runs at their best rates come down to →
+    every run's steps there.
+    """
+    runs = at_best(table).groupby("run", sort=False)
+    curves = {name: curve_of(rows) for name, rows in runs}
+    settings = {name: rows[[*CURVE, "seed", "lr"]].iloc[0].to_dict() for name, rows in runs}
+    return {
+        level: pd.DataFrame(
+            [settings[name] | {"steps": reached(curve, level)} for name, curve in curves.items()]
         )
-    return "\n".join(lines)
+        for level in common_levels(curves.values(), LEVELS)
+    }
 
 
-def at_an_edge(table: pd.DataFrame) -> set[tuple[str, str]]:
+def _spread(steps: pd.DataFrame) -> pd.DataFrame:
+    """Mean and mean ± SD of the logarithm of the steps, for every network and update."""
+    rows = _named(steps.assign(ln=np.log(steps["steps"].astype(float).clip(lower=1))))
+    groups = rows.groupby(["update", "activation"], sort=False, observed=True)["ln"]
+    moments = groups.agg(["mean", "std", "size"]).reset_index()
+    sd = moments["std"].fillna(0)
+    return moments.assign(
+        order=moments["update"].map({name: place for place, name in enumerate(UPDATES)}),
+        mean=np.exp(moments["mean"]),
+        low=np.exp(moments["mean"] - sd),
+        high=np.exp(moments["mean"] + sd),
+        n=moments["size"],
+    ).sort_values("order", kind="stable")
+
+
+def _at_an_edge(table: pd.DataFrame) -> set[tuple[str, str]]:
     """The updates and networks whose best rate is the lowest or the highest of several that were
     tried for them.
     """
-    rates = table.groupby(["update", "network"], observed=True)["lr"].agg(["min", "max"])
-    best = at_best(table).groupby(["update", "network"], observed=True)["lr"].first()
+    rates = table.groupby(CURVE, observed=True)["lr"].agg(["min", "max"])
+    best = at_best(table).groupby(CURVE, observed=True)["lr"].first()
     edge = (rates["min"] < rates["max"]) & ((best == rates["min"]) | (best == rates["max"]))
     return {(str(update), str(network)) for update, network in edge[edge].index}
 
 
-def _grid(table: pd.DataFrame) -> str:
-    return " to ".join(f"{rate:g}" for rate in sorted({table["lr"].min(), table["lr"].max()}))
+# -- what is said about it ---------------------------------------------------------------------
 
 
-def _named_cell(row: dict[str, Any]) -> str:
-    return f"{label(row['network'])}, {row['update']} ({row['lr']:g})"
+def _heading(table: pd.DataFrame) -> str:
+    """What is drawn, how the full update was computed, and which best rates might be better still
+    outside the grid.
+    """
+    shown, edges = at_best(table), _at_an_edge(table)
+    lines = [
+        "Each at its best learning rate of those tried for all; "
+        f"{over_seeds(shown, 'mean ± SD of logarithms over seeds')}",
+        described(shown),
+    ]
+    if "update_every" in shown:
+        every = shown.loc[shown["update"] == "full", "update_every"].dropna().unique()
+        lines += [
+            f"The full update looks at its curvature every {steps:g} steps" for steps in every
+        ]
+    named = [
+        f"{_label(row['network'])}, {row['update']} ({row['lr']:g})"
+        for row in shown.drop_duplicates(CURVE).to_dict("records")
+        if (row["update"], row["network"]) in edges
+    ]
+    if named:
+        rates = sorted({table["lr"].min(), table["lr"].max()})
+        grid = " to ".join(f"{rate:g}" for rate in rates)
+        lines.append(f"Best rate at an edge of those tried, {grid}: {'; '.join(named)}")
+    return "\n".join(lines)
 
 
-def named(table: pd.DataFrame) -> pd.DataFrame:
+def _named(table: pd.DataFrame) -> pd.DataFrame:
     """Networks to which something is added, as activations of their own; in every part of the table
     they look the same.
     """
-    import pandas as pd
-
-    shown = [name if name in NAMES else label(name) for name in table["network"]]
-    return table.assign(activation=pd.Categorical(shown, categories=sorted(set(shown))))
+    names = [name if name in NAMES else _label(name) for name in table["network"]]
+    return table.assign(activation=pd.Categorical(names, categories=sorted(set(names))))
 
 
-def label(network: str) -> str:
-    """ "ELU + 0.5" """
+def _label(network: str) -> str:
+    """ "ELU + 0.5"."""
     activation, space, added = network.partition(" ")
     return NAMES.get(activation, activation) + space + added
 
 
-def spread(steps: pd.DataFrame) -> pd.DataFrame:
-    """Mean and mean ± SD of the logarithm of the steps, cell by cell."""
-    import numpy as np
-
-    rows = named(steps.assign(ln=np.log(steps["steps"].astype(float).clip(lower=1))))
-    found = (
-        rows.groupby(["update", "activation"], sort=False, observed=True)["ln"]
-        .agg(["mean", "std", "size"])
-        .reset_index()
-    )
-    sd = found["std"].fillna(0)
-    order = found["update"].map({name: place for place, name in enumerate(UPDATES)})
-    numbers = {
-        "mean": np.exp(found["mean"]),
-        "low": np.exp(found["mean"] - sd),
-        "high": np.exp(found["mean"] + sd),
-        "n": found["size"],
-    }
-    return found.assign(order=order, **numbers).sort_values("order", kind="stable")
-
-
-def numbers(table: pd.DataFrame) -> list[Number]:
-    """Steps to the common losses, and the learning rate that each cell is shown at."""
-    found = {
-        level: spread(steps).set_index(["update", "activation"])["mean"]
-        for level, steps in steps_to(table).items()
-    }
-    cells = at_best(table).drop_duplicates(["update", "network"]).to_dict("records")
-    edges, listed = at_an_edge(table), []
-    updates = {update: place for place, update in enumerate(UPDATES)}
-    order = [*plots.looks(NAMES), *sorted({row["network"] for row in cells} - {*NAMES})]
-    for row in sorted(
-        cells,
-        key=lambda row: (updates.get(row["update"], len(updates)), order.index(row["network"])),
-    ):
-        update, network = row["update"], row["network"]
-        at = update, network if network in NAMES else label(network)
-        here = (
-            ", ".join(f"{steps.loc[at]:.0f} steps to {level:g}" for level, steps in found.items())
-            or "–"
-        )
-        edge = ", an edge of the grid" * ((update, network) in edges)
-        listed.append(
-            Number(f"{Cell(label(network), update).name}, learning rate {row['lr']:g}{edge}", here)
-        )
-    return listed
-
-
 FIGURES = {
-    "theory4": Drawing(
-        "Is it causal? Updates that take the bias shift "
-        "out", "biasshift sweep", "no such figure", best, theory4, numbers, ("sweep",),
-        {}, ("sweep --seeds 1 --lr 0.03 --update plain centered --scored "
-             "1000",), apart=("update", "constant", "batch_norm", "lr"),
-        shown=at_best,
+    "theory4": FigureSpec(
+        title="Is it causal? Updates that take the bias shift out",
+        command="biasshift sweep",
+        paper="no such figure",
+        condense=training_losses,
+        panels=theory4,
+        numbers=numbers,
+        experiments=("sweep",),
+        quick=("sweep --seeds 1 --lr 0.03 --update plain centered --scored 1000",),
+        compared=("update", "constant", "batch_norm", "lr"),
+        drawn=at_best,
     ),
-}  # fmt: skip
+}
