@@ -36,7 +36,16 @@ CODE = "linear"  # open: Martens 2010
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """One run of an autoencoder, as its folder records it."""
+    """One run of an autoencoder, as its folder records it.
+
+    Args:
+        loss: Of the logistic outputs: see `LOSSES`.
+        code: Whether the layer of 30 units is linear or has the activation function.
+        width: Multiplies the units of every hidden layer.
+        probe_size: Training examples on which everything is measured along the run.
+        every: Epochs between two measurements.
+        units_measured: Of every layer, evenly spaced, in the unit Fisher matrices.
+    """
 
     experiment: str
     activation: str
@@ -50,7 +59,7 @@ class AutoencoderConfig:
     init: Literal["normal", "uniform"]
     width: float
     probe_size: int
-    every: int  # epochs between measurements
+    every: int
     quantities: tuple[Quantity, ...]
     units_measured: int
     damping: float

@@ -45,6 +45,16 @@ class CifarConfig:
     """One run on small images, as its folder records it.
 
     Runs with the same seed start from the same weights and see the same minibatches.
+
+    Args:
+        epochs: What so many steps are, on the 50,000 training images.
+        lr: The first learning rate.
+        width: Multiplies the units of every hidden layer.
+        score_every: Steps between two scores.
+        test_images: Those that scores are taken on, the first ones.
+        probe_size: Training examples on which everything is measured along the run.
+        every: Steps between two measurements.
+        units_measured: Of every layer, evenly spaced, in the unit Fisher matrices.
     """
 
     experiment: str
@@ -52,9 +62,9 @@ class CifarConfig:
     activation: str
     seed: int
     steps: int
-    epochs: float  # what so many steps are
+    epochs: float
     batch_size: int
-    lr: float  # the first
+    lr: float
     momentum: float
     weight_decay: float
     geometry: Geometry
@@ -63,10 +73,10 @@ class CifarConfig:
     augmented: bool
     init: str
     width: float
-    score_every: int  # steps
-    test_images: int  # the first ones, that scores are taken on
+    score_every: int
+    test_images: int
     probe_size: int
-    every: int  # steps between measurements
+    every: int
     quantities: tuple[Quantity, ...]
     units_measured: int
     damping: float

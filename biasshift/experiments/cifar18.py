@@ -5,9 +5,9 @@ The paper's list of its layers has 19. The constants are the paper's; those that
 layer of every stack; behind all layers; behind all, with rates half as large again.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from biasshift.experiments.cifar import GEOMETRY, Cifar, CifarConfig, Geometry
 from biasshift.experiments.convnet_trial import phases_of
@@ -18,7 +18,12 @@ from biasshift.training.trial import Phase
 # updates, share of the learning rate
 SCHEDULE = ((35_000, 1.0), (35_000, 0.1), (50_000, 0.1), (40_000, 0.1))
 # Open: how long the first part goes on after the rate is divided by ten. As long again as before.
-DROPOUT = (("last", 1.0), ("last", 1.0), ("all", 1.0), ("all", 1.5))
+DROPOUT: tuple[tuple[Literal["last", "all"], float], ...] = (
+    ("last", 1.0),
+    ("last", 1.0),
+    ("all", 1.0),
+    ("all", 1.5),
+)
 STEPS = sum(updates for updates, _ in SCHEDULE)
 ACTIVATIONS: tuple[Activation, ...] = ("elu",)
 SEEDS = 1
@@ -44,14 +49,14 @@ class Cifar18(Cifar):
 
         The learning rate comes down once, then dropout grows twice.
         """
-        return phases_of(SCHEDULE, config.steps, config.lr, _with_dropout)
+        return phases_of(
+            SCHEDULE,
+            config.steps,
+            config.lr,
+            change=lambda number, phase: Phase(phase.start, phase.lr, *DROPOUT[number]),
+        )
 
     def folder(self, config: CifarConfig) -> Path:
         """Returns the run folder of a config, whose name also tells the data set."""
         kind = f"{config.activation}-{config.dataset}{'-bn' * config.batch_norm}"
         return self.out / f"{kind}-{config.seed}"
-
-
-def _with_dropout(number: int, phase: Phase) -> Phase:
-    where, factor = DROPOUT[number]
-    return replace(phase, where=where, factor=factor)

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from biasshift.data import DataSet, digits, shifted
-from biasshift.experiments.experiment import Experiment
-from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, trial
-from biasshift.training.trial import Trial
+from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, MlpExperiment
 
 EPOCHS, QUICK_EPOCHS = 60, 15
 SEEDS, QUICK_SEEDS = 6, 2  # fewer than 6 cannot carry a paired test
@@ -36,7 +34,7 @@ DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Experiment):
+class Demo(MlpExperiment):
     """Compare ELU, ReLU, LReLU and SReLU networks on handwritten digits. Needs no download."""
 
     quick: bool = False
@@ -50,7 +48,6 @@ class Demo(Experiment):
 
     name: ClassVar[str] = "digits"
     figures: ClassVar[tuple[str, ...]] = ("2", "gap")
-    small: ClassVar[bool] = True
     smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def __post_init__(self) -> None:
@@ -90,7 +87,3 @@ class Demo(Experiment):
             for seed in range(QUICK_SEEDS if self.quick else SEEDS)
             for activation in ACTIVATIONS
         ]
-
-    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
-        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
-        return trial(config, data)

@@ -26,7 +26,12 @@ T = TypeVar("T")
 
 
 class Range(NamedTuple):
-    """What the value of an option must be, in words and as a test."""
+    """What the value of an option must be.
+
+    Args:
+        words: What a message says behind "must be".
+        holds: Whether a value is in the range; false for NaN.
+    """
 
     words: str
     holds: Callable[[float], bool]
@@ -57,7 +62,18 @@ class Experiment:
     """The options of every experiment that do not change what its numbers mean.
 
     A subclass adds its own options and implements `grid`, `load` and `trial`. It says in
-    ``smoke_config`` which fields of a config ``--smoke`` replaces.
+    ``smoke_config`` which fields of a config ``--smoke`` replaces. The docstrings of options are
+    the help of the command line.
+
+    >>> from biasshift.experiments.mnist import Mnist
+    >>> mnist = Mnist(activation=("elu", "relu"), seeds=3)
+    >>> configs = mnist.configs()
+    >>> len(configs), mnist.folder(configs[-1]).as_posix()
+    (6, 'runs/mnist/relu-2')
+    >>> Mnist(lr=0.0).configs()
+    Traceback (most recent call last):
+        ...
+    ValueError: --lr must be a number above 0, got 0.0.
     """
 
     out: Path = field(default_factory=lambda: Path("runs"))
@@ -125,7 +141,11 @@ class Experiment:
         return [dataclasses.replace(config, **self.smoke_config) for config in first]
 
     def grid(self) -> list[Any]:
-        """Returns the configs of all runs in full size, seed by seed, from checked options."""
+        """Returns the configs of all runs in full size, seed by seed, from checked options.
+
+        `configs` calls it, and makes the runs of a smoke test of them. A command that is stopped
+        has whole seeds, which can be compared in pairs.
+        """
         raise NotImplementedError
 
     def load(self) -> Any:
@@ -151,12 +171,14 @@ class Experiment:
     def alike(self, config: Any) -> Hashable:
         """Returns a key that is equal for runs which differ in nothing but their seed.
 
-        An ensemble trains those together.
+        An ensemble trains those together. The key has all fields of the config but the seed.
         """
         return tuple(value for name, value in vars(config).items() if name != "seed")
 
     def where(self) -> torch.device:
         """Returns the device that computes: under torchrun, the GPU of this process.
+
+        "auto" is the GPU where PyTorch finds one, and the CPU elsewhere.
 
         Raises:
             ValueError: PyTorch does not know the device, or finds no such GPU on this machine.
@@ -179,11 +201,16 @@ class Experiment:
         return "resume" if self.resume else "replace" if self.replace else "refuse"
 
     def execution(self) -> Execution:
-        """Returns how trials are computed, from the options that do not change their meaning."""
+        """Returns how trials are computed: precision, compilation, checkpoints, TensorBoard.
+
+        None of these options changes what the numbers of a run mean, and no config records them.
+        """
         return self._filled(Execution, compiled=self.compile, graphed=self.graph)
 
     def check(self) -> None:
         """Refuses options that are out of their range or exclude each other.
+
+        A subclass that has more to refuse extends it. `configs` calls it before anything else.
 
         Raises:
             ValueError: The message names the option and the remedy.
@@ -228,7 +255,8 @@ class Experiment:
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():
-            option, values = "--" + name.replace("_", "-"), _listed(value)
+            option = "--" + name.replace("_", "-")
+            values = value if isinstance(value, tuple) else (value,)
             if name in self.ranges:
                 words, holds = self.ranges[name]
                 for each in values:
@@ -244,7 +272,3 @@ class Experiment:
         names = kind.__annotations__
         options = {name: value for name, value in vars(self).items() if name in names}
         return kind(**options | values)
-
-
-def _listed(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)

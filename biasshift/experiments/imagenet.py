@@ -48,7 +48,22 @@ BINS = (1, 2, 4)  # open: of the three levels of the pyramid
 
 @dataclass(frozen=True)
 class ImagenetConfig:
-    """One run on photographs, as its folder records it."""
+    """One run on photographs, as its folder records it.
+
+    Args:
+        epochs: What so many steps are, on all training images.
+        lr: The first learning rate.
+        dropout: Rate in the two layers of 4096 units.
+        stride: Of the 6×6 layer.
+        crop: Pixels of a side of the images that the network sees.
+        subtracted: What is subtracted from the images: a mean per pixel or per channel.
+        width: Multiplies the units of every hidden layer.
+        score_every: Steps between two scores.
+        valid_images: Random validation images that scores are taken on.
+        probe_size: Training examples on which everything is measured along the run.
+        every: Steps between two measurements.
+        units_measured: Of every layer, evenly spaced, in the unit Fisher matrices.
+    """
 
     experiment: str
     dataset: str
@@ -78,7 +93,13 @@ class ImagenetConfig:
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """The images, and what is subtracted from them."""
+    """The images, and what is subtracted from them.
+
+    Args:
+        images: Folders of training and validation images.
+        prepare: Bytes to numbers less the mean of the training images.
+        device: Where minibatches go.
+    """
 
     images: ImageNet
     prepare: Scale

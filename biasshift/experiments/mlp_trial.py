@@ -1,9 +1,12 @@
-"""The fully connected classifiers: what the demo, MNIST and the sweep record, train and measure."""
+"""The fully connected classifiers: what the demo, MNIST and the sweep record, train and measure.
+
+The constants here are the project's: the paper says nothing about examinations or updates.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch import nn
 from biasshift.data import DataSet
 from biasshift.data.stream import TensorStream
 from biasshift.distributed import rank, world_size
+from biasshift.experiments.experiment import Experiment
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
 from biasshift.training.evaluation import evaluate
@@ -29,7 +33,7 @@ DECAY = 0.99  # of the running sums that the updates center and scale by
 # the 782 of MNIST's first epoch the losses of two networks part by far.
 EXAM_EVERY = 23
 EXAM_IMAGES = 5_000  # training examples, the first ones, that this loss is the mean over
-SMOKE = {"epochs": 2, "depth": 2, "width": 12, "means_every": 1, "fisher_every": 2}
+SMOKE: dict[str, Any] = {"epochs": 2, "depth": 2, "width": 12, "means_every": 1, "fisher_every": 2}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,30 @@ class MlpConfig:
 
     Runs with the same seed start from the same weights and see the same minibatches, whatever
     their activation.
+
+    Args:
+        depth: Hidden layers.
+        width: Units of each.
+        probe_size: Training examples on which everything is measured along the run.
+        exam_size: Training examples in each of the two disjoint probes of the examination.
+        means_every: Epochs between measurements of activation means and bias shift.
+        fisher_every: Epochs between measurements of unit Fisher matrices and gradient gap; 0:
+            never.
+        equal_loss: Training loss (nats) at which the network is examined, as soon as it gets
+            there; it is evaluated every 23 steps.
+        units_measured: Of every hidden layer, evenly spaced; the output layer is measured whole.
+        damping: Of the unit Fisher matrices that are measured.
+        skip_input_layer: Leave it out of the unit Fisher matrices: its incoming activations are
+            the data, for every activation function.
+        constant: Added to every activation; the next layer's biases could absorb it.
+        batch_norm: Of every hidden layer, before its activation.
+        update_damping: λ of the updates that have a scale.
+        update_unit_damping: Of their c, see `biasshift.optim.UnitNaturalGradient`.
+        update_kl_clip: Their trust region, see there.
+        update_every: Steps between two measurements of the curvature by the full update; the
+            others measure it at every step.
+        scored: Training examples that the training loss is measured on; 0: all.
+        examined: Whether there are an examination at the equal loss and residuals at the end.
     """
 
     experiment: str
@@ -50,34 +78,35 @@ class MlpConfig:
     depth: int
     width: int
     init: Literal["normal", "uniform"]
-    probe_size: int  # training examples on which everything is measured along the run
-    # training examples in each of the two disjoint probes of the examination at equal loss
+    probe_size: int
     exam_size: int
-    means_every: int  # epochs between measurements of activation means and bias shift
-    # epochs between measurements of the unit Fisher matrices and the gradient gap; 0: never
+    means_every: int
     fisher_every: int
-    # nats: the network is examined when its training loss, evaluated every 23 steps, first gets
-    # here
     equal_loss: float
-    units_measured: int  # of every hidden layer, evenly spaced; the output layer is measured whole
+    units_measured: int
     damping: float
-    # from the unit Fisher matrices: its incoming activations are the data, for every activation
-    # function
     skip_input_layer: bool
     update: Update = "plain"
-    constant: float = 0.0  # added to every activation; the next layer's biases could absorb it
-    batch_norm: bool = False  # of every hidden layer, before its activation
-    update_damping: float = 0.1  # λ of the updates that have a scale
-    # of their c, see `biasshift.optim.UnitNaturalGradient`, as the next
+    constant: float = 0.0
+    batch_norm: bool = False
+    update_damping: float = 0.1
     update_unit_damping: float = 1.0
     update_kl_clip: float = 1e-3
-    # steps between two measurements of the curvature by the full update; the others measure it at
-    # every step
     update_every: int = 20
     scores_per_epoch: int = 1
-    scored: int = 0  # training examples that the training loss is measured on; 0: all
-    # whether there are an examination at the equal loss and residuals at the end
+    scored: int = 0
     examined: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpExperiment(Experiment):
+    """An experiment of `MlpConfig`s: small networks, which train side by side on several cores."""
+
+    small: ClassVar[bool] = True
+
+    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
+        """Returns the network of a config, its minibatches and its measurements, see `trial`."""
+        return trial(config, data)
 
 
 def trial(config: MlpConfig, data: DataSet) -> Trial:

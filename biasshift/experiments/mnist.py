@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, trial
-from biasshift.training.trial import Trial
+from biasshift.experiments.experiment import Activation
+from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, MlpExperiment
 
 DEPTH, WIDTH = 8, 128  # hidden layers and their units
 BATCH_SIZE = 64
@@ -29,7 +28,7 @@ EQUAL_LOSS = 0.5  # nats: early enough that most units have them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mnist(Experiment):
+class Mnist(MlpExperiment):
     """Train the paper's MNIST networks, instrumented, and show what the runs say."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
@@ -71,7 +70,6 @@ class Mnist(Experiment):
 
     name: ClassVar[str] = "mnist"
     figures: ClassVar[tuple[str, ...]] = ("2", "gap")
-    small: ClassVar[bool] = True
     smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def load(self) -> DataSet:
@@ -98,7 +96,3 @@ class Mnist(Experiment):
             for seed in range(self.seeds)
             for activation in self.activation
         ]
-
-    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
-        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
-        return trial(config, data)

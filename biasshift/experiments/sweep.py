@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biasshift.data import DataSet, mnist, synthetic_mnist
-from biasshift.experiments.experiment import Activation, Experiment
-from biasshift.experiments.mlp_trial import MlpConfig, Update, trial
-from biasshift.training.trial import Trial
+from biasshift.experiments.experiment import Activation
+from biasshift.experiments.mlp_trial import MlpConfig, MlpExperiment, Update
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
@@ -37,7 +36,7 @@ PLAIN = {"update": "plain", "constant": 0.0, "batch_norm": False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Experiment):
+class Sweep(MlpExperiment):
     """Train activations × updates × learning rates × seeds on MNIST, for the causal claims;
     resumable, and in parts.
     """
@@ -99,7 +98,6 @@ class Sweep(Experiment):
     name: ClassVar[str] = "sweep"
     figures: ClassVar[tuple[str, ...]] = ("theory4",)
     sweeps: ClassVar[bool] = True
-    small: ClassVar[bool] = True
     smoke_config: ClassVar[dict[str, Any]] = {
         "epochs": 1,
         "depth": 2,
@@ -183,10 +181,6 @@ class Sweep(Experiment):
         plus = f"-plus{config.constant:g}" if config.constant else ""
         kind = config.activation + (plus or "-bn" * config.batch_norm)
         return self.out / f"{kind}-{config.update}-lr{config.lr:g}-{config.seed}"
-
-    def trial(self, config: MlpConfig, data: DataSet) -> Trial:
-        """Returns the network of a config and its measurements, see `mlp_trial.trial`."""
-        return trial(config, data)
 
     def check(self) -> None:
         """Refuses options out of their range, a part that does not exist, and what graphs exclude.

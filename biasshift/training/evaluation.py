@@ -1,6 +1,7 @@
 """A network's loss and error on a split, as it would be used: in evaluation mode."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def evaluate_batches(
     Raises:
         ValueError: There are no examples.
     """
-    loss = loss or _cross_entropy
+    loss = loss or partial(F.cross_entropy, reduction="none")
     sums: list[Tensor] | None = None
     with evaluation_mode(model), torch.no_grad():
         for x, y in examples():
@@ -77,14 +78,11 @@ def process_share(x: Tensor) -> Tensor:
     return x[rank() :: world_size()]
 
 
-def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, y, reduction="none")
-
-
 def _wrong(outputs: Tensor, y: Tensor, k: int) -> Tensor:
     """The number of examples whose label is not among the ``k`` highest outputs."""
-    if k > 1:
-        answers = outputs.topk(min(k, outputs.shape[1]), dim=1).indices
-    else:
-        answers = outputs.argmax(1, keepdim=True)
+    answers = (
+        outputs.topk(min(k, outputs.shape[1]), dim=1).indices
+        if k > 1
+        else outputs.argmax(1, keepdim=True)
+    )
     return (answers != y[:, None]).all(1).sum(dtype=torch.float64)

@@ -1,6 +1,4 @@
-"""The statistics of the claims against the block form, and the identities: exact, and seen to break
-when something is wrong.
-"""
+"""The statistics of the claims against the block form; identities that hold and can be broken."""
 
 from contextlib import contextmanager
 
@@ -48,7 +46,9 @@ def blocks(fisher: UnitFisher, unit: int, damping: float) -> np.ndarray:
 def test_the_statistics_are_those_of_the_block_form(model, probe, damping):
     x, y = probe
     model.double()
-    found = examine(model, ((x.double(), y), (x[:350].double(), y[:350])), LAYERS, UNITS, step=7)
+    statistics = examine(
+        model, ((x.double(), y), (x[:350].double(), y[:350])), LAYERS, UNITS, step=7
+    )
     fishers = unit_fisher(model, x.double(), layers=LAYERS, units={"2": UNITS["2"]})
     F.cross_entropy(model(x.double()), y).backward()
     for layer, fisher in fishers.items():
@@ -67,9 +67,9 @@ def test_the_statistics_are_those_of_the_block_form(model, probe, damping):
             k.append(1 + (m - mean) @ np.linalg.solve(V, m))
             smaller.append(np.linalg.norm(mean - k[-1] * m) < np.linalg.norm(mean))
         cosine = np.sum(gradients * natural) / np.linalg.norm(gradients) / np.linalg.norm(natural)
-        row = found.query("layer == @layer and exam_probe == 0 and exam_damping == @damping").iloc[
-            0
-        ]
+        row = statistics.query(
+            "layer == @layer and exam_probe == 0 and exam_damping == @damping"
+        ).iloc[0]
         assert row["step"] == 7 and row["unit"] == -1 and row["exam_enough"] == 1
         assert row["exam_inflation"] == pytest.approx(np.median(inflation), rel=1e-6)
         assert row["exam_k"] == pytest.approx(np.median(k), rel=1e-6)
@@ -82,24 +82,23 @@ def test_the_statistics_are_those_of_the_block_form(model, probe, damping):
 
 def test_one_row_per_layer_probe_and_damping(model, probe):
     x, y = probe
-    found = examine(model, ((x[:350], y[:350]), (x[350:], y[350:])), LAYERS, UNITS, step=7)
+    statistics = examine(model, ((x[:350], y[:350]), (x[350:], y[350:])), LAYERS, UNITS, step=7)
     assert (
-        len(found) == 2 * 2 * 3
-        and not found.duplicated(["layer", "exam_probe", "exam_damping"]).any()
+        len(statistics) == 2 * 2 * 3
+        and not statistics.duplicated(["layer", "exam_probe", "exam_damping"]).any()
     )
-    assert found.groupby("layer")["exam_gap_degrees"].nunique().tolist() == [6, 6]
+    assert statistics.groupby("layer")["exam_gap_degrees"].nunique().tolist() == [6, 6]
     again = examine(model, ((x[350:], y[350:]), (x[:350], y[:350])), LAYERS, UNITS, step=7)
     for probe_number in (0, 1):
-        mine, theirs = (
-            found[found["exam_probe"] == probe_number],
-            again[again["exam_probe"] == 1 - probe_number],
-        )
+        mine = statistics[statistics["exam_probe"] == probe_number]
+        theirs = again[again["exam_probe"] == 1 - probe_number]
         assert mine["exam_k"].tolist() == theirs["exam_k"].tolist()
 
 
 def measured(randn, examples: list[int]) -> Measured:
-    """A layer of two inputs; unit i has the same error on the first `examples[i]` of 100 examples,
-    and none elsewhere.
+    """A layer of two inputs; unit i has one error on the first `examples[i]` of 100 examples.
+
+    On the others it has none.
     """
     delta2 = torch.stack([(torch.arange(100) < count).double() for count in examples], 1)
     fisher = UnitFisher.from_samples(randn(100, 2) + 1, delta2, damping=1e-2)
@@ -109,24 +108,26 @@ def measured(randn, examples: list[int]) -> Measured:
 def test_units_with_too_few_effective_samples_do_not_count(randn):
     layer = measured(randn, [100, 19, 20, 3])  # 10 per input: 20 is just enough
     assert layer.fisher.effective_samples.tolist() == pytest.approx([100, 19, 20, 3])
-    found = layer_statistics(layer)
+    statistics = layer_statistics(layer)
     fisher, kept = layer.fisher, [0, 2]
-    assert found["enough"] == 0.5 and found["effective_samples"] == pytest.approx(19.5)
-    assert found["inflation"] == pytest.approx((1 / (1 - fisher.coupling))[kept].mean().item())
-    assert found["k"] == pytest.approx(fisher.k[kept].mean().item())
+    assert statistics["enough"] == 0.5 and statistics["effective_samples"] == pytest.approx(19.5)
+    assert statistics["inflation"] == pytest.approx((1 / (1 - fisher.coupling))[kept].mean().item())
+    assert statistics["k"] == pytest.approx(fisher.k[kept].mean().item())
     dw, dw0 = fisher.natural_gradient(layer.g, layer.g0)
     natural, plain = (
         torch.cat([w, w0[:, None]], 1)[kept].flatten() for w, w0 in ((dw, dw0), (layer.g, layer.g0))
     )
-    assert found["gap_degrees"] == pytest.approx(
+    assert statistics["gap_degrees"] == pytest.approx(
         np.degrees(np.arccos(F.cosine_similarity(natural, plain, 0).item()))
     )
 
 
 def test_without_any_such_unit_there_are_no_numbers(randn):
-    found = layer_statistics(measured(randn, [3, 4]))
-    assert found.pop("enough") == 0 and found.pop("effective_samples") == pytest.approx(3.5)
-    assert np.isnan(list(found.values())).all()
+    statistics = layer_statistics(measured(randn, [3, 4]))
+    assert statistics.pop("enough") == 0 and statistics.pop("effective_samples") == pytest.approx(
+        3.5
+    )
+    assert np.isnan(list(statistics.values())).all()
 
 
 def test_dead_and_singular_units_do_not_count(randn):
@@ -224,13 +225,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_natural_gradient_is_seen(model, probe, natural_gradient, wrong):
+def test_a_wrong_natural_gradient_is_detected(model, probe, natural_gradient, wrong):
     plant, expected = WRONG[wrong]
     natural_gradient(plant)
     assert broken(model, probe) == expected
 
 
-def test_the_natural_gradient_of_another_damping_is_seen(model, probe, monkeypatch):
+def test_the_natural_gradient_of_another_damping_is_detected(model, probe, monkeypatch):
     right = UnitFisher.natural_gradient
     monkeypatch.setattr(
         UnitFisher, "natural_gradient", lambda self, g, g0=None: right(self.damped(1e-2), g, g0)
@@ -238,7 +239,7 @@ def test_the_natural_gradient_of_another_damping_is_seen(model, probe, monkeypat
     assert broken(model, probe) == {"theorem1", "theorem2"}
 
 
-def test_a_wrong_factor_in_theorem_2_is_seen(model, probe, monkeypatch):
+def test_a_wrong_factor_in_theorem_2_is_detected(model, probe, monkeypatch):
     monkeypatch.setattr(
         theory, "k0_from_blocks", lambda A, b, c, mean: theory.s_from_blocks(A, b, c)
     )
@@ -246,7 +247,7 @@ def test_a_wrong_factor_in_theorem_2_is_seen(model, probe, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["own", "incoming", "second_order"])
-def test_bookkeeping_that_forgets_a_part_is_seen(model, probe, monkeypatch, part):
+def test_bookkeeping_that_forgets_a_part_is_detected(model, probe, monkeypatch, part):
     @contextmanager
     def forgetful(model, x):
         shift = {}

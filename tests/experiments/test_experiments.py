@@ -1,4 +1,4 @@
-"""Real runs, of seconds: what a run leaves behind, what runs share, and the protocols' constants."""
+"""Real runs, of seconds: what a run leaves behind, what runs share, and the paper's constants."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tiny import DEPTH, EPOCH_STEPS, LAYERS, UNITS, WIDTH, Tiny, data
 
 from biasshift import training
 from biasshift.analysis.formatting import reading_table
-from biasshift.analysis.per_run import per_run
+from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
 from biasshift.cli.train import run_job
 from biasshift.data import TensorStream, synthetic_cifar
@@ -33,10 +33,10 @@ from biasshift.training.trial import Exist, Progress, evenly_spaced
 QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "residual_theorem1"]
 
 
-def unheard(report: Progress) -> None: ...
+def ignore(report: Progress) -> None: ...
 
 
-def run_config(config: MlpConfig, folder: Path, exist: Exist = "refuse", report=unheard) -> None:
+def run_config(config: MlpConfig, folder: Path, exist: Exist = "refuse", report=ignore) -> None:
     run([trial(config, data())], [folder], exist, report)
 
 
@@ -53,9 +53,8 @@ def table(tmp_path_factory) -> pd.DataFrame:
     """One run of ELU, read back."""
     folder = tmp_path_factory.mktemp("runs") / "elu-0"
     reports = ran(folder)
-    epochs = [
-        report for report in reports if report.step % EPOCH_STEPS == 0
-    ]  # on a slow machine there are others between
+    # On a slow machine there are others between.
+    epochs = [report for report in reports if report.step % EPOCH_STEPS == 0]
     assert [(report.run, report.step, report.steps) for report in epochs] == [
         ("elu-0", EPOCH_STEPS, 46),
         ("elu-0", 46, 46),
@@ -67,7 +66,7 @@ def table(tmp_path_factory) -> pd.DataFrame:
 # -- one run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_knows_its_config(table):
+def test_a_run_records_its_config(table):
     config = Tiny(activations=("elu",)).configs()[0]
     for name, value in vars(config).items():
         assert (table[name] == value).all(), name
@@ -76,11 +75,8 @@ def test_a_run_knows_its_config(table):
 
 def test_losses_are_measured_after_every_epoch(table):
     scores = table[table["train_loss"].notna()]
-    assert scores[["step", "epoch"]].values.tolist() == [
-        [0, 0],
-        [EPOCH_STEPS, 1],
-        [2 * EPOCH_STEPS, 2],
-    ]
+    expected = [[epoch * EPOCH_STEPS, epoch] for epoch in (0, 1, 2)]
+    assert scores[["step", "epoch"]].values.tolist() == expected
     assert (scores["layer"] == "").all() and (scores["unit"] == -1).all()
     assert scores["train_loss"].is_monotonic_decreasing
     assert scores[["train_error", "valid_loss", "valid_error"]].notna().all(axis=None)
@@ -103,44 +99,36 @@ def test_unit_fisher_matrices_are_those_of_the_chosen_units(table):
     fishers = table[table["s"].notna()]
     assert set(fishers["step"]) == {0, 2 * EPOCH_STEPS}
     for layer in LAYERS:
-        assert sorted(set(fishers[fishers["layer"] == layer]["unit"])) == (
-            list(range(10)) if layer == LAYERS[-1] else UNITS
-        )
+        units = sorted(set(fishers[fishers["layer"] == layer]["unit"]))
+        assert units == (list(range(10)) if layer == LAYERS[-1] else UNITS)
     gaps = table[table["cos_gradient"].notna()]
     assert sorted(gaps["layer"]) == sorted(2 * LAYERS) and (gaps["unit"] == -1).all()
 
 
 def test_layer_sizes_are_recorded_once(table):
     sizes = table[table["inputs"].notna()]
-    assert sizes[["layer", "inputs"]].values.tolist() == [
-        ["0", 64],
-        ["2", WIDTH],
-        ["4", WIDTH],
-        ["6", WIDTH],
-    ]
+    expected = [["0", 64], ["2", WIDTH], ["4", WIDTH], ["6", WIDTH]]
+    assert sizes[["layer", "inputs"]].values.tolist() == expected
 
 
 def test_the_batches_own_loss_is_their_mean_since_the_last_scores(table):
-    """From a loop without any measurement; no batches have been seen at the beginning."""
-    losses = torch.stack(
-        [step.loss for step in loop(Tiny(activations=("elu",)).configs()[0])[1]]
-    ).double()
-    found = table[table["epoch"].notna()].sort_values("step")["batch_loss"].tolist()
-    assert math.isnan(found[0]) and found[1:] == pytest.approx(
-        [losses[:EPOCH_STEPS].mean().item(), losses[EPOCH_STEPS:].mean().item()]
-    )
+    """From a loop without any measurement; there are no batches before the beginning."""
+    _, steps = loop(Tiny(activations=("elu",)).configs()[0])
+    losses = torch.stack([step.loss for step in steps]).double()
+    first, *means = table[table["epoch"].notna()].sort_values("step")["batch_loss"]
+    expected = [losses[:EPOCH_STEPS].mean().item(), losses[EPOCH_STEPS:].mean().item()]
+    assert math.isnan(first) and means == pytest.approx(expected)
 
 
-def test_the_examination_is_at_the_first_look_below_the_equal_loss(table):
-    """On the digits a look is an epoch."""
+def test_the_examination_is_at_the_first_loss_below_the_equal_loss(table):
+    """On the digits the loss is evaluated once an epoch."""
     scores, exams = table[table["train_loss"].notna()], table[table["exam_damping"].notna()]
     first = scores[scores["train_loss"] <= 2.2].iloc[0]
     assert set(exams["step"]) == {first["step"]} and set(exams["exam_loss"]) == {
         first["train_loss"]
     }
-    assert len(exams) == 3 * 2 * 3 and set(exams["layer"]) == set(
-        LAYERS[1:]
-    )  # layers behind the first, probes, dampings
+    # layers behind the first, probes, dampings
+    assert len(exams) == 3 * 2 * 3 and set(exams["layer"]) == set(LAYERS[1:])
     assert exams["exam_enough"].max() > 0
 
 
@@ -153,26 +141,22 @@ def test_the_identities_hold_in_the_trained_network(table):
 
 def test_the_input_layer_can_be_left_out_of_the_fisher_matrices(tmp_path):
     ran(tmp_path / "elu-0", skip_input_layer=True, epochs=1, equal_loss=9.0)
-    found = read_run(tmp_path / "elu-0")
-    for column, layers in (
-        ("s", LAYERS[1:]),
-        ("cos_gradient", LAYERS[1:]),
-        ("exam_k", LAYERS[1:]),
-        ("total", LAYERS),
-    ):
-        assert set(found[found[column].notna()]["layer"]) == set(layers), column
-    assert found["inputs"].notna().sum() == 4
+    table, rest = read_run(tmp_path / "elu-0"), LAYERS[1:]
+    expected = {"s": rest, "cos_gradient": rest, "exam_k": rest, "total": LAYERS}
+    for column, layers in expected.items():
+        assert set(table[table[column].notna()]["layer"]) == set(layers), column
+    assert table["inputs"].notna().sum() == 4
 
 
 def test_a_run_that_never_comes_down_to_the_equal_loss_is_readable(tmp_path):
     ran(tmp_path / "elu-0", equal_loss=1e-9, epochs=1)
-    found = read_runs(tmp_path)
-    assert "exam_damping" not in found
-    assert reading_table(per_run(found)).loc["k", "ELU"] == "–"
-    assert claims(found).set_index("claim").loc["correction", "n"] == 0
+    table = read_runs(tmp_path)
+    assert "exam_damping" not in table
+    assert reading_table(per_run(table)).loc["k", "ELU"] == "–"
+    assert claims(table).set_index("claim").loc["correction", "n"] == 0
 
 
-def test_a_run_is_not_overwritten_unless_told_so(tmp_path):
+def test_a_run_is_not_overwritten_without_replace(tmp_path):
     (config,) = Tiny(activations=("elu",), epochs=1).configs()
     run_config(config, tmp_path / "a")
     with pytest.raises(FileExistsError, match="already holds a run"):
@@ -181,7 +165,7 @@ def test_a_run_is_not_overwritten_unless_told_so(tmp_path):
     assert set(read_run(tmp_path / "a")["seed"]) == {5}
 
 
-def test_a_run_that_diverges_says_so_and_is_marked_failed(tmp_path):
+def test_a_run_that_diverges_raises_and_is_marked_failed(tmp_path):
     with pytest.raises(RuntimeError, match="diverged; lower the learning rate"):
         ran(tmp_path / "elu-0", lr=1e9)
     assert run_states(tmp_path)["state"].tolist() == ["failed"]
@@ -202,17 +186,16 @@ def start_and_batches(activation: str, seed: int) -> list[torch.Tensor]:
 
 
 def test_runs_of_one_seed_start_from_the_same_weights_and_see_the_same_batches():
-    first, *others = (
-        start_and_batches(activation, 0) for activation in ("elu", "relu", "lrelu", "srelu")
-    )
+    names = ("elu", "relu", "lrelu", "srelu")
+    first, *others = (start_and_batches(activation, 0) for activation in names)
     assert len(first) == 1 + 2 * EPOCH_STEPS
     for other in others:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, other, strict=True))
 
 
 def test_runs_of_two_seeds_share_neither():
-    one, two = (start_and_batches("elu", seed) for seed in (0, 1))
-    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(one, two, strict=True))
+    pairs = zip(*(start_and_batches("elu", seed) for seed in (0, 1)), strict=True)
+    assert not any(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -221,7 +204,9 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
     for workers in (1, 2):
         tiny = Tiny(out=tmp_path / str(workers), epochs=1, equal_loss=9.0)
         reports: list[Progress] = []
-        run_jobs([(run_job, (tiny, [config])) for config in tiny.configs()], workers, reports.append)
+        run_jobs(
+            [(run_job, (tiny, [config])) for config in tiny.configs()], workers, reports.append
+        )
         assert {(report.run, report.step) for report in reports if report.step == 23} == {
             ("elu-0", 23),
             ("relu-0", 23),
@@ -276,63 +261,40 @@ def test_evenly_spaced(width, count, expected):
     assert evenly_spaced(width, count) == list(expected)
 
 
-# -- the protocols ---------------------------------------------------------------------------------
+# -- the experiments -------------------------------------------------------------------------------
 
 
-def test_mnist_is_the_papers_protocol():
-    """Section 4.1: 8 × 128, He initialization, SGD with learning rate 0.01 and batches of 64, 300
-    epochs, mean of 5 runs.
-    """
+def test_mnist_has_the_papers_constants():
+    """Section 4.1: 8 × 128, He initialization, SGD at 0.01, batches of 64, 300 epochs, 5 runs."""
     configs = Mnist().configs()
     assert [(s.activation, s.seed) for s in configs] == [
         (a, seed) for seed in range(5) for a in ("elu", "relu", "lrelu")
     ]
     for s in configs:
-        assert (s.experiment, s.depth, s.width, s.lr, s.batch_size, s.epochs) == (
-            "mnist",
-            8,
-            128,
-            0.01,
-            64,
-            300,
-        )
+        assert s.experiment == "mnist" and (s.depth, s.width) == (8, 128)
+        assert (s.lr, s.batch_size, s.epochs) == (0.01, 64, 300)
         assert (s.momentum, s.init, s.means_every, s.skip_input_layer) == (0.0, "normal", 1, True)
 
 
-def test_the_two_cifar_networks_are_trained_by_the_papers_protocols():
+def test_the_two_cifar_experiments_have_the_papers_constants():
     """Sections 4.2 and 4.3. What the 18 layers do between their 35,000 and fine-tuning is open."""
-    for experiment, steps, activations, runs in (
-        (Cifar11, 165_000, 4, 40),
-        (Cifar18, 160_000, 1, 1),
-    ):
+    expected = ((Cifar11, 165_000, 4, 40), (Cifar18, 160_000, 1, 1))
+    for experiment, steps, activations, runs in expected:
         configs = experiment().configs()
         assert len(configs) == runs and len({s.activation for s in configs}) == activations
         for s in configs:
-            assert (s.steps, s.lr, s.momentum, s.weight_decay, s.preprocessing, s.augmented) == (
-                steps,
-                0.01,
-                0.9,
-                5e-4,
-                "gcn-zca",
-                True,
-            )
-            assert (s.experiment, s.dataset, s.batch_size, s.epochs) == (
-                experiment.name,
-                "cifar100",
-                100,
-                steps / 500,
-            )
-    small, large = (
-        experiment(steps=steps // 10)
-        for experiment, steps in ((Cifar11, 165_000), (Cifar18, 160_000))
-    )
+            assert (s.experiment, s.dataset) == (experiment.name, "cifar100")
+            assert (s.steps, s.batch_size, s.epochs) == (steps, 100, steps / 500)
+            assert (s.lr, s.momentum, s.weight_decay) == (0.01, 0.9, 5e-4)
+            assert (s.preprocessing, s.augmented) == ("gcn-zca", True)
+    small, large = Cifar11(steps=16_500), Cifar18(steps=16_000)
     phases = [(phase.start, phase.lr) for phase in small.phases(small.configs()[0])]
     assert phases == [(1, 0.01), (3501, 0.005), (8501, 0.0005), (13501, pytest.approx(0.00005))]
-    found = [
+    phases = [
         (phase.start, phase.lr, phase.where, phase.factor)
         for phase in large.phases(large.configs()[0])
     ]
-    assert found == [
+    assert phases == [
         (1, 0.01, "last", 1),
         (3501, 0.001, "last", 1),
         (7001, 0.001, "all", 1),
@@ -359,7 +321,7 @@ def test_width_multiplies_the_hidden_units_of_a_convolutional_network(experiment
         experiment(width=0.0).configs()
 
 
-def test_a_cifar_runs_folder_tells_what_it_is():
+def test_the_folder_of_a_cifar_run_is_named_by_its_options():
     names = [
         [str(e.folder(s)) for s in e.configs()]
         for e in (Cifar11(seeds=1, batch_norm=True), Cifar18(dataset="cifar10"))
@@ -382,7 +344,7 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         *(
             ({name: 0}, f"--{name.replace('_', '-')} must be at least 1, got 0")
@@ -403,18 +365,18 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
         ({"activation": ("elu", "elu")}, "each of them once"),
     ],
 )
-def test_an_option_out_of_its_range_is_named(options, says):
-    with pytest.raises(ValueError, match=says):
+def test_an_option_out_of_its_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
         Mnist(**options).configs()
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"device": "nonsense"}, "--device must be auto, cpu or cuda, got 'nonsense'"),
         (
             {"device": "cuda:99"},
-            r"--device cuda:99 must be one of the \d GPUs that PyTorch finds .* Leave the option out",
+            r"--device cuda:99 must be one of the \d GPUs .* Leave the option out",
         ),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"ensemble": True, "precision": "bfloat16"}, "--ensemble trains in float32"),
@@ -422,16 +384,14 @@ def test_an_option_out_of_its_range_is_named(options, says):
     ],
 )
 @pytest.mark.parametrize("experiment", [Mnist, Tiny])
-def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], options, says):
-    with pytest.raises(ValueError, match=says) as caught:
+def test_an_option_that_does_not_fit_is_named(experiment: type[Experiment], options, message):
+    with pytest.raises(ValueError, match=message) as caught:
         experiment(**options).configs()
     assert "\n" not in str(caught.value)
 
 
-def test_going_on_and_beginning_anew_exclude_each_other():
-    """Of the demo, whose runs are replaced unless told otherwise, going on is such a word; of the
-    sweep the other way round.
-    """
+def test_replace_and_resume_exclude_each_other():
+    """Where one of them is the default, as of the demo and the sweep, the other turns it off."""
     with pytest.raises(ValueError, match="--replace and --resume exclude each other"):
         Mnist(replace=True, resume=True).configs()
     assert not Demo(resume=True).replace and not Sweep(replace=True).resume
@@ -444,34 +404,27 @@ def test_several_processes_of_torchrun_train_one_network(options, monkeypatch):
         Tiny(**options).configs()
 
 
-def test_what_is_there_is_refused_replaced_or_gone_on_with():
-    assert [Mnist().exist(), Mnist(replace=True).exist(), Mnist(resume=True).exist()] == [
-        "refuse",
-        "replace",
-        "resume",
-    ]
-    assert [Demo().exist(), Demo(resume=True).exist(), Demo(replace=False).exist()] == [
-        "replace",
-        "resume",
-        "refuse",
-    ]
-    assert [Sweep().exist(), Sweep(replace=True).exist(), Sweep(resume=False).exist()] == [
-        "resume",
-        "replace",
-        "refuse",
-    ]
+def test_what_is_there_is_refused_replaced_or_resumed():
+    mnist = Mnist(), Mnist(replace=True), Mnist(resume=True)
+    assert [each.exist() for each in mnist] == ["refuse", "replace", "resume"]
+    demo = Demo(), Demo(resume=True), Demo(replace=False)
+    assert [each.exist() for each in demo] == ["replace", "resume", "refuse"]
+    sweep = Sweep(), Sweep(replace=True), Sweep(resume=False)
+    assert [each.exist() for each in sweep] == ["resume", "replace", "refuse"]
 
 
 @pytest.mark.parametrize(
-    ("experiment", "says"),
+    ("experiment", "message"),
     [
         (Sweep(graph=True), "plain gradient descent alone"),
         (Mnist(graph=True, precision="float16"), "no --graph"),
     ],
 )
-def test_what_graphs_cannot_record_is_refused_on_a_gpu(experiment: Experiment, says, monkeypatch):
+def test_what_graphs_cannot_record_is_refused_on_a_gpu(
+    experiment: Experiment, message, monkeypatch
+):
     monkeypatch.setattr(Experiment, "where", lambda self: torch.device("cuda"))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         experiment.configs()
 
 
@@ -498,8 +451,9 @@ def test_an_ensemble_differs_in_nothing_but_the_seed():
     demo = Demo()
     groups = {demo.alike(config) for config in demo.configs()}
     assert len(groups) == 4  # activations
-    one = demo.configs()[0]
-    assert demo.alike(replace(one, seed=9)) == demo.alike(one) != demo.alike(replace(one, lr=0.02))
+    config = demo.configs()[0]
+    assert demo.alike(replace(config, seed=9)) == demo.alike(config)
+    assert demo.alike(replace(config, lr=0.02)) != demo.alike(config)
 
 
 @pytest.mark.data
@@ -507,14 +461,14 @@ def test_two_epochs_of_the_real_mnist(data_root, tmp_path):
     options = {"probe": 200, "exam_probe": 1500, "units": 2, "fisher_every": 2}
     mnist = Mnist(activation=("elu",), seeds=1, epochs=2, data=data_root, **options)
     (config,) = mnist.configs()
-    run([mnist.trial(config, mnist.load())], [tmp_path / "elu-0"], "refuse", unheard)
-    found = read_run(tmp_path / "elu-0")
-    scores = found[found["train_loss"].notna()]
+    run([mnist.trial(config, mnist.load())], [tmp_path / "elu-0"], "refuse", ignore)
+    table = read_run(tmp_path / "elu-0")
+    scores = table[table["train_loss"].notna()]
     assert scores["step"].tolist() == [0, 782, 1564]  # 50,000 images in batches of 64
     assert scores["train_loss"].iloc[0] > 2.3 and scores["valid_error"].iloc[-1] < 0.1
-    assert set(found[found["s"].notna()]["layer"]) == {str(2 * i) for i in range(1, 9)}
-    assert found["residual_theorem2"].max() < 1e-5
-    assert per_run(found)["exam_step"].item() % 23 == 0 and per_run(found)["exam_step"].item() < 782
-    assert (
-        0.4 < found["exam_loss"].max() <= 0.5
-    )  # within the first epoch, where the loss falls fast
+    assert set(table[table["s"].notna()]["layer"]) == {str(2 * i) for i in range(1, 9)}
+    assert table["residual_theorem2"].max() < 1e-5
+    exam_step = per_run(table)["exam_step"].item()
+    assert exam_step % 23 == 0 and exam_step < 782
+    # within the first epoch, where the loss falls fast
+    assert 0.4 < table["exam_loss"].max() <= 0.5

@@ -5,44 +5,14 @@ import pytest
 from biasshift import cli
 from biasshift.runs.reader import read_runs, run_states
 
+MEASURED = "--instrument activations bias_shift fisher gap"
 COMMANDS = {
-    "autoencoder": ["train", "autoencoder", "--lr", "0.001", "--activation", "elu", "relu"],
-    "cifar11": [
-        "train",
-        "cifar11",
-        "--activation",
-        "elu",
-        "--batch-norm",
-        "--instrument",
-        "activations",
-        "bias_shift",
-        "fisher",
-        "gap",
-    ],
-    "cifar18": [
-        "train",
-        "cifar18",
-        "--geometry",
-        "caffe",
-        "--precision",
-        "bfloat16",
-        "--channels-last",
-    ],
-    "imagenet": ["train", "imagenet", "--activation", "elu", "--mean", "channel"],
-    "mnist": ["train", "mnist", "--ensemble", "--activation", "elu"],
-    "sweep": [
-        "sweep",
-        "--activation",
-        "relu",
-        "--update",
-        "plain",
-        "full",
-        "--lr",
-        "0.03",
-        "--part",
-        "1",
-        "2",
-    ],
+    "autoencoder": "train autoencoder --lr 0.001 --activation elu relu",
+    "cifar11": f"train cifar11 --activation elu --batch-norm {MEASURED}",
+    "cifar18": "train cifar18 --geometry caffe --precision bfloat16 --channels-last",
+    "imagenet": "train imagenet --activation elu --mean channel",
+    "mnist": "train mnist --ensemble --activation elu",
+    "sweep": "sweep --activation relu --update plain full --lr 0.03 --part 1 2",
 }
 
 
@@ -50,14 +20,10 @@ COMMANDS = {
 def test_an_experiment_in_small(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BIASSHIFT_DATA", raising=False)
-    cli.main([*COMMANDS[name], "--smoke", "--workers", "1", "--out", "runs"])
+    cli.main([*COMMANDS[name].split(), "--smoke", "--workers", "1", "--out", "runs"])
     assert "run" in capsys.readouterr().out
     states, table = run_states("runs"), read_runs("runs")
     assert len(states) >= 1 and set(states["state"]) == {"finished"}
-    assert (
-        table["train_loss"].notna().any()
-        and table["mean"].notna().any()
-        and table["total"].notna().any()
-    )
+    assert table[["train_loss", "mean", "total"]].notna().any().all()
     scores = table[table["seconds"] > 0]
     assert len(scores) and (scores["step"] > 0).all()

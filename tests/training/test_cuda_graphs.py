@@ -1,4 +1,4 @@
-"""Recorded steps: what is replayed, what is not, and that the numbers are the same."""
+"""Steps as CUDA graphs: what is replayed, what is not, and that the numbers are the same."""
 
 import copy
 
@@ -63,9 +63,8 @@ def sgd(model):
 def test_recorded_steps_are_the_same_steps():
     one, two, tape = network(), network(), Tape()
     expected = trained(one, Gradient(one, sgd(one)), minibatches(20))
-    losses, state = trained(
-        two, GraphedStep(Gradient(two, sgd(two)), capture=tape), minibatches(20)
-    )
+    graphed = GraphedStep(Gradient(two, sgd(two)), capture=tape)
+    losses, state = trained(two, graphed, minibatches(20))
     assert losses == expected[0] and all(
         torch.equal(state[name], value) for name, value in expected[1].items()
     )
@@ -91,28 +90,27 @@ def test_measured_steps_run_as_they_are_and_the_log_counts_all():
     tables = []
     for model, graphed in ((one, False), (two, True)):
         optimizer = sgd(model)
-        x, y = (
-            torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
-            torch.arange(9) % 3,
-        )
-        with bs.instrument(model, optimizer=optimizer, probe=(x, y), every=4) as log:
+        x = torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        probe = x, torch.arange(9) % 3
+        with bs.instrument(model, optimizer=optimizer, probe=probe, every=4) as log:
             update = Gradient(model, optimizer)
             if graphed:
+
+                def due(log=log):
+                    return log.due
 
                 def count(log=log):
                     log.step += 1
 
-                update = GraphedStep(
-                    update, due=lambda log=log: log.due, on_replay=count, capture=Unheard(optimizer)
-                )
+                update = GraphedStep(update, due, count, capture=SilentTape(optimizer))
             trained(model, update, minibatches(12))
         tables.append(log.table())
     assert sorted(set(tables[0]["step"])) == [0, 4, 8, 12]
     assert tables[0].equals(tables[1])
 
 
-class Unheard(Tape):
-    """Hooks are heard once, when the step is recorded, as with CUDA: replays are silent."""
+class SilentTape(Tape):
+    """Hooks fire once, when the step is recorded, as with CUDA: replays are silent."""
 
     def __init__(self, optimizer):
         super().__init__()
@@ -124,21 +122,13 @@ class Unheard(Tape):
             hook(self.optimizer, (), {})
 
         def silently():
-            before = (
-                self.optimizer._optimizer_step_pre_hooks,
-                self.optimizer._optimizer_step_post_hooks,
-            )
-            self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = (
-                type(before[0])(),
-                type(before[1])(),
-            )
+            names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+            hooks = {name: getattr(self.optimizer, name) for name in names}
+            vars(self.optimizer).update({name: type(own)() for name, own in hooks.items()})
             try:
                 replay()
             finally:
-                (
-                    self.optimizer._optimizer_step_pre_hooks,
-                    self.optimizer._optimizer_step_post_hooks,
-                ) = before
+                vars(self.optimizer).update(hooks)
 
         return silently, loss
 

@@ -1,5 +1,6 @@
-"""Networks trained together against networks trained alone: the same trajectories, the same run
-folders, the same checkpoints.
+"""Networks trained together against networks trained alone.
+
+They have the same trajectories, the same run folders, and the same checkpoints.
 """
 
 import math
@@ -80,15 +81,15 @@ def alone(make, seed: int, optimizer=sgd) -> tuple[nn.Module, list[float]]:
     return model, [float(step.loss) for step in train(update, stream(make, seed), steps=STEPS)]
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name],
+            actual[name],
             value,
             rtol=1e-10,
             atol=1e-12,
-            msg=lambda told, name=name: f"{name}: {told}",
+            msg=lambda message, name=name: f"{name}: {message}",
         )
 
 
@@ -193,13 +194,8 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
     members = [network(perceptron, seed) for seed in SEEDS]
     with torch.no_grad():
         members[1].get_parameter("0.weight").fill_(math.nan)
-    list(
-        train(
-            Ensemble(members, sgd),
-            StackedStream([stream(perceptron, seed) for seed in SEEDS]),
-            steps=STEPS,
-        )
-    )
+    stacked = StackedStream([stream(perceptron, seed) for seed in SEEDS])
+    list(train(Ensemble(members, sgd), stacked, steps=STEPS))
     for number in (0, 2):
         assert_close(
             dict(members[number].state_dict()),
@@ -211,7 +207,7 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
 
 
 @pytest.mark.parametrize(
-    ("members", "says"),
+    ("members", "message"),
     [
         ([], "at least one member"),
         (
@@ -236,9 +232,9 @@ def test_a_member_that_is_lost_does_not_harm_the_others():
         ),
     ],
 )
-def test_unlike_members_are_refused(members, says):
+def test_unlike_members_are_refused(members, message):
     weights = [p.detach().clone() for member in members for p in member.parameters()]
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         Ensemble(members, sgd)
     assert all(
         torch.equal(p, was)
@@ -263,8 +259,8 @@ def test_trials_of_different_shapes_are_refused_before_anything_is_written(tmp_p
         "Member 1 .* other modules": trials(activations=("relu",))[1],
         "equally many minibatches": replace(two, stream=replace(two.stream, batch_size=100)),
     }
-    for says, other in others.items():
-        with pytest.raises(ValueError, match=says):
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
             run([one, other], [tmp_path / "one", tmp_path / "two"], "refuse", ignore)
     assert list(tmp_path.iterdir()) == []
 
@@ -277,28 +273,24 @@ def ignore(report: Progress) -> None: ...
 
 def trials(seeds: int = 3, activations: tuple[str, ...] = ("elu",)) -> list[Trial]:
     """In float64, where the two ways agree to many digits over all steps."""
-    found = []
-    for one in (
-        trial(config, data())
-        for config in Tiny(activations=activations, seeds=seeds, momentum=0.5).configs()
-    ):
-        stream = replace(one.stream, x=one.stream.x.double())
-        schedules = [
-            replace(schedule, probe=(schedule.probe[0].double(), schedule.probe[1]))
-            for schedule in one.schedules
-        ]
-        found.append(
+    doubles = []
+    for config in Tiny(activations=activations, seeds=seeds, momentum=0.5).configs():
+        single = trial(config, data())
+        doubles.append(
             replace(
-                one,
-                model=one.model.double(),
-                stream=stream,
-                schedules=schedules,
+                single,
+                model=single.model.double(),
+                stream=replace(single.stream, x=single.stream.x.double()),
+                schedules=[
+                    replace(schedule, probe=(schedule.probe[0].double(), schedule.probe[1]))
+                    for schedule in single.schedules
+                ],
                 exam=None,
                 at_end=None,
                 score=weights,
             )
         )
-    return found
+    return doubles
 
 
 def weights(model: nn.Module) -> dict[str, float]:
@@ -323,22 +315,20 @@ def single(tmp_path_factory) -> list[Path]:
     return made
 
 
-def assert_same_runs(found: list[Path], expected: list[Path]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        tables = [read_run(folder).drop(columns="seconds") for folder in (one, other)]
+def assert_same_runs(actual: list[Path], expected: list[Path]) -> None:
+    for pair in zip(actual, expected, strict=True):
+        tables = [read_run(folder).drop(columns="seconds") for folder in pair]
         tables = [
             table.sort_values(["step", "layer", "unit"], kind="stable").reset_index(drop=True)
             for table in tables
         ]
         pd.testing.assert_frame_equal(*tables, rtol=2e-6, atol=1e-7, check_like=True)
-        mine, theirs = (
-            torch.load(folder / CHECKPOINT, weights_only=True) for folder in (one, other)
-        )
+        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in pair)
         assert_close(mine["model"], theirs["model"])
         assert mine["step"] == theirs["step"]
         for key, state in theirs["optimizer"]["state"].items():
             assert_close(mine["optimizer"]["state"][key], state)
-    assert set(run_states(*found)["state"]) == {"finished"}
+    assert set(run_states(*actual)["state"]) == {"finished"}
 
 
 def test_the_runs_of_an_ensemble_are_those_of_its_members_alone(tmp_path, single):
@@ -358,9 +348,7 @@ def test_the_runs_of_an_ensemble_are_those_of_its_members_alone(tmp_path, single
 
 
 def stopped_at(step: int, trials: list[Trial]) -> list[Trial]:
-    """An interruption when a network scores at a step; the last one of an ensemble, so that the
-    others are already through.
-    """
+    """An interruption when the last network of an ensemble is scored, behind the others."""
     last = trials[-1]
     scored = 0
 
@@ -374,11 +362,9 @@ def stopped_at(step: int, trials: list[Trial]) -> list[Trial]:
     return [*trials[:-1], replace(last, score=score)]
 
 
-def test_an_interrupted_ensemble_goes_on(tmp_path, single):
-    for step in (
-        1,
-        1,
-    ):  # scores at 0 (once), 23 and 46: interrupted in the first checkpoint, then behind it
+def test_an_interrupted_ensemble_is_resumed(tmp_path, single):
+    # scores at 0 (once), 23 and 46: interrupted in the first checkpoint, then behind it
+    for step in (1, 1):
         with pytest.raises(KeyboardInterrupt):
             run(stopped_at(step, trials()), folders(tmp_path), "resume", ignore, KEEP)
     run(trials(), folders(tmp_path), "resume", ignore, KEEP)
@@ -396,13 +382,13 @@ def half(tmp_path) -> list[Path]:
     return folders(tmp_path)
 
 
-def test_members_of_an_ensemble_go_on_alone(half, single):
+def test_members_of_an_ensemble_are_resumed_alone(half, single):
     for one, folder in zip(trials(), half, strict=True):
         run([one], [folder], "resume", ignore, KEEP)
     assert_same_runs(half, single)
 
 
-def test_runs_that_were_alone_go_on_together(tmp_path, single):
+def test_runs_that_were_alone_are_resumed_together(tmp_path, single):
     for one, folder in zip(trials(), folders(tmp_path), strict=True):
         with pytest.raises(KeyboardInterrupt):
             run(stopped_at(2, [one]), [folder], "refuse", ignore, KEEP)
@@ -410,7 +396,7 @@ def test_runs_that_were_alone_go_on_together(tmp_path, single):
     assert_same_runs(folders(tmp_path), single)
 
 
-def test_members_at_different_steps_go_on_apart_and_a_finished_one_stays(half, single):
+def test_members_at_different_steps_are_resumed_apart_and_a_finished_one_stays(half, single):
     """As after a kill between the checkpoints of two members, or between their ends."""
     shutil.rmtree(half[0])
     shutil.rmtree(half[2])
@@ -444,10 +430,8 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
     assert run_states(tmp_path)["state"].tolist() == ["finished", "failed", "finished"]
     assert closed == [one.model, three.model]
     for number in (0, 2):
-        mine, theirs = (
-            torch.load(folder / CHECKPOINT, weights_only=True)
-            for folder in (folders(tmp_path)[number], single[number])
-        )
+        pair = folders(tmp_path)[number], single[number]
+        mine, theirs = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in pair)
         assert_close(mine["model"], theirs["model"])
     with pytest.raises(Diverged):
         run(trials(), folders(tmp_path), "resume", ignore, KEEP)
@@ -455,7 +439,7 @@ def test_a_member_that_diverges_is_failed_and_the_others_finish(tmp_path, single
 
 
 @pytest.mark.filterwarnings("ignore:Step .* no Fisher and gap rows:UserWarning")
-def test_an_ensemble_that_diverges_as_a_whole_says_so(tmp_path):
+def test_an_ensemble_that_diverges_as_a_whole_raises(tmp_path):
     with pytest.raises(Diverged, match="at step 1:"):
         run([lost(one) for one in trials()], folders(tmp_path), "refuse", ignore, KEEP)
     assert run_states(tmp_path)["state"].tolist() == ["failed"] * 3

@@ -1,3 +1,5 @@
+"""Training step by step, and evaluation."""
+
 import copy
 import math
 
@@ -90,13 +92,15 @@ def test_an_evaluation_between_two_steps_changes_nothing(little):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
 
-    quiet, watched = net(), net()
-    list(run(quiet, little))
-    for _ in run(watched, little):
-        evaluate(watched, little.x_valid, little.y_valid)
+    unmeasured, measured = net(), net()
+    list(run(unmeasured, little))
+    for _ in run(measured, little):
+        evaluate(measured, little.x_valid, little.y_valid)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(quiet.state_dict().values(), watched.state_dict().values(), strict=True)
+        for a, b in zip(
+            unmeasured.state_dict().values(), measured.state_dict().values(), strict=True
+        )
     )
 
 
@@ -109,10 +113,8 @@ def test_the_loss_is_an_argument(little):
 
 
 @pytest.mark.parametrize(("start", "steps"), [(2, 7), (3, 7), (6, 7), (7, 7), (9, 7)])
-def test_a_training_goes_on_where_another_one_stopped(little, start, steps):
-    """In the middle of an epoch, between two, and at or behind the end: the same weights as in one
-    go.
-    """
+def test_a_training_continues_where_another_one_stopped(little, start, steps):
+    """In the middle of an epoch, between two, and at or behind the end: as without the stop."""
     whole, halves = linear(), linear()
     expected = [
         (step.number, step.epoch, float(step.loss)) for step in run(whole, little, steps=steps)
@@ -130,13 +132,13 @@ def test_the_last_step_may_be_in_the_middle_of_an_epoch(little):
     assert [step.number for step in run(linear(), little, steps=4)] == [1, 2, 3, 4]
 
 
-def test_somebody_is_told_the_number_of_every_step_before_it_is_made(little):
-    model, told = linear(), []
+def test_the_callback_gets_the_number_of_every_step_before_it_is_made(little):
+    model, calls = linear(), []
     for step in run(
-        model, little, before_step=lambda number: told.append((number, bool(model.weight.any())))
+        model, little, before_step=lambda number: calls.append((number, bool(model.weight.any())))
     ):
-        assert told[-1][0] == step.number
-    assert told == [(1, False), *((n, True) for n in range(2, 7))]
+        assert calls[-1][0] == step.number
+    assert calls == [(1, False), *((n, True) for n in range(2, 7))]
 
 
 def settled(outputs, labels):
@@ -172,7 +174,7 @@ def test_a_learning_rate_that_is_too_large_is_refused_within_the_epoch(little):
 
 
 def test_a_loss_that_is_not_finite_is_found_within_a_long_epoch(little):
-    """There are no more than 500 steps between two looks, however long the epoch."""
+    """There are no more than 500 steps between two checks, however long the epoch."""
     seen, calls = [], iter(range(1, 10_000))
 
     def update(x, y):
@@ -277,9 +279,8 @@ def test_evaluate_in_batches_knows_the_five_best_answers_and_other_losses(randn)
     """Against sorting, class by class."""
     x, y = randn(60, 8), torch.randint(8, (60,), generator=torch.Generator().manual_seed(0))
     model = nn.Linear(8, 8).double()
-    ranks = (
-        (model(x).argsort(dim=1, descending=True) == y[:, None]).int().argmax(dim=1)
-    )  # of the right answer
+    ranked = model(x).argsort(dim=1, descending=True)
+    ranks = (ranked == y[:, None]).int().argmax(dim=1)  # of the right answer
     pieces = lambda: zip(x.split(7), y.split(7), strict=True)  # noqa: E731
     found = evaluate_batches(model, pieces, top=(1, 5))
     assert found.keys() == {"loss", "error", "error5"}

@@ -55,7 +55,7 @@ def fail_in_the_flood(folder: Path, report) -> None:
 
 
 def cling(folder: Path, report) -> None:
-    """A job that hears nothing."""
+    """A job that ignores signals."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     linger(folder, "linger", report)
 
@@ -128,15 +128,15 @@ def test_less_than_one_worker_is_refused(tmp_path, workers):
 
 
 def test_every_report_of_every_job_arrives_in_its_order(tmp_path):
-    told: list[tuple[str, int]] = []  # in this process, where the progress is shown
+    received: list[tuple[str, int]] = []  # in this process, where the progress is shown
     run_jobs(
-        [(count, (tmp_path, str(reports), reports)) for reports in (3, 0, 5, 7)], 2, told.append
+        [(count, (tmp_path, str(reports), reports)) for reports in (3, 0, 5, 7)], 2, received.append
     )
-    assert sorted(told) == [
+    assert sorted(received) == [
         (str(reports), number) for reports in (3, 5, 7) for number in range(reports)
     ]
     for reports in (3, 5, 7):
-        assert [number for name, number in told if name == str(reports)] == list(range(reports))
+        assert [number for name, number in received if name == str(reports)] == list(range(reports))
     found = [(tmp_path / name).read_text().split() for name in "0357"]
     assert {threads for _, threads in found} == {"1"}
     pids = {int(pid) for pid, _ in found}
@@ -144,9 +144,7 @@ def test_every_report_of_every_job_arrives_in_its_order(tmp_path):
 
 
 def test_a_failing_job_ends_the_others_with_its_exception(tmp_path):
-    """The interruption almost surely comes while the other job reports; what it reports is not read
-    any more.
-    """
+    """The interruption almost surely comes while the other job reports, unread from then on."""
     never = [(count, (tmp_path, f"never-{i}", 1)) for i in range(6)]
     start = time.monotonic()
     with pytest.raises(ValueError, match="planted to fail"):
@@ -165,8 +163,9 @@ def test_a_worker_that_does_not_end_is_killed(tmp_path, monkeypatch):
 
 
 def start_lingering(folder: Path) -> tuple[subprocess.Popen, list[int]]:
-    """A process group of its own, as of a terminal: the parent and two workers, each in the middle
-    of a run; six more wait.
+    """Starts a parent and two workers, each in the middle of a run; six more jobs wait.
+
+    They are a process group of their own, as of a terminal.
     """
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
@@ -178,8 +177,12 @@ def start_lingering(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(folder / "a.pid", folder / "b.pid")
     return process, [int((folder / name).read_text()) for name in ("a.pid", "b.pid")]
 
@@ -188,11 +191,9 @@ def test_ctrl_c_closes_every_run_as_interrupted_and_leaves_no_process(tmp_path):
     process, workers = start_lingering(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
     _, errors = process.communicate(timeout=PATIENCE)
-    assert (
-        process.returncode != 0
-        and errors.count("Traceback") == 1
-        and errors.rstrip().endswith("KeyboardInterrupt")
-    )  # the parent's own
+    assert process.returncode != 0
+    # The parent's own.
+    assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
     assert run_states(tmp_path)["state"].tolist() == ["interrupted"] * 2
     assert not list(tmp_path.glob("never-*")) and gone(workers)
 
@@ -202,6 +203,5 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path):
     process.kill()
     process.communicate(timeout=PATIENCE)
     assert gone(workers)
-    assert (
-        run_states(tmp_path)["state"].tolist() == ["running"] * 2
-    )  # as of any run that was killed
+    # As of any run that was killed.
+    assert run_states(tmp_path)["state"].tolist() == ["running"] * 2

@@ -1,5 +1,4 @@
-"""Two processes on one network against one process: the same weights, the same run folder, the same
-end.
+"""Two processes on one network against one process: the same weights, run folder and end.
 
 This file is also the program that the processes run: ``python tests/training/test_processes.py
 folder``, as torchrun starts it.
@@ -36,11 +35,8 @@ from biasshift.training.trial import Execution, Progress, Trial
 
 ROOT = Path(__file__).parents[2]
 WORLD, PATIENCE = 2, 90
-EXAMPLES, BATCH, STEPS = (
-    47,
-    11,
-    23,
-)  # shares of 6 and 5, and of 2 and 1 in the last minibatch of an epoch
+# Shares of 6 and 5, and of 2 and 1 in the last minibatch of an epoch.
+EXAMPLES, BATCH, STEPS = 47, 11, 23
 KEEP = Execution(checkpoint_seconds=0.0, keep_weights=True)
 
 # -- what the processes do, and what one process does alone ----------------------------------------
@@ -74,9 +70,7 @@ def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def natural(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """Its curvature comes from the passes of all processes; no labels are drawn, which would be
-    other ones.
-    """
+    """Its curvature comes from the passes of all processes; labels that are drawn would differ."""
     return UnitNaturalGradient(
         model, lr=1.0, damping=0.1, momentum=0.5, labels="empirical", update_every=2
     )
@@ -86,9 +80,7 @@ def ignore(report: Progress) -> None: ...
 
 
 def tiny(**options: Any) -> Trial:
-    """A run of the demo in small, in float64, in which the shares add up in another order to nearly
-    the same.
-    """
+    """A small run of the demo in float64: the shares add up in another order to nearly the same."""
     (config,) = Tiny(activations=("elu",), momentum=0.5, **options).configs()
     made = trial(config, data())
     probes = [
@@ -157,7 +149,7 @@ def lost_at(step: int, at_rank: int) -> Callable[[], object]:
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
-    """What every process finds."""
+    """The results of one process, by name."""
     x, y = examples(torch.float64)
     share = slice(rank(), None, world_size())
     model = network(torch.float64)
@@ -180,11 +172,10 @@ def scenarios(folder: Path) -> dict[str, Any]:
     one = tiny()
     run([one], [folder / "tiny"], "refuse", ignore, KEEP)
     found["tiny"] = one.model.state_dict()
-    other = (
-        tiny()
-    )  # empirical errors must be those of the mean loss: in shares of one length they are
+    other = tiny()
     other = replace(
         other,
+        # Empirical errors must be those of the mean loss: in shares of one length they are.
         stream=replace(other.stream, drop_last=True),
         steps=40,
         make_optimizer=natural,
@@ -201,19 +192,17 @@ def scenarios(folder: Path) -> dict[str, Any]:
     last = dropping()
     run([last], [folder / "resumed"], "resume", ignore, KEEP)
     found["resumed"] = last.model.state_dict()
-    before = (
-        {path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()}
-        if rank() == 0
-        else {}
-    )
+    before = times(folder / "resumed") if rank() == 0 else {}
     run([dropping()], [folder / "resumed"], "resume", ignore, KEEP)
-    found["untouched"] = rank() > 0 or before == {
-        path.name: path.stat().st_mtime_ns for path in (folder / "resumed").iterdir()
-    }
+    found["untouched"] = rank() > 0 or before == times(folder / "resumed")
     found["stopped"] = ends(
         lambda: run([interrupted_at(3, dropping())], [folder / "stopped"], "refuse", ignore, KEEP)
     )
     return found
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def work(folder: Path) -> None:
@@ -249,11 +238,11 @@ def together(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
         for number in range(WORLD)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(told)
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
     return [
         torch.load(folder / f"{number}.pt", weights_only=True) for number in range(WORLD)
     ], folder / "runs"
@@ -356,11 +345,11 @@ def test_a_loss_that_one_process_loses_ends_all_of_them(together, alone):
     )
 
 
-# -- going on --------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_numbers(together, alone):
-    """Every process has its own dropout: what each has drawn is remembered."""
+def test_an_interrupted_run_of_two_processes_is_resumed_to_the_same_numbers(together, alone):
+    """Every process has its own dropout: the random state of each is saved."""
     for found, folder in ((together[0][0], together[1]), (together[0][1], together[1]), alone):
         for number in (1, 2, 3):
             assert found[f"interrupted {number}"].startswith("KeyboardInterrupt")
@@ -384,8 +373,7 @@ def test_an_interrupted_run_of_two_processes_goes_on_to_the_same_numbers(togethe
 
 def test_the_processes_draw_other_units(together, alone):
     found, expected = (
-        rows(together[1] / "dropping")["batch_loss"].dropna(),
-        rows(alone[1] / "dropping")["batch_loss"].dropna(),
+        rows(folder / "dropping")["batch_loss"].dropna() for folder in (together[1], alone[1])
     )
     assert len(found) == len(expected) and not np.allclose(found, expected, rtol=1e-4)
 
@@ -394,7 +382,7 @@ def test_finished_runs_are_not_touched(together):
     assert all(found["untouched"] for found in together[0])
 
 
-def test_a_run_is_gone_on_with_by_as_many_processes(together):
+def test_a_run_is_resumed_by_as_many_processes(together):
     with pytest.raises(
         ValueError, match="was started by 2 processes and cannot be resumed by 1: start 2"
     ):

@@ -1,5 +1,6 @@
-"""Runs that are killed, interrupted, damaged or lost: what goes on ends as if nothing had happened,
-and nothing else is touched.
+"""Runs that are killed, interrupted, damaged or lost.
+
+A run that is resumed ends as if nothing had happened, and nothing else is touched.
 """
 
 import copy
@@ -37,9 +38,8 @@ TESTS = Path(__file__).parents[1]
 PATIENCE = 60  # seconds, for a machine that is busy with something else
 EXAMPLES, BATCH, EPOCH_STEPS = 230, 32, 8  # the last minibatch of an epoch has 6 examples
 STEPS, SCORE_EVERY = 26, 3  # neither divides an epoch, nor each other
-KEEP = Execution(
-    checkpoint_seconds=0.0, keep_weights=True
-)  # a checkpoint whenever there may be one
+# a checkpoint whenever there may be one
+KEEP = Execution(checkpoint_seconds=0.0, keep_weights=True)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def sgd(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Opt
 
 
 def natural(model: nn.Module, parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """Labels drawn by a generator of its own; the curvature is looked at now and then, and
-    remembered.
-    """
+    """Labels drawn by a generator of its own; curvature that is measured every five steps."""
     return UnitNaturalGradient(
         model,
         lr=1.0,
@@ -90,8 +88,10 @@ def rows(model: nn.Module, step: int, name: str) -> pd.DataFrame:
 
 
 def make(kind: str = "dropout", config: Config | None = None) -> Trial:
-    """A run with everything: momentum, dropout, phases, probes with labels drawn by a generator, an
-    examination, an end.
+    """A run with everything.
+
+    It has momentum, dropout, phases, probes with labels drawn by a generator, an examination, and
+    measurements at the end.
     """
     data = digits()
     x, y = data.x_train[:EXAMPLES], data.y_train[:EXAMPLES]
@@ -143,9 +143,7 @@ def go(
 
 
 def canonical(folder: Path) -> pd.DataFrame:
-    """All rows and columns but the seconds, in an order that does not depend on when they were put
-    on disk.
-    """
+    """All rows and columns but the seconds, in an order that does not depend on the segments."""
     table = read_run(folder).drop(columns=["seconds", "run"]).astype({"layer": str})
     table = table[sorted(table)]
     return table.sort_values(list(table)).reset_index(drop=True)
@@ -168,7 +166,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Every number of the table, the weights, and all else that training would go on from."""
+    """Every number of the table, the weights, and all else that a run is resumed from."""
     pd.testing.assert_frame_equal(canonical(folder), canonical(expected), check_exact=True)
     found, wanted = checkpoint(folder), checkpoint(expected)
     for name in ("step", "model", "optimizer", "random", "labels", "examined"):
@@ -229,7 +227,7 @@ def work(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[Any]:
-    """Processes forked from a server that has imported this module: many can be started and killed."""
+    """Processes forked from a server that has imported this module: many can be killed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -247,37 +245,34 @@ def context() -> Iterator[Any]:
 
 
 def wait_for_writes(process: Any, folder: Path, count: int) -> None:
-    """Until so many changes of a folder have been seen, or the process is at its end."""
-
-    def seen() -> list[tuple[str, int]]:
-        if not folder.exists():
-            return []
-        with os.scandir(folder) as entries:
-            return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
+    """Waits until a folder has changed so many times, or the process has ended."""
 
     end = time.monotonic() + PATIENCE
     for _ in range(count):
-        before = seen_safely(seen)
-        while seen_safely(seen) == before and process.is_alive():
+        before = listing(folder)
+        while listing(folder) == before and process.is_alive():
             assert time.monotonic() < end, f"nothing is written into {folder}"
             time.sleep(0.001)
 
 
-def seen_safely(seen: Callable[[], list]) -> list:
-    """Files come and go while they are looked at."""
-    while True:
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """Names and times of the files, which come and go while they are listed."""
+    while folder.exists():
         try:
-            return seen()
+            with os.scandir(folder) as entries:
+                return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
         except FileNotFoundError:
             continue
+    return []
 
 
 @pytest.mark.parametrize("kind", ["dropout", "natural"])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     kind, tmp_path, context, uninterrupted
 ):
-    """Kills come a random moment after something was written: while steps are made, files written,
-    or earlier ones deleted.
+    """Kills come a random moment after something was written.
+
+    They hit while steps are made, files written, or earlier ones deleted.
     """
     chance, folder, kills, steps = random.Random(kind), tmp_path / "run", 0, set()
     while True:
@@ -303,14 +298,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
 
 
 class Tripwire:
-    """Counts everything that happens by its kind, and interrupts at one occurrence of it."""
+    """Counts events by their kind, and interrupts at one occurrence of one kind."""
 
     def __init__(self, kind: str = "", occurrence: int = 0):
-        self.at, self.seen = (kind, occurrence), Counter()
+        self.at, self.counts = (kind, occurrence), Counter()
 
     def __call__(self, kind: str) -> None:
-        self.seen[kind] += 1
-        if (kind, self.seen[kind]) == self.at:
+        self.counts[kind] += 1
+        if (kind, self.counts[kind]) == self.at:
             raise KeyboardInterrupt
 
     def around(self, kind: str, function: Callable) -> Callable:
@@ -342,16 +337,21 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
         enter=tripwire.around("a phase", trial.enter),
         exam=replace(
             exam,
-            loss=tripwire.around("a look", exam.loss),
+            loss=tripwire.around("an exam loss", exam.loss),
             examine=tripwire.around("the examination", exam.examine),
         ),
         at_end=tripwire.around("the end", trial.at_end),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "fsync"):
-            patch.setattr(os, name, tripwire.around(f"os.{name}", getattr(os, name)))
-        for name in ("unlink", "replace"):
-            patch.setattr(Path, name, tripwire.around(f"Path.{name}", getattr(Path, name)))
+        usual = tripwire.around("os.replace", os.replace)
+        checkpoints = tripwire.around("the checkpoint's os.replace", usual)
+
+        def replace_file(source, target):
+            (checkpoints if Path(target).name == CHECKPOINT else usual)(source, target)
+
+        patch.setattr(os, "replace", replace_file)
+        patch.setattr(os, "fsync", tripwire.around("os.fsync", os.fsync))
+        patch.setattr(Path, "unlink", tripwire.around("Path.unlink", Path.unlink))
         patch.setattr(torch, "save", tripwire.around("torch.save", torch.save))
         patch.setattr(Run, "flush", tripwire.around("a flush", Run.flush))
         patch.setattr(
@@ -360,32 +360,36 @@ def interrupted_run(folder: Path, tripwire: Tripwire, exist: Exist = "refuse") -
         go(folder, exist, trial, report=lambda report: tripwire("a report"))
 
 
-# What happens, in the order of a run. Each time the run is gone on with, and interrupted at the
-# next one of these moments.
+def around(occurrence: int, *kinds: str) -> list[tuple[str, int]]:
+    """The moments before and after one occurrence of each kind."""
+    return [(f"{when} {kind}", occurrence) for kind in kinds for when in ("before", "after")]
+
+
+FILES = ("os.fsync", "os.replace")
+SAVING = ("torch.save", "the checkpoint's os.replace")
+# What happens, in the order of a run. Each time the run is resumed, and interrupted at the next one
+# of these moments.
 CHAINS = {
-    "before anything is on disk": [
-        (f"{when} os.{what}", n) for n in (1, 2, 3) for what in ("fsync", "replace") for when in ("before", "after")
-    ],
+    "before anything is on disk": [*around(1, *FILES), *around(2, *FILES), *around(3, *FILES)],
     "at the beginning": [
-        *((f"{when} {what}", 1) for what in ("the instruments", "a phase", "a loss", "a step", "a look") for when in ("before", "after")),
-        ("before the instruments", 2), ("before a score", 1), ("after a score", 1), ("a report", 1), ("before a step", 2),
+        *around(1, "the instruments", "a phase", "a loss", "a step", "an exam loss"),
+        ("before the instruments", 2),
+        *around(1, "a score"),
+        ("a report", 1),
+        ("before a step", 2),
     ],
-    "around a checkpoint": [
-        (f"{when} {what}", n) for n in (1, 2) for what in ("a flush", "torch.save", "Path.replace") for when in ("before", "after")
-    ],
-    "while files are written": [
-        (f"{when} os.{what}", n) for n in (4, 5, 8) for what in ("fsync", "replace") for when in ("before", "after")
-    ],
+    "around a checkpoint": [*around(1, "a flush", *SAVING), *around(2, "a flush", *SAVING)],
+    "while files are written": [*around(4, *FILES), *around(5, *FILES), *around(8, *FILES)],
     "at the examination and the end": [
-        *((f"{when} {what}", 1) for what in ("the examination", "the end") for when in ("before", "after")),
-        *((f"{when} {what}", 1) for what in ("a flush", "os.fsync", "os.replace") for when in ("before", "after")),
+        *around(1, "the examination", "the end"),
+        *around(1, "a flush", *FILES),
     ],
     "behind the last checkpoint": [
         ("after the end", 1),
-        *((f"{when} {what}", 1) for what in ("torch.save", "Path.replace", "a flush") for when in ("before", "after")),
-        ("before a flush", 2), ("after a flush", 2),
+        *around(1, *SAVING, "a flush"),
+        *around(2, "a flush"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -406,8 +410,9 @@ def test_a_run_that_is_interrupted_again_and_again_ends_as_if_nothing_had_happen
 def test_a_replacement_that_is_interrupted_leaves_a_run_that_begins_anew(
     tmp_path, occurrence, uninterrupted
 ):
-    """The checkpoint goes first: what is left of the earlier run, which is this one's in all but
-    the rate, must not be gone on with.
+    """The checkpoint is deleted first: what is left of the earlier run must not be resumed.
+
+    That run differs from this one in nothing but its rate.
     """
     folder = Path(shutil.copytree(uninterrupted("dropout"), tmp_path / "run"))
     (folder / "config.json").write_text(
@@ -423,7 +428,7 @@ def test_a_replacement_that_is_interrupted_leaves_a_run_that_begins_anew(
     assert reports[0].step <= SCORE_EVERY and read_run(folder)["step"].min() == 0
 
 
-# -- runs that are not gone on with ----------------------------------------------------------------
+# -- runs that are not resumed ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -463,15 +468,14 @@ def test_a_finished_run_is_not_touched(uninterrupted, tmp_path):
     before = files(folder)
     go(folder, "resume", execution=replace(KEEP, keep_weights=False), report=reports.append)
     assert files(folder) == before
-    assert [(report.step, report.steps) for report in reports] == [
-        (reports[0].steps, reports[0].steps)
-    ]  # it counts
+    # It counts in the progress.
+    assert [(report.step, report.steps) for report in reports] == [(STEPS, STEPS)]
 
 
 @pytest.mark.parametrize(
     ("finished", "name", "value"), [(False, "seed", 1), (True, "lr", 0.2), (False, "kind", "other")]
 )
-def test_a_run_of_another_configuration_is_refused_by_name(
+def test_a_run_of_another_configuration_is_refused_with_its_name(
     half, uninterrupted, finished, name, value
 ):
     folder = uninterrupted("dropout") if finished else half
@@ -576,7 +580,7 @@ UNFIT = [
     "another network",
     "another optimizer",
 ]
-SAID = {
+MESSAGES = {
     **dict.fromkeys(
         UNREADABLE, "cannot be read as a checkpoint: start this run anew with --replace"
     ),
@@ -594,12 +598,12 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("how", SAID)
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_in_one_sentence(half, tmp_path, how):
+@pytest.mark.parametrize("how", MESSAGES)
+def test_a_checkpoint_that_cannot_be_resumed_from_is_refused_on_one_line(half, tmp_path, how):
     mark = tmp_path / "executed"
     damage(half / CHECKPOINT, how, mark)
     table = read_run(half)
-    with pytest.raises(ValueError, match=SAID[how]) as caught:
+    with pytest.raises(ValueError, match=MESSAGES[how]) as caught:
         go(half, "resume")
     assert "\n" not in str(caught.value) and f"'{half}" in str(caught.value)
     assert not mark.exists(), "the checkpoint was executed"
@@ -615,7 +619,7 @@ def test_a_damaged_checkpoint_can_be_replaced(half, uninterrupted):
 # -- runs that are lost ----------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_keeps_its_rows_and_is_failed_again_when_it_is_gone_on_with(tmp_path):
+def test_a_run_that_diverges_keeps_its_rows_and_fails_again_when_it_is_resumed(tmp_path):
     trial = make(config=Config("dropout", lr=1e30))
     trial = replace(trial, schedules=[], phases=(Phase(1, 0.01), Phase(12, 1e30)))
     state = torch.get_rng_state()
@@ -652,7 +656,7 @@ def test_reports_say_how_far_a_run_is(tmp_path):
 
 
 def test_phases_change_the_learning_rate_and_enter_the_network_once(tmp_path):
-    """Also a network that is gone on with: the phase that it was in is entered."""
+    """Also of a resumed network: the phase that it was in is entered."""
     entered: list[tuple[int, float]] = []
     trial = make()
     rates: list[float] = []
@@ -697,23 +701,14 @@ def set_one(name: str, value: str) -> None:
         attrgetter(name)(torch).fp32_precision = value
 
 
-def noting(precision: Precision, folder: Path, found: list[Any]) -> None:
-    """A run of which every step notes on which products TF32 is allowed, in both generations of
-    flags.
-    """
+def noting(precision: Precision, folder: Path, notes: list[Any]) -> None:
+    """A run whose every step notes for which products TF32 is allowed, by both kinds of flags."""
 
     def loss(outputs, y):
-        allowed = (
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-        )  # raises where the generations differ
-        found.append(
-            [
-                torch.get_float32_matmul_precision(),
-                *allowed,
-                *(value == "tf32" for value in rounding()[1:]),
-            ]
-        )
+        # The older flags raise where they differ from the newer ones.
+        older = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        newer = [value == "tf32" for value in rounding()[1:]]
+        notes.append([torch.get_float32_matmul_precision(), *older, *newer])
         return nn.functional.cross_entropy(outputs, y)
 
     go(
@@ -724,15 +719,15 @@ def noting(precision: Precision, folder: Path, found: list[Any]) -> None:
 
 
 def noting_job(precision: Precision, folder: Path, report: Callable[[Any], None]) -> None:
-    found: list[Any] = []
-    noting(precision, folder, found)
-    report((precision, found[-1]))
+    notes: list[Any] = []
+    noting(precision, folder, notes)
+    report((precision, notes[-1]))
 
 
 NOTED = {
-    "tf32": ["high", True, True, True, True, True, False],
+    "tf32": ["high", True, True, True, True, True, False],  # False: products on the CPU
     "float32": ["highest", *6 * [False]],
-}  # no products on the CPU
+}
 
 
 @pytest.mark.parametrize(
@@ -750,13 +745,13 @@ NOTED = {
 def test_products_are_rounded_as_a_run_says_and_the_process_is_left_as_found(
     tmp_path, precision, state
 ):
-    found, original = [], rounding()
+    notes, original = [], rounding()
     try:
         if state is not None:
             set_one(*state)
         before = rounding()
-        noting(precision, tmp_path / "run", found)
-        assert len(found) == STEPS and all(note == NOTED[precision] for note in found)
+        noting(precision, tmp_path / "run", notes)
+        assert len(notes) == STEPS and all(note == NOTED[precision] for note in notes)
         assert rounding() == before
         with pytest.raises(KeyboardInterrupt):
             interrupted_run(tmp_path / "other", Tripwire("before a step", 2), "refuse")
