@@ -58,18 +58,18 @@ def cases() -> dict[str, tuple[str, str]]:
         for kind, model in MODELS.items():
             found[f"{name}, model: {kind}"] = (
                 refused(call, model, X),
-                "model must be an nn.Module, got (NoneType|str|generator)",
+                "'model' must be an nn.Module, got (NoneType|str|generator)",
             )
         for kind, x in PROBES.items():
             found[f"{name}, probe: {kind}"] = refused(call, net(), x), PROBE
     for kind, model in MODELS.items():
         found[f"gradient_gap, model: {kind}"] = (
             refused(bs.gradient_gap, model, X, Y),
-            "model must be an nn.Module",
+            "'model' must be an nn.Module",
         )
         found[f"instrument, model: {kind}"] = (
             refused(bs.instrument, model),
-            "model must be an nn.Module",
+            "'model' must be an nn.Module",
         )
         found[f"UnitNaturalGradient, model: {kind}"] = (
             refused(bs.optim.UnitNaturalGradient, model, 0.1),

@@ -1,8 +1,7 @@
-"""The running sums of every layer: one batch's calls side by side, and what a stack of errors adds
-to the matrices.
-"""
+"""The running sums of every layer, and what one batch's calls and errors add to them."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,11 +12,28 @@ from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types
 from biasshift.measure.hooks import Call
 from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.options import Measured, Options, Units
+from biasshift.measure.options import Options, Units
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measurement of one layer: the unit Fisher matrices, and the gradient if asked for.
+
+    ``g`` and ``g0`` are the gradient of the mean negative log-likelihood at the data's labels, in
+    float64.
+    """
+
+    fisher: UnitFisher
+    g: Tensor | None = None  # (units, inputs)
+    g0: Tensor | None = None  # (units,); None without a bias
 
 
 class LayerBatch:
-    """One layer in one batch: all its calls, their positions side by side."""
+    """One layer in one batch: all its calls, their positions side by side.
+
+    ``shares_weights`` tells whether an example has several positions whose errors add up: a
+    convolution or a layer on sequences, unless ``weight_sharing="expand"``.
+    """
 
     def __init__(
         self, name: str, module: WeightLayer, calls: list[Call], examples: int, options: Options
@@ -25,63 +41,68 @@ class LayerBatch:
         self.name, self.module, self.calls, self.examples = name, module, calls, examples
         self.expand = options.weight_sharing == "expand"
         self.draws = options.draws if options.labels == "sampled" else 1
-        self.units = kept_units(name, self.module, options.units, calls[0].a.device)
-        sizes = [call.shape.numel() // layer_types.unit_count(self.module) for call in calls]
-        self.shares_weights = not self.expand and sum(sizes) != examples
+        self.units = kept_units(name, module, options.units, calls[0].a.device)
+        net_inputs = sum(call.shape.numel() for call in calls)
+        self.rows = net_inputs // layer_types.unit_count(module)  # examples × positions
+        self.shares_weights = not self.expand and self.rows != examples
 
-    def positions(self, parts: list[Tensor], axis: int) -> Tensor:
-        """Calls side by side on the axis of positions, which under ``expand`` holds the examples
-        too.
+    def side_by_side(self, parts: list[Tensor], axis: int) -> Tensor:
+        """Joins the parts of all calls on the axis of positions, which is behind ``axis``.
+
+        Several calls of one layer count as more positions of the same examples. Under ``"expand"``
+        that axis holds the examples too, and the batch is one example.
         """
         if self.expand:
             parts = [part.flatten(axis, axis + 1).unsqueeze(axis) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis + 1)
 
     def patches(self, reference: Tensor | None = None) -> Tensor:
-        """(batch, positions, groups, inputs), about a reference of every channel; a batch of one
-        under ``expand``.
+        """Returns the incoming activations, (batch, positions, groups, inputs).
+
+        Under ``"expand"`` the batch is 1, and the positions of all examples follow each other.
+
+        Args:
+            reference: one number per channel, which is subtracted.
         """
         work = layer_types.dtype_of_sums(self.calls[0].a)
-        return self.positions(
-            [
-                layer_types.patches(self.module, call.a.to(work), call.shape, reference)
-                for call in self.calls
-            ],
-            axis=0,
-        )
+        parts = [
+            layer_types.patches(self.module, call.a.to(work), call.shape, reference)
+            for call in self.calls
+        ]
+        return self.side_by_side(parts, axis=0)
 
-    def summed(self) -> tuple[Tensor, int]:
-        """The sum of all patches, (groups, inputs) in float64, and their number."""
+    def summed_patches(self) -> Tensor:
+        """Returns the sum of the incoming activations over all rows, (groups, inputs), float64."""
         parts = [layer_types.summed_patch(self.module, call.a, call.shape) for call in self.calls]
-        return torch.stack(parts).sum(0), sum(
-            call.shape.numel() for call in self.calls
-        ) // layer_types.unit_count(self.module)
+        return torch.stack(parts).sum(0)
 
 
-class Spread:
-    """The variance of ``Σ δ²`` that comes from drawing labels, from the spread between the draws of
-    each row. A row is an example.
+class LabelVariance:
+    """The variance of ``Σ δ²`` due to drawn labels, from the variance between the draws of a row.
 
-    Under ``expand`` it is a whole batch, since positions of one example depend on each other.
+    A row is an example. Under ``"expand"`` it is a whole batch, since positions of one example
+    depend on each other.
     """
 
     def __init__(self) -> None:
         self.variance: Tensor | None = None  # (units,)
-        self._sum: Tensor | None = (
-            None  # of δ² over draws, (rows, units); a draw's δ² carries the factor 1 / draws
-        )
+        # Sums over the draws so far, (rows, units): a draw's δ² carries the factor 1 / draws.
+        self._sum: Tensor | None = None
         self._squares: Tensor | None = None
 
     def add(self, delta2: Tensor) -> None:
-        """Some draws, (draws, rows, units)."""
+        """Adds δ² of some of the draws, (draws, rows, units)."""
         total, squares = delta2.sum(0), delta2.square().sum(0)
-        self._sum, self._squares = (
-            (total, squares)
-            if self._sum is None or self._squares is None
-            else (self._sum + total, self._squares + squares)
-        )
+        if self._sum is None or self._squares is None:
+            self._sum, self._squares = total, squares
+        else:
+            self._sum, self._squares = self._sum + total, self._squares + squares
 
     def finish_batch(self, draws: int) -> None:
+        """Adds the batch's variance of the mean over draws, when all of them are in.
+
+        It is the unbiased estimate, row by row, from the squares of the draws about their mean.
+        """
         if self._sum is not None and self._squares is not None:
             of_mean = (draws * self._squares - self._sum.square()).clamp(min=0).sum(0) / (draws - 1)
             self.variance = of_mean if self.variance is None else self.variance + of_mean
@@ -89,104 +110,142 @@ class Spread:
 
 
 class LayerState:
-    """The running sums of one layer, one per group of units that see the same inputs."""
+    """The running sums of one layer, one per group of units that see the same inputs.
+
+    A batch is `start_batch`, `add_errors` for every stack of seeds, and `finish_batch`. The blocks
+    are formed as the errors come, so that no samples are kept.
+    """
 
     def __init__(self, layer: LayerBatch):
         self.name, self.module, self.dtype = layer.name, layer.module, layer.calls[0].a.dtype
-        self.groups = [
-            (g, units)
-            for g, units in enumerate(layer_types.grouped(layer.module, layer.units))
-            if len(units)
-        ]
+        grouped = enumerate(layer_types.grouped(layer.module, layer.units))
+        self.groups = [(group, units) for group, units in grouped if len(units)]
         self.sums: list[WeightedSums] = []
         self.g: Tensor | None = None
         self.g0: Tensor | None = None
-        self.spread = Spread()
+        self.label_variance = LabelVariance()
 
     def start_batch(self, layer: LayerBatch) -> None:
-        summed, positions = layer.summed()
+        """Adds the batch's incoming activations, in float64.
+
+        Sums are about a reference, which keeps means that are large against the variance exact. It
+        is the mean of the first batch, channel by channel.
+        """
+        summed, module = layer.summed_patches(), self.module
         if not self.sums:
-            self.reference = layer_types.channel_means(self.module, summed / positions).to(
-                layer_types.dtype_of_sums(layer.calls[0].a)
-            )
-            references = layer_types.of_channels(self.module, self.reference)
+            means = layer_types.channel_means(module, summed / layer.rows)
+            self.reference = means.to(layer_types.dtype_of_sums(layer.calls[0].a))
+            references = layer_types.repeat_channels(module, self.reference)
             self.sums = [WeightedSums.empty(len(units), references[g]) for g, units in self.groups]
         for i, (g, _) in enumerate(self.groups):
-            total = summed[g] - positions * self.sums[i].reference
-            self.sums[i] = self.sums[i].with_inputs(layer.examples, positions, total)
+            total = summed[g] - layer.rows * self.sums[i].reference
+            self.sums[i] = self.sums[i].with_inputs(layer.examples, layer.rows, total)
         self.delta2: Tensor | None = None  # Σ over passes, (samples, units)
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
-        """Errors (passes, batch, positions, units). Without sharing they are squared and summed
-        first, and used once.
+        """Adds the errors of a stack of seeds, (passes, batch, positions, units).
+
+        Without weight sharing the errors are squared and summed, and `finish_batch` uses the sum
+        once. With it the gradient of every example, ``Σ δ a`` over its positions, is formed.
         """
-        self.note_draws(layer, delta)
+        self.add_draws(layer, delta)
         if layer.shares_weights:
             a = layer.patches(self.reference)
-            left = delta.to(a.dtype).permute(
-                1, 0, 3, 2
-            )  # (batch, passes, units, positions): as it lies in memory, behind a convolution
-            summed = left.sum(3)
+            # (batch, passes, units, positions): as it lies in memory, behind a convolution
+            by_example = delta.to(a.dtype).permute(1, 0, 3, 2)
+            summed = by_example.sum(3)
             squares = summed.square().sum(1)
             for i, (g, units) in enumerate(self.groups):
-                some = slice(None) if len(units) == left.shape[2] else units
-                vectors = (left[:, :, some].flatten(1, 2) @ a[:, :, g]).unflatten(
-                    1, (left.shape[1], -1)
-                )
+                own = slice(None) if len(units) == by_example.shape[2] else units
+                products = by_example[:, :, own].flatten(1, 2) @ a[:, :, g]
+                vectors = products.unflatten(1, (by_example.shape[1], -1))
                 by_unit = vectors.permute(2, 0, 1, 3).flatten(1, 2)
-                self.sums[i] = self.sums[i].with_vectors(by_unit, summed[:, :, some].flatten(0, 1))
+                self.sums[i] = self.sums[i].with_vectors(by_unit, summed[:, :, own].flatten(0, 1))
         else:
             squares = delta.to(layer_types.dtype_of_sums(delta)).square().sum(0).flatten(0, 1)
         self.delta2 = squares if self.delta2 is None else self.delta2 + squares
 
-    def note_draws(self, layer: LayerBatch, delta: Tensor) -> None:
+    def add_draws(self, layer: LayerBatch, delta: Tensor) -> None:
+        """Adds the errors of drawn labels to the variance, where several are drawn."""
         if layer.draws > 1:
             own = delta[..., layer.units].double()
-            self.spread.add(own.sum(2).square() if layer.shares_weights else own.square().sum(2))
+            delta2 = own.sum(2).square() if layer.shares_weights else own.square().sum(2)
+            self.label_variance.add(delta2)
 
     def finish_batch(self, layer: LayerBatch) -> None:
+        """Adds what needs ``δ̄²``, when the errors of all seeds are in."""
         assert self.delta2 is not None
-        self.spread.finish_batch(layer.draws)
+        self.label_variance.finish_batch(layer.draws)
         a = None if layer.shares_weights else layer.patches(self.reference)
         for i, (g, units) in enumerate(self.groups):
-            weights = self.delta2[:, units]
-            if a is None:
-                self.sums[i] = self.sums[i].with_weight_squares(weights)
-            else:
-                self.sums[i] = self.sums[i].with_weights(a[:, :, g].flatten(0, 1), weights)
+            weights, sums = self.delta2[:, units], self.sums[i]
+            self.sums[i] = (
+                sums.with_weight_squares(weights)
+                if a is None
+                else sums.with_weights(a[:, :, g].flatten(0, 1), weights)
+            )
         self.delta2 = None
 
     def add_gradient(self, layer: LayerBatch, delta: Tensor) -> None:
-        """Adds ``−Σ δ ã`` of the data's labels, in float64."""
+        """Adds ``−Σ δ ã`` of the data's labels, in float64.
+
+        The sign is that of the negative log-likelihood, since errors are derivatives of ``ln p``.
+
+        Args:
+            delta: the errors, (batch, positions, units).
+        """
+        g, g0 = self._summed_products(layer, delta)
+        if self.g is None or self.g0 is None:
+            self.g, self.g0 = -g, -g0
+        else:
+            self.g, self.g0 = self.g - g, self.g0 - g0
+
+    def _summed_products(self, layer: LayerBatch, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``Σ δ a`` and ``Σ δ``, in float64."""
         a, delta = layer.patches().double(), delta.double()
-        g = torch.cat(
-            [torch.einsum("ntu,nti->ui", delta[..., units], a[:, :, g]) for g, units in self.groups]
-        )
-        g0 = torch.cat([delta[..., units].sum((0, 1)) for _, units in self.groups])
-        self.g, self.g0 = (
-            (-g, -g0) if self.g is None or self.g0 is None else (self.g - g, self.g0 - g0)
+        products = [
+            torch.einsum("ntu,nti->ui", delta[..., units], a[:, :, g]) for g, units in self.groups
+        ]
+        return torch.cat(products), torch.cat(
+            [delta[..., units].sum((0, 1)) for _, units in self.groups]
         )
 
     def total(self) -> WeightedSums | ImplicitSums:
-        """The sums of all units."""
-        return (
-            self.sums[0]
-            if layer_types.group_count(self.module) == 1
-            else WeightedSums.stacked(self.sums)
-        )
+        """Returns the sums of all units."""
+        ungrouped = layer_types.group_count(self.module) == 1
+        return self.sums[0] if ungrouped else WeightedSums.stacked(self.sums)
 
     def result(self, options: Options) -> Measured:
+        """Returns the measurement over all batches.
+
+        The gradient is divided by the number of examples: that of the mean over them.
+        """
         sums, bias = self.total(), self.module.bias is not None
         fisher = UnitFisher(
-            sums, options.damping, bias, self.dtype, self.name, options.labels, self.spread.variance,
-            options.tolerance, options.max_iterations,
-        )  # fmt: skip
+            sums,
+            damping=options.damping,
+            bias=bias,
+            dtype=self.dtype,
+            name=self.name,
+            labels=options.labels,
+            label_noise=self.label_variance.variance,
+            tolerance=options.tolerance,
+            max_iterations=options.max_iterations,
+        )
         if self.g is None or self.g0 is None:
             return Measured(fisher)
         return Measured(fisher, self.g / sums.examples, self.g0 / sums.examples if bias else None)
 
 
 def kept_units(name: str, module: WeightLayer, units: Units, device: torch.device) -> Tensor:
+    """Returns the indices of the units that are kept of one layer.
+
+    Args:
+        units: indices for all layers, or per layer ``{name: indices}``; None for all units.
+
+    Raises:
+        ValueError: for indices that do not increase or that the layer does not have.
+    """
     count = layer_types.unit_count(module)
     chosen = units.get(name) if isinstance(units, Mapping) else units
     if chosen is None:
@@ -194,20 +253,25 @@ def kept_units(name: str, module: WeightLayer, units: Units, device: torch.devic
     kept = list(chosen)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise ValueError(
-            f"units must be increasing indices in 0 … {count - 1} for layer '{name}', got "
-            f"{kept[:8]}; give a dict for one list per layer."
+            f"'units' must be increasing indices in 0 … {count - 1} for layer '{name}', got "
+            f"{kept[:8]}. A dict gives one list per layer."
         )
     return torch.tensor(kept, device=device)
 
 
 def passes_at_once(batch: list[LayerBatch], dense: Collection[str], budget: int) -> int:
-    """As many backward passes together as the budget holds: three times the errors, and the vectors
-    of one dense layer.
+    """Returns how many backward passes the budget holds together, and 1 at least.
+
+    A pass takes three times the errors of all layers, and the vectors of one dense layer.
+
+    Args:
+        dense: names of the layers whose blocks are formed.
+        budget: bytes.
     """
-    errors_of_all = sum(
+    error_bytes = sum(
         call.shape.numel() * call.a.element_size() for layer in batch for call in layer.calls
     )
-    vectors = [
+    vector_bytes = [
         layer.examples
         * len(layer.units)
         * layer_types.input_count(layer.module)
@@ -215,4 +279,4 @@ def passes_at_once(batch: list[LayerBatch], dense: Collection[str], budget: int)
         for layer in batch
         if layer.shares_weights and layer.name in dense
     ]
-    return max(1, budget // (3 * errors_of_all + 2 * max(vectors, default=0)))
+    return max(1, budget // (3 * error_bytes + 2 * max(vector_bytes, default=0)))

@@ -1,4 +1,4 @@
-"""Mean activations: what every unit of every activation module puts out on average."""
+"""Activation moments: the mean and variance of what every unit of an activation module returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,22 +8,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.probe import Probe, Selection, batches
+from biasshift.measure.layer_types import Selection, selected_modules
+from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import undisturbed
 
 UnitAxis = int | Mapping[str, int] | None
-UNITS_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-)  # axis 1, behind the examples
+# Units on axis 1, behind the examples; and on the last axis.
+UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
 @dataclass(frozen=True)
 class ActivationMoments:
-    """Mean and variance of every unit of an activation layer, as sums that merge exactly with
-    ``+``.
+    """Mean and variance of every unit of an activation layer.
+
+    They are held as sums about a reference, which merge exactly with ``+``.
+
+    >>> halves = [ActivationMoments.from_values(x, 1) for x in torch.eye(4).split(2)]
+    >>> (halves[0] + halves[1]).mean
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
 
     count: int  # values per unit: examples × positions
@@ -40,18 +43,19 @@ class ActivationMoments:
     @property
     def var(self) -> Float[Tensor, " units"]:
         """The variance of every unit under the data (divided by the count, not by count − 1)."""
-        return (
-            (self.squares / self.count - (self.total / self.count) ** 2).clamp(min=0).to(self.dtype)
-        )
+        variance = self.squares / self.count - (self.total / self.count) ** 2
+        return variance.clamp(min=0).to(self.dtype)
 
     @classmethod
     def from_values(cls, x: Tensor, unit_axis: int) -> "ActivationMoments":
-        """The moments of one batch: examples first, units on ``unit_axis``, all other axes are
-        positions.
+        """Returns the moments of one batch.
 
         Without positions everything is float64. Feature maps are summed over positions in their own
-        precision and over examples in float64, which costs a tenth of float64 throughout; nothing
+        precision and over examples in float64, which costs a tenth of float64 throughout. Nothing
         waits for the device.
+
+        Args:
+            x: examples first, units on ``unit_axis``; all other axes are positions.
         """
         axis = unit_axis % x.dim()
         places = [i for i in range(1, x.dim()) if i != axis]
@@ -84,8 +88,7 @@ def activation_moments(
     unit_axis: UnitAxis = None,
     batch_size: int | None = None,
 ) -> dict[str, ActivationMoments]:
-    """Mean and variance of every unit of every activation module on probe data, by PyTorch's module
-    names.
+    """Returns the mean and variance of every unit of every activation module, by module name.
 
     Every childless module without parameters that returns a floating tensor counts. The units lie
     on the axis of the last weight or norm module that ran: the last axis behind linear layers, axis
@@ -98,9 +101,10 @@ def activation_moments(
         layers: names, or a predicate ``(name, module) → bool``.
         unit_axis: the units' axis, for all modules or per module ``{name: axis}``, where the rule
             does not fit.
+        batch_size: examples per forward pass, for a probe that does not fit at once.
 
     Raises:
-        ValueError: when the axis of the units is ambiguous; the sentence names the module.
+        ValueError: where the axis of the units is ambiguous; the message names the module.
 
     >>> import torch
     >>> moments = activation_moments(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(4, 2))
@@ -108,90 +112,88 @@ def activation_moments(
     (torch.Size([3]), 4)
     """
     model = underlying(model)
-    watcher = ActivationWatcher(model, layers, unit_axis)
-    with undisturbed(model), output_hooks(watcher.modules, watcher.record):
+    recorder = ActivationRecorder(model, layers, unit_axis)
+    with undisturbed(model), output_hooks(recorder.modules, recorder.record):
         for a, _ in batches(model, x, None, batch_size):
-            watcher.start_forward()
+            recorder.start_forward()
             model(a)
-    return watcher.moments()
+    return recorder.moments()
 
 
 def activation_modules(model: nn.Module, select: Selection = None) -> dict[str, nn.Module]:
-    """Childless modules without parameters, by name.
+    """Returns the childless modules without parameters, by name.
+
+    Args:
+        select: names, a predicate ``(name, module) → bool``, or None for all.
 
     Raises:
         ValueError: for a name that is not such a module.
     """
-    found = {
+    candidates = {
         name: module
         for name, module in model.named_modules()
         if name
         and next(module.children(), None) is None
         and next(module.parameters(), None) is None
     }
-    if select is None:
-        return found
-    if callable(select):
-        return {name: module for name, module in found.items() if select(name, module)}
-    names = [select] if isinstance(select, str) else list(select)
-    unknown = [name for name in names if name not in found]
-    if unknown:
-        raise ValueError(
-            f"The model has no activation module {', '.join(map(repr, unknown))}. It has "
-            f"{', '.join(map(repr, found))}."
-        )
-    return {name: found[name] for name in names}
+    return selected_modules(model, candidates, select, "activation module", candidates)
 
 
 @dataclass
-class ActivationWatcher:
-    """Adds up the outputs of activation modules over forward passes, on their device, without
-    waiting for it.
+class ActivationRecorder:
+    """Adds up the outputs of activation modules over forward passes.
+
+    Sums stay on the model's device, without waiting for it. ``record`` is an output hook for all
+    ``modules``, and `start_forward` is called before every forward pass.
     """
 
     model: nn.Module
     select: Selection = None
     unit_axis: UnitAxis = None
-    sums: dict[tuple[str, int], ActivationMoments] = field(
-        default_factory=dict
-    )  # by name and call within a forward pass
+    # by name and call within a forward pass
+    sums: dict[tuple[str, int], ActivationMoments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.activations = activation_modules(self.model, self.select)
-        setters = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, UNITS_FIRST + UNITS_LAST)
-        }
+        named = self.model.named_modules()
+        setters = {name: m for name, m in named if isinstance(m, UNITS_FIRST + UNITS_LAST)}
         self.modules = {**setters, **self.activations}
         self.start_forward()
 
     def start_forward(self) -> None:
-        """A new forward pass: calls are counted from 0 again."""
+        """Starts a new forward pass.
+
+        Calls are counted from 0 again, and no weight or norm module has set the unit axis yet.
+        """
         self.called: dict[str, int] = {}
         self.axis: int | None = None
         self.units = 0
 
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if name in self.activations:
-            if output.is_floating_point() and output.dim() >= 2:
-                key = (name, self.called.get(name, 0))
-                self.called[name] = key[1] + 1
-                batch = ActivationMoments.from_values(
-                    output.detach(), self._axis(name, module, output)
-                )
-                self.sums[key] = self.sums[key] + batch if key in self.sums else batch
-        else:
+        """Adds one output of an activation module, or notes the unit axis of any other module.
+
+        Outputs that are not floating, or have no unit axis behind the examples, are left out.
+
+        Raises:
+            ValueError: where the axis of the units is ambiguous.
+        """
+        if name not in self.activations:
             self.axis = 1 if isinstance(module, UNITS_FIRST) else -1
             self.units = output.shape[self.axis]
+        elif output.is_floating_point() and output.dim() >= 2:
+            call = self.called.get(name, 0)
+            self.called[name] = call + 1
+            axis, old = self._axis(name, module, output), self.sums.get((name, call))
+            batch = ActivationMoments.from_values(output.detach(), axis)
+            self.sums[name, call] = batch if old is None else old + batch
 
     def _axis(self, name: str, module: nn.Module, output: Tensor) -> int:
         chosen = self.unit_axis.get(name) if isinstance(self.unit_axis, Mapping) else self.unit_axis
         if chosen is not None:
             if not (0 < chosen % output.dim() and -output.dim() <= chosen < output.dim()):
                 raise ValueError(
-                    f"unit_axis={chosen} is not an axis of units of '{name}', whose output is "
-                    f"{tuple(output.shape)}."
+                    f"'unit_axis' must be an axis of units of '{name}', whose output is "
+                    f"{tuple(output.shape)}, got {chosen}."
                 )
             return chosen
         if output.dim() == 2:
@@ -204,13 +206,16 @@ class ActivationWatcher:
             )
             raise ValueError(
                 f"Module '{name}' ({type(module).__name__}) returns {tuple(output.shape)}, and "
-                "which axis holds the units is ambiguous: "
-                f"{before}. Give unit_axis={{'{name}': axis}}, or leave it out with layers=."
+                f"which axis holds the units is ambiguous: {before}. Give unit_axis={{'{name}': "
+                "axis}, or leave it out with layers=."
             )
         return self.axis
 
     def moments(self) -> dict[str, ActivationMoments]:
-        """The sums so far, named ``name#call`` where a module was called several times in one pass."""
+        """Returns the moments so far, by module name.
+
+        Modules that were called several times in one pass are named ``name#call``.
+        """
         repeated = {name for name, call in self.sums if call > 0}
         return {
             f"{name}#{call}" if name in repeated else name: moments

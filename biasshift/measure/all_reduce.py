@@ -1,57 +1,71 @@
-"""What several processes have measured on their shares of one probe, as if one of them had measured
-all of it.
+"""Measurements on the shares of one probe, merged over the processes of ``torch.distributed``.
+
+The results are those of one process that measures all of the probe, and the same on every process.
+All processes must call these functions with the same layers in the same order.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed as dist
 
+from biasshift.measure.accumulators import Measured
 from biasshift.measure.activation_moments import ActivationMoments
 from biasshift.measure.bias_shift import NetMeans
-from biasshift.measure.options import Measured
-
-T = TypeVar("T")
 
 
-def merged_moments(found: Mapping[str, ActivationMoments]) -> dict[str, ActivationMoments]:
-    """The sums over all processes, exactly."""
-    parts = _gathered({name: _moved(moments, "cpu") for name, moments in found.items()})
+def merged_moments(own: Mapping[str, ActivationMoments]) -> dict[str, ActivationMoments]:
+    """Returns the activation moments over all processes.
+
+    Their sums merge exactly, in the order of the ranks: the result is the same on all processes,
+    bit by bit.
+    """
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {name: _moved(moments, "cpu") for name, moments in own.items()})
     return {
-        name: _moved(reduce(add, (part[name] for part in parts)), found[name].total.device)
-        for name in found
+        name: _moved(reduce(add, (part[name] for part in parts)), moments.total.device)
+        for name, moments in own.items()
     }
 
 
-def merged_means(found: Mapping[str, NetMeans]) -> dict[str, NetMeans]:
-    """Means over the positions of all processes; the weights are the same on all of them."""
+def merged_means(own: Mapping[str, NetMeans]) -> dict[str, NetMeans]:
+    """Returns mean incoming activations and net inputs over the positions of all processes.
+
+    The weights are the same on all of them, and stay as they are.
+    """
     merged = {}
-    for name, own in found.items():
-        count = torch.tensor(float(own.positions), dtype=torch.float64, device=own.net.device)
-        mean, net = own.mean * count, own.net * count
+    for name, means in own.items():
+        count = torch.tensor(float(means.positions), dtype=torch.float64, device=means.net.device)
+        mean, net = means.mean * count, means.net * count
         for x in (count, mean, net):
             dist.all_reduce(x)
-        merged[name] = replace(own, mean=mean / count, net=net / count, positions=int(count))
+        merged[name] = replace(means, mean=mean / count, net=net / count, positions=int(count))
     return merged
 
 
-def merged_measurements(found: Mapping[str, Measured]) -> dict[str, Measured]:
-    """The unit Fisher matrices and the mean gradients over the examples of all processes."""
-    return {name: _merged(own) for name, own in found.items()}
+def merged_measurements(own: Mapping[str, Measured]) -> dict[str, Measured]:
+    """Returns unit Fisher matrices and mean gradients over the examples of all processes.
 
+    Every process counts with the number of its examples, which may differ.
 
-def _merged(own: Measured) -> Measured:
-    fisher = own.fisher.all_reduce()
-    count = torch.tensor(
-        float(own.fisher.sums.examples), dtype=torch.float64, device=own.fisher.sums.first.device
-    )
-    total = count.clone()
-    dist.all_reduce(total)
-    return Measured(fisher, *(_mean(g, count, total) for g in (own.g, own.g0)))
+    Raises:
+        ValueError: for processes that do not hold the same layer, as `UnitFisher.all_reduce`.
+    """
+    merged = {}
+    for name, measured in own.items():
+        sums = measured.fisher.sums
+        fisher = measured.fisher.all_reduce()
+        count = torch.tensor(float(sums.examples), dtype=torch.float64, device=sums.first.device)
+        total = count.clone()
+        dist.all_reduce(total)
+        merged[name] = Measured(
+            fisher, _mean(measured.g, count, total), _mean(measured.g0, count, total)
+        )
+    return merged
 
 
 def _mean(g: Tensor | None, count: Tensor, total: Tensor) -> Tensor | None:
@@ -69,9 +83,3 @@ def _moved(moments: ActivationMoments, device: Any) -> ActivationMoments:
         total=moments.total.to(device),
         squares=moments.squares.to(device),
     )
-
-
-def _gathered(own: T) -> list[T]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return parts

@@ -1,5 +1,7 @@
-"""The bias shift of an update that really happened: what moved every unit's mean net input, and by
-how much.
+"""The bias shift of an update that really happened, measured before and after it on a probe.
+
+It is the change of every unit's mean net input, in the parts that the unit's own weights and the
+layers below have caused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,18 +14,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types
-from biasshift.measure.coverage import own_function, refuse
+from biasshift.measure.coverage import refuse, why_not_affine
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.layer_types import WeightLayer
-from biasshift.measure.probe import Probe, Selection, batches, rereadable, weight_layers
+from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
+from biasshift.measure.probe import Probe, batches, rereadable
 from biasshift.measure.sandbox import undisturbed
 from biasshift.theory import shift_parts
 
 
 @dataclass(frozen=True)
 class BiasShift:
-    """One layer's change of the mean net input, unit by unit; ``total`` is measured and equals the
-    sum of the parts.
+    """One layer's change of the mean net input, unit by unit, in the layer's dtype.
+
+    ``total`` is measured, and equals the sum of the three parts up to rounding: the unit's own
+    update, the bias shift that comes in, and the product of both.
     """
 
     total: Float[Tensor, " units"]
@@ -34,14 +38,17 @@ class BiasShift:
     @property
     def inherited_share(self) -> float:
         """``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the units."""
-        own, incoming, second = (
-            x.abs().sum().item() for x in (self.own, self.incoming, self.second_order)
-        )
+        parts = (self.own, self.incoming, self.second_order)
+        own, incoming, second = (x.abs().sum().item() for x in parts)
         return incoming / (own + incoming + second) if own + incoming + second > 0 else float("nan")
 
 
 class Shifts(Mapping[str, BiasShift]):
-    """The bias shift of every layer, readable after the block of `bias_shift` has ended."""
+    """The bias shift of every layer, by module name: a mapping to `BiasShift`.
+
+    It can be read when the block of `bias_shift` has ended. Inside the block reading it raises
+    RuntimeError, since the update has not been measured yet.
+    """
 
     def __init__(self) -> None:
         self._layers: dict[str, BiasShift] | None = None
@@ -68,16 +75,16 @@ class Shifts(Mapping[str, BiasShift]):
 def bias_shift(
     model: nn.Module, x: Probe, *, layers: Selection = None, batch_size: int | None = None
 ) -> Iterator[Shifts]:
-    """Measures, before and after the block, how the update inside it moves the mean net input of
-    every unit on the probe.
+    """Measures how the update inside the block moves the mean net input of every unit.
 
-    ``Δ(mean net) = (Δwᵀμ + Δw₀) + wᵀΔμ + ΔwᵀΔμ``: own, incoming, second order. An identity for any
-    update whatsoever, so it tests the measurement before anything is claimed about trends. The
-    model is measured in eval mode and left as found.
+    ``Δ(mean net) = (Δwᵀμ + Δw₀) + wᵀΔμ + ΔwᵀΔμ``: own, incoming, second order. This is an identity
+    for any update whatsoever, so it tests the measurement before anything is claimed about trends.
+    The model is measured in eval mode, before and after the block, and left as found.
 
     Args:
         x: a tensor of examples, or an iterable of batches x or (x, y).
         layers: names, or a predicate ``(name, module) → bool``.
+        batch_size: examples per forward pass, for a probe that does not fit at once.
 
     Raises:
         ValueError: for a layer that cannot be measured.
@@ -100,7 +107,7 @@ def bias_shift(
 
 @dataclass(frozen=True)
 class NetMeans:
-    """One layer at one moment: weights, mean incoming activations, mean net input. float64."""
+    """One layer at one moment: weights, mean incoming activations, mean net inputs, in float64."""
 
     w: Float[Tensor, "units inputs"]
     w0: Float[Tensor, " units"]
@@ -113,49 +120,51 @@ class NetMeans:
 def net_means(
     model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None
 ) -> dict[str, NetMeans]:
-    """Weights, mean incoming activations and mean net inputs of every layer on a probe, in eval
-    mode.
+    """Returns weights, mean incoming activations and mean net inputs of every layer, in eval mode.
+
+    Layers that the model does not call on the probe are left out.
+
+    Raises:
+        ValueError: for a layer that cannot be measured.
     """
     model = underlying(model)
     modules = weight_layers(model, layers)
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    sums: dict[str, tuple[Tensor, Tensor, int, torch.dtype]] = {}
 
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if why := own_function(modules[name], a, output):
+        layer = modules[name]
+        if why := why_not_affine(layer, a, output):
             refuse(modules, {name: why})
-        positions = output.numel() // layer_types.unit_count(modules[name])
-        incoming = layer_types.summed_patch(modules[name], a, output.shape)
-        old = sums.get(name, (0.0, 0.0, 0))
+        incoming, net, positions, _ = sums.get(name, (0.0, 0.0, 0, None))
         sums[name] = (
-            old[0] + incoming,
-            old[1] + layer_types.summed_output(modules[name], output),
-            old[2] + positions,
+            incoming + layer_types.summed_patch(layer, a, output.shape),
+            net + layer_types.summed_output(layer, output),
+            positions + output.numel() // layer_types.unit_count(layer),
+            output.dtype,
         )
-        dtypes[name] = output.dtype
 
     with undisturbed(model, evaluate=True), output_hooks(modules, record, raw=True):
         for a, _ in batches(model, x, None, batch_size):
             model(a)
-        return {
-            name: _net_means(modules[name], *sums[name], dtypes[name])
-            for name in modules
-            if name in sums
-        }
-
-
-def _net_means(
-    module: WeightLayer, incoming: Tensor, net: Tensor, positions: int, dtype: torch.dtype
-) -> NetMeans:
-    w = layer_types.weights(module).detach().double().clone()
-    w0 = torch.zeros_like(net) if module.bias is None else module.bias.detach().double().clone()
-    return NetMeans(
-        w, w0, layer_types.per_unit(module, incoming / positions), net / positions, dtype, positions
-    )
+        means = {}
+        for name in (name for name in modules if name in sums):
+            incoming, net, positions, dtype = sums[name]
+            w, w0 = unit_weights(modules[name])
+            w0 = torch.zeros_like(net) if w0 is None else w0
+            mean = layer_types.per_unit(modules[name], incoming / positions)
+            means[name] = NetMeans(w, w0, mean, net / positions, dtype, positions)
+        return means
 
 
 def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> dict[str, BiasShift]:
-    """The bias shift of every layer between two moments."""
+    """Returns the bias shift of every layer between two moments.
+
+    Args:
+        before, after: of the same layers on the same probe; `net_means` measures them.
+
+    Returns:
+        Differences of float64 means, in the layer's dtype.
+    """
     shifts = {}
     for name, old in before.items():
         new = after[name]
@@ -173,24 +182,23 @@ def used_gradients(
     args: tuple = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What ``.grad`` holds as a step begins: by layer (units, inputs) and (units,), None for a bias
-    that is not trained. float64.
+    """Returns the gradients that ``.grad`` holds as a step begins, by layer, in float64.
 
     Whatever filled it: several backward passes, an average over processes, clipping. The scale of a
     gradient scaler that leaves the division to the optimizer is divided out, and with ``maximize``
-    the sign turned. A layer is left out where its weight has no gradient or is not the optimizer's
-    (frozen, parametrized, a copy in another precision). So are all layers when the step makes its
-    gradients itself, by a closure, or takes the scaler as an argument.
+    the sign is turned. A layer is left out where its weight has no gradient or is not the
+    optimizer's (frozen, parametrized, a copy in another precision). So are all layers when the step
+    makes its gradients itself, by a closure, or takes the scaler as an argument.
 
     Args:
         args, kwargs: of ``step``, the optimizer first, as a hook before it gets them.
+
+    Returns:
+        (units, inputs) and (units,) for each layer; None for a bias that is not trained.
     """
-    given = dict(kwargs or {})
-    if (
-        any(x is not None for x in args[1:])
-        or given.get("closure") is not None
-        or "grad_scaler" in given
-    ):
+    options = dict(kwargs or {})
+    closure = options.get("closure") is not None or any(x is not None for x in args[1:])
+    if closure or "grad_scaler" in options:
         return {}
     factors = {
         p: -1.0 if group.get("maximize") else 1.0
@@ -198,34 +206,42 @@ def used_gradients(
         for p in group["params"]
     }
     scale = getattr(optimizer, "grad_scale", None)
-    found = {}
+    gradients = {}
     for name, module in modules.items():
-        own = module._parameters  # a look at a parametrized weight would compute it
-        g = _used(own.get("weight"), factors, scale)
+        own = module._parameters  # reading a parametrized weight would compute it
+        g = _used_gradient(own.get("weight"), factors, scale)
         if g is not None and "bias" in own:
-            found[name] = layer_types.weights(module, g), _used(own["bias"], factors, scale)
-    return found
+            g0 = _used_gradient(own["bias"], factors, scale)
+            gradients[name] = layer_types.weights(module, g), g0
+    return gradients
 
 
 def unit_weights(module: WeightLayer) -> tuple[Tensor, Tensor | None]:
-    """The weights (units, inputs) and biases of every unit, copied to float64."""
+    """Returns the weights (units, inputs) and biases (units,) of a layer, copied to float64.
+
+    The copy stays what it is when an optimizer changes the layer. The bias is None where the layer
+    has none.
+    """
     w0 = None if module.bias is None else module.bias.detach().double().clone()
     return layer_types.weights(module).detach().double().clone(), w0
 
 
-def _used(p: Tensor | None, factors: Mapping[Tensor, float], scale: Tensor | None) -> Tensor | None:
-    whole, place = (p, None) if p is None or p in factors else _stack_of(p, factors)
-    if whole is None or whole.grad is None:
+def _used_gradient(
+    p: Tensor | None, factors: Mapping[Tensor, float], scale: Tensor | None
+) -> Tensor | None:
+    trained, index = (p, None) if p is None or p in factors else _stack_of(p, factors)
+    if trained is None or trained.grad is None:
         return None
-    grad = whole.grad.detach()
-    grad = (grad if grad.layout == torch.strided else grad.to_dense()).double() * factors[whole]
-    grad = grad if place is None else grad[place]
+    grad = trained.grad.detach()
+    grad = (grad if grad.layout == torch.strided else grad.to_dense()).double() * factors[trained]
+    grad = grad if index is None else grad[index]
     return grad if scale is None else grad / scale.to(grad.device).double()
 
 
 def _stack_of(p: Tensor, stacks: Iterable[Tensor]) -> tuple[Tensor | None, int]:
-    """The parameter that ``p`` is a slice of, and which: the networks of an ensemble are views into
-    what its optimizer trains.
+    """The parameter that ``p`` is a slice of, and which slice.
+
+    The networks of an ensemble are views into what its optimizer trains.
     """
     for stack in stacks:
         if (
@@ -234,10 +250,9 @@ def _stack_of(p: Tensor, stacks: Iterable[Tensor]) -> tuple[Tensor | None, int]:
             and stack.stride()[1:] == p.stride()
             and stack.numel()
         ):
-            place, rest = divmod(
-                int(p.storage_offset() - stack.storage_offset()), max(int(stack.stride(0)), 1)
-            )
-            one_storage = stack.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
-            if one_storage and rest == 0 and 0 <= place < len(stack):
-                return stack, place
+            offset = int(p.storage_offset() - stack.storage_offset())
+            index, rest = divmod(offset, max(int(stack.stride(0)), 1))
+            shared = stack.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+            if shared and rest == 0 and 0 <= index < len(stack):
+                return stack, index
     return None, 0

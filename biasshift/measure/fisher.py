@@ -1,6 +1,4 @@
-"""Model and probe → the unit Fisher matrices of every layer, exact over the labels, in one traced
-pass per batch.
-"""
+"""Model and probe → the unit Fisher matrices of every layer, in one traced pass per batch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -8,30 +6,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from biasshift.fisher.samples import block_bytes
+from biasshift.fisher.packed import block_bytes
 from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
 from biasshift.measure import layer_types, likelihoods
-from biasshift.measure.accumulators import LayerBatch, LayerState, passes_at_once
+from biasshift.measure.accumulators import LayerBatch, LayerState, Measured, passes_at_once
 from biasshift.measure.coverage import (
     check_outputs,
     refuse,
     refuse_coupled,
     refuse_unusable,
     tied,
-    unsound,
+    unmeasurable,
 )
-from biasshift.measure.hooks import errors, traced
-from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.hooks import edge_gradients, traced, underlying
+from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
 from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.options import Measured, Options, Units
-from biasshift.measure.probe import Selection, batches, underlying, weight_layers
-from biasshift.measure.sample_store import Collector, ImplicitState, Reader, Room, Source, fresh
+from biasshift.measure.options import Options, Units
+from biasshift.measure.probe import batches
+from biasshift.measure.sample_store import (
+    Collector,
+    ImplicitState,
+    MemoryBudget,
+    ProbeReader,
+    ProbeSource,
+    opened,
+)
 from biasshift.measure.sandbox import undisturbed
 
 
 def unit_fisher(
     model: nn.Module,
-    x: Source,
+    x: ProbeSource,
     y: Tensor | None = None,
     *,
     labels: Labels = "expected",
@@ -49,11 +54,11 @@ def unit_fisher(
     tolerance: float | None = None,
     max_iterations: int = MAX_ITERATIONS,
 ) -> dict[str, UnitFisher]:
-    """The unit Fisher matrices of every weight layer of a model on probe data, by PyTorch's module
-    names.
+    """Returns the unit Fisher matrices of every weight layer on probe data, by module name.
 
     ``F = E_p(δ̄² ã ãᵀ)`` for every unit, ``ã = (a, 1)``: how the model's own uncertainty weights
-    the incoming activations. The model is measured in its present mode and left as found.
+    the incoming activations. The model is measured in its present mode and left as found. Names are
+    those of PyTorch's ``named_modules``.
 
     Args:
         x: a tensor of examples, an iterable of batches x or (x, y), or a function that returns one.
@@ -72,7 +77,7 @@ def unit_fisher(
         batch_size: examples per forward pass, for a probe that does not fit at once. Results do not
             depend on it.
         generator: draws the labels of ``"sampled"``; by default one with a fixed seed.
-        max_passes: refuse ``"expected"`` beyond this number of backward passes per batch.
+        max_passes: raise an error where ``"expected"`` takes more backward passes per batch.
         memory_budget: bytes that the backward passes of several classes at once may take, and those
             of a layer's blocks or samples.
         draws: labels drawn per example by ``"sampled"``, a backward pass each; from 2 on
@@ -83,10 +88,10 @@ def unit_fisher(
             samples pass it too, the probe is read and the model run again for every iteration.
         tolerance: the relative residual of the iterations; 1e-8 in double precision and 1e-5 in
             single by default.
-        max_iterations: after these a unit has NaN, and there is a warning.
+        max_iterations: of a solve; a unit that takes more has NaN, with a warning.
 
     Raises:
-        ValueError: for a layer that cannot be measured (the sentence names it and says why),
+        ValueError: for a layer that cannot be measured (the message has its name and the reason),
             coupled examples (BatchNorm or dropout in training mode), an iterator that would have to
             be read again, or arguments that do not fit.
 
@@ -99,17 +104,36 @@ def unit_fisher(
         and Eschenhagen et al. 2023.
     """
     options = Options(
-        labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator, max_passes, memory_budget, draws,
-        storage, tolerance, max_iterations,
-    )  # fmt: skip
+        labels=labels,
+        likelihood=likelihood,
+        weight_sharing=weight_sharing,
+        layers=layers,
+        units=units,
+        damping=damping,
+        batch_size=batch_size,
+        generator=generator,
+        max_passes=max_passes,
+        memory_budget=memory_budget,
+        draws=draws,
+        storage=storage,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
     return {name: measured.fisher for name, measured in measure(model, x, y, options).items()}
 
 
 def measure(
-    model: nn.Module, x: Source, y: Tensor | None, options: Options, gradient: bool = False
+    model: nn.Module, x: ProbeSource, y: Tensor | None, options: Options, gradient: bool = False
 ) -> dict[str, Measured]:
-    """`unit_fisher`, with the gradient of the mean negative log-likelihood at the data's labels
-    from the same traced pass.
+    """Measures every layer of a model on a probe, by module name.
+
+    Args:
+        x, y: the probe, as in `unit_fisher`.
+        gradient: also measure the gradient of the mean negative log-likelihood at the data's
+            labels, from the same traced pass.
+
+    Raises:
+        ValueError: as `unit_fisher`, and for a gradient without the data's labels.
     """
     model = underlying(model)
     modules = weight_layers(model, options.layers)
@@ -117,47 +141,50 @@ def measure(
     refuse_coupled(model)
     refuse_unusable(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if (
-        options.labels == "sampled" and options.generator is None
-    ):  # one for all batches, so that their labels differ
+    if options.labels == "sampled" and options.generator is None:
+        # one for all batches, so that their labels differ
         options = replace(options, generator=torch.Generator(device).manual_seed(0))
-    reader = Reader(_add_batch, model, modules, x, y, options)
-    states = States(
-        options, Room.on(device, options.memory_budget), one_shot=isinstance(x, Iterator)
-    )
+    reader = ProbeReader(_add_batch, model, modules, x, y, options)
+    budget = MemoryBudget.on(device, options.memory_budget)
+    states = LayerStates(options, budget, one_shot=isinstance(x, Iterator))
     with undisturbed(model, gradients=True):
-        for a, b in batches(model, fresh(x), y, options.batch_size):
+        for a, b in batches(model, opened(x), y, options.batch_size):
             _add_batch(model, modules, a, b, options, states, gradient)
     _refuse_uncalled(modules, states, options.layers)
     for name, state in states.items():
         if isinstance(state, ImplicitState) and state.full:
-            state.again = reader.again(name, state)
+            state.reread = reader.parts(name, state)
     return {name: states[name].result(options) for name in modules if name in states}
 
 
-class States(dict[str, LayerState]):
-    """What gathers every layer's batches; the kind of a layer's storage is decided at its first
-    batch, small layers first.
+class LayerStates(dict[str, LayerState]):
+    """The running sums of all layers, by name; a layer's storage is chosen at its first batch.
+
+    Args:
+        one_shot: whether the probe is an iterator, which cannot be read again.
     """
 
-    def __init__(self, options: Options, room: Room, one_shot: bool):
+    def __init__(self, options: Options, budget: MemoryBudget, one_shot: bool):
         super().__init__()
-        self.options, self.room, self.one_shot = options, room, one_shot
+        self.options, self.budget, self.one_shot = options, budget, one_shot
 
-    def meet(self, batch: list[LayerBatch]) -> None:
+    def add_layers(self, batch: list[LayerBatch]) -> None:
+        """Adds the layers that have no sums yet, small ones first.
+
+        Under ``storage="auto"`` a layer is dense where its blocks, units × inputs² numbers, fit
+        into the budget, and keeps samples otherwise.
+        """
         sizes = {
             layer.name: block_bytes(len(layer.units), layer_types.input_count(layer.module))
             for layer in batch
         }
+        storage = self.options.storage
         for layer in sorted(batch, key=lambda layer: sizes[layer.name]):
             if layer.name not in self:
-                storage = self.options.storage
-                implicit = storage == "implicit" or (
-                    storage == "auto" and not self.room.take(sizes[layer.name])
-                )
                 self[layer.name] = (
-                    ImplicitState(layer, self.room, self.one_shot)
-                    if implicit
+                    ImplicitState(layer, self.budget, self.one_shot)
+                    if storage == "implicit"
+                    or (storage == "auto" and not self.budget.take(sizes[layer.name]))
                     else LayerState(layer)
                 )
 
@@ -168,62 +195,58 @@ def _add_batch(
     x: Tensor,
     y: Tensor | None,
     options: Options,
-    states: States | Mapping[str, Collector],
+    states: LayerStates | Mapping[str, Collector],
     gradient: bool = False,
 ) -> None:
     tape, returned = traced(model, modules, x)
     outputs = check_outputs(returned, len(x))
-    expand, categorical = options.weight_sharing == "expand", options.likelihood == "categorical"
-    refuse(
-        modules,
-        unsound(model, tape, modules, x, outputs, expand, categorical, first_batch=not states),
-    )
+    refuse(modules, unmeasurable(model, tape, modules, x, outputs, options, first_batch=not states))
     rule = likelihoods.seeds(
         outputs, options.likelihood, options.labels, y, options.generator, options.draws
     )
     if options.labels == "expected" and rule.count > options.max_passes:
         raise ValueError(
-            f'labels="expected" takes {rule.count} backward passes on outputs '
-            f"{tuple(outputs.shape)}, more than max_passes="
-            f'{options.max_passes}. Use labels="sampled", or raise max_passes.'
+            f"Labels 'expected' take {rule.count} backward passes on outputs "
+            f"{tuple(outputs.shape)}, more than max_passes={options.max_passes}. Use "
+            'labels="sampled", or raise max_passes.'
         )
     batch = [
         LayerBatch(name, modules[name], calls, len(x), options)
         for name, calls in tape.calls.items()
     ]
-    if isinstance(states, States):
-        states.meet(batch)
+    if isinstance(states, LayerStates):
+        states.add_layers(batch)
     for layer in batch:
         states[layer.name].start_batch(layer)
-    if gradient and isinstance(states, States):
+    if gradient and isinstance(states, LayerStates):
         if y is None:
             raise ValueError("The gradient needs the data's labels: give y, or batches (x, y).")
         seeds = likelihoods.error(outputs.detach(), options.likelihood, y)[None]
-        for layer, delta in _backward(batch, outputs, seeds, keep=True):
+        for layer, delta in _errors(batch, outputs, seeds, keep=True):
             states[layer.name].add_gradient(layer, delta[0])
     dense = {name for name, state in states.items() if type(state) is LayerState}
     step = passes_at_once(batch, dense, options.memory_budget)
     for i in range(0, rule.count, step):
         j = min(i + step, rule.count)
-        for layer, delta in _backward(batch, outputs, rule.make(i, j), keep=j < rule.count):
+        for layer, delta in _errors(batch, outputs, rule.make(i, j), keep=j < rule.count):
             states[layer.name].add_errors(layer, delta)
     for layer in batch:
         states[layer.name].finish_batch(layer)
 
 
-def _backward(
-    batch: list["LayerBatch"], outputs: Tensor, seeds: Tensor, keep: bool
-) -> Iterator[tuple["LayerBatch", Tensor]]:
+def _errors(
+    batch: list[LayerBatch], outputs: Tensor, seeds: Tensor, keep: bool
+) -> Iterator[tuple[LayerBatch, Tensor]]:
     """The errors of every layer, (passes, batch, positions, units), from one stack of seeds."""
-    found = iter(
-        errors(outputs, [call.edge for layer in batch for call in layer.calls], seeds, keep)
-    )
+    edges = [call.edge for layer in batch for call in layer.calls]
+    gradients = iter(edge_gradients(outputs, edges, seeds, keep))
     for layer in batch:
-        deltas = [(call, next(found)) for call in layer.calls]
-        zero = [
-            d if d is not None else seeds.new_zeros(len(seeds), *call.shape) for call, d in deltas
-        ]
-        yield layer, layer.positions([layer_types.errors(layer.module, d) for d in zero], axis=1)
+        parts = []
+        for call in layer.calls:
+            delta = next(gradients)
+            delta = seeds.new_zeros(len(seeds), *call.shape) if delta is None else delta
+            parts.append(layer_types.errors(layer.module, delta))
+        yield layer, layer.side_by_side(parts, axis=1)
 
 
 def _refuse_uncalled(

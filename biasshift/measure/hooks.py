@@ -1,9 +1,8 @@
-"""One forward pass, watched: what went into every layer, and the edge through which its error will
-come back.
+"""Forward hooks on modules: what went into every layer, and the edge where its error comes back.
 
-Gradient edges are used instead of backward hooks or the output tensors: a layer's output may be
-overwritten by an in-place activation, while the edge still leads to the net input. The only file
-with hooks on modules.
+Gradient edges are used instead of backward hooks or the output tensors. A layer's output may be
+overwritten by an in-place activation, while the edge still leads to the net input. No other file of
+`biasshift.measure` adds hooks to modules.
 """
 
 from collections import Counter
@@ -15,24 +14,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
-from biasshift.measure import layer_types
+# May return something else for the module to have returned.
+OutputHook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
-OutputHook = Callable[
-    [str, nn.Module, Tensor, Tensor], Tensor | None
-]  # may return something else for the module to have returned
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+def underlying(model: nn.Module) -> nn.Module:
+    """Returns the module under `torch.compile`, `DistributedDataParallel` and `DataParallel`.
+
+    Hooks that are added to a compiled module never fire, and wrappers change the names of modules.
+
+    Raises:
+        ValueError: for an argument that is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"'model' must be an nn.Module, got {type(model).__name__}.")
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
 
 
 @contextmanager
-def output_hooks(
-    modules: Mapping[str, nn.Module], hook: OutputHook, *, raw: bool = False
-) -> Iterator[None]:
-    """Calls ``hook(name, module, first input, output)`` after each forward of the modules,
-    within the block only.
-
-    ``raw`` shows the module's own output, before the user's forward hooks may replace it.
-    """
-    handles = [add_output_hook(name, module, hook, raw=raw) for name, module in modules.items()]
+def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Hooks are on their modules within the block only."""
     try:
         yield
     finally:
@@ -40,106 +53,114 @@ def output_hooks(
             handle.remove()
 
 
+@contextmanager
+def output_hooks(
+    modules: Mapping[str, nn.Module], hook: OutputHook, *, raw: bool = False
+) -> Iterator[None]:
+    """Calls ``hook(name, module, first input, output)`` after each forward of the modules.
+
+    The hooks are on the modules within the block only, and skip outputs that are not tensors.
+
+    Args:
+        raw: show the module's own output, before the user's forward hooks may replace it.
+    """
+    with _removed([add_output_hook(name, m, hook, raw=raw) for name, m in modules.items()]):
+        yield
+
+
 def add_output_hook(
     name: str, module: nn.Module, hook: OutputHook, *, raw: bool = False
-) -> torch.utils.hooks.RemovableHandle:
-    """One hook on one module, until its handle is removed."""
-    return module.register_forward_hook(
-        partial(_call_hook, name, hook), with_kwargs=True, prepend=raw
-    )
+) -> RemovableHandle:
+    """Adds one hook as `output_hooks` does, which stays until its handle is removed.
+
+    The hook gets the module's first argument, by position or by keyword, and its output. What it
+    returns, if not None, replaces the output.
+    """
+    call = partial(_call_hook, name, hook)
+    return module.register_forward_hook(call, with_kwargs=True, prepend=raw)
 
 
 def _call_hook(
     name: str, hook: OutputHook, module: nn.Module, args: tuple, kwargs: dict, output: object
 ) -> Tensor | None:
+    if not isinstance(output, Tensor):
+        return None
     a = args[0] if args else next(iter(kwargs.values()), None)
-    return (
-        hook(name, module, a if isinstance(a, Tensor) else output, output)
-        if isinstance(output, Tensor)
-        else None
-    )
+    return hook(name, module, a if isinstance(a, Tensor) else output, output)
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often every module of the model is called inside the block, by name; modules that return
-    no tensor count too.
+def call_counts(model: nn.Module) -> Iterator[Counter[str]]:
+    """Counts how often every module of the model is called inside the block, by name.
+
+    Calls that return something else than a tensor count too. The counter fills while the block
+    runs, and can be read after it.
     """
     counts: Counter[str] = Counter()
 
     def count(name: str, *_: object) -> None:
         counts[name] += 1
 
-    handles = [
-        module.register_forward_hook(partial(count, name)) for name, module in model.named_modules()
-    ]
-    try:
+    named = model.named_modules()
+    with _removed([m.register_forward_hook(partial(count, name)) for name, m in named]):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def followed_by(
-    model: nn.Module, function: Callable[[Tensor], Tensor]
-) -> torch.utils.hooks.RemovableHandle:
-    """Has the model return a function of its outputs, under the same names of its modules."""
-
-    def follow(module: nn.Module, args: tuple, outputs: Tensor) -> Tensor:
-        return function(outputs)
-
-    return model.register_forward_hook(follow)
+# -- one recorded forward pass ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one layer: its incoming activations, and the gradient edge of its net inputs."""
+    """One call of one layer: its incoming activations, and the gradient edge of its net inputs.
+
+    The activations are not copied. A later in-place change of them shows in their version.
+    """
 
     a: Tensor
-    # of ``a`` at the call: a later in-place change would make it somebody else's activations
-    version: int
+    version: int  # of ``a`` at the call: it differs after an in-place change
     edge: GradientEdge
     shape: torch.Size  # of the net inputs
 
 
 @dataclass
 class Tape:
-    """The calls of every layer in one forward pass, in order, and the layers whose calls could not
-    be recorded.
+    """The calls of every layer in one forward pass, in order, by layer name.
+
+    ``refused`` holds the reasons for the layers whose calls could not be recorded, since they ran
+    without gradients.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)  # why, by name
+    refused: dict[str, str] = field(default_factory=dict)
 
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
+        """Records one call, as an `OutputHook`.
+
+        Returns:
+            A copy of the output where it is a view, for the module to return in its place. An
+            in-place change would give a view another node, and its edge would lead nowhere.
+        """
         if not (torch.is_grad_enabled() and output.requires_grad):
             self.refused[name] = (
                 "it ran without gradients, inside torch.no_grad or a reentrant checkpoint, which "
-                "autograd does not follow "
-                "(use_reentrant=False would do)"
+                "autograd does not follow (use_reentrant=False would do)"
             )
             return None
-        view = (
-            output._is_view()
-        )  # an in-place change would give it another node, and the edge would lead nowhere
-        output = output.clone() if view else output
-        a = a.detach()
-        self.calls.setdefault(name, []).append(
-            Call(a, a._version, get_gradient_edge(output), output.shape)
-        )
+        view = output._is_view()
+        output, a = output.clone() if view else output, a.detach()
+        call = Call(a, a._version, get_gradient_edge(output), output.shape)
+        self.calls.setdefault(name, []).append(call)
         return output if view else None
 
     def overwritten(self) -> bool:
-        """Whether an incoming activation was changed in place after its layer had read it."""
-        return any(
-            call.a._version != call.version for calls in self.calls.values() for call in calls
-        )
+        """Tells whether an incoming activation was changed in place after its layer had read it."""
+        return any(c.a._version != c.version for calls in self.calls.values() for c in calls)
 
 
 def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[Tape, object]:
     """Runs the model once and returns the tape and the model's outputs.
 
-    Hooks are gone when the forward pass returns, so that a checkpoint's recomputation is not
+    Hooks are removed when the forward pass returns, so that a checkpoint's recomputation is not
     recorded a second time. Where an activation was overwritten after a layer had read it, the pass
     is repeated with every layer reading a copy.
     """
@@ -155,33 +176,30 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tup
 
 @contextmanager
 def _reading_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    def copied(value: object) -> object:
+        return value.clone() if isinstance(value, Tensor) else value
+
     def copy(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        copied = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in kwargs.items()
-        }
-        return tuple(
-            value.clone() if isinstance(value, Tensor) else value for value in args
-        ), copied
+        return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 
-    handles = [module.register_forward_pre_hook(copy, with_kwargs=True) for module in modules]
-    try:
+    with _removed([m.register_forward_pre_hook(copy, with_kwargs=True) for m in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def errors(
+def edge_gradients(
     outputs: Tensor, edges: list[GradientEdge], seeds: Tensor, keep: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients at every edge for a stack of seeds: (passes, batch, …) each. ``keep`` leaves
-    the graph for more.
+    """Returns the gradients at every edge for a stack of seeds.
 
-    None stands for a layer without influence on the outputs: its units are dead.
+    Args:
+        seeds: (passes, batch, …, classes), each sent backwards from the outputs.
+        keep: whether the graph stays for more backward passes.
+
+    Returns:
+        (passes, batch, …) for each edge. None stands for a layer without influence on the outputs,
+        whose units are dead.
     """
-    # Convolutions have no batched backward pass: vmap loops over the seeds all the same, and copies
-    # more.
+    # Convolutions have no batched backward pass: vmap would loop over the seeds and copy more.
     if len(seeds) > 1 and not any("Convolution" in edge.node.name() for edge in edges):
         # The graph stays, for a backward pass of the user's own (a custom autograd.Function) may
         # not run for all seeds at once.
@@ -189,80 +207,43 @@ def errors(
             return torch.autograd.grad(
                 outputs, edges, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
             )
-    stacks: list[Tensor | None] = [None] * len(edges)
+    stacks: dict[int, Tensor] = {}
     for i, seed in enumerate(seeds):
         retain = keep or i + 1 < len(seeds)
-        for k, delta in enumerate(
-            torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
-        ):
+        deltas = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
+        for k, delta in enumerate(deltas):
             if delta is not None:
-                stack = stacks[
-                    k
-                    # passes behind examples in memory, which is how the sums over both will read
-                    # them
-                ]
-                stacks[k] = stack = (
-                    delta.new_empty(len(delta), len(seeds), *delta.shape[1:])
-                    if stack is None
-                    else stack
-                )
-                stack[:, i] = delta
-    return tuple(None if stack is None else stack.transpose(0, 1) for stack in stacks)
+                if k not in stacks:
+                    # Passes lie behind examples in memory, as the sums over both read them.
+                    stacks[k] = delta.new_empty(len(delta), len(seeds), *delta.shape[1:])
+                stacks[k][:, i] = delta
+    return tuple(stacks[k].transpose(0, 1) if k in stacks else None for k in range(len(edges)))
 
 
-def underlying(model: nn.Module) -> nn.Module:
-    """The module underneath `torch.compile`, `DistributedDataParallel` and `DataParallel`.
-
-    Raises:
-        ValueError: it is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
-    while True:
-        compiled = getattr(model, "_orig_mod", None)
-        if isinstance(compiled, nn.Module):
-            model = compiled
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
-
-
-# -- which module feeds which layer ------------------------------------------------------------
+# -- which module feeds which ----------------------------------------------------------------------
 
 
 @dataclass
-class Feeding:
-    """Watches one forward pass. Storage addresses identify tensors, through views and in-place
-    changes alike.
+class LayerGraph:
+    """Which module's output each layer reads, recorded in one forward pass.
+
+    Storage addresses identify tensors, through views and in-place changes alike. A functional
+    operation in between hides the module whose output it has read.
     """
 
-    kinds_of: dict[str, str] = field(default_factory=dict)
-    units: dict[str, int] = field(default_factory=dict)
-    inputs: dict[str, int] = field(default_factory=dict)
-    fed_by: dict[str, str] = field(default_factory=dict)
-    writer: dict[int, str] = field(default_factory=dict)
-    alive: list[Tensor] = field(
-        default_factory=list
-    )  # an address is reused once its tensor is gone
+    kinds: dict[str, str] = field(default_factory=dict)  # the name of each module's class
+    fed_by: dict[str, str] = field(default_factory=dict)  # "" for the model's own input
+    _writers: dict[int, str] = field(default_factory=dict)
+    _alive: list[Tensor] = field(default_factory=list)  # a freed tensor's address is used again
 
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        """A watcher for `output_hooks`."""
-        self.kinds_of[name] = type(module).__name__
-        self.fed_by.setdefault(name, self.writer.get(_address(a), ""))
-        if layer_types.is_covered(module):
-            self.units[name], self.inputs[name] = (
-                layer_types.unit_count(module),
-                layer_types.input_count(module),
-            )
-        self.writer[_address(output)] = name
-        self.alive += [a.detach(), output.detach()]
+        """Records one call, as an `OutputHook`."""
+        self.kinds[name] = type(module).__name__
+        self.fed_by.setdefault(name, self._writers.get(a.untyped_storage().data_ptr(), ""))
+        self._writers[output.untyped_storage().data_ptr()] = name
+        self._alive += [a.detach(), output.detach()]
 
     def finish(self) -> None:
-        """Lets go of the activations."""
-        self.writer.clear()
-        self.alive.clear()
-
-
-def _address(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+        """Releases the activations, when the forward pass has returned."""
+        self._writers.clear()
+        self._alive.clear()

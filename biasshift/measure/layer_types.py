@@ -1,17 +1,18 @@
-"""What a unit is, layer kind by layer kind: its incoming activations, its errors, its weights.
+"""Layers with units: the incoming activations, the errors and the weights of every layer type.
 
-A linear layer has one position per leading index behind the examples; a convolution one per place
-of its kernel, where the incoming activations are the patch under the kernel (zeros of the padding
-included). Grouped convolutions have one set of incoming activations per group. A position of a
-transposed convolution is a place of its *output*: what comes in there is the patch of the input
-spread out with zeros in between, under the flipped kernel.
+A linear layer has one position per leading index behind the examples. A convolution has one per
+place of its kernel, where the incoming activations are the patch under the kernel, zeros of the
+padding included. Grouped convolutions have one set of incoming activations per group. A position
+of a transposed convolution is a place of its *output*. Its patch is cut from the input spread out
+with zeros in between, and lies under the flipped kernel.
 
 The weights of a unit are in the order (channel of the group, then the places of the kernel), as in
-the ``weight`` of a convolution: `weights` reads them as (units, inputs), and `as_weight` writes
-such a matrix, an update for example, back.
+the ``weight`` of a convolution. `weights` reads them as (units, inputs), and `as_weight` writes
+such a matrix, for example an update, back.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import TypeGuard
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.parameter import is_lazy as is_lazy_parameter
 from torch.nn.utils.parametrize import is_parametrized
 
 WeightLayer = nn.Linear | _ConvNd
+Selection = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Patches = Float[Tensor, "batch positions groups inputs"]
 Errors = Float[Tensor, "*passes batch positions units"]
 
@@ -36,181 +38,293 @@ UNCOVERED: dict[type[nn.Module], str] = {
 }
 
 
+# -- which layers are measured ---------------------------------------------------------------------
+
+
 def is_covered(module: nn.Module) -> TypeGuard[WeightLayer]:
-    """Whether the units of this kind of layer can be measured."""
+    """Tells whether a module is of a layer type whose units can be measured."""
     return isinstance(module, nn.Linear | _ConvNd)
 
 
 def why_uncovered(module: nn.Module) -> str | None:
-    """The reason why a layer with units cannot be measured; None where it can, or has no units."""
-    kind = next((reason for kind, reason in UNCOVERED.items() if isinstance(module, kind)), None)
-    if kind is not None or not is_covered(module):
-        return kind
+    """Returns why a layer with units cannot be measured.
+
+    Returns:
+        A clause that follows "cannot be measured:", or None where the layer can be measured or has
+        no units.
+    """
+    why = next((why for known, why in UNCOVERED.items() if isinstance(module, known)), None)
+    if why is not None or not is_covered(module):
+        return why
     if is_lazy(module):
         return "its weights have no shape before the model has run once"
     weight = module._parameters.get("weight")
     if weight is not None and (weight.dim() < 2 or hasattr(weight, "full_tensor")):
         return "its weights are sharded over processes, or flattened"
-    strange = next((p.dtype for p in module.parameters() if not p.is_floating_point()), None)
-    if strange is not None:
-        return f"its weights are {strange}, and have no real gradient"
-    return None
+    dtype = next((p.dtype for p in module.parameters() if not p.is_floating_point()), None)
+    return f"its weights are {dtype}, and have no real gradient" if dtype is not None else None
+
+
+def weight_layers(
+    model: nn.Module, select: Selection = None, required: bool = True
+) -> dict[str, WeightLayer]:
+    """Returns the layers whose units can be measured, by PyTorch's module names.
+
+    Args:
+        select: names, a predicate ``(name, module) → bool``, or None for all layers.
+        required: whether a model without such a layer is an error.
+
+    Raises:
+        ValueError: for an unknown name, or a layer that cannot be measured.
+
+    >>> list(weight_layers(nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 1))))
+    ['0', '2']
+    """
+    named = dict(model.named_modules())
+    measurable = [name for name, module in named.items() if is_covered(module)]
+    chosen = selected_modules(model, named, select, "layer", measurable)
+    by_name = select is not None and not callable(select)
+    for name, module in chosen.items():
+        why = why_uncovered(module)
+        if why is None and by_name and not is_covered(module):
+            why = "it has no units with weights"
+        if why:
+            raise ValueError(
+                f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out "
+                "with layers=."
+            )
+    covered = {name: module for name, module in chosen.items() if is_covered(module)}
+    if not covered and required:
+        raise ValueError(
+            "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or "
+            "nn.ConvTranspose1d/2d/3d, called as modules."
+        )
+    return covered
+
+
+def selected_modules(
+    model: nn.Module,
+    candidates: dict[str, nn.Module],
+    select: Selection,
+    noun: str,
+    choices: Iterable[str],
+) -> dict[str, nn.Module]:
+    """Returns the candidates that are selected by name or by a predicate.
+
+    Args:
+        candidates: modules of the model, by name.
+        noun: what an error message calls a candidate.
+        choices: the names that the message offers.
+
+    Raises:
+        ValueError: for a name that is not among the candidates. The message gives the name under
+            which PyTorch lists the module, where the model holds it twice.
+    """
+    if select is None:
+        return candidates
+    if callable(select):
+        return {name: module for name, module in candidates.items() if select(name, module)}
+    names = [select] if isinstance(select, str) else list(select)
+    unknown = [name for name in names if name not in candidates]
+    if unknown:
+        first_names = {module: name for name, module in model.named_modules()}
+        aliases = "; ".join(
+            f"'{name}' is '{first_names[module]}'"
+            for name, module in model.named_modules(remove_duplicate=False)
+            if name in unknown and first_names[module] != name
+        )
+        hint = f" ({aliases} under another name)" if aliases else ""
+        raise ValueError(
+            f"The model has no {noun} {', '.join(map(repr, unknown))}{hint}. Choose from "
+            f"{', '.join(map(repr, choices))}."
+        )
+    return {name: candidates[name] for name in names}
 
 
 def is_lazy(module: nn.Module) -> bool:
-    """Whether the sizes of a layer are left to its first input."""
-    return isinstance(module, LazyModuleMixin) and any(
-        is_lazy_parameter(p) for p in module.parameters()
-    )
+    """Tells whether the sizes of a layer are left to its first input."""
+    return isinstance(module, LazyModuleMixin) and any(map(is_lazy_parameter, module.parameters()))
 
 
-def kind(module: nn.Module) -> type[nn.Module]:
-    """The class of torch that a module is, or was derived from."""
-    return next(
-        kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules.")
-    )
+def torch_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class of ``torch.nn`` that a module is an instance of, or derived from."""
+    return next(c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules."))
 
 
 def has_own_forward(module: WeightLayer) -> bool:
-    """Whether somebody replaced what the layer computes, so that ``weight · input + bias`` is no
-    longer certain.
+    """Tells whether a layer's forward was replaced, by a subclass or on the object.
+
+    What such a layer returns may be something else than ``weight · input + bias``, which
+    `coverage.why_not_affine` tests on an example.
     """
     names = ("forward", "_conv_forward")
     return any(
         name in vars(module)
-        or getattr(type(module), name, None) is not getattr(kind(module), name, None)
+        or getattr(type(module), name, None) is not getattr(torch_class(module), name, None)
         for name in names
     )
 
 
+# -- sizes -----------------------------------------------------------------------------------------
+
+
 def unit_count(module: WeightLayer) -> int:
-    """The number of units: output features or channels."""
+    """Returns the number of units: output features of a linear layer, channels of a convolution.
+
+    A parametrized weight is not computed for it.
+    """
     return _sizes(module)[0]
 
 
 def input_count(module: WeightLayer) -> int:
-    """The number of incoming activations of one unit: a patch of its group, for a convolution."""
+    """Returns the number of incoming activations of one unit.
+
+    For a convolution these are the numbers in a patch of its group.
+
+    >>> unit_count(nn.Conv2d(4, 6, 3, groups=2)), input_count(nn.Conv2d(4, 6, 3, groups=2))
+    (6, 18)
+    """
     return _sizes(module)[1]
 
 
 def _sizes(module: WeightLayer) -> tuple[int, int]:
-    if is_parametrized(
-        module, "weight"
-    ):  # a look at the weight computes it, and moves the vectors of spectral_norm
+    # Reading a parametrized weight computes it, and moves the vectors of spectral_norm.
+    if is_parametrized(module, "weight"):
         if isinstance(module, nn.Linear):
             return module.out_features, module.in_features
-        return module.out_channels, module.in_channels // module.groups * math.prod(
-            module.kernel_size
-        )
+        places = math.prod(module.kernel_size)
+        return module.out_channels, module.in_channels // module.groups * places
     weight = module.weight
-    units = (
-        weight.shape[1] * module.groups if isinstance(module, _ConvTransposeNd) else weight.shape[0]
-    )
+    units = len(weight)
+    if isinstance(module, _ConvTransposeNd):
+        units = weight.shape[1] * module.groups
     return units, weight.numel() // units
 
 
 def group_count(module: WeightLayer) -> int:
+    """Returns the number of groups of units; the units of a group see the same inputs."""
     return module.groups if isinstance(module, _ConvNd) else 1
 
 
+def grouped(module: WeightLayer, units: Tensor) -> list[Tensor]:
+    """Splits indices of units by group: one tensor of indices for each, which may be empty.
+
+    >>> grouped(nn.Conv2d(4, 6, 3, groups=2), torch.tensor([0, 2, 3]))
+    [tensor([0, 2]), tensor([3])]
+    """
+    size = unit_count(module) // group_count(module)
+    return [units[units // size == group] for group in range(group_count(module))]
+
+
+# -- weights and errors ----------------------------------------------------------------------------
+
+
 def weights(module: WeightLayer, weight: Tensor | None = None) -> Float[Tensor, "units inputs"]:
-    """The weights of every unit, in the order of `patches`; or another tensor of the weight's
-    shape, a gradient for example.
+    """Returns the weights of every unit, in the order of `patches`.
+
+    Args:
+        weight: another tensor of the weight's shape to be read like it, for example a gradient.
+
+    >>> weights(nn.Conv2d(4, 6, 3, groups=2)).shape
+    torch.Size([6, 18])
     """
     weight = module.weight if weight is None else weight
-    if isinstance(
-        module, _ConvTransposeNd
-    ):  # (channels, units of a group, *kernel), group after group
+    if isinstance(module, _ConvTransposeNd):
+        # (channels, units of a group, *kernel), group after group
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
 
 
 def as_weight(module: WeightLayer, x: Float[Tensor, "units inputs"]) -> Tensor:
-    """A matrix with one row per unit, in the shape of ``module.weight``: the inverse of `weights`."""
+    """Returns a matrix with one row per unit in the shape of ``module.weight``.
+
+    It is the inverse of `weights`: ``as_weight(module, weights(module))`` equals the weight. An
+    update that is computed unit by unit gets back to the parameter in this way.
+    """
     if not isinstance(module, _ConvTransposeNd):
         return x.reshape(module.weight.shape)
     channels, units, *kernel = module.weight.shape
-    return (
-        x.reshape(module.groups, units, channels // module.groups, *kernel)
-        .transpose(1, 2)
-        .reshape(module.weight.shape)
-    )
+    by_group = x.reshape(module.groups, units, channels // module.groups, *kernel)
+    return by_group.transpose(1, 2).reshape(module.weight.shape)
 
 
 def errors(module: WeightLayer, delta: Tensor) -> Errors:
-    """Gradients with respect to the layer's output, (passes, batch, …), with positions and units in
-    place.
+    """Returns gradients with respect to a layer's output with their axes in order.
+
+    Args:
+        delta: (passes, batch, …), with the remaining axes as the layer returns them.
+
+    Returns:
+        (passes, batch, positions, units), where possible as a view.
     """
     if isinstance(module, _ConvNd):
         return delta.flatten(3).transpose(2, 3)
     return delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
 
 
+# -- incoming activations --------------------------------------------------------------------------
+
+
 def patches(
     module: WeightLayer, a: Tensor, shape: torch.Size | None = None, reference: Tensor | None = None
 ) -> Patches:
-    """The incoming activations of every position. A view where that is possible, since patches
-    repeat their input.
+    """Returns the incoming activations of every position.
 
-    ``shape`` is that of the net inputs, which only transposed convolutions need: ``output_size=``
-    of the call decides it. ``reference``, one number per channel, is subtracted: from the padding
-    too, and before the patches repeat it.
+    The result is a view where that is possible, since patches repeat their input.
+
+    Args:
+        a: the input of the layer, examples first.
+        shape: that of the net inputs. Only transposed convolutions need it, whose ``output_size=``
+            decides it call by call.
+        reference: one number per channel, which is subtracted from the padding too, before the
+            patches repeat it.
+
+    >>> patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))[0, :, 0]
+    tensor([[1., 2.],
+            [2., 3.]])
     """
     if not isinstance(module, _ConvNd):
         return (a if reference is None else a - reference).reshape(len(a), -1, 1, a.shape[-1])
-    dims, stride, unfolded = (
-        len(module.kernel_size),
-        stride_of_patches(module),
-        padded(module, a, shape),
-    )
+    dims, unfolded = len(module.kernel_size), padded(module, a, shape)
     if reference is not None:
         unfolded = unfolded - reference.view(-1, *[1] * dims)
-    for axis, (size, step, dilation) in enumerate(
-        zip(module.kernel_size, stride, module.dilation, strict=True), start=2
-    ):
+    steps = zip(module.kernel_size, patch_stride(module), module.dilation, strict=True)
+    for axis, (size, step, dilation) in enumerate(steps, start=2):
         unfolded = unfolded.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
     if isinstance(module, _ConvTransposeNd):
         unfolded = unfolded.flip(list(range(2 + dims, 2 + 2 * dims)))
     # (batch, channels, *positions, *kernel): a unit's weights are in the order (channel, *kernel).
-    # In memory, too, the positions
-    # are copied last: their rows are long, the kernel's are three numbers.
+    # In memory, too, the positions are copied last: their rows are long, the kernel's are three
+    # numbers.
     positions = math.prod(unfolded.shape[2 : 2 + dims])
     by_weight = unfolded.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     return by_weight.reshape(len(a), module.groups, -1, positions).permute(0, 3, 1, 2)
 
 
-def channel_means(
-    module: WeightLayer, x: Float[Tensor, "groups inputs"]
-) -> Float[Tensor, " channels"]:
-    """The means over the places of the kernel."""
-    return x.reshape(module.in_channels, -1).mean(1) if isinstance(module, _ConvNd) else x[0]
-
-
-def of_channels(
-    module: WeightLayer, x: Float[Tensor, " channels"]
-) -> Float[Tensor, "groups inputs"]:
-    """The same number at every place of the kernel."""
-    return x.repeat_interleave(group_count(module) * input_count(module) // len(x)).view(
-        group_count(module), -1
-    )
-
-
 def padded(module: _ConvNd, a: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """The map that `patches` are cut from: the input with its padding, or spread out for a
-    transposed convolution.
+    """Returns the map that `patches` are cut from.
+
+    It is the input with its padding; for a transposed convolution the input spread out with zeros.
+
+    Args:
+        shape: that of the net inputs, which only transposed convolutions need.
     """
-    return _spread(module, a, shape) if isinstance(module, _ConvTransposeNd) else _pad(module, a)
-
-
-def stride_of_patches(module: _ConvNd) -> tuple[int, ...]:
-    """How far apart they are cut."""
-    return (1,) * len(module.kernel_size) if isinstance(module, _ConvTransposeNd) else module.stride
+    if isinstance(module, _ConvTransposeNd):
+        return _spread(module, a, shape)
+    if module.padding == "valid" or module.padding == (0,) * len(module.kernel_size):
+        return a
+    if module.padding == "same":  # the odd one goes to the end, as in torch
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(int(p), int(p)) for p in module.padding]
+    sides = [side for pair in reversed(pairs) for side in pair]  # the last axis first, for F.pad
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(a, sides, mode=mode)
 
 
 def _spread(module: _ConvTransposeNd, a: Tensor, shape: torch.Size | None) -> Tensor:
-    """The input with stride − 1 zeros between its places, and so many around it that the kernel
-    gets to every output.
-    """
+    """Zeros between the places, stride − 1 of them, and around until the kernel gets everywhere."""
     sides: list[int] = []
     for axis, (size, step, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True)
@@ -220,64 +334,70 @@ def _spread(module: _ConvTransposeNd, a: Tensor, shape: torch.Size | None) -> Te
         outputs = places + reach - 2 * padding + extra if shape is None else shape[2 + axis]
         before = reach - padding  # negative where the padding cuts the first outputs off
         sides = [before, outputs + reach - places - before, *sides]
-    spread = a.new_zeros(
-        *a.shape[:2],
-        *((n - 1) * step + 1 for n, step in zip(a.shape[2:], module.stride, strict=True)),
-    )
+    sizes = [(n - 1) * step + 1 for n, step in zip(a.shape[2:], module.stride, strict=True)]
+    spread = a.new_zeros(*a.shape[:2], *sizes)
     spread[(..., *(slice(None, None, step) for step in module.stride))] = a
     return F.pad(spread, sides)
 
 
-def _pad(module: _ConvNd, a: Tensor) -> Tensor:
-    if module.padding == "valid" or module.padding == (0,) * len(module.kernel_size):
-        return a
-    if module.padding == "same":  # the odd one goes to the end, as in torch
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    else:
-        pairs = [(int(p), int(p)) for p in module.padding]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    sides: list[int] = [
-        side for pair in reversed(pairs) for side in pair
-    ]  # the last axis first, as F.pad wants it
-    return F.pad(a, sides, mode=mode)
+def patch_stride(module: _ConvNd) -> tuple[int, ...]:
+    """Returns how far apart `patches` are cut from the `padded` map, axis by axis."""
+    return (1,) * len(module.kernel_size) if isinstance(module, _ConvTransposeNd) else module.stride
 
 
 def is_batched(module: WeightLayer, a: Tensor) -> bool:
-    """Whether ``a`` has an axis of examples in front."""
+    """Tells whether ``a`` has an axis of examples in front."""
     return a.dim() == 2 + len(module.kernel_size) if isinstance(module, _ConvNd) else a.dim() >= 2
+
+
+# -- sums and means --------------------------------------------------------------------------------
 
 
 def summed_patch(
     module: WeightLayer, a: Tensor, shape: torch.Size | None = None
 ) -> Float[Tensor, "groups inputs"]:
-    """The sum of `patches` over examples and positions, float64. Padding and unfolding are linear:
-    the examples go first.
+    """Returns the sum of `patches` over examples and positions, float64.
+
+    Padding and unfolding are linear, so the examples are summed first.
     """
     return patches(module, a.detach().sum(0, keepdim=True, dtype=torch.float64), shape).sum((0, 1))
 
 
 def summed_output(module: WeightLayer, output: Tensor) -> Float[Tensor, " units"]:
-    """The sum of the net inputs over examples and positions, float64."""
+    """Returns the sum of the net inputs over examples and positions, float64.
+
+    Examples are summed first, in the order in which `summed_patch` sums them.
+    """
     summed = output.detach().sum(0, dtype=torch.float64)
-    return (
-        summed.flatten(1).sum(1)
-        if isinstance(module, _ConvNd)
-        else summed.reshape(-1, summed.shape[-1]).sum(0)
-    )
+    if isinstance(module, _ConvNd):
+        return summed.flatten(1).sum(1)
+    return summed.reshape(-1, summed.shape[-1]).sum(0)
+
+
+def channel_means(
+    module: WeightLayer, x: Float[Tensor, "groups inputs"]
+) -> Float[Tensor, " channels"]:
+    """Returns the mean over the places of the kernel, channel by channel."""
+    return x.reshape(module.in_channels, -1).mean(1) if isinstance(module, _ConvNd) else x[0]
+
+
+def repeat_channels(
+    module: WeightLayer, x: Float[Tensor, " channels"]
+) -> Float[Tensor, "groups inputs"]:
+    """Returns inputs that hold the number of their channel at every place of the kernel."""
+    groups = group_count(module)
+    return x.repeat_interleave(groups * input_count(module) // len(x)).view(groups, -1)
 
 
 def per_unit(module: WeightLayer, x: Float[Tensor, "groups inputs"]) -> Tensor:
-    """(inputs,) where all units see the same inputs, else (units, inputs)."""
+    """Returns (inputs,) where all units see the same inputs, and (units, inputs) for groups."""
     return x[0] if len(x) == 1 else x.repeat_interleave(unit_count(module) // len(x), dim=0)
 
 
-def grouped(module: WeightLayer, units: Tensor) -> list[Tensor]:
-    """The given units, split by the group whose inputs they see."""
-    size = unit_count(module) // group_count(module)
-    return [units[units // size == group] for group in range(group_count(module))]
-
-
 def dtype_of_sums(a: Tensor) -> torch.dtype:
-    """Products are formed in the working precision, half precisions in float32."""
+    """Returns the dtype that products are formed in: the tensor's own, but at least float32.
+
+    >>> dtype_of_sums(torch.zeros(1, dtype=torch.bfloat16))
+    torch.float32
+    """
     return torch.promote_types(a.dtype, torch.float32)

@@ -1,9 +1,8 @@
-"""The label rules: which vectors, sent backwards from a model's outputs, have errors whose squares
-sum to ``δ̄²``.
+"""Label rules: the seed vectors whose backward passes give errors with squares that sum to ``δ̄²``.
 
 For the log-likelihood of every example, ``E_y (∂ ln p/∂f)(∂ ln p/∂f)ᵀ = B Bᵀ`` over the model's own
-labels. Each column of ``B`` is one *seed*: a backward pass from it gives errors at every net input,
-and their squares sum to ``E_y δ²`` exactly.
+labels. Each column of ``B`` is one *seed*. A backward pass from it gives errors at every net input,
+and the squares of these errors sum to ``E_y δ²`` exactly.
 """
 
 from collections.abc import Callable
@@ -26,19 +25,13 @@ LABELS = ("expected", "sampled", "empirical")
 
 @dataclass(frozen=True)
 class SeedRule:
-    """``count`` backward passes; ``make(i, j)`` gives seeds i to j − 1, which need not all exist at
-    once.
+    """The seeds of one batch, made in slices, since all of them may not fit into memory at once.
+
+    ``count`` is the number of backward passes, and ``make(i, j)`` returns seeds i to j − 1.
     """
 
     count: int
     make: Callable[[int, int], Seeds]
-
-
-def check(likelihood: str, labels: str) -> None:
-    """Raises ValueError for a rule that does not exist."""
-    for name, value, known in (("likelihood", likelihood, LIKELIHOODS), ("labels", labels, LABELS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
 def seeds(
@@ -49,49 +42,79 @@ def seeds(
     generator: torch.Generator | None,
     draws: int = 1,
 ) -> SeedRule:
-    """The seeds of one batch under a label rule.
+    """Returns the seeds of one batch under a label rule.
 
-    ``expected`` is exact: classes − 1 passes per position for ``categorical`` (a square root of
-    ``diag p − ppᵀ`` has one column less than classes), one per output for ``gaussian`` (unit
-    variance) and ``bernoulli`` (outputs are logits). ``sampled`` is one pass for every draw of
-    labels from the model, unbiased. ``empirical`` takes the data's labels: another matrix.
+    ``"expected"`` is exact. It takes classes − 1 passes per position for ``"categorical"``, since a
+    square root of ``diag p − ppᵀ`` has one column less than classes. It takes one per output for
+    ``"gaussian"`` (unit variance) and ``"bernoulli"`` (outputs are logits). ``"sampled"`` takes one
+    pass for every draw of labels from the model, and is unbiased. ``"empirical"`` takes the data's
+    labels, which gives another matrix.
+
+    Args:
+        outputs: of the model, classes last.
+        y: the data's labels, which only ``"empirical"`` reads.
+        generator: draws the labels of ``"sampled"``.
+        draws: labels per example under ``"sampled"``; each seed carries the factor 1/√draws.
+
+    Raises:
+        ValueError: for categorical outputs of one class, and for labels that are missing or do not
+            fit the outputs.
+
+    >>> rule = seeds(torch.zeros(5, 3), "categorical", "expected", None, None)
+    >>> rule.count, rule.make(0, 2).shape
+    (2, torch.Size([2, 5, 3]))
+
+    Source: section 3 of the ELU paper; the label rules as in Kunstner et al. 2019.
     """
     if likelihood == "categorical" and outputs.shape[-1] < 2:
         raise ValueError(
             f"One class, in outputs {tuple(outputs.shape)}, is always right: use "
             'likelihood="bernoulli" or "gaussian".'
         )
+    outputs = outputs.detach()
     if labels == "expected":
-        return _expected(outputs.detach(), likelihood)
+        return _expected(outputs, likelihood)
     if labels == "empirical":
         if y is None:
-            raise ValueError('labels="empirical" needs the data\'s labels: give batches (x, y).')
-        return SeedRule(1, lambda i, j: error(outputs.detach(), likelihood, y)[None])
-    drawn = [_draw(outputs.detach(), likelihood, generator) for _ in range(draws)]
+            raise ValueError("Labels 'empirical' are those of the data: give y, or batches (x, y).")
+        return SeedRule(1, lambda i, j: error(outputs, likelihood, y)[None])
+    drawn = [_draw(outputs, likelihood, generator) for _ in range(draws)]
     return SeedRule(
         draws,
-        lambda i, j: (
-            torch.stack([error(outputs.detach(), likelihood, y) for y in drawn[i:j]]) / draws**0.5
-        ),
+        lambda i, j: torch.stack([error(outputs, likelihood, y) for y in drawn[i:j]]) / draws**0.5,
     )
 
 
 def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
-    """``∂ ln p(y | z) / ∂ outputs``: target minus prediction, for all three likelihoods."""
+    """Returns ``∂ ln p(y | f) / ∂f`` at the outputs: target minus prediction, for all likelihoods.
+
+    Args:
+        y: integer labels, (batch, *positions), for ``"categorical"``; else targets of the outputs'
+            shape.
+
+    Raises:
+        ValueError: for labels of another shape or dtype, or outside 0 … classes − 1.
+
+    >>> error(torch.zeros(1, 2), "categorical", torch.tensor([1]))
+    tensor([[-0.5000,  0.5000]])
+    """
     if likelihood != "categorical":
         if y.shape != outputs.shape:
             raise ValueError(
-                f"{likelihood} targets must have the outputs' shape {tuple(outputs.shape)}, got "
-                f"{tuple(y.shape)}."
+                f"'y' must hold {likelihood} targets of the outputs' shape "
+                f"{tuple(outputs.shape)}, got {tuple(y.shape)}."
             )
         return y.to(outputs) - (outputs.sigmoid() if likelihood == "bernoulli" else outputs)
     classes = outputs.shape[-1]
     if y.shape != outputs.shape[:-1] or y.is_floating_point():
-        expected = f"integer labels of shape {tuple(outputs.shape[:-1])} for outputs {tuple(outputs.shape)} (classes last)"
-        raise ValueError(f"categorical needs {expected}, got {tuple(y.shape)} {y.dtype}.")
+        raise ValueError(
+            f"'y' must hold integer categorical labels of shape {tuple(outputs.shape[:-1])}, got "
+            f"{tuple(y.shape)} {y.dtype}. The classes are the last axis of the outputs "
+            f"{tuple(outputs.shape)}."
+        )
     if y.numel() and (y.min() < 0 or y.max() >= classes):
         raise ValueError(
-            f"labels must lie in 0 … {classes - 1}, got {int(y.min())} … {int(y.max())}."
+            f"'y' must hold labels in 0 … {classes - 1}, got {int(y.min())} … {int(y.max())}."
         )
     target = torch.zeros_like(outputs).scatter_(-1, y.to(outputs.device).long().unsqueeze(-1), 1.0)
     return target - outputs.softmax(-1)
@@ -103,15 +126,15 @@ def _draw(outputs: Outputs, likelihood: Likelihood, generator: torch.Generator |
         return torch.multinomial(flat, 1, generator=generator).view(outputs.shape[:-1])
     if likelihood == "bernoulli":
         return torch.bernoulli(outputs.sigmoid(), generator=generator)
-    noise = torch.randn(
+    return outputs + torch.randn(
         outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype
     )
-    return outputs + noise
 
 
 def _expected(outputs: Outputs, likelihood: Likelihood) -> SeedRule:
-    """One pass per position and column: the label of T positions is a T-tuple, whose positions must
-    not be added up.
+    """One pass per position and column.
+
+    The label of T positions is a T-tuple, whose positions must not be added up.
     """
     classes = outputs.shape[-1]
     per_position = classes - 1 if likelihood == "categorical" else classes
@@ -134,11 +157,9 @@ def _root(outputs: Float[Tensor, "batch classes"], likelihood: Likelihood) -> Co
     """The columns of a square root of ``E_y (∂ ln p/∂f)(∂ ln p/∂f)ᵀ`` at one position."""
     if likelihood == "categorical":
         return _root_of_categorical(outputs)
-    scale = (
-        (outputs.sigmoid() * (-outputs).sigmoid()).sqrt()
-        if likelihood == "bernoulli"
-        else torch.ones_like(outputs)
-    )
+    scale = torch.ones_like(outputs)
+    if likelihood == "bernoulli":
+        scale = (outputs.sigmoid() * (-outputs).sigmoid()).sqrt()
 
     def column(c: int) -> Tensor:
         root = torch.zeros_like(scale)
@@ -156,16 +177,15 @@ def _root_of_categorical(outputs: Float[Tensor, "batch classes"]) -> Columns:
     is.
     """
     p = outputs.double().softmax(-1)
-    from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{c−1}
-    after = torch.cat([from_here[:, 1:], torch.zeros_like(p[:, :1])], -1)  # q_c
+    q_before = p.flip(-1).cumsum(-1).flip(-1)  # q_{c−1}
+    q = torch.cat([q_before[:, 1:], torch.zeros_like(p[:, :1])], -1)  # q_c
 
     def column(c: int) -> Tensor:
-        scale = (p[:, c] * after[:, c] / from_here[:, c]).nan_to_num(nan=0.0).sqrt()
+        scale = (p[:, c] * q[:, c] / q_before[:, c]).nan_to_num(nan=0.0).sqrt()
+        later = (p[:, c + 1 :] / q[:, c : c + 1]).nan_to_num(nan=0.0, posinf=0.0)
         root = torch.zeros_like(p)
         root[:, c] = scale
-        root[:, c + 1 :] = -scale[:, None] * (p[:, c + 1 :] / after[:, c : c + 1]).nan_to_num(
-            nan=0.0, posinf=0.0
-        )
+        root[:, c + 1 :] = -scale[:, None] * later
         return root.to(outputs.dtype)
 
     return column

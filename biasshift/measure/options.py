@@ -1,24 +1,29 @@
-"""What a measurement is asked for, and what it returns for one layer."""
+"""The options that `unit_fisher`, `gradient_gap`, `check` and `instrument` share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, STORAGES, UnitFisher
-from biasshift.measure import likelihoods
-from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.probe import Selection
+from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, STORAGES
+from biasshift.measure.layer_types import Selection
+from biasshift.measure.likelihoods import LABELS, LIKELIHOODS, Labels, Likelihood
 
 Units = Sequence[int] | Mapping[str, Sequence[int]] | None
-SHARING = ("per_example", "expand")
+CHOICES = {
+    "likelihood": LIKELIHOODS,
+    "labels": LABELS,
+    "weight_sharing": ("per_example", "expand"),
+    "storage": STORAGES,
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How δ̄² and the matrices are formed; one object for `unit_fisher`, `gradient_gap` and
-    `instrument`.
+    """How δ̄² and the unit Fisher matrices of a model are formed; `unit_fisher` explains each field.
+
+    Raises:
+        ValueError: for a value that is not one of the choices, or a number of draws below 1.
     """
 
     labels: Labels = "expected"
@@ -37,25 +42,9 @@ class Options:
     max_iterations: int = MAX_ITERATIONS
 
     def __post_init__(self) -> None:
-        likelihoods.check(self.likelihood, self.labels)
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"'{name}' must be one of {known}, got {value!r}.")
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise ValueError(f"draws must be a whole number of draws ≥ 1, got {self.draws!r}.")
-        for name, value, known in (
-            ("weight_sharing", self.weight_sharing, SHARING),
-            ("storage", self.storage, STORAGES),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}."
-                )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One layer: its unit Fisher matrices, and the gradient of the mean negative log-likelihood
-    where it was asked for.
-    """
-
-    fisher: UnitFisher
-    g: Tensor | None = None  # (units, inputs)
-    g0: Tensor | None = None  # (units,); None without a bias
+            raise ValueError(f"'draws' must be a whole number of at least 1, got {self.draws!r}.")

@@ -1,5 +1,8 @@
-"""Layers whose samples are held instead of their blocks: what one batch leaves behind, and how much
-of it there is room for.
+"""Layers whose samples are kept in place of their blocks, within a budget of memory.
+
+`Collector` makes the parts that one batch leaves behind. `ImplicitState` keeps them as long as the
+`MemoryBudget` allows. Beyond that `ProbeReader` reads the probe and runs the model again whenever
+the parts are needed.
 """
 
 import math
@@ -19,34 +22,39 @@ from biasshift.measure.options import Options
 from biasshift.measure.probe import Probe, batches, iterable
 from biasshift.measure.sandbox import undisturbed
 
-Source = Probe | Callable[[], Iterable]
-# relative difference of Σ δ² between two readings: far above rounding, far below other labels or
-# other data
+ProbeSource = Probe | Callable[[], Iterable]
+# Relative difference of Σ δ² between two readings: far above rounding, far below other labels or
+# other data.
 SAME = 1e-4
 
 
 @dataclass
-class Room:
-    """Bytes for the blocks, or the held samples, of one layer; and those for all layers together:
-    half of what is free, if that is more.
+class MemoryBudget:
+    """Bytes for the blocks or the samples of each layer, and those left for all layers together.
+
+    Whoever needs memory takes it first; a layer that drops its samples gives it back.
     """
 
-    budget: int
+    per_layer: int
     left: int
 
     @classmethod
-    def on(cls, device: torch.device, budget: int) -> "Room":
-        return cls(budget, max(budget, _free(device) // 2))
+    def on(cls, device: torch.device, per_layer: int) -> "MemoryBudget":
+        """Makes a budget whose layers together may take half of the free memory of a device.
+
+        Where that is less than the bytes of one layer, all layers share those.
+        """
+        return cls(per_layer, max(per_layer, _free_bytes(device) // 2))
 
     def take(self, needed: int, taken: int = 0) -> bool:
-        """Whether a layer that has ``taken`` so much may have more; then it has."""
-        if taken + needed > self.budget or needed > self.left:
+        """Takes bytes for a layer that has ``taken`` some, and tells whether there were enough."""
+        if taken + needed > self.per_layer or needed > self.left:
             return False
         self.left -= needed
         return True
 
 
-def _free(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -55,36 +63,36 @@ def _free(device: torch.device) -> int:
         return 0
 
 
+# -- the parts of one batch ------------------------------------------------------------------------
+
+
 class Collector:
-    """The parts of one layer from one batch: activations about a reference, then the errors, some
-    label seeds at a time.
+    """The parts of one layer from one batch: activations about a reference, then the errors.
+
+    A batch is `start_batch`, `add_errors` for every stack of seeds, and `finish_batch`, which fills
+    ``parts``. The reference has one number per channel; by default the first batch's mean.
     """
 
     def __init__(self, reference: Tensor | None = None):
-        self.reference = reference  # of every channel; that of the first batch
+        self.reference = reference
         self.parts: list[Samples | Maps] = []
 
     def start_batch(self, layer: LayerBatch) -> None:
-        maps = _maps(layer)
-        axis = -1 if _are_samples(layer) else 1
+        """Takes the batch's incoming activations about the reference."""
+        maps, samples = _maps(layer), _are_samples(layer)
+        dims = maps[0].dim()
         if self.reference is None:
-            self.reference = maps[0].mean(
-                [i for i in range(maps[0].dim()) if i != axis % maps[0].dim()]
-            )
-        reference = (
-            self.reference if axis == -1 else self.reference.view(-1, *[1] * (maps[0].dim() - 2))
-        )
-        self.maps, self.delta, self.delta2 = (
-            [a - reference for a in maps],
-            list[Tensor](),
-            torch.zeros((), device=layer.units.device),
-        )
-        self.places = (
-            [] if axis == -1 else [math.prod(_geometry(layer.module).places(a)) for a in maps]
-        )
+            axis = dims - 1 if samples else 1
+            self.reference = maps[0].mean([i for i in range(dims) if i != axis])
+        reference = self.reference if samples else self.reference.view(-1, *[1] * (dims - 2))
+        self.maps = [a - reference for a in maps]
+        geometry = _geometry(layer.module)
+        self.places = [] if samples else [math.prod(geometry.places(a)) for a in maps]
+        self.delta: list[Tensor] = []
+        self.delta2 = torch.zeros((), device=layer.units.device)
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
-        """Errors (passes, batch, positions, units)."""
+        """Adds the errors of a stack of seeds, (passes, batch, positions, units)."""
         own = delta if len(layer.units) == delta.shape[-1] else delta[..., layer.units]
         own = own.to(layer_types.dtype_of_sums(own))
         if layer.shares_weights:
@@ -93,25 +101,26 @@ class Collector:
             self.delta2 = self.delta2 + own.square().sum(0)
 
     def finish_batch(self, layer: LayerBatch) -> None:
+        """Makes the parts, when the errors of all seeds are in."""
+        geometry = _geometry(layer.module)
         if layer.shares_weights:
-            self.parts = [
-                Maps(
-                    _geometry(layer.module), tuple(self.maps), tuple(self.delta), False, layer.units
-                )
-            ]
+            maps, delta = tuple(self.maps), tuple(self.delta)
+            self.parts = [Maps(geometry, maps, delta, False, layer.units)]
         elif _are_samples(layer):
             delta2 = self.delta2.flatten(0, 1).T.clone(memory_format=torch.contiguous_format)
             self.parts = [Samples(self.maps[0], delta2)]
         else:
             self.parts = [
-                Maps(_geometry(layer.module), (a,), (delta2.contiguous(),), True, layer.units)
+                Maps(geometry, (a,), (delta2.contiguous(),), True, layer.units)
                 for a, delta2 in self._by_call(self.delta2)
             ]
         self.maps, self.delta, self.delta2 = [], [], torch.zeros(())
 
     def weighted(self, layer: LayerBatch, delta: Tensor) -> Tensor:
-        """``Σ δ (a − reference)``, (units, inputs), for errors (batch, positions, units) of one
-        label.
+        """Returns ``Σ δ (a − reference)``, (units, inputs).
+
+        Args:
+            delta: the errors of one label, (batch, positions, units).
         """
         own = delta[..., layer.units].to(self.maps[0].dtype)
         if _are_samples(layer):
@@ -124,8 +133,10 @@ class Collector:
         return torch.stack(products).sum(0)
 
     def _by_call(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every map, and what (batch, positions, units) says about it as (batch of the call, units,
-        positions of the call).
+        """Every call's map, and its share of ``x`` (batch, positions, units).
+
+        The share is (batch of the call, units, positions of the call). Under ``"expand"`` the batch
+        of ``x`` is 1, and its positions hold the examples too.
         """
         if len(self.maps) == 1:
             yield self.maps[0], x.reshape(len(self.maps[0]), -1, x.shape[-1]).transpose(1, 2)
@@ -142,8 +153,9 @@ def _are_samples(layer: LayerBatch) -> bool:
 
 
 def _maps(layer: LayerBatch) -> list[Tensor]:
-    """Incoming activations, (samples, inputs), or (batch, channels, …) and padded. A sequence is a
-    map of one row.
+    """Incoming activations, (samples, inputs), or (batch, channels, …) and padded.
+
+    A sequence is a map of one row.
     """
     if isinstance(layer.module, nn.Linear):
         a = layer.patches()[:, :, 0]
@@ -159,89 +171,94 @@ def _geometry(module: WeightLayer) -> Geometry:
     if isinstance(module, nn.Linear):
         return Geometry(units, 1, (1,), (1,), (1,), False)
     kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-    return Geometry(
-        units,
-        module.groups,
-        kernel,
-        layer_types.stride_of_patches(module),
-        dilation,
-        module.transposed,
-    )
+    stride = layer_types.patch_stride(module)
+    return Geometry(units, module.groups, kernel, stride, dilation, module.transposed)
+
+
+# -- the parts of all batches ----------------------------------------------------------------------
 
 
 class ImplicitState(LayerState):
-    """The sums of one layer whose samples are held, until there is no room for more: then none are,
-    and the probe is read again.
+    """The sums of one layer whose samples are kept, as long as the memory budget allows.
+
+    When it is used up, the samples are dropped, and the probe is read again whenever they are
+    needed (``reread``).
+
+    Args:
+        one_shot: whether the probe is an iterator, which cannot be read again.
     """
 
-    def __init__(self, layer: LayerBatch, room: Room, one_shot: bool):
+    def __init__(self, layer: LayerBatch, budget: MemoryBudget, one_shot: bool):
         super().__init__(layer)
-        self.room, self.one_shot, self.budget, self.held = room, one_shot, room.budget, 0
+        self.budget, self.one_shot, self.kept_bytes = budget, one_shot, 0
         self.collector = Collector()
         self.implicit: ImplicitSums | None = None
-        self.again: Again | None = None
+        self.reread: Again | None = None
         self.full, self.work = False, Work(0, 0, 0)
 
     def start_batch(self, layer: LayerBatch) -> None:
+        """Adds the batch's incoming activations, about the collector's reference, in float64."""
         self.collector.start_batch(layer)
         assert self.collector.reference is not None
-        module, reference = self.module, self.collector.reference.double()
-        expanded = self._per_unit(layer, layer_types.of_channels(module, reference))
+        channels = layer_types.repeat_channels(self.module, self.collector.reference.double())
+        reference = self._per_unit(layer, channels)
         if self.implicit is None:
-            self.implicit = ImplicitSums.empty(len(layer.units), expanded, self.budget)
-        summed, positions = layer.summed()
-        total = self._per_unit(layer, summed) - positions * expanded
-        self.implicit = self.implicit.with_inputs(layer.examples, positions, total)
+            self.implicit = ImplicitSums.empty(len(layer.units), reference, self.budget.per_layer)
+        total = self._per_unit(layer, layer.summed_patches()) - layer.rows * reference
+        self.implicit = self.implicit.with_inputs(layer.examples, layer.rows, total)
 
     def _per_unit(self, layer: LayerBatch, x: Tensor) -> Tensor:
         x = layer_types.per_unit(self.module, x)
         return x if x.dim() == 1 else x[layer.units]
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
-        self.note_draws(layer, delta)
+        """Adds the errors of a stack of seeds, (passes, batch, positions, units)."""
+        self.add_draws(layer, delta)
         self.collector.add_errors(layer, delta)
 
     def finish_batch(self, layer: LayerBatch) -> None:
+        """Adds the moments of the batch's parts, and keeps the parts where the budget allows.
+
+        Raises:
+            ValueError: where it does not, and the probe is an iterator that cannot be read again.
+        """
         assert self.implicit is not None
-        self.spread.finish_batch(layer.draws)
+        self.label_variance.finish_batch(layer.draws)
         self.collector.finish_batch(layer)
         for part in self.collector.parts:
             self.work = self.work + part.work
-            self._hold(part)
+            self._make_room(part)
             self.implicit = self.implicit.with_part(part.moments(), None if self.full else part)
         self.collector.parts = []
 
-    def _hold(self, part: Samples | Maps) -> None:
-        if self.full or self.room.take(part.bytes, self.held):
-            self.held += part.bytes
+    def _make_room(self, part: Samples | Maps) -> None:
+        if self.full or self.budget.take(part.bytes, self.kept_bytes):
+            self.kept_bytes += part.bytes
             return
         if self.one_shot:
             raise ValueError(
-                f"Layer '{self.name}': its samples pass memory_budget={self.budget} bytes, and the "
-                "probe is an iterator "
-                "that can be read only "
-                "once. Give a list or a DataLoader, which are read again instead, raise "
-                "memory_budget, or choose units=."
+                f"Layer '{self.name}' has samples beyond memory_budget="
+                f"{self.budget.per_layer} bytes, and an iterator cannot be read again. Give a list "
+                "or a DataLoader, raise memory_budget, or choose units=."
             )
         assert self.implicit is not None
         self.full = True
-        self.room.left += self.held
+        self.budget.left += self.kept_bytes
         self.implicit = self.implicit.without_parts()
 
     def total(self) -> ImplicitSums:
+        """Returns the sums of all units, with the parts kept or to be read again."""
         assert self.implicit is not None
-        return self.implicit if self.again is None else self.implicit.without_parts(self.again)
+        return self.implicit if self.reread is None else self.implicit.without_parts(self.reread)
 
-    def add_gradient(self, layer: LayerBatch, delta: Tensor) -> None:
+    def _summed_products(self, layer: LayerBatch, delta: Tensor) -> tuple[Tensor, Tensor]:
         assert self.implicit is not None
         g0 = delta[..., layer.units].sum((0, 1), dtype=torch.float64)
         g = self.collector.weighted(layer, delta).double() + g0[:, None] * self.implicit.reference
-        self.g, self.g0 = (
-            (-g, -g0) if self.g is None or self.g0 is None else (self.g - g, self.g0 - g0)
-        )
+        return g, g0
 
 
-# -- reading the probe again -------------------------------------------------------------------
+# -- reading the probe again -----------------------------------------------------------------------
 
 AddBatch = Callable[
     [nn.Module, Mapping[str, WeightLayer], Tensor, Tensor | None, Options, Mapping[str, Collector]],
@@ -249,82 +266,78 @@ AddBatch = Callable[
 ]
 
 
-def fresh(x: Source) -> Probe:
-    """The probe itself, or what the function that was given for it returns."""
+def opened(x: ProbeSource) -> Probe:
+    """Returns the probe, or calls the function that was given for it."""
     return x() if callable(x) and not isinstance(x, Iterable) else iterable(x)
 
 
-class Reader:
-    """What a measurement has to remember to be repeated for one layer at a time."""
+class ProbeReader:
+    """A measurement that can be repeated for one layer at a time, as long as nothing has changed.
+
+    It notes the parameters' versions, the modes and the generator's state when it is made.
+
+    Args:
+        add_batch: runs the model on one batch, and adds its activations and errors to collectors.
+    """
 
     def __init__(
         self,
         add_batch: AddBatch,
         model: nn.Module,
         modules: Mapping[str, WeightLayer],
-        x: Source,
+        x: ProbeSource,
         y: Tensor | None,
         options: Options,
     ):
-        self.add_batch, self.model, self.modules, self.x, self.y, self.options = (
-            add_batch,
-            model,
-            modules,
-            x,
-            y,
-            options,
-        )
+        self.add_batch, self.model, self.modules = add_batch, model, modules
+        self.x, self.y, self.options = x, y, options
         self.parameters = [(p, p._version, p.data_ptr()) for p in model.parameters()]
         self.modes = [(module, module.training) for module in model.modules()]
         self.random_state = options.generator.get_state() if options.generator is not None else None
 
-    def again(self, name: str, state: ImplicitState) -> Again:
-        """The parts of a layer, read anew at every use."""
+    def parts(self, name: str, state: ImplicitState) -> Again:
+        """Returns the parts of a layer, which are read anew at every use.
+
+        Raises:
+            RuntimeError: at a use, when the parameters have changed, or the probe gives other data
+                or labels than at first.
+        """
         sums, reference = state.total(), state.collector.reference
         assert reference is not None
-        channels = reference.shape[-1] // getattr(self.modules[name], "groups", 1)
+        channels = reference.shape[-1] // layer_types.group_count(self.modules[name])
         examples, weight = sums.examples, sums.weight.sum().item()
         return Again(lambda: self._read(name, reference, examples, weight), channels, state.work)
 
     def _read(self, name: str, reference: Tensor, examples: int, weight: float) -> Iterator[Part]:
         self._refuse_changes(name)
-        module, read, found = {name: self.modules[name]}, 0, 0.0
+        layer, examples_read, weight_read = {name: self.modules[name]}, 0, 0.0
         with undisturbed(self.model, gradients=True):
-            for m, training in self.modes:
-                m.training = training
-            options = replace(self.options, generator=self._generator())
-            for x, y in batches(self.model, fresh(self.x), self.y, options.batch_size):
+            for module, training in self.modes:
+                module.training = training
+            options = self.options
+            if options.generator is not None and self.random_state is not None:
+                generator = torch.Generator(options.generator.device)
+                options = replace(options, generator=generator.set_state(self.random_state))
+            for x, y in batches(self.model, opened(self.x), self.y, options.batch_size):
                 collector = Collector(reference)
-                self.add_batch(self.model, module, x, y, options, {name: collector})
-                read += len(x)
+                self.add_batch(self.model, layer, x, y, options, {name: collector})
+                examples_read += len(x)
                 for part in collector.parts:
-                    found += part.weight()
+                    weight_read += part.weight()
                     with torch.no_grad():
                         yield part
-        if read != examples or abs(found - weight) > SAME * abs(weight):
+        if examples_read != examples or abs(weight_read - weight) > SAME * abs(weight):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that the probe is read again, "
-                "and it was not the "
-                f"same: {read} examples "
-                f"with a summed δ² of {found:g}, after {examples} with {weight:g}. Turn off random "
-                "augmentation; with "
-                "labels='sampled', shuffling too."
+                f"Layer '{name}' does not fit into memory_budget, so the probe was read again, and "
+                f"it was not the same. It had {examples_read} examples with Σ δ² = "
+                f"{weight_read:g}, after {examples} with {weight:g}. Turn off random augmentation; "
+                "with labels='sampled', shuffling too."
             )
 
     def _refuse_changes(self, name: str) -> None:
-        if any(
-            p._version != version or p.data_ptr() != place for p, version, place in self.parameters
-        ):
+        if any(p._version != version or p.data_ptr() != at for p, version, at in self.parameters):
             raise RuntimeError(
-                f"Layer '{name}' does not fit into memory_budget, so that its numbers need the "
-                "model as it was measured, "
-                "but its parameters "
-                "have changed. Read them before the next step, or raise memory_budget."
+                f"Layer '{name}' does not fit into memory_budget and needs the model as it was "
+                "measured, but its parameters have changed. Read its numbers before the next step, "
+                "or raise memory_budget."
             )
-
-    def _generator(self) -> torch.Generator | None:
-        if self.random_state is None or self.options.generator is None:
-            return None
-        generator = torch.Generator(self.options.generator.device)
-        generator.set_state(self.random_state)
-        return generator

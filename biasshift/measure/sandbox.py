@@ -1,4 +1,4 @@
-"""Measurements leave the model and the process as they were found."""
+"""Measurements leave the model and the process as they found them, also after an exception."""
 
 import sys
 import warnings
@@ -16,19 +16,23 @@ from biasshift.precision import full_precision
 def undisturbed(
     model: nn.Module, *, evaluate: bool = False, gradients: bool = False
 ) -> Iterator[None]:
-    """Leaves the model and the process as found: modes, requires_grad, buffers, hooks, random
-    state, precision flags.
+    """Restores the model and the process after the block.
+
+    Of the model these are modes, requires_grad, buffers and hooks; of the process the random state
+    and the precision flags.
 
     Args:
         evaluate: switch to eval mode inside the block.
         gradients: have every parameter require gradients inside the block, so that every layer is
             on the graph.
     """
+    devices = {p.device for p in model.parameters()}
+    cuda = sorted({device.index for device in devices if device.type == "cuda"})
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(full_precision({p.device.type for p in model.parameters()}))
+        stack.enter_context(full_precision({device.type for device in devices}))
         stack.enter_context(_eager())
         stack.enter_context(_quiet())
         stack.enter_context(_same_buffers(model))
@@ -41,21 +45,32 @@ def undisturbed(
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches a model to eval mode inside the block, and restores the mode of every module.
+
+    Nothing else is restored: running statistics do not move in eval mode. It costs less than
+    `undisturbed`.
+    """
+    with _same_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def _same_modes(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
+    # Module by module: somebody may keep a part in eval mode while the rest trains.
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
 
 
 @contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """A model may keep running statistics, a count of its calls, or a cache: in place, or as a new
-    tensor under the old name.
-    """
-    found = [
+    """Running statistics, a count of calls, a cache: changed in place, or new tensors."""
+    buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
@@ -65,7 +80,7 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in found:
+            for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
@@ -73,8 +88,9 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
-    """Frozen parameters require gradients too. The user's own backward hooks rest: they may change
-    gradients, and are no part of F.
+    """Frozen parameters require gradients too.
+
+    The user's own backward hooks rest: they may change gradients, and are no part of F.
     """
     frozen = [
         p
@@ -82,9 +98,9 @@ def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
         if not p.requires_grad and (p.is_floating_point() or p.is_complex())
     ]
     hooks = [
-        (m, m._backward_hooks, m._backward_pre_hooks)
-        for m in model.modules()
-        if m._backward_hooks or m._backward_pre_hooks
+        (module, module._backward_hooks, module._backward_pre_hooks)
+        for module in model.modules()
+        if module._backward_hooks or module._backward_pre_hooks
     ]
     try:
         for p in frozen:
@@ -99,14 +115,11 @@ def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
             module._backward_hooks, module._backward_pre_hooks = after, before
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is
-    compiled before dynamo was imported.
+    """Compiled parts run uncompiled: hooks added after compilation would never fire.
+
+    Nothing is compiled before dynamo was imported.
     """
     if "torch._dynamo" not in sys.modules:
         yield
@@ -117,27 +130,15 @@ def _eager() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Two warnings say what is right here: operations without a batching rule are looped over, and
-    nothing trains through a checkpoint.
+    """Two warnings describe what is intended here.
+
+    Operations without a batching rule are looped over, and nothing trains through a checkpoint.
     """
+    expected = (
+        "There is a performance drop because we have not yet implemented the batching rule",
+        "None of the inputs have requires_grad=True",
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore",
-            message="There is a performance drop because we have not yet implemented the batching "
-            "rule",
-        )
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        for message in expected:
+            warnings.filterwarnings("ignore", message=message)
         yield
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's mode is left as found."""
-    # Module by module: somebody may keep a part in evaluation mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

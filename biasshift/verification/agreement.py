@@ -1,5 +1,6 @@
-"""Whether covered layers are right: their unit Fisher matrices on a few examples, against those of
-the second opinion.
+"""Whether covered layers are right: their unit Fisher matrices against those of the reference.
+
+Both routes measure the same few examples.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types
 from biasshift.measure.fisher import measure
-from biasshift.measure.hooks import followed_by
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
 from biasshift.measure.sandbox import undisturbed
@@ -21,22 +21,21 @@ Layers = Mapping[str, WeightLayer]
 
 OUTPUTS = 16  # of a model that is compared as it is; of more, COMBINATIONS random ones are
 COMBINATIONS = 4
-# of blocks that are compared entry by entry; larger ones by their products with VECTORS random
-# vectors
+# Blocks of up to PARAMS rows are compared entry by entry, larger ones by their products with
+# VECTORS random vectors.
 PARAMS = 16
 VECTORS = 4
-SMALL = (
-    2**18
-    # entries of the blocks of a layer whose units are all compared; of larger ones the first and
-    # the
-    # last, without blocks
-)
+# Entries of the blocks of a layer whose units are all compared; of larger ones the first and the
+# last, without blocks.
+SMALL = 2**18
 
 
 @dataclass
 class Comparison:
-    """The largest relative difference in every layer, and the layers that could not be measured, or
-    not be compared, with the reason.
+    """The largest relative difference in every layer, and the reasons where there is none.
+
+    ``failed`` are layers that raised an error while they were measured, and ``uncompared`` those
+    that the reference cannot run.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -44,11 +43,19 @@ class Comparison:
     uncompared: dict[str, str] = field(default_factory=dict)
 
 
-def compared(
+def compare_layers(
     model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, options: Options
 ) -> Comparison:
-    """Both routes on the same examples, for the model's own labels and for the data's where there
-    are some. Spoils the model.
+    """Measures layers by both routes on the same examples, and returns how far they differ.
+
+    Labels are the model's own, and then the data's where there are some. The model is changed: hand
+    in a copy.
+
+    Args:
+        layers: those that are covered, by name.
+        x: the examples.
+        y: their labels. They are not used where a model has more than 16 outputs, which random
+            combinations replace.
     """
     result = Comparison()
     if not layers:
@@ -56,17 +63,12 @@ def compared(
     with undisturbed(model):
         outputs = model(x)
     if outputs[0].numel() > OUTPUTS:
-        followed_by(model, _combinations(outputs))
+        matrix = _combinations(outputs)
+        model.register_forward_hook(lambda module, args, outputs: outputs.flatten(1) @ matrix)
         y = None
     for labels in (None,) if y is None else (None, y):
-        _compare(
-            model,
-            {name: layer for name, layer in layers.items() if name not in result.failed},
-            x,
-            labels,
-            options,
-            result,
-        )
+        remaining = {name: layer for name, layer in layers.items() if name not in result.failed}
+        _compare(model, remaining, x, labels, options, result)
     return result
 
 
@@ -79,78 +81,54 @@ def _compare(
     result: Comparison,
 ) -> None:
     options = replace(options, labels="expected" if y is None else "empirical")
-    units = {name: _some_units(layer) for name, layer in layers.items()}
+    units = {name: _compared_units(layer) for name, layer in layers.items()}
     vectors = {name: _vectors(layer, len(units[name])) for name, layer in layers.items()}
-    found: dict[str, Tensor] = {}
+    measured: dict[str, Tensor] = {}
     small = [name for name, layer in layers.items() if _is_small(layer)]
-    for part, storage in (
-        (small, "dense"),
-        ([name for name in layers if name not in small], "implicit"),
-    ):
-        options = replace(
-            options,
-            layers=part,
-            units={name: units[name].tolist() for name in part},
-            storage=storage,
-        )
+    large = [name for name in layers if name not in small]
+    for names, storage in ((small, "dense"), (large, "implicit")):
+        kept = {name: units[name].tolist() for name in names}
+        options = replace(options, layers=names, units=kept, storage=storage)
         try:
-            fishers = (
-                {name: measured.fisher for name, measured in measure(model, x, y, options).items()}
-                if part
-                else {}
-            )
-            found |= {name: _times(fisher, vectors[name]) for name, fisher in fishers.items()}
+            layers_measured = measure(model, x, y, options) if names else {}
+            measured |= {n: _times(m.fisher, vectors[n]) for n, m in layers_measured.items()}
         except Exception as error:  # unforeseen, and a row of the table like any other
-            result.failed |= dict.fromkeys(part, f"cannot be measured: {error}")
-    kept = {name: units[name] for name in found}
+            result.failed |= dict.fromkeys(names, f"cannot be measured: {error}")
+    units = {name: units[name] for name in measured}
     try:
         with undisturbed(model, gradients=True):
             expected = products(
-                model, kept, vectors, x, options.likelihood, options.weight_sharing, y
+                model, units, vectors, x, options.likelihood, options.weight_sharing, y
             )
-    except Exception as error:  # the second opinion cannot run this model, example by example
-        result.uncompared |= dict.fromkeys(found, f"not compared: {type(error).__name__}: {error}")
+    except Exception as error:  # the reference cannot run this model, example by example
+        why = f"not compared: {type(error).__name__}: {error}"
+        result.uncompared |= dict.fromkeys(measured, why)
         return
-    for name, product in found.items():
-        result.errors[name] = max(
-            result.errors.get(name, 0.0),
-            _difference(product, expected[name], has_bias_row(layers[name])),
-        )
+    for name, product in measured.items():
+        error = _difference(product, expected[name], has_bias_row(layers[name]))
+        result.errors[name] = max(result.errors.get(name, 0.0), error)
 
 
-def _combinations(outputs: Tensor) -> "Combinations":
+def _combinations(outputs: Tensor) -> Tensor:
     """A few random ones, of the size of one: all classes are in each, and the passes are few."""
-    flat = outputs.flatten(1)
-    matrix = torch.randn(
-        flat.shape[1], COMBINATIONS, generator=torch.Generator().manual_seed(0)
-    ).to(flat)
+    flat, generator = outputs.flatten(1), torch.Generator().manual_seed(0)
+    matrix = torch.randn(flat.shape[1], COMBINATIONS, generator=generator).to(flat)
     size = (flat @ matrix).abs().max()
-    return Combinations(matrix / size if size > 0 else matrix)
-
-
-@dataclass(frozen=True)
-class Combinations:
-    matrix: Tensor
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        return outputs.flatten(1) @ self.matrix
+    return matrix / size if size > 0 else matrix
 
 
 def _is_small(layer: WeightLayer) -> bool:
     return layer_types.unit_count(layer) * (layer_types.input_count(layer) + 1) ** 2 <= SMALL
 
 
-def _some_units(layer: WeightLayer) -> Tensor:
+def _compared_units(layer: WeightLayer) -> Tensor:
     count = layer_types.unit_count(layer)
-    return torch.tensor(
-        range(count) if _is_small(layer) else sorted({0, count - 1}), device=layer.weight.device
-    )
+    units = range(count) if _is_small(layer) else sorted({0, count - 1})
+    return torch.tensor(units, device=layer.weight.device)
 
 
 def _vectors(layer: WeightLayer, units: int) -> Tensor:
-    """(units, params, vectors): the identity where blocks are small, so that their entries
-    themselves are compared.
-    """
+    """(units, params, vectors): the identity for small blocks, so that entries are compared."""
     params = layer_types.input_count(layer) + 1
     if params <= PARAMS:
         columns = torch.eye(params).repeat(units, 1, 1)
@@ -164,15 +142,15 @@ def _vectors(layer: WeightLayer, units: int) -> Tensor:
 def _times(fisher: UnitFisher, vectors: Tensor) -> Tensor:
     """The whole matrix, what a bias would meet included, times vectors."""
     b, c = fisher.b, fisher.c
-    products = []
+    columns = []
     for v, v0 in zip(vectors[:, :-1].unbind(-1), vectors[:, -1].unbind(-1), strict=True):
         Av = fisher.matvec(v, torch.zeros_like(v0))[0] if fisher.bias else fisher.matvec(v)[0]
-        products.append(torch.cat([Av + b * v0[:, None], ((b * v).sum(1) + c * v0)[:, None]], 1))
-    return torch.stack(products, -1)
+        columns.append(torch.cat([Av + b * v0[:, None], ((b * v).sum(1) + c * v0)[:, None]], 1))
+    return torch.stack(columns, -1)
 
 
-def _difference(found: Tensor, expected: Tensor, bias_row: bool) -> float:
+def _difference(product: Tensor, expected: Tensor, bias_row: bool) -> float:
     if not bias_row:
-        found, expected = found[:, :-1], expected[:, :-1]
-    difference, size = (found - expected).abs().max().item(), expected.abs().max().item()
+        product, expected = product[:, :-1], expected[:, :-1]
+    difference, size = (product - expected).abs().max().item(), expected.abs().max().item()
     return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))

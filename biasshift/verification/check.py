@@ -1,11 +1,8 @@
-"""What of a model is covered, why the rest is not, and whether the covered layers are right: one
-row per module.
-"""
+"""One row per module of a model: is it covered, why not, and are the covered layers right?"""
 
 import copy
-from collections import Counter
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -14,26 +11,20 @@ from biasshift.measure.coverage import (
     Reasons,
     check_outputs,
     coupled,
+    refuse_coupled,
     refuse_unusable,
     tied,
-    unsound,
+    unmeasurable,
 )
-from biasshift.measure.hooks import counting, traced
+from biasshift.measure.hooks import call_counts, traced, underlying
 from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.options import Options
-from biasshift.measure.probe import Probe, batches, underlying
+from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import undisturbed
-from biasshift.verification.agreement import Comparison, compared
+from biasshift.verification.agreement import Comparison, compare_layers
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-KNOWN = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)  # with parameters of several axes, but no units
+# Modules with parameters of several axes, but without units.
+WITHOUT_UNITS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def check(
@@ -44,15 +35,14 @@ def check(
     likelihood: Likelihood = "categorical",
     weight_sharing: str = "per_example",
     examples: int = 4,
-) -> "pd.DataFrame":
-    """One row per module: whether `unit_fisher` covers it, why not, and how far its numbers are
-    from those of `torch.func`.
+) -> pd.DataFrame:
+    """Compares the unit Fisher matrices of every layer with those of `torch.func`.
 
     A few examples are measured in float64 on a copy, and again by an independent route: the
     Jacobian of ``ln p`` by the weights, example by example. A model with more than 16 outputs is
-    followed by 4 random combinations of them, in both routes: another model with the same layers,
-    exact at 4 passes. Of large layers two units are compared, and large blocks by their products
-    with random vectors, which no wrong entry escapes.
+    followed by 4 random combinations of them, in both routes. That is another model with the same
+    layers, exact at 4 passes. Of large layers two units are compared, and large blocks by their
+    products with random vectors, which no wrong entry escapes.
 
     Args:
         x: a tensor of examples, or an iterable of batches x or (x, y), of which the first is read.
@@ -62,26 +52,32 @@ def check(
         examples: how many of the first examples are run.
 
     Returns:
-        Columns ``module``, ``kind``, ``covered``, ``reason`` (why it is not covered, or not
-        compared), ``calls`` in one forward pass, ``units`` and ``inputs`` (0 where it has none),
-        and ``error``: the largest difference over the largest entry of a layer, NaN where nothing
-        was compared.
+        One row per module. The columns are ``module``, ``kind``, ``covered``, ``reason`` (why it is
+        not covered, or not compared), ``calls`` in one forward pass, ``units`` and ``inputs`` (0
+        where it has none), and ``error``. The error is the largest difference over the largest
+        entry of a layer, NaN where nothing was compared.
+
+    Raises:
+        ValueError: for an empty probe, or options that do not exist. A model that cannot be
+            measured is a reason in the table.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> table = check(model, torch.eye(3))
-    >>> table[table.units > 0][["module", "covered", "calls", "units", "inputs"]].to_numpy().tolist()
-    [['0', True, 1, 4, 3], ['2', True, 1, 2, 4]]
+    >>> table[table.units > 0][["module", "covered", "units", "inputs"]].to_numpy().tolist()
+    [['0', True, 4, 3], ['2', True, 2, 4]]
     >>> int((table.error < 1e-12).sum())
     2
     """
-    import pandas as pd
-
     options = Options(likelihood=likelihood, weight_sharing=weight_sharing)
+    if examples < 1:
+        raise ValueError(f"'examples' must be at least 1, got {examples}.")
     model = underlying(model)
     with torch.inference_mode(False):
-        x, y = _first(model, x, y, examples)
-        copied, x, why = _double(model, x)
-        calls = _calls(copied, x)
+        first_x, first_y = next(batches(model, x, y))
+        y = None if first_y is None else first_y[:examples]
+        copied, x, why = _double(model, first_x[:examples])
+        with undisturbed(copied), call_counts(copied) as calls:
+            copied(x)
         reasons = _reasons(model, copied, x, options)
         layers = {
             name: module
@@ -92,40 +88,24 @@ def check(
         comparison = (
             Comparison(uncompared=dict.fromkeys(layers, why))
             if why
-            else compared(copied, layers, x, y, options)
+            else compare_layers(copied, layers, x, y, options)
         )
     reasons |= comparison.failed | comparison.uncompared
-    rows = []
-    for name, module in model.named_modules():
-        covered, (units, inputs) = name in layers and name not in comparison.failed, sizes[name]
-        row = {
-            "module": name,
-            "kind": type(module).__name__,
-            "covered": covered,
-            "reason": reasons.get(name, ""),
-            "calls": calls[name],
-        }
-        rows.append(
+    return pd.DataFrame(
+        [
             {
-                **row,
-                "units": units,
-                "inputs": inputs,
+                "module": name,
+                "kind": type(module).__name__,
+                "covered": name in layers and name not in comparison.failed,
+                "reason": reasons.get(name, ""),
+                "calls": calls[name],
+                "units": sizes[name][0],
+                "inputs": sizes[name][1],
                 "error": comparison.errors.get(name, float("nan")),
             }
-        )
-    return pd.DataFrame(rows)
-
-
-# -- what is covered -------------------------------------------------------------------------------
-
-
-def _first(
-    model: nn.Module, x: Probe, y: Tensor | None, examples: int
-) -> tuple[Tensor, Tensor | None]:
-    if examples < 1:
-        raise ValueError(f"examples must be at least 1, got {examples}.")
-    a, b = next(batches(model, x, y))
-    return a[:examples], None if b is None else b[:examples]
+            for name, module in model.named_modules()
+        ]
+    )
 
 
 def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
@@ -133,15 +113,14 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
 
     A model that cannot be copied is returned itself, and the reason.
     """
-    made = (
+    computed = (
         t
         for module in model.modules()
         for t in vars(module).values()
         if isinstance(t, Tensor) and not t.is_leaf
     )
-    memo = {
-        id(t): t.detach().clone() for t in made
-    }  # such as the weights of old-style weight_norm, which refuse to be copied
+    # such as the weights of old-style weight_norm, which cannot be copied
+    memo = {id(t): t.detach().clone() for t in computed}
     try:
         copied = copy.deepcopy(model, memo)
         wide = copy.deepcopy(copied).double()
@@ -149,22 +128,20 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
         return model, x, f"not compared: the model cannot be copied ({error})"
     for p in (*copied.parameters(), *wide.parameters()):
         p.grad = None
-    x_wide = x.double() if x.is_floating_point() else x
+    wide_x = x.double() if x.is_floating_point() else x
     try:
         with undisturbed(wide):
-            wide(x_wide)
-    except Exception:  # if it is no matter of precision, the copy as it is raises it again
+            wide(wide_x)
+    except Exception:  # where precision is not the cause, the copy as it is raises it again
         return copied, x, ""
-    return wide, x_wide, ""
+    return wide, wide_x, ""
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Units and inputs; 0 where a module has none, or not yet."""
-    return (
-        (layer_types.unit_count(module), layer_types.input_count(module))
-        if layer_types.is_covered(module) and not layer_types.is_lazy(module)
-        else (0, 0)
-    )
+    if not layer_types.is_covered(module) or layer_types.is_lazy(module):
+        return 0, 0
+    return layer_types.unit_count(module), layer_types.input_count(module)
 
 
 def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -> Reasons:
@@ -175,53 +152,28 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
         if (why := layer_types.why_uncovered(module))
     }
     named = dict(copied.named_modules())
-    layers = {
-        name: module
-        for name, module in named.items()
-        if layer_types.is_covered(module) and name not in reasons
-    }
+    covered = {name: module for name, module in named.items() if layer_types.is_covered(module)}
+    layers = {name: module for name, module in covered.items() if name not in reasons}
     reasons |= tied(copied, layers)
     layers = {name: module for name, module in layers.items() if name not in reasons}
-    own = coupled(copied)
     try:
-        for name, why in own.items():
-            raise ValueError(f"'{name}' ({type(named[name]).__name__}) {why}")
+        refuse_coupled(copied)
         refuse_unusable(model)
         with undisturbed(copied, gradients=True):
             tape, returned = traced(copied, layers, x)
             outputs = check_outputs(returned, len(x))
-            expand, categorical = (
-                options.weight_sharing == "expand",
-                options.likelihood == "categorical",
-            )
-            reasons |= unsound(copied, tape, layers, x, outputs, expand, categorical)
-        reasons |= {
-            name: "it was not called in the forward pass"
-            for name in layers
-            if name not in tape.calls and name not in reasons
-        }
-    except ValueError as error:  # about the model as a whole: nothing of it can be measured
-        reasons |= {name: str(error) for name in layers}
-    others = {
-        name: _other(module) for name, module in named.items() if not layer_types.is_covered(module)
-    }
-    return others | own | reasons
+            reasons |= unmeasurable(copied, tape, layers, x, outputs, options)
+        uncalled = [name for name in layers if name not in tape.calls and name not in reasons]
+        reasons |= dict.fromkeys(uncalled, "it was not called in the forward pass")
+    except ValueError as error:  # about the model as a whole: no layer can be measured
+        reasons |= dict.fromkeys(layers, str(error))
+    others = {name: _why_other(module) for name, module in named.items() if name not in covered}
+    return others | coupled(copied) | reasons
 
 
-def _other(module: nn.Module) -> str:
-    unknown = [
-        name
-        for name, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2 and not isinstance(module, KNOWN)
-    ]
-    return (
-        f"a kind that is not known: {' and '.join(unknown)} may be the weights of units"
-        if unknown
-        else "no layer with units"
-    )
-
-
-def _calls(model: nn.Module, x: Tensor) -> Counter[str]:
-    with undisturbed(model), counting(model) as calls:
-        model(x)
-    return calls
+def _why_other(module: nn.Module) -> str:
+    named = module.named_parameters(recurse=False)
+    weights = [name for name, p in named if p.dim() >= 2 and not isinstance(module, WITHOUT_UNITS)]
+    if not weights:
+        return "no layer with units"
+    return f"a kind that is not known: {' and '.join(weights)} may be the weights of units"

@@ -1,10 +1,9 @@
-"""The second opinion: products of the unit Fisher matrices with vectors, example by example,
-without a hook or a patch.
+"""The reference: products of unit Fisher matrices with vectors, without the hooks and patches.
 
-`per_example` differentiates ``ln p`` by the weights themselves (`torch.func.jacrev` of
-`functional_call`), `expand` by zeros added to the net inputs (`offsets`). Where `torch.func` cannot
-run a model (a custom ``autograd.Function``, a checkpoint), a plain loop of `torch.autograd.grad`
-over labels does the same.
+It goes example by example. ``"per_example"`` differentiates ``ln p`` by the weights themselves
+(`torch.func.jacrev` of `functional_call`), ``"expand"`` by zeros added to the net inputs (offsets).
+Where `torch.func` cannot run a model (a custom ``autograd.Function``, a checkpoint), a plain loop
+of `torch.autograd.grad` over labels does the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,9 +23,8 @@ from biasshift.measure.layer_types import WeightLayer
 Layers = Mapping[str, WeightLayer]
 Units = Mapping[str, Tensor]
 Vectors = Mapping[str, Float[Tensor, "units params vectors"]]  # params = inputs + 1, bias last
-Terms = Callable[
-    [Tensor], tuple[Tensor, Tensor]
-]  # one example's outputs → ln p(y), and the weight of y, for all labels
+# one example's outputs → ln p(y), and the weight of y, for all labels
+Terms = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def products(
@@ -38,27 +36,40 @@ def products(
     weight_sharing: str,
     y: Tensor | None = None,
 ) -> dict[str, Float[Tensor, "units params vectors"]]:
-    """``F v`` for the given units and vectors, with the data's labels for the model's own where
-    ``y`` is given. Spoils the model.
+    """Returns ``F v`` for the given units and vectors, averaged over the examples.
+
+    The model is changed (parametrizations are removed, biases added): hand in a copy.
+
+    Args:
+        units: indices of the units, by layer.
+        vectors: of every unit; params = inputs + 1, bias last.
+        y: the data's labels, in place of the model's own.
     """
     named = dict(model.named_modules())
     layers = {name: _plain(named[name]) for name in units}
     model.requires_grad_(False)
+    route = _by_offsets if weight_sharing == "expand" else _by_weights
     total = {name: torch.zeros_like(vectors[name]) for name in units}
     for n in range(len(x)):
-        terms = partial(label_terms, likelihood=likelihood, y=None if y is None else y[n : n + 1])
-        route = by_offsets if weight_sharing == "expand" else _by_weights
+        terms = partial(_label_terms, likelihood=likelihood, y=None if y is None else y[n : n + 1])
         for name, value in route(model, layers, units, vectors, x[n : n + 1], terms).items():
             total[name] += value / len(x)
     return total
 
 
-def label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``ln p(y)`` and the weight of ``y``, for every label of every position; for one label, the
-    data's, where it is given.
+def has_bias_row(layer: WeightLayer) -> bool:
+    """Tells whether a layer has a bias, or could be given one for its row of the matrix.
+
+    What a forward of somebody's own would do with an added bias is unknown.
+    """
+    return layer.bias is not None or not layer_types.has_own_forward(layer)
+
+
+def _label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``ln p(y)`` and the weight of ``y``, for every label of every position, or for the data's.
 
     Gaussian: the outputs themselves stand for their labels, as ``Jᵀ E[(y − f)(y − f)ᵀ] J`` is
-        ``JᵀJ``.
+    ``JᵀJ``.
     """
     if y is not None:
         if likelihood == "categorical":
@@ -79,16 +90,13 @@ def label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tup
 
 
 def _plain(layer: nn.Module) -> WeightLayer:
-    """The layer with its weight as an ordinary parameter, at its present value, and a bias, which
-    may be 0.
-    """
+    """The layer with its weight as an ordinary parameter, and with a bias, which may be 0."""
     assert layer_types.is_covered(layer)
     if parametrize.is_parametrized(layer):
         for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
             parametrize.remove_parametrizations(layer, name)
-    if (
-        "weight" not in layer._parameters
-    ):  # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
+    if "weight" not in layer._parameters:
+        # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
         value = layer.weight.detach().clone()
         for key, hook in list(layer._forward_pre_hooks.items()):
             if type(hook).__module__.startswith("torch.nn.utils"):
@@ -100,13 +108,6 @@ def _plain(layer: nn.Module) -> WeightLayer:
     return layer
 
 
-def has_bias_row(layer: WeightLayer) -> bool:
-    """Whether a bias that is not there could be added: what a forward of somebody's own does with
-    it is unknown.
-    """
-    return layer.bias is not None or not layer_types.has_own_forward(layer)
-
-
 # -- per_example: the weights themselves -----------------------------------------------------------
 
 
@@ -115,47 +116,45 @@ def _by_weights(
 ) -> dict[str, Tensor]:
     """``Σ_y p_y (∇ln p) (∇ln p)ᵀ v`` of one example."""
     with torch.no_grad():
-        weight_of_label = terms(model(x))[1]
+        label_weights = terms(model(x))[1]
     try:
         scores = _scores(model, layers, units, x, terms)
     except Exception:  # what torch.func does not support is raised as one thing or another
         scores = _scores_one_by_one(model, layers, units, x, terms)
-    projected = {
-        name: torch.einsum("yup,upv->yuv", score, vectors[name]) for name, score in scores.items()
-    }
-    return {
-        name: torch.einsum("y,yup,yuv->upv", weight_of_label, scores[name], projected[name])
-        for name in scores
-    }
+    result = {}
+    for name, score in scores.items():
+        projected = torch.einsum("yup,upv->yuv", score, vectors[name])
+        result[name] = torch.einsum("y,yup,yuv->upv", label_weights, score, projected)
+    return result
 
 
 def _scores(
     model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms
 ) -> dict[str, Tensor]:
-    """``∇ ln p(y)`` for all labels, (labels, units, params): Jacobians by the rows of the weights
-    that belong to the units.
-    """
-    at = {}
-    for name, layer in layers.items():
-        bias = (
-            torch.zeros_like(layer_types.weights(layer)[:, 0]) if layer.bias is None else layer.bias
-        )
-        at[name] = torch.cat([layer_types.weights(layer), bias[:, None]], 1)[units[name]]
+    """``∇ ln p(y)`` for all labels, (labels, units, params).
 
-    def function(rows: dict[str, Tensor]) -> Tensor:
+    They are Jacobians by the rows of the weights that belong to the units.
+    """
+
+    def log_likelihoods(rows: dict[str, Tensor]) -> Tensor:
         changed = {}
         for name, layer in layers.items():
+            prefix = f"{name}." if name else ""
             weights = layer_types.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
-            changed[_join(name, "weight")] = layer_types.as_weight(layer, weights)
+            changed[f"{prefix}weight"] = layer_types.as_weight(layer, weights)
             if layer.bias is not None:
-                changed[_join(name, "bias")] = layer.bias.index_copy(
-                    0, units[name], rows[name][:, -1]
-                )
-        return terms(functional_call(model, changed, (x,), tie_weights=False))[
-            0
-        ]  # a module under two names is changed once
+                bias = layer.bias.index_copy(0, units[name], rows[name][:, -1])
+                changed[f"{prefix}bias"] = bias
+        # untied: a module under two names is changed once
+        return terms(functional_call(model, changed, (x,), tie_weights=False))[0]
 
-    return jacrev(function, chunk_size=_chunk(layers))(at)  # pyright: ignore[reportReturnType]
+    at = {
+        name: _with_bias(layer_types.weights(layer), layer.bias)[units[name]]
+        for name, layer in layers.items()
+    }
+    # Labels at once: the gradients of whole weights are made before a few units' rows are taken.
+    chunk = max(1, 2**24 // sum(layer.weight.numel() for layer in layers.values()))
+    return jacrev(log_likelihoods, chunk_size=chunk)(at)  # pyright: ignore[reportReturnType]
 
 
 def _scores_one_by_one(
@@ -169,80 +168,76 @@ def _scores_one_by_one(
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     for value in terms(model(x))[0]:
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        found = {
+        by_parameter = {
             id(p): torch.zeros_like(p) if d is None else d
             for p, d in zip(parameters, gradients, strict=True)
         }
         for name, layer in layers.items():
-            w = layer_types.weights(layer, found[id(layer.weight)])
-            w0 = torch.zeros_like(w[:, 0]) if layer.bias is None else found[id(layer.bias)]
-            rows[name].append(torch.cat([w, w0[:, None]], 1)[units[name]])
-    return {name: torch.stack(found) for name, found in rows.items()}
+            w = layer_types.weights(layer, by_parameter[id(layer.weight)])
+            w0 = None if layer.bias is None else by_parameter[id(layer.bias)]
+            rows[name].append(_with_bias(w, w0)[units[name]])
+    return {name: torch.stack(of_labels) for name, of_labels in rows.items()}
 
 
-def _chunk(layers: Layers) -> int:
-    """Labels at once: the gradients of whole weights are made before the rows of a few units are
-    taken.
-    """
-    return max(1, 2**24 // sum(layer.weight.numel() for layer in layers.values()))
+def _with_bias(w: Tensor, w0: Tensor | None) -> Tensor:
+    """(units, params), with zeros for a bias that is not there."""
+    w0 = torch.zeros_like(w[:, 0]) if w0 is None else w0
+    return torch.cat([w, w0[:, None]], 1)
 
 
-def _join(name: str, parameter: str) -> str:
-    return f"{name}.{parameter}" if name else parameter
-
-
-# -- the errors and products of `expand` from zeros that are added to the net inputs of every call of a layer ---
+# -- expand: offsets, zeros added to the net inputs of every call of a layer -----------------------
 # Differentiating ``ln p`` by such a zero gives the error ``δ_t`` of its position. The incoming
-# activations stay inside the layer,
-# which is linear in its weights: ``ã_tᵀ v`` is the layer with ``v`` for weights, and ``Σ_t δ_t² ã_t
-# (ã_tᵀ v)`` the gradient of that.
+# activations stay inside the layer, which is linear in its weights: ``ã_tᵀ v`` is the layer with
+# ``v`` for weights, and ``Σ_t δ_t² ã_t (ã_tᵀ v)`` the gradient of that.
 
 
-def by_offsets(
+def _by_offsets(
     model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms
 ) -> dict[str, Tensor]:
     """``Σ_t (Σ_y p_y δ_t²) ã_t ã_tᵀ v`` of one example."""
-    with Offsets(layers) as offsets:
+    with _Offsets(layers) as offsets:
         with torch.no_grad():
-            weight_of_label = terms(model(x))[1]
+            label_weights = terms(model(x))[1]
         at = {
-            f"{name} {i}": call[2]
-            for name, calls in offsets.seen.items()
-            for i, call in enumerate(calls)
+            f"{name} {i}": zero
+            for name, calls in offsets.calls.items()
+            for i, (_, _, zero) in enumerate(calls)
         }
 
-        def function(zeros: dict[str, Tensor]) -> Tensor:
+        def log_likelihoods(zeros: dict[str, Tensor]) -> Tensor:
             offsets.start(zeros)
             return terms(model(x))[0]
 
-        deltas = _jacobian(function, at)
-    found = {name: torch.zeros_like(vectors[name]) for name in layers}
+        deltas = _jacobian(log_likelihoods, at)
+    result = {name: torch.zeros_like(vectors[name]) for name in layers}
     for key, delta in deltas.items():
         name, _, i = key.rpartition(" ")
-        delta2 = torch.einsum("y,y...->...", weight_of_label, delta.square())
-        args, kwargs, _ = offsets.seen[name][int(i)]
+        delta2 = torch.einsum("y,y...->...", label_weights, delta.square())
+        args, kwargs, _ = offsets.calls[name][int(i)]
         columns = [
             _product(layers[name], args, kwargs, delta2, units[name], v)
             for v in vectors[name].unbind(-1)
         ]
-        found[name] += torch.stack(columns, -1)
-    return found
+        result[name] += torch.stack(columns, -1)
+    return result
 
 
-class Offsets:
-    """Zeros added to the net inputs of layers, call by call, within the block; and what each call
-    was given.
+class _Offsets:
+    """Zeros added to the net inputs of layers, call by call, within the block.
+
+    The first pass, before `start`, adds nothing. It records the arguments of every call, and a zero
+    of the size of its net inputs.
     """
 
     def __init__(self, layers: Layers):
         self.layers = layers
         self.originals = {name: layer.forward for name, layer in layers.items()}
         self.replaced = {name: "forward" in vars(layer) for name, layer in layers.items()}
-        self.seen: dict[str, list[tuple[tuple, dict, Tensor]]] = {}  # arguments and a zero per call
+        self.calls: dict[str, list[tuple[tuple, dict, Tensor]]] = {}
         self.zeros: dict[str, Tensor] | None = None  # by "name call"
-        self.calls: dict[str, int] = {}
+        self.index: dict[str, int] = {}  # of the last call
 
-    def __enter__(self) -> "Offsets":
+    def __enter__(self) -> "_Offsets":
         for name, layer in self.layers.items():
             layer.forward = partial(self._forward, name)
         return self
@@ -254,22 +249,22 @@ class Offsets:
                 layer.forward = self.originals[name]
 
     def start(self, zeros: dict[str, Tensor]) -> None:
-        """From here on the zeros are added, beginning with the first call."""
-        self.zeros, self.calls = zeros, {}
+        """Adds the zeros from here on, beginning with the first call."""
+        self.zeros, self.index = zeros, {}
 
     def _forward(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
         net = self.originals[name](*args, **kwargs)
         if self.zeros is None:
-            kept = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in args)
-            named = {
-                key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in kwargs.items()
-            }
-            self.seen.setdefault(name, []).append((kept, named, torch.zeros_like(net)))
+            call = (tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()})
+            self.calls.setdefault(name, []).append((*call, torch.zeros_like(net)))
             return net
-        self.calls[name] = (self.calls.get(name, -1) + 1) % len(
-            self.seen[name]
-        )  # a checkpoint runs its calls again
-        return net + self.zeros[f"{name} {self.calls[name]}"]
+        # a checkpoint runs its calls again
+        self.index[name] = (self.index.get(name, -1) + 1) % len(self.calls[name])
+        return net + self.zeros[f"{name} {self.index[name]}"]
+
+
+def _kept(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _product(
@@ -277,41 +272,17 @@ def _product(
 ) -> Tensor:
     """``Σ_t δ_t² ã_t (ã_tᵀ v)``, by the layer itself."""
     zero = torch.zeros_like(layer_types.weights(layer))
-    given = {
-        "layer.weight": layer_types.as_weight(
-            layer, zero.index_copy(0, units, v[:, :-1])
-        ).requires_grad_()
-    }
+    weight = layer_types.as_weight(layer, zero.index_copy(0, units, v[:, :-1]))
+    parameters = {"layer.weight": weight.requires_grad_()}
     if layer.bias is not None:
-        given["layer.bias"] = zero[:, 0].index_copy(0, units, v[:, -1]).requires_grad_()
-    nothing = {key: torch.zeros_like(value) for key, value in given.items()}
+        bias = zero[:, 0].index_copy(0, units, v[:, -1])
+        parameters["layer.bias"] = bias.requires_grad_()
+    zeros = {key: torch.zeros_like(value) for key, value in parameters.items()}
     alone = _Alone(layer)
-    net = functional_call(alone, given, args, kwargs) - functional_call(
-        alone, nothing, args, kwargs
-    )
-    found = torch.autograd.grad(net, list(given.values()), net.detach() * delta2)
-    rows = layer_types.weights(layer, found[0])[units]
-    rows0 = torch.zeros_like(rows[:, 0]) if layer.bias is None else found[1][units]
-    return torch.cat([rows, rows0[:, None]], 1)
-
-
-def _jacobian(
-    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The derivatives of all values of a function, (values, …)."""
-    try:
-        return jacrev(function)(at)  # pyright: ignore[reportReturnType]
-    except Exception:  # as above
-        leaves = {name: v.clone().requires_grad_() for name, v in at.items()}
-        rows = [
-            torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
-            for value in function(leaves)
-        ]
-        columns = zip(at.items(), zip(*rows, strict=True), strict=True)
-        return {
-            name: torch.stack([torch.zeros_like(v) if d is None else d for d in column])
-            for (name, v), column in columns
-        }
+    net = functional_call(alone, parameters, args, kwargs)
+    net = net - functional_call(alone, zeros, args, kwargs)
+    g, *g0 = torch.autograd.grad(net, list(parameters.values()), net.detach() * delta2)
+    return _with_bias(layer_types.weights(layer, g), g0[0] if g0 else None)[units]
 
 
 class _Alone(nn.Module):
@@ -323,3 +294,22 @@ class _Alone(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.layer.forward(*args, **kwargs)
+
+
+def _jacobian(
+    function: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The derivatives of all values of a function, (values, …)."""
+    try:
+        return jacrev(function)(at)  # pyright: ignore[reportReturnType]
+    except Exception:  # what torch.func does not support is raised as one thing or another
+        leaves = {name: v.clone().requires_grad_() for name, v in at.items()}
+        rows = [
+            torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+            for value in function(leaves)
+        ]
+        columns = zip(at.items(), zip(*rows, strict=True), strict=True)
+        return {
+            name: torch.stack([torch.zeros_like(v) if d is None else d for d in column])
+            for (name, v), column in columns
+        }

@@ -1,7 +1,6 @@
-"""Two processes against one: the merge over processes is exact, and on all of them the same.
+"""Two processes against one: the merge over processes is exact, and the same on all of them.
 
-This file is also the program that the processes run: ``python tests/measure/test_all_reduce.py rank
-folder``.
+This file is also the program that the processes run, with their rank and a folder as arguments.
 """
 
 import os
@@ -24,10 +23,8 @@ SHARES = (slice(0, 7), slice(7, 20))  # unequal, so that an average of averages 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a = (
-        torch.randn(20, 19, generator=generator, dtype=torch.float64) * 0.3
-        + torch.arange(20)[:, None]
-    )  # the shares have different means
+    noise = torch.randn(20, 19, generator=generator, dtype=torch.float64)
+    a = noise * 0.3 + torch.arange(20)[:, None]  # the shares have different means
     return a, torch.rand(20, 4, generator=generator, dtype=torch.float64)
 
 
@@ -69,26 +66,26 @@ def numbers(fisher: bs.UnitFisher) -> dict[str, torch.Tensor]:
 
 
 def work(rank: int, folder: Path) -> None:
-    """What each process does; what it finds goes into a file."""
+    """What each process does: it merges, and writes the numbers into a file."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
     )
     mine = measured(SHARES[rank])
-    found: dict = {name: numbers(fisher.all_reduce()) for name, fisher in mine.items()}
-    found["untouched"] = numbers(mine["samples"])
+    merged: dict = {name: numbers(fisher.all_reduce()) for name, fisher in mine.items()}
+    merged["untouched"] = numbers(mine["samples"])
     nothing = replace(mine["samples"], sums=WeightedSums.empty(4, torch.full((19,), 5.0)))
-    found["nobody but 1"] = numbers((mine["samples"] if rank == 1 else nothing).all_reduce())
+    merged["nobody but 1"] = numbers((mine["samples"] if rank == 1 else nothing).all_reduce())
     try:
         mine["samples"].damped(0.1 * (1 + rank)).all_reduce()
     except ValueError as error:
-        found["refused"] = str(error)
-    torch.save(found, folder / f"{rank}.pt")
+        merged["refused"] = str(error)
+    torch.save(merged, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict]:
+def merged(tmp_path_factory) -> list[dict]:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
@@ -101,53 +98,51 @@ def found(tmp_path_factory) -> list[dict]:
         for rank in range(WORLD)
     ]
     try:
-        told = [process.communicate(timeout=90)[1] for process in processes]
+        errors = [process.communicate(timeout=90)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(told)
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("name", ["samples", "implicit", "grouped", "expand", "batches"])
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_two_processes_are_one(found, name, rank):
+def test_two_processes_are_one(merged, name, rank):
     expected = numbers(measured(slice(0, 20))[name])
-    for quantity, value in found[rank][name].items():
+    for quantity, value in merged[rank][name].items():
         torch.testing.assert_close(
             value,
             expected[quantity],
             rtol=1e-12,
             atol=1e-12,
-            msg=lambda told, q=quantity: f"{q}: {told}",
+            msg=lambda message, quantity=quantity: f"{quantity}: {message}",
         )
 
 
-def test_the_processes_sums_stay_their_own(found):
+def test_the_processes_sums_stay_their_own(merged):
     for rank in range(WORLD):
         expected = numbers(measured(SHARES[rank])["samples"])
         assert all(
             torch.equal(value, expected[quantity])
-            for quantity, value in found[rank]["untouched"].items()
+            for quantity, value in merged[rank]["untouched"].items()
         )
 
 
-def test_a_process_may_have_no_samples(found):
+def test_a_process_may_have_no_samples(merged):
     expected = numbers(measured(SHARES[1])["samples"])
     for rank in range(WORLD):
-        for quantity, value in found[rank]["nobody but 1"].items():
+        for quantity, value in merged[rank]["nobody but 1"].items():
             torch.testing.assert_close(value, expected[quantity], rtol=1e-12, atol=1e-12)
 
 
-def test_different_layers_are_refused_everywhere(found):
+def test_different_layers_are_refused_everywhere(merged):
     for rank in range(WORLD):
-        assert (
-            "do not hold the same layer" in found[rank]["refused"]
-            and "damping" in found[rank]["refused"]
-        )
+        message = merged[rank]["refused"]
+        assert "do not hold the same layer" in message and "damping" in message
 
 
-def test_without_processes_it_says_so():
+def test_without_processes_it_is_an_error():
     fisher = measured(slice(0, 20))["samples"]
     with pytest.raises(RuntimeError, match="init_process_group"):
         fisher.all_reduce()

@@ -1,8 +1,7 @@
-"""Published architectures, as they come: what is covered is right, what is not says why, and a few
-units can be measured.
-"""
+"""Published architectures, as they come: covered layers are right, and others have a reason.
 
-from __future__ import annotations
+A few units of each can be measured.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +29,13 @@ class Published:
     def build(self) -> tuple[nn.Module, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if (
-                self.name == "vit"
-            ):  # the encoder of vit_b_16, at a fifth of its depth and a quarter of its width
+            if self.name == "vit":
+                # the encoder of vit_b_16, at a fifth of its depth and a quarter of its width
                 model: nn.Module = models.VisionTransformer(
                     32, 8, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768
                 )
-                nn.init.normal_(
-                    model.heads.head.weight, std=0.1
-                )  # zeros, as it comes: nothing has an error
+                # zeros, as it comes: nothing has an error
+                nn.init.normal_(model.heads.head.weight, std=0.1)
             else:
                 model = getattr(models, self.name)(weights=None, **self.options)
             return model.eval(), torch.randn(self.examples, 3, self.size, self.size)
@@ -90,18 +87,15 @@ def test_a_published_model_is_checked(case: Published) -> None:
     table = bs.check(model, x, examples=case.examples)
     assert table["module"].tolist() == [name for name, _ in model.named_modules()]
     covered, rest = table[table["covered"]], table[~table["covered"]]
-    assert (
-        (covered["error"] < 1e-10).all()
-        and (covered["calls"] == 1).all()
-        and (covered["reason"] == "").all()
-    )
+    assert (covered["error"] < 1e-10).all()
+    assert (covered["calls"] == 1).all() and (covered["reason"] == "").all()
     assert rest["error"].isna().all() and (rest["reason"] != "").all()
     assert len(covered) == sum(isinstance(m, LAYERS) for m in model.modules()) - sum(
         number for kind, (number, _) in case.uncovered.items() if "Linear" in kind
     )
     refused = rest[(rest["units"] > 0) | (rest["kind"] == "MultiheadAttention")]
-    found = {kind: (len(rows), rows["reason"].iloc[0]) for kind, rows in refused.groupby("kind")}
-    assert found == case.uncovered and refused.groupby("kind")["reason"].nunique().eq(1).all()
+    reasons = {kind: (len(rows), rows["reason"].iloc[0]) for kind, rows in refused.groupby("kind")}
+    assert reasons == case.uncovered and refused.groupby("kind")["reason"].nunique().eq(1).all()
 
 
 @published
@@ -111,12 +105,11 @@ def test_a_few_units_of_a_published_model(case: Published) -> None:
     fishers = bs.unit_fisher(model, x, layers=chosen, units=[0, 3], labels="sampled", damping=1e-2)
     assert list(fishers) == list(case.layers)
     for fisher in fishers.values():
-        assert fisher.mean_q.shape[0] == 2 and bool(
-            fisher.coupling[~fisher.dead & ~fisher.singular].isfinite().all()
-        )
+        used = ~fisher.dead & ~fisher.singular
+        assert fisher.mean_q.shape[0] == 2 and bool(fisher.coupling[used].isfinite().all())
 
 
-def test_an_uncovered_kind_is_refused_by_name() -> None:
+def test_an_uncovered_layer_type_is_an_error_with_its_name() -> None:
     model, x = next(case for case in CASES if case.name == "vit").build()
     with pytest.raises(
         ValueError,

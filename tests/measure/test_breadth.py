@@ -1,8 +1,7 @@
-"""Any model a researcher brings: right to 1e-9 against `torch.func`, or refused by name. The edge
-cases that break other libraries.
-"""
+"""Any model a researcher brings: right to 1e-9 against `torch.func`, or an error with its name.
 
-from __future__ import annotations
+Among them are the edge cases that break other libraries.
+"""
 
 import copy
 import itertools
@@ -31,13 +30,11 @@ sharing = pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
 def agree(
     fishers: dict[str, bs.UnitFisher], blocks: dict[str, oracles.Block], tolerance: float = 1e-9
 ) -> None:
-    """Whole matrices, what a bias would meet included (it may be 0 exactly: before a norm, say),
-    and the mean under the data.
-    """
+    """Whole matrices, the row of a bias included (it may be 0 exactly, as before a norm), and μ."""
     assert fishers
     for name, fisher in fishers.items():
         block = blocks[name]
-        found = torch.cat(
+        matrix = torch.cat(
             [
                 torch.cat([fisher.A, fisher.b[:, :, None]], 2),
                 torch.cat([fisher.b, fisher.c[:, None]], 1)[:, None],
@@ -45,7 +42,7 @@ def agree(
             1,
         )
         torch.testing.assert_close(
-            found, block.F, rtol=0, atol=tolerance * float(block.F.abs().max())
+            matrix, block.F, rtol=0, atol=tolerance * float(block.F.abs().max())
         )
         mean_p = fisher.mean_p.expand_as(block.mean_p)
         torch.testing.assert_close(
@@ -54,8 +51,9 @@ def agree(
 
 
 def right(model: nn.Module, x: Tensor, reference: nn.Module | None = None, **options: Any) -> None:
-    """Every layer, in both ways of sharing weights; ``reference`` is the same function in a form
-    that the oracle can run.
+    """Every layer, in both ways of sharing weights.
+
+    ``reference`` is the same function in a form that the oracle can run.
     """
     for weight_sharing in ("per_example", "expand"):
         blocks = oracles.unit_fishers(
@@ -80,10 +78,8 @@ def mlp() -> nn.Sequential:
 
 
 def inputs(*shape: int) -> Tensor:
-    return (
-        torch.randn(*(shape or (9, 5)), generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-        + 0.5
-    )
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*(shape or (9, 5)), generator=generator, dtype=DOUBLE) + 0.5
 
 
 class TwoLayers(nn.Module):
@@ -192,11 +188,12 @@ def test_the_natural_gradient_of_convolutions_and_without_a_bias(name: str) -> N
     block, fisher = oracles.unit_fishers(model, x)["0"], bs.unit_fisher(model, x, damping=1e-2)["0"]
     g, g0 = torch.randn(block.b.shape, dtype=DOUBLE), torch.randn(block.c.shape, dtype=DOUBLE)
     dw, dw0 = block.natural_gradient(g, g0, 1e-2)
-    found = fisher.natural_gradient(g, g0) if block.bias else fisher.natural_gradient(g)
-    torch.testing.assert_close(found[0], dw, rtol=1e-8, atol=1e-9)
-    assert (
-        found[1] is None if not block.bias else torch.allclose(found[1], dw0, rtol=1e-8, atol=1e-9)
-    )
+    update = fisher.natural_gradient(g, g0) if block.bias else fisher.natural_gradient(g)
+    torch.testing.assert_close(update[0], dw, rtol=1e-8, atol=1e-9)
+    if block.bias:
+        assert torch.allclose(update[1], dw0, rtol=1e-8, atol=1e-9)
+    else:
+        assert update[1] is None
 
 
 # -- convolutions and transposed convolutions of every geometry ------------------------------------
@@ -210,12 +207,10 @@ def geometries(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     def each(low: int, high: int) -> tuple[int, ...]:
         return tuple(draw(st.integers(low, high)) for _ in range(dims))
 
-    kernel, stride, dilation, bias = (
-        each(1, 3),
-        each(1, 2 if dims == 3 else 3),
-        each(1, 2),
-        draw(st.booleans()),
-    )
+    kernel = each(1, 3)
+    stride = each(1, 2 if dims == 3 else 3)
+    dilation = each(1, 2)
+    bias = draw(st.booleans())
     options: dict[str, Any] = {
         "kernel_size": kernel,
         "stride": stride,
@@ -254,8 +249,9 @@ def geometries(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 @settings(max_examples=80)
 @given(geometries())
 def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
-    """Weights times patches plus bias is the net input; a position's patch is the derivative of its
-    net input by the weights.
+    """Weights times patches plus bias is the net input.
+
+    A position's patch is the derivative of its net input by the weights.
     """
     layer, x = drawn
     net = layer(x)
@@ -267,15 +263,15 @@ def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
         == (layer_types.unit_count(layer), layer_types.input_count(layer))
         == (layer.out_channels, patches.shape[-1])
     )
-    found = torch.einsum(
-        "npgi,gui->ngup", patches, weights.unflatten(0, (layer.groups, -1))
-    ).flatten(1, 2)
-    found = found if layer.bias is None else found + layer.bias[:, None]
-    torch.testing.assert_close(found, net.flatten(2), rtol=0, atol=1e-12)
+    grouped = weights.unflatten(0, (layer.groups, -1))
+    product = torch.einsum("npgi,gui->ngup", patches, grouped).flatten(1, 2)
+    product = product if layer.bias is None else product + layer.bias[:, None]
+    torch.testing.assert_close(product, net.flatten(2), rtol=0, atol=1e-12)
 
+    # of the last unit
     by_weight = jacrev(lambda w: functional_call(layer, {"weight": w}, (x,)).flatten(2)[0, -1])(
         layer.weight
-    )  # of the last unit
+    )
     by_weight = torch.stack([layer_types.weights(layer, d)[-1] for d in by_weight])
     torch.testing.assert_close(patches[0, :, -1], by_weight, rtol=0, atol=1e-12)
 
@@ -284,8 +280,9 @@ def test_patches_are_what_comes_in(drawn: tuple[nn.Module, Tensor]) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions(dims: int, groups: int, weight_sharing: str) -> None:
-    """Against sums over units, channels and places written out: the oracle of convolutions does not
-    know them.
+    """Against sums over units, channels and places written out.
+
+    The oracle of convolutions does not know them.
     """
     torch.manual_seed(0)
     kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
@@ -293,15 +290,11 @@ def test_transposed_convolutions(dims: int, groups: int, weight_sharing: str) ->
     x = inputs(4, 2, *(2,) * dims)
     model = nn.Sequential(layer, nn.ELU(), nn.Flatten(), nn.LazyLinear(3)).double()
     model(x)
-    parameters, places = (
-        dict(model.named_parameters()),
-        list(itertools.product(range(2), repeat=dims)),
-    )
+    parameters = dict(model.named_parameters())
+    places = list(itertools.product(range(2), repeat=dims))
 
     def rows(gradient: Tensor) -> Tensor:
-        """Of a gradient by the weight, (…, channels, units of a group, *kernel): the inputs of
-        every unit, by definition.
-        """
+        """The inputs of every unit of a gradient (…, channels, units of a group, *kernel)."""
         size, units = 4 // groups, []
         for unit in range(4):
             channels = range(2 // groups * (unit // size), 2 // groups * (unit // size + 1))
@@ -327,12 +320,9 @@ def test_transposed_convolutions(dims: int, groups: int, weight_sharing: str) ->
         by_weight = vmap(jacrev(lambda p, x_n: functional_call(layer, p, x_n[None])[0]), (None, 0))(
             dict(layer.named_parameters()), x
         )
-        patch = torch.cat(
-            [rows(by_weight["weight"]), by_weight["bias"].unsqueeze(-1)], -1
-        )  # (batch, unit, *places, unit, params)
-        patch = torch.stack(
-            [patch[:, u, ..., u, :].flatten(1, -2) for u in range(4)], 1
-        )  # (batch, units, positions, params)
+        # (batch, unit, *places, unit, params), and then (batch, units, positions, params)
+        patch = torch.cat([rows(by_weight["weight"]), by_weight["bias"].unsqueeze(-1)], -1)
+        patch = torch.stack([patch[:, u, ..., u, :].flatten(1, -2) for u in range(4)], 1)
         expected = torch.einsum("nut,nuti,nutj->uij", delta2, patch, patch) / len(x)
         torch.testing.assert_close(
             bs.unit_fisher(model, x)["0"].mean_p.expand(4, -1),
@@ -367,7 +357,7 @@ def test_the_output_size_of_a_call_decides_its_positions() -> None:
 # -- random architectures --------------------------------------------------------------------------
 
 
-class Around(nn.Module):
+class Residual(nn.Module):
     """A block with its input added."""
 
     def __init__(self, block: nn.Module, scale: float) -> None:
@@ -383,9 +373,7 @@ ACTIVATIONS = [nn.ELU, nn.Tanh, nn.SiLU, nn.LeakyReLU, nn.SELU]
 
 @st.composite
 def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
-    """Convolutions or linear layers on positions, norms in eval mode, activations in place or not,
-    residual and shared blocks.
-    """
+    """Convolutions or linear layers on positions; norms, residual and shared blocks."""
     convolutional, width = draw(st.booleans()), draw(st.sampled_from([2, 4]))
     torch.manual_seed(draw(st.integers(0, 2**16)))
 
@@ -404,14 +392,14 @@ def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
 
     def norm() -> nn.Module:
         if convolutional:
-            found = nn.BatchNorm1d(width) if draw(st.booleans()) else nn.GroupNorm(2, width)
+            layer = nn.BatchNorm1d(width) if draw(st.booleans()) else nn.GroupNorm(2, width)
         else:
-            found = nn.LayerNorm(width)
-        if isinstance(found, nn.BatchNorm1d):
-            found.running_mean.normal_()
-            found.running_var.uniform_(0.5, 2)
-        nn.init.uniform_(found.weight, 0.5, 1.5)
-        return found
+            layer = nn.LayerNorm(width)
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        return layer
 
     def block() -> nn.Module:
         parts = [weight_layer()]
@@ -422,20 +410,13 @@ def architectures(draw: st.DrawFn) -> tuple[nn.Module, Tensor, str]:
 
     blocks = []
     for _ in range(draw(st.integers(1, 3))):
-        found = block()
+        part = block()
         how = draw(st.sampled_from(["plain", "residual", "twice"]))
-        blocks += (
-            [found, found]
-            if how == "twice"
-            else [Around(found, 0.5) if how == "residual" else found]
-        )
+        blocks += {"plain": [part], "residual": [Residual(part, 0.5)], "twice": [part, part]}[how]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * width, 3)).double().eval()
     shape = (5, width, 4) if convolutional else (5, 4, width)
-    return (
-        model,
-        torch.randn(shape, dtype=DOUBLE) + 0.3,
-        draw(st.sampled_from(["categorical", "gaussian", "bernoulli"])),
-    )
+    x = torch.randn(shape, dtype=DOUBLE) + 0.3
+    return model, x, draw(st.sampled_from(["categorical", "gaussian", "bernoulli"]))
 
 
 @settings(max_examples=40)
@@ -540,10 +521,8 @@ class PaddedConv(nn.Conv2d):
 
 def test_a_forward_of_one_s_own_that_is_the_same_function() -> None:
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(Renamed(5, 6), nn.ELU(inplace=True), nn.Linear(6, 3)).double(),
-        inputs(),
-    )
+    model = nn.Sequential(Renamed(5, 6), nn.ELU(inplace=True), nn.Linear(6, 3)).double()
+    x = inputs()
     right(model, x)
     reference, original = copy.deepcopy(model), model[2].forward
     model[2].forward = lambda x: original(x)  # as libraries do that move weights between devices
@@ -640,11 +619,9 @@ class Tokens(nn.Module):
 
     def __init__(self, tie: bool = False) -> None:
         super().__init__()
-        self.embed, self.inner, self.head = (
-            nn.Embedding(6, 4),
-            nn.Linear(4, 4),
-            nn.Linear(4, 6, bias=False),
-        )
+        self.embed = nn.Embedding(6, 4)
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
         if tie:
             self.head.weight = self.embed.weight
 
@@ -673,9 +650,8 @@ def test_labels_on_any_leading_axes(axes: tuple[int, ...], weight_sharing: str) 
     assert table["error"].max() < 1e-12
     fisher = bs.unit_fisher(model, x, weight_sharing="expand", layers=["head"])["head"]
     p = model(x).softmax(-1)
-    assert torch.allclose(
-        fisher.c, (p * (1 - p)).flatten(1, -2).sum(1).mean(0), rtol=1e-12
-    )  # Var of every label, over all positions
+    variance = (p * (1 - p)).flatten(1, -2).sum(1).mean(0)  # of every label, over all positions
+    assert torch.allclose(fisher.c, variance, rtol=1e-12)
 
 
 def test_one_class_is_refused() -> None:
@@ -709,7 +685,7 @@ class Noisy(TwoLayers):
 
 
 class Counting(TwoLayers):
-    """Remembers how often it was called, and says so."""
+    """Its outputs depend on how often it was called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -743,11 +719,9 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts, self.head = (
-            nn.Linear(5, 2),
-            nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)]),
-            nn.Linear(4, 3),
-        )
+        self.gate = nn.Linear(5, 2)
+        self.experts = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)])
+        self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.gate(x).softmax(-1)
@@ -865,9 +839,7 @@ def test_backward_hooks_of_the_user_rest_and_come_back() -> None:
 
 
 def test_forward_hooks_of_the_user_belong_to_the_function() -> None:
-    """Doubling every net input of a layer with a hook is doubling what the next layers see, not the
-    layer's weights.
-    """
+    """A hook that scales a layer's net inputs scales what the next layers see, not its weights."""
     model, x = mlp(), inputs()
     model[2].register_forward_hook(lambda module, args, output: output.mul_(3))
     model[4].register_forward_pre_hook(lambda module, args: (args[0] - 1,))
@@ -875,7 +847,7 @@ def test_forward_hooks_of_the_user_belong_to_the_function() -> None:
         assert bs.check(model, x, weight_sharing=weight_sharing)["error"].max() < 1e-12
 
 
-def test_parameters_made_in_inference_mode_are_refused_by_name() -> None:
+def test_parameters_made_in_inference_mode_are_an_error_with_their_name() -> None:
     with torch.inference_mode():
         model = mlp()
     refused(model, inputs(), r"'0\.weight'.*inference_mode")
@@ -963,12 +935,13 @@ def test_half_precision_and_channels_last() -> None:
 @sharing
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
 def test_the_standard_error_of_sampled_labels(likelihood: str, weight_sharing: str) -> None:
-    """Its square is the variance of mean_delta2 over repetitions, in the mean; the estimates lie
-    around the exact value.
+    """Its square is the variance of mean_delta2 over repetitions, in the mean.
+
+    The estimates lie around the exact value.
     """
     model, x = mlp(), inputs(12, 5)
     exact = bs.unit_fisher(model, x, likelihood=likelihood)["2"].c
-    found = []
+    fishers = []
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         options = {
@@ -977,18 +950,15 @@ def test_the_standard_error_of_sampled_labels(likelihood: str, weight_sharing: s
             "generator": generator,
             "layers": ["2"],
         }
-        found.append(
+        fishers.append(
             bs.unit_fisher(model, x, labels="sampled", draws=4, batch_size=5, **options)["2"]
         )
-    estimates, errors = (
-        torch.stack([fisher.c for fisher in found]),
-        torch.stack([fisher.standard_error for fisher in found]),
-    )
+    estimates = torch.stack([fisher.c for fisher in fishers])
+    errors = torch.stack([fisher.standard_error for fisher in fishers])
     spread = estimates.std(0)
     assert bool(((estimates.mean(0) - exact).abs() < 5 * spread / 10).all())
-    torch.testing.assert_close(
-        errors.square().mean(0).sqrt(), spread, rtol=0.35, atol=0
-    )  # 5 standard errors of a spread of 100
+    # 5 standard errors of a spread of 100
+    torch.testing.assert_close(errors.square().mean(0).sqrt(), spread, rtol=0.35, atol=0)
 
 
 def test_the_standard_error_merges_and_knows_its_limits() -> None:
@@ -998,9 +968,8 @@ def test_the_standard_error_merges_and_knows_its_limits() -> None:
         return bs.unit_fisher(model, part, layers=["2"], **options)["2"]
 
     assert not measure(x).standard_error.any()  # nothing was drawn
-    assert bool(
-        measure(x, labels="sampled").standard_error.isnan().all()
-    )  # one draw does not show its spread
+    # one draw does not show its spread
+    assert bool(measure(x, labels="sampled").standard_error.isnan().all())
     halves = [
         measure(part, labels="sampled", draws=3, generator=torch.Generator().manual_seed(i))
         for i, part in enumerate(x.split(6))

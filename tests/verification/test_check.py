@@ -1,8 +1,7 @@
-"""`check`: what is covered is compared by a second route that finds planted errors; what is not
-says why; nothing raises.
-"""
+"""`check`: covered layers are compared by a second route, which finds planted errors.
 
-from __future__ import annotations
+Other layers have a reason, and no model that runs is an error.
+"""
 
 import copy
 import threading
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import biasshift as bs
-from biasshift.measure import layer_types
+from biasshift.measure import layer_types, likelihoods
 from biasshift.verification import reference
 
 DOUBLE = torch.float64
@@ -57,13 +56,12 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
             name: torch.eye(block.F.shape[-1], dtype=DOUBLE).expand_as(block.F)
             for name, block in blocks.items()
         }
-        found = reference.products(
+        products = reference.products(
             copy.deepcopy(model), units, vectors, x, case.likelihood, weight_sharing, labels
         )
         for name, block in blocks.items():
-            torch.testing.assert_close(
-                found[name], block.F, rtol=0, atol=1e-12 * float(block.F.abs().max())
-            )
+            tolerance = 1e-12 * float(block.F.abs().max())
+            torch.testing.assert_close(products[name], block.F, rtol=0, atol=tolerance)
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -74,23 +72,18 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
 def test_every_covered_layer_is_right(case: Case, weight_sharing: str) -> None:
     model, x, y = case.build()
     table = bs.check(model, x, y, likelihood=case.likelihood, weight_sharing=weight_sharing)
-    assert list(table.columns) == COLUMNS and table["module"].tolist() == [
-        name for name, _ in model.named_modules()
-    ]
+    assert list(table.columns) == COLUMNS
+    assert table["module"].tolist() == [name for name, _ in model.named_modules()]
     layers = {
         name: module for name, module in model.named_modules() if layer_types.is_covered(module)
     }
     covered = table[table["covered"]].set_index("module")
     assert list(covered.index) == list(layers)
-    assert (
-        (covered["error"] < 1e-10).all()
-        and (covered["reason"] == "").all()
-        and (covered["calls"] > 0).all()
-    )
+    assert (covered["error"] < 1e-10).all()
+    assert (covered["reason"] == "").all() and (covered["calls"] > 0).all()
     for name, module in layers.items():
-        assert (covered.loc[name, "units"], covered.loc[name, "inputs"]) == tuple(
-            module.weight.flatten(1).shape
-        )
+        units, inputs = covered.loc[name, "units"], covered.loc[name, "inputs"]
+        assert (units, inputs) == tuple(module.weight.flatten(1).shape)
 
 
 def test_calls_are_counted() -> None:
@@ -155,10 +148,8 @@ def test_a_wrong_patch_is_seen(monkeypatch: pytest.MonkeyPatch, weight_sharing: 
 
 
 def test_a_wrong_label_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from biasshift.measure import likelihoods
-
     monkeypatch.setattr(
-        labels,
+        likelihoods,
         "_expected",
         lambda outputs, likelihood: likelihoods.seeds(outputs, likelihood, "sampled", None, None),
     )
@@ -183,14 +174,13 @@ def test_a_wrong_unit_order_of_a_transposed_convolution_is_seen(
 # -- why not ---------------------------------------------------------------------------------------
 
 
-def test_batchnorm_in_training_mode_refuses_everything_by_name() -> None:
+def test_batchnorm_in_training_mode_refuses_every_layer_and_is_named() -> None:
     model, x, _ = BY_NAME["batchnorm-eval"].build()
     table = rows(model.train(), x)
     assert not any(row["covered"] for row in table.values())
     for name in ("0", "1", "4", "5", "6"):
-        assert (
-            "statistics of its batch" in table[name]["reason"] and "eval()" in table[name]["reason"]
-        )
+        reason = table[name]["reason"]
+        assert "statistics of its batch" in reason and "eval()" in reason
     assert "'1' (BatchNorm2d)" in table["0"]["reason"]
     assert table["2"]["reason"] == "no layer with units"
 
@@ -209,44 +199,32 @@ def test_layers_that_do_not_run_or_run_inside_a_function() -> None:
     class Strange(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.inside, self.unused, self.head = (
-                nn.Linear(5, 4),
-                nn.Linear(4, 4),
-                nn.Linear(4, 4),
-                nn.Linear(4, 3),
-            )
+            self.stem = nn.Linear(5, 4)
+            self.inside = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.elu(self.stem(x))
             return self.head(F.elu(F.linear(h, self.inside.weight, self.inside.bias)))
 
     table = rows(Strange().double(), inputs())
-    assert (
-        "not called as a module: its weight is used inside a function" in table["inside"]["reason"]
-    )
-    assert "not called in the forward pass" in table["unused"]["reason"]
-    assert (
-        table["stem"]["error"] < 1e-12
-        and table["head"]["error"] < 1e-12
-        and table["inside"]["calls"] == 0
-    )
+    inside = table["inside"]
+    assert "not called as a module: its weight is used inside a function" in inside["reason"]
+    assert "not called in the forward pass" in table["unused"]["reason"] and inside["calls"] == 0
+    assert table["stem"]["error"] < 1e-12 and table["head"]["error"] < 1e-12
 
 
 def test_windows_are_refused_per_example_and_right_under_expand() -> None:
     torch.manual_seed(0)
     model, x = Windows().double(), torch.randn(6, 4, 3, dtype=DOUBLE)
-    assert (
-        "24 rows" not in rows(model, x)["inner"]["reason"]
-        and "rows" in rows(model, x)["inner"]["reason"]
-    )
-    assert rows(model, x)["head"]["error"] < 1e-12
-    assert all(
-        rows(model, x, weight_sharing="expand")[name]["error"] < 1e-12 for name in ("inner", "head")
-    )
-    assert (
-        "rows"
-        in rows(SequenceFirst().double(), torch.randn(4, 4, 3, dtype=DOUBLE))["inner"]["reason"]
-    )
+    table, expanded = rows(model, x), rows(model, x, weight_sharing="expand")
+    reason = table["inner"]["reason"]
+    assert "rows" in reason and "24 rows" not in reason
+    assert table["head"]["error"] < 1e-12
+    assert all(expanded[name]["error"] < 1e-12 for name in ("inner", "head"))
+    sequences = rows(SequenceFirst().double(), torch.randn(4, 4, 3, dtype=DOUBLE))
+    assert "rows" in sequences["inner"]["reason"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -254,10 +232,9 @@ def test_checkpoints(reentrant: bool) -> None:
     torch.manual_seed(0)
     table = rows(Checkpointed(reentrant).double(), inputs())
     for name in ("stem", "block.0", "block.2"):
-        assert ("checkpoint" in table[name]["reason"]) == reentrant and table[name][
-            "covered"
-        ] != reentrant
-        assert reentrant or table[name]["error"] < 1e-12
+        row = table[name]
+        assert ("checkpoint" in row["reason"]) == reentrant and row["covered"] != reentrant
+        assert reentrant or row["error"] < 1e-12
     assert table["head"]["error"] < 1e-12
 
 
@@ -319,9 +296,8 @@ def test_a_function_that_torch_func_cannot_run_is_compared_by_a_loop() -> None:
             return x.clamp(min=0)
 
         @staticmethod
-        def backward(
-            ctx: Any, g: Tensor
-        ) -> Tensor:  # looks at the data: no vmap, neither there nor here
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            # depends on the data: no vmap, neither in torch.func nor in the hooks
             return g * (ctx.saved_tensors[0] > 0) if float(g.abs().sum()) >= 0 else g
 
     class Custom(nn.Sequential):
@@ -345,12 +321,10 @@ def test_a_flow_of_control_that_depends_on_the_data() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.one, self.other, self.head = (
-                nn.Linear(5, 1),
-                nn.Linear(5, 4),
-                nn.Linear(5, 4),
-                nn.Linear(4, 3),
-            )
+            self.gate = nn.Linear(5, 1)
+            self.one = nn.Linear(5, 4)
+            self.other = nn.Linear(5, 4)
+            self.head = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = []
@@ -361,9 +335,8 @@ def test_a_flow_of_control_that_depends_on_the_data() -> None:
     torch.manual_seed(0)
     table = rows(Branches().double(), inputs(), weight_sharing="expand", examples=6)
     assert all(table[name]["error"] < 1e-12 for name in ("one", "other", "head"))
-    assert (
-        rows(Branches().double(), inputs())["one"]["covered"] is False
-    )  # one row a call: which example is it?
+    # one row a call: which example is it?
+    assert rows(Branches().double(), inputs())["one"]["covered"] is False
 
 
 def test_models_that_cannot_be_compared_say_so() -> None:
@@ -372,16 +345,13 @@ def test_models_that_cannot_be_compared_say_so() -> None:
             return super().forward(x.reshape(4, 5))
 
     table = rows(Fixed(*mlp()), inputs())
-    assert (
-        table["0"]["covered"]
-        and table["0"]["reason"].startswith("not compared: ")
-        and table["0"]["error"] != table["0"]["error"]
-    )
+    row = table["0"]
+    assert row["covered"] and row["reason"].startswith("not compared: ")
+    assert row["error"] != row["error"]
     model = mlp()
     model.lock = threading.Lock()
-    assert rows(model, inputs())["0"]["reason"].startswith(
-        "not compared: the model cannot be copied"
-    )
+    reason = rows(model, inputs())["0"]["reason"]
+    assert reason.startswith("not compared: the model cannot be copied")
     pristine(model)
 
 
@@ -449,14 +419,11 @@ def test_the_model_is_left_as_found(weight_sharing: str) -> None:
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     bs.check(model, x, y, weight_sharing=weight_sharing)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        assert (id(tensor), tensor._version, tensor.requires_grad) == before[name][
-            :3
-        ] and torch.equal(tensor, before[name][3])
-    assert (
-        torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
-        and model[4].weight.grad is None
-    )
-    assert modes == [m.training for m in model.modules()] and torch.equal(
-        torch.get_rng_state(), state
-    )
+        identity, value = before[name][:3], before[name][3]
+        assert (id(tensor), tensor._version, tensor.requires_grad) == identity
+        assert torch.equal(tensor, value)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[4].weight.grad is None
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(torch.get_rng_state(), state)
     pristine(model)
