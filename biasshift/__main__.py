@@ -1,4 +1,4 @@
-"""`python -m biasshift` is the command line."""
+"""``python -m biasshift`` is the command line."""
 
 from biasshift.cli import main
 

@@ -1,11 +1,9 @@
-"""`biasshift claims`: the verdicts on runs as a table with its caveats, on the terminal and as
-files.
-"""
+"""The command ``biasshift claims``: verdicts with their caveats, on the terminal and as files."""
 
 import textwrap
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,76 +13,70 @@ from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, f
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
-from biasshift.cli.console import HOW_JUDGED, JUDGED, printable
-from biasshift.runs.provenance import origin, origin_said
+from biasshift.cli.console import printable
+from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
+from biasshift.runs.provenance import provenance_sentence, table_provenance
 from biasshift.runs.reader import read_runs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WIDE = 120  # columns of a terminal, from which on every number gets a column of its own
 COLORS = {"supported": "green", "not supported": "red", "undecided": "yellow"}
-CONTRARY = "* p of the contrary"
-COLUMNS = {  # of a wide terminal, and of a narrow one
-    True: ("claim", "verdict", "statement, statistic", "effect [95 %]", "n", "p", "note"),
-    False: ("claim", "statement, statistic", "effect [95 %]"),
-}
+WIDE_COLUMNS = ("claim", "verdict", "statement, statistic", "effect [95 %]", "n", "p", "note")
+NARROW_COLUMNS = ("claim", "statement, statistic", "effect [95 %]")
 
 
 def judge(console: Console, options: Claims) -> None:
-    """Says what the runs say about the claims, and writes it down.
+    """Prints the verdicts on runs, and writes them as claims.md and claims.parquet.
 
     Raises:
-        ValueError: there are no runs, or none that can be judged together.
-        OSError: the table cannot be written; it has been printed by then.
+        ValueError: There are no runs, or they cannot be judged together.
+        OSError: The table cannot be written; it has been printed by then.
     """
     if not options.runs:
-        raise ValueError("claims are about runs: biasshift claims FOLDER.")
+        raise ValueError("Claims need runs: `biasshift claims FOLDER`.")
     table = read_runs(*options.runs)
-    found = claims(table)
-    say_claims(console, found)
-    found.attrs.update(made_by := origin(table, options.runs))
+    verdicts = claims(table)
+    print_claims(console, verdicts)
+    verdicts.attrs.update(made_by := table_provenance(table, options.runs))
+    text = f"{claims_markdown(verdicts)}\n{provenance_sentence(made_by)}\n"
     try:
-        _write(found, f"{claims_markdown(found)}\n{origin_said(made_by)}\n", options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        with replacing(options.out / "claims.parquet") as temporary:
+            verdicts.to_parquet(temporary)
+        with replacing(options.out / "claims.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        reason = error.strerror or error
         raise OSError(
-            f"the table of claims cannot be written into '{options.out}' ({reason}): choose "
-            "another --out."
+            f"The table of claims cannot be written into '{options.out}' "
+            f"({error.strerror or error}). Choose another --out."
         ) from error
     console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
 
 
-def _write(found: "pd.DataFrame", words: str, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "claims.parquet") as temporary:
-        found.to_parquet(temporary)
-    with replacing(out / "claims.md") as temporary:
-        temporary.write_text(words, encoding="utf-8")
+def print_claims(console: Console, verdicts: pd.DataFrame) -> None:
+    """Prints one row per claim, and below them the caveats, each once.
 
+    A terminal of less than `WIDE` columns gets the numbers of a claim under each other.
 
-def say_claims(console: Console, found: "pd.DataFrame") -> None:
-    """One row per claim, and below the caveats, each said once; a narrow terminal gets the numbers
-    of a claim under each other.
+    Args:
+        verdicts: The table of `biasshift.claims`.
     """
-    console.print(f"\n{JUDGED}", style="bold")
-    if not len(found):
+    console.print(f"\n{VERDICTS_TITLE}", style="bold")
+    if not len(verdicts):
         console.print("Nothing: no claim is about runs of these kinds.")
         return
-    console.print(HOW_JUDGED)
-    notes = {caveat: number for number, caveat in enumerate(dict.fromkeys(found["caveat"]), 1)}
+    console.print(VERDICTS_NOTE)
+    notes = {caveat: number for number, caveat in enumerate(dict.fromkeys(verdicts["caveat"]), 1)}
     wide = console.width >= WIDE
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=0 if wide else 1)
-    for column in COLUMNS[wide]:
-        shown.add_column(
-            column, justify="right" if column in ("n", "p", "note") else "left", overflow="fold"
-        )
-    rows: list[Any] = list(found.itertuples())
+    for column in WIDE_COLUMNS if wide else NARROW_COLUMNS:
+        justify = "right" if column in ("n", "p", "note") else "left"
+        shown.add_column(column, justify=justify, overflow="fold")
+    rows: Any = verdicts.itertuples()
     for row in rows:
         shown.add_row(*(_wide if wide else _narrow)(row, notes[row.caveat]))
     console.print(shown)
-    if "not supported" in set(found["verdict"]):
-        console.print(CONTRARY)
+    if "not supported" in set(verdicts["verdict"]):
+        console.print("* p of the contrary")
     for caveat, number in notes.items():
         first = f"{number:>3}  "
         note = textwrap.fill(
@@ -94,26 +86,19 @@ def say_claims(console: Console, found: "pd.DataFrame") -> None:
             subsequent_indent=" " * len(first),
         )
         console.print(Text(note), soft_wrap=True)
-    console.print(f"\n{footnote(found)}")
+    console.print(f"\n{footnote(verdicts)}")
 
 
 def _wide(row: Any, note: int) -> tuple[Text, ...]:
-    return (
-        _name(row),
-        _verdict(row),
-        _statement(row),
-        Text(_effect(row)),
-        Text(str(row.n)),
-        Text(_p(row)),
-        Text(str(note)),
-    )
+    numbers = (Text(text) for text in (_effect(row), str(row.n), _p(row), str(note)))
+    return _name(row), _verdict(row), _statement(row), *numbers
 
 
 def _narrow(row: Any, note: int) -> tuple[Text, ...]:
     name = textwrap.fill(_name(row).plain, 14)  # at its hyphens
     p = f", p = {_p(row)}" if _p(row) else ""
-    numbers = [*_effect(row).replace(" [", "\n[").split("\n"), f"n = {row.n}{p}", f"note {note}"]
-    return Text(f"{name}\n").append_text(_verdict(row)), _statement(row), Text("\n".join(numbers))
+    numbers = "\n".join([_effect(row).replace(" [", "\n["), f"n = {row.n}{p}", f"note {note}"])
+    return Text(f"{name}\n").append_text(_verdict(row)), _statement(row), Text(numbers)
 
 
 def _name(row: Any) -> Text:
@@ -125,9 +110,8 @@ def _verdict(row: Any) -> Text:
 
 
 def _statement(row: Any) -> Text:
-    return Text(printable(f"{row.statement} ({row.source})")).append(
-        f"\n{printable(row.statistic)}", style="dim"
-    )
+    statement = printable(f"{row.statement} ({row.source})")
+    return Text(statement).append(f"\n{printable(row.statistic)}", style="dim")
 
 
 def _effect(row: Any) -> str:
@@ -135,6 +119,6 @@ def _effect(row: Any) -> str:
 
 
 def _p(row: Any) -> str:
-    """The corrected p that the verdict goes by."""
+    """The corrected p that decides the verdict."""
     p, contrary = deciding_p(row)
     return f"{p:.2g}{'*' * contrary}" if p == p else ""

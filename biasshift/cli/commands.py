@@ -1,5 +1,7 @@
-"""The commands that read runs, as typed dataclasses; those that make runs are the experiments
-themselves.
+"""The options of the commands that read runs.
+
+Those of the commands that make runs are the experiments themselves. A docstring here is the help of
+its command or option.
 """
 
 from dataclasses import dataclass
@@ -8,30 +10,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-Name = Literal[
-    "1",
-    "2",
-    "3",
-    "4",
-    "5",
-    "6",
-    "7",
-    "table1",
-    "theory1",
-    "theory2",
-    "theory3",
-    "theory4",
-    "bench",
-    "gap",
-    "all",
-]
+Paper = Literal["1", "2", "3", "4", "5", "6", "7", "table1"]
+Theory = Literal["theory1", "theory2", "theory3", "theory4", "gap"]
+Name = Literal[Paper, Theory, "bench", "all"]
+Folders = tyro.conf.Positional[tuple[Path, ...]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Draw a figure of the paper, or of the theory, and say the numbers that it shows beside the
-    paper's.
-    """
+    """Draw a figure of the paper or of the theory, and print its numbers beside the paper's."""
 
     name: Annotated[tyro.conf.Positional[Name], tyro.conf.arg(metavar="NAME")]
     """1 (activation functions), 2 (MNIST: means and losses),
@@ -40,39 +27,35 @@ class Figure:
     table1 (test errors), theory1 or gap (gradient gap),
     theory2 (k), theory3 (parts of the bias shift),
     theory4 (is it causal?), bench (speed), or all."""
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders, or folders that contain them. Figure 1 needs none; without any, the tables that
-    come with the package are drawn.
-    """
+    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    """Run folders, or folders that contain them. Without any, the package's tables are drawn."""
     out: Path = Path("figures")
-    """PNG and PDF are written here."""
+    """Folder for the PNG and the PDF."""
     quick: bool = False
-    """First train a shortened version, into the folder quick-NAME in --out. The figure says that it
-    is one.
-    """
+    """Train a shortened version first, into --out/quick-NAME. The figure is marked as quick."""
     smoke: bool = False
-    """With --quick: seconds, on synthetic data."""
+    """With --quick: train for seconds, on synthetic data."""
     data: Path | None = None
-    """With --quick: the folder of the data, as --data of what it trains."""
+    """With --quick: the folder of the data, as --data of the training command."""
     save: Path | None = None
-    """A folder to write the small table into that the figure shows, such as paper_figs/results."""
+    """Folder for the small table that the figure shows, such as paper_figs/results."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """Say which claims of the paper the runs support, in a table with its caveats."""
+    """Judge which claims of the paper the runs support, in a table with caveats."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(required)")]
     """Run folders, or folders that contain them."""
     out: Path = Path("claims")
-    """The table is written here, as claims.md and claims.parquet."""
+    """Folder for the table, as claims.md and claims.parquet."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """List run folders: their state, how far they are, and their last numbers."""
+    """List run folders with their state, their last step and their last numbers."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    runs: Folders = (Path("runs"),)
     """Run folders, or folders that contain them."""
 
 
@@ -80,7 +63,7 @@ class Runs:
 class Report:
     """Make one self-contained page for looking at runs."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(required)")]
     """Run folders, or folders that contain them."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page, which opens from the disk."""
+    """The page, an HTML file that opens from the disk."""

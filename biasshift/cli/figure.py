@@ -1,125 +1,102 @@
-"""`biasshift figure`: from run folders, quickly trained ones, or the package's tables to pictures
-and numbers.
-"""
+"""The command ``biasshift figure``: from runs, or the tables of the package, to pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from biasshift import figures
 from biasshift.cli.commands import Figure
-from biasshift.cli.console import say_paths
-from biasshift.cli.train import train
-from biasshift.figures import (
-    ALIASES,
-    FIGURES,
-    caption,
-    data,
-    drawable,
-    numbers,
-    picture,
-    save,
-    write,
-)
-
-if TYPE_CHECKING:
-    import pandas as pd
+from biasshift.cli.console import print_paths
 
 
-def draw_figures(console: Console, options: Figure, parsed: Callable[[Sequence[str]], Any]) -> None:
-    """Draws one figure, or all that can be drawn, and says what they show.
+def draw_figures(
+    console: Console,
+    options: Figure,
+    parse: Callable[[Sequence[str]], Any],
+    train: Callable[[Console, Any], None],
+) -> None:
+    """Draws one figure, or all that can be drawn, and prints the numbers that they show.
 
     Args:
-        parsed: from the words of a command line to what trains it, for --quick.
+        parse: From the words of a training command to its experiment, for --quick.
+        train: What trains an experiment, for --quick.
 
     Raises:
-        ValueError: runs that lack what the figure shows, or no runs where none come with the
-            package; options that contradict each other.
+        ValueError: Runs lack what the figure shows, or there are none and the package has no table
+            for it. Or options contradict each other.
     """
-    if options.smoke and not options.quick:
-        raise ValueError("--smoke is about what --quick trains: give both, or leave it out.")
-    if options.data is not None and not options.quick:
-        raise ValueError("--data is about what --quick trains: give both, or leave it out.")
+    if not options.quick and (options.smoke or options.data is not None):
+        raise ValueError(
+            "--smoke and --data change what --quick trains. Give --quick too, or leave them out."
+        )
     if options.save is not None and options.name == "1":
         raise ValueError(
-            "--save keeps the table of the runs that a figure shows, and figure 1 shows none: "
-            "leave it out."
+            "--save must be left out: figure 1 shows functions, so that it has no table of runs."
         )
-    paths = (_trained(console, options, parsed),) if options.quick else options.runs
-    found, left = (
-        drawable(paths)
-        if options.name == "all"
-        else ({options.name: data(options.name, *paths)}, {})
-    )
-    for name, table in found.items():
-        table = (
-            table
-            if table is None or not options.quick
-            else table.assign(made="smoke" if options.smoke else "quick")
-        )
-        say_paths(console, write(name, picture(name, table), options.out, caption(name, table)))
-        _say_numbers(console, name, table)
+    paths = options.runs
+    if options.quick:
+        paths = (options.out / f"quick-{options.name}",)
+        for experiment in _quick_experiments(options, parse, *paths):
+            train(console, experiment)
+    if options.name == "all":
+        tables, reasons = figures.drawable(paths)
+    else:
+        tables, reasons = {options.name: figures.data(options.name, *paths)}, {}
+    for name, table in tables.items():
+        if table is not None and options.quick:
+            table = table.assign(made="smoke" if options.smoke else "quick")
+        caption = figures.caption(name, table)
+        picture = figures.picture(name, table)
+        print_paths(console, figures.write(name, picture, options.out, caption))
+        _print_numbers(console, name, table)
         if options.save is not None and table is not None:
-            console.print(
-                f"Table: {save(ALIASES.get(name, name), table, paths, options.save)}",
-                soft_wrap=True,
-            )
-    for name, reason in left.items():
+            saved = figures.save(figures.ALIASES.get(name, name), table, paths, options.save)
+            console.print(f"Table: {saved}", soft_wrap=True)
+    for name, reason in reasons.items():
         console.print(f"Left out: figure {name}. {reason}", soft_wrap=True)
 
 
-def _trained(console: Console, options: Figure, parsed: Callable[[Sequence[str]], Any]) -> Path:
-    """The folder of a figure's shortened runs, trained now."""
+def _quick_experiments(
+    options: Figure, parse: Callable[[Sequence[str]], Any], folder: Path
+) -> list[Any]:
+    """The shortened experiments of a figure, which write into the folder."""
     if options.runs:
-        raise ValueError("--quick trains runs of its own: leave the folders out, or the option.")
-    commands = (
-        FIGURES[ALIASES.get(options.name, options.name)].quick if options.name != "all" else ()
-    )
-    if not commands:
         raise ValueError(
-            f"--quick trains for one figure that shows runs, and '{options.name}' is none: leave "
-            "it out."
+            "--quick trains runs of its own: leave the folders out, or leave --quick out."
         )
-    out = options.out / f"quick-{options.name}"
-    for command in commands:
-        made = parsed(
-            [
-                *command.split(),
-                "--out",
-                str(out),
-                "--replace",
-                *(["--smoke"] if options.smoke else []),
-            ]
-        )
-        train(console, made if options.data is None else _with_data(made, options.data))
-    return out
-
-
-def _with_data(experiment: Any, folder: Path) -> Any:
-    if not hasattr(experiment, "data"):
+    spec = figures.FIGURES.get(figures.ALIASES.get(options.name, options.name))
+    if spec is None or not spec.quick:
         raise ValueError(
-            "--data names a folder of data, and what this figure trains on comes with the package: "
-            "leave it out."
+            f"--quick trains for one figure that shows runs, got '{options.name}'. Name another "
+            "figure, or leave --quick out."
         )
-    return replace(experiment, data=folder)
+    words = ["--out", str(folder), "--replace", *["--smoke"] * options.smoke]
+    experiments = [parse([*command.split(), *words]) for command in spec.quick]
+    if options.data is None:
+        return experiments
+    if not all(hasattr(experiment, "data") for experiment in experiments):
+        raise ValueError(
+            f"--data must be left out: the data of figure {options.name} comes with the package."
+        )
+    return [replace(experiment, data=options.data) for experiment in experiments]
 
 
-def _say_numbers(console: Console, name: str, table: "pd.DataFrame | None") -> None:
+def _print_numbers(console: Console, name: str, table: pd.DataFrame | None) -> None:
     """The caption, and the numbers of a figure beside the paper's, if it shows any."""
-    found = numbers(name, table)
-    if not found:
+    numbers = figures.numbers(name, table)
+    if not numbers:
         return
-    console.print(caption(name, table))
+    console.print(figures.caption(name, table))
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = (
-        ("", "here", "paper") if any(number.paper != "–" for number in found) else ("", "here")
-    )
+    columns = ["", "here"] + ["paper"] * any(number.paper != "–" for number in numbers)
     for column in columns:
         shown.add_column(column, overflow="fold")
-    for number in found:
+    for number in numbers:
         shown.add_row(*number[: len(columns)])
     console.print(shown)

@@ -13,7 +13,7 @@ import pandas as pd
 from biasshift.report.charts import CURVES
 from biasshift.report.downsample import ALL_LAYERS, ChartData
 from biasshift.report.html import details, escaped, note, plain, table
-from biasshift.runs.provenance import shortened
+from biasshift.runs.provenance import short_argument
 from biasshift.runs.schema import read_config, read_json
 
 MAX_RUNS = 300
@@ -188,13 +188,13 @@ def _row(folder: Path, state: pd.Series) -> tuple[str, str, list[tuple[str, str]
 def _command(command: Any) -> str:
     """Without the folders of somebody's machine."""
     if isinstance(command, list):
-        return " ".join(shortened(str(word)) for word in command)
-    return shortened(str(command or "–"))
+        return " ".join(short_argument(str(word)) for word in command)
+    return short_argument(str(command or "–"))
 
 
 def _pretty(options: dict[str, Any]) -> str:
     options = {
-        name: shortened(value) if isinstance(value, str) else value
+        name: short_argument(value) if isinstance(value, str) else value
         for name, value in options.items()
     }
     return f"<pre>{escaped(json.dumps(options, indent=1, ensure_ascii=False), MAX_CONFIG)}</pre>"

@@ -840,7 +840,7 @@ def test_a_failure_leaves_the_earlier_page(small, tmp_path, monkeypatch):
         report([tmp_path / "runs"], out)
     run = write(tmp_path / "runs" / "a", {})
     (run / "segment-00000.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="no readable segment"):
+    with pytest.raises(ValueError, match="not a readable segment"):
         report([tmp_path / "runs"], out)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

@@ -1,0 +1,129 @@
+"""What finished runs show, on the terminal: scores, identities, verdicts, learning rates."""
+
+import textwrap
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from biasshift.analysis.formatting import READING, VERDICTS, effect, reading_table, sweep_table
+from biasshift.analysis.quantities import per_run
+from biasshift.analysis.verdicts import claims
+from biasshift.cli.console import printable
+
+IDENTITIES = {  # column of the table → the identity whose relative residual it holds
+    "residual_theorem1": "Theorem 1, centered against block form",
+    "residual_identity": "mᵀΔw + Δw₀ = g₀/c",
+    "residual_theorem2": "Theorem 2 against the shift of the update itself",
+    "residual_bookkeeping": "own + incoming + second order = measured bias shift",
+}
+SCORES = {  # column of the table → its heading
+    "train_loss": "loss",
+    "train_error": "error",
+    "valid_loss": "valid. loss",
+    "valid_error": "valid. error",
+    "test_loss": "test loss",
+    "test_error": "test error",
+    "valid_error5": "valid. top-5",
+}
+VERDICTS_TITLE = "What these runs say about the paper's claims"
+VERDICTS_NOTE = (
+    "Effects are paired by seed, with 95 % intervals; p, corrected (Holm) for the variants of a "
+    "statement, decides the verdict."
+)
+
+
+def print_comparison(console: Console, table: pd.DataFrame) -> None:
+    """Prints the means and spreads over seeds, a row per quantity and a column per activation."""
+    means = reading_table(per_run(table))
+    # In a narrow terminal a cell may break in front of its ±.
+    cells = means.map(lambda text: text.replace("± ", "±").replace(" = ", "="))
+    _print_table(console, "Mean ± SD over seeds", cells)
+    console.print(READING)
+
+
+def print_sweep(console: Console, table: pd.DataFrame) -> None:
+    """Prints the training losses at all learning rates, a row per kind of run.
+
+    A star marks the learning rate at which each kind of run is judged.
+    """
+    losses = sweep_table(per_run(table))
+    _print_table(console, "Training loss at every learning rate, mean ± SD over seeds", losses)
+
+
+def print_identities(console: Console, table: pd.DataFrame) -> None:
+    """Prints how exact the exact identities are, or nothing where runs did not measure them."""
+    if not set(IDENTITIES) <= set(table):
+        return
+    console.print(
+        "\nExact identities (largest relative residual over all runs, float64)", style="bold"
+    )
+    for column, name in IDENTITIES.items():
+        console.print(f"  {table[column].max():.1e}  {name}")
+
+
+def print_verdicts(console: Console, table: pd.DataFrame) -> None:
+    """Prints the claims by verdict, a line or two each.
+
+    What speaks against taking them for more is in their caveats, which `biasshift claims` shows.
+    """
+    judged = claims(table)
+    console.print(f"\n{VERDICTS_TITLE}", style="bold")
+    console.print(VERDICTS_NOTE)
+    for verdict, words in VERDICTS.items():
+        rows: Any = judged[judged["verdict"] == verdict]
+        if len(rows):
+            console.print(f"{words} ({len(rows)})")
+        for row in rows.itertuples():
+            line = printable(
+                f"{row.statement} ({row.source}). {row.statistic}: "
+                f"{effect(row) if row.n else 'not measured'}, n = {row.n}."
+            )
+            lines = textwrap.wrap(
+                line, console.width, initial_indent="  ", subsequent_indent="    "
+            )
+            console.print("\n".join(lines), soft_wrap=True)
+    console.print("Their caveats: biasshift claims FOLDER")
+
+
+def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Prints one line per run: its state, its last step, its last scores, and when it was written.
+
+    Scores on test data take the place of those on validation data. The time needs 100 columns.
+
+    Args:
+        states: The table of `biasshift.runs.reader.run_states`.
+        table: The rows of the same runs.
+    """
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    hidden = "valid" if "test_loss" in table else "test"
+    names = [name for name in SCORES if name in table and not name.startswith(hidden)]
+    when = ["written (UTC)"] if console.width >= 100 else []
+    for column in ("run", "state", "step", *(SCORES[name] for name in names), *when):
+        left = column in ("run", "state")
+        # Numbers stay whole.
+        shown.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=column != "run"
+        )
+    rows: Any = states.itertuples()
+    for row in rows:
+        own: Any = table[table["run"] == row.run]
+        own = own.sort_values("step")
+        last = [own[name].dropna().tail(1) for name in names]
+        numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last]
+        step = "–" if row.last_step is pd.NA else f"{row.last_step:,}"
+        written = "–" if row.updated is pd.NaT else f"{row.updated:%m-%d %H:%M}"
+        cells = [printable(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)]]
+        shown.add_row(*cells)
+    console.print(shown)
+
+
+def _print_table(console: Console, title: str, cells: pd.DataFrame) -> None:
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", *cells.columns):
+        shown.add_column(str(column), justify="right" if column else "left", overflow="fold")
+    for name, row in cells.iterrows():
+        shown.add_row(printable(str(name)), *map(str, row))
+    console.print(shown)
