@@ -1,7 +1,9 @@
-"""theory1: the gradient gap against the mean incoming activation. `python paper_figs/theory1.py
-[RUNS...]`
+"""theory1: the gradient gap against the mean incoming activation.
 
-RUNS are folders of `biasshift demo` or `biasshift train mnist`.
+    python paper_figs/theory1.py [RUNS...]
+
+RUNS are folders of `biasshift demo` or `biasshift train mnist`. Without any, the package's table is
+drawn.
 """
 
 import sys
