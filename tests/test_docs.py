@@ -13,7 +13,7 @@ import pytest
 
 import biasshift as bs
 from biasshift import data, nets, optim, training
-from biasshift.cli import _parsed
+from biasshift.cli import parse
 from biasshift.runs.reader import read_runs
 
 ROOT = Path(__file__).parent.parent
@@ -83,12 +83,12 @@ def test_runs_of_a_loop_of_ones_own_are_judged_as_the_page_says(run_python):
 @with_pages(commands)
 def test_the_commands_of_a_page_exist(page):
     for arguments in commands(page):
-        _parsed(arguments)  # exits where an option or a command does not exist
+        parse(arguments)  # exits where an option or a command does not exist
 
 
 def test_a_command_that_does_not_exist_would_be_found(capsys):
     with pytest.raises(SystemExit):
-        _parsed(["sweep", "--parts", "1", "16"])
+        parse(["sweep", "--parts", "1", "16"])
 
 
 def test_every_page_is_in_the_navigation():
