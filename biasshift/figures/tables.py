@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from biasshift.atomic import replacing
-from biasshift.runs.provenance import origin
+from biasshift.runs.provenance import table_provenance
 from biasshift.runs.schema import first_line
 
 MOST_BYTES = 2_000_000
@@ -36,7 +36,7 @@ def save(
     Raises:
         ValueError: the table is larger than 2 MB.
     """
-    metadata = {"figure": name, **origin(table, paths)}
+    metadata = {"figure": name, **table_provenance(table, paths)}
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({KEY: json.dumps(metadata, ensure_ascii=False).encode()})
     path = Path(folder) / f"{name}.parquet"

@@ -1,29 +1,38 @@
 """Where a run comes from: the command line, the code and its libraries, the device, the time."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+import torch
 
 from biasshift.runs.reader import find_runs
 from biasshift.runs.schema import read_json
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _PATH = re.compile(r"(?P<drive>[A-Za-z]:[\\/])|/|\.\.?/|~[^/]*/")
 
 
-def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    import torch
+# -- of one run ------------------------------------------------------------------------------------
 
+
+def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """Returns what is known about the origin of a run that starts now.
+
+    Keys ``command``, ``commit`` and ``dirty`` (or ``version``), ``torch``, ``python``, ``device``,
+    ``seed`` and ``started``.
+
+    Args:
+        config: the run's options, for its seed.
+        device: what the run computes on; a GPU is recorded by its model.
+    """
     on_gpu = str(device).startswith("cuda")
     return {
         "command": sys.argv,
@@ -38,23 +47,8 @@ def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
-def shortened(word: str) -> str:
-    """A word of a command line, for people; of a path somewhere on a machine, its name.
-
-    >>> [shortened(word) for word in ("/opt/biasshift/__main__.py", "--data=/data/sets", "runs/elu", "lr=1/2")]
-    ['biasshift', '--data=sets', 'runs/elu', 'lr=1/2']
-    """
-    option, equals, value = ("", "", word) if _PATH.match(word) else word.rpartition("=")
-    if not (found := _PATH.match(value)):
-        return word
-    name = (PureWindowsPath if found["drive"] else PurePosixPath)(value).name
-    return "biasshift" if name == "__main__.py" else option + equals + (name or value)
-
-
 def _code_version() -> dict[str, Any]:
     """Commit and dirty flag when the package runs from its own checkout, its version otherwise."""
-    from importlib import metadata
-
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
@@ -84,69 +78,103 @@ def _code_version() -> dict[str, Any]:
 
 
 def now() -> str:
+    """Returns the time in UTC as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def origin(table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """What made the runs, and what made the table of them."""
-    made_by = {"condensed_by": " ".join(map(shortened, sys.argv)), **_code()}
-    if "run" not in table:  # benchmarks
+def command_line(record: Mapping[str, Any]) -> list[str]:
+    """Returns the words of the command that a run was made with; none where it is not recorded."""
+    command = record.get("command")
+    return [str(word) for word in command] if isinstance(command, list) else []
+
+
+def short_argument(word: str) -> str:
+    """Returns a word of a command line for people: of a path somewhere on a machine, its name.
+
+    >>> short_argument("/opt/biasshift/__main__.py"), short_argument("--data=/data/sets")
+    ('biasshift', '--data=sets')
+    >>> short_argument("runs/elu"), short_argument("lr=1/2")
+    ('runs/elu', 'lr=1/2')
+    """
+    option, equals, value = ("", "", word) if _PATH.match(word) else word.rpartition("=")
+    if not (path := _PATH.match(value)):
+        return word
+    name = (PureWindowsPath if path["drive"] else PurePosixPath)(value).name
+    return "biasshift" if name == "__main__.py" else option + equals + (name or value)
+
+
+# -- of a table of many runs -----------------------------------------------------------------------
+
+
+def table_provenance(
+    table: pd.DataFrame, paths: Sequence[str | os.PathLike[str]]
+) -> dict[str, Any]:
+    """Returns what made the runs of a table, and what made the table of them.
+
+    Keys ``commands``, ``commits``, ``devices`` (each without repetition), ``seeds``, the number of
+    ``runs``, and ``condensed_by``, ``condensed_with`` and ``condensed``: command, version of the
+    code and time of the table. A commit with a plus had changes that were not committed.
+
+    Args:
+        table: rows with a column ``run``; without it, those of benchmarks, which have columns
+            ``commit`` and ``device``.
+        paths: the folders that the runs were read from.
+    """
+    ours = provenance({}, "cpu")
+    condensed = {
+        "condensed_by": " ".join(map(short_argument, sys.argv)),
+        "condensed_with": _version(ours),
+        "condensed": ours["started"],
+    }
+    if "run" not in table:
         return {
             "commands": ["python -m benchmarks"],
             **{f"{name}s": _distinct(table[name]) for name in ("commit", "device")},
-            **made_by,
+            **condensed,
         }
-    folders, shown = find_runs(paths), set(table["run"].astype(str))
-    origins = [
-        read_json(folder, "provenance.json", {}) for folder in folders if _is_among(folder, shown)
+    shown = tuple(f"/{run}" for run in table["run"].astype(str).unique())
+    records = [
+        read_json(folder, "provenance.json", {})
+        for folder in find_runs(paths)
+        if folder.resolve().as_posix().endswith(shown)
     ]
     return {
-        "commands": _distinct(" ".join(map(shortened, words(origin))) for origin in origins),
-        "commits": _distinct(
-            str(origin.get("commit") or origin.get("version")) + "+" * bool(origin.get("dirty"))
-            for origin in origins
+        "commands": _distinct(
+            " ".join(map(short_argument, command_line(record))) for record in records
         ),
-        "devices": _distinct(str(origin.get("device")) for origin in origins),
+        "commits": _distinct(_version(record) for record in records),
+        "devices": _distinct(str(record.get("device")) for record in records),
         "seeds": sorted({int(seed) for seed in table["seed"].dropna()}) if "seed" in table else [],
-        "runs": len(origins),
-        **made_by,
+        "runs": len(records),
+        **condensed,
     }
 
 
-def origin_said(found: dict[str, Any]) -> str:
-    """What made the runs, in a sentence for people."""
-    known = {
-        name: [text for text in found[name] if text not in ("", "None")]
-        for name in ("commands", "commits", "devices")
-    }
-    parts = [f"Of {found['runs']} runs with the seeds {', '.join(map(str, found['seeds']))}"]
-    parts += ["made by " + "; ".join(f"`{command}`" for command in known["commands"])] * bool(
-        known["commands"]
-    )
-    parts += ["at commit " + ", ".join(known["commits"])] * bool(known["commits"])
-    parts += ["on " + ", ".join(known["devices"])] * bool(known["devices"])
+def provenance_sentence(record: Mapping[str, Any]) -> str:
+    """Returns what made the runs of a table, in a sentence for people.
+
+    Args:
+        record: as `table_provenance` returns it.
+
+    >>> record = {"runs": 2, "seeds": [0, 1], "commands": ["biasshift demo"], "commits": ["None"]}
+    >>> provenance_sentence({**record, "devices": ["cpu (x86_64)"]})
+    'Of 2 runs with the seeds 0, 1, made by `biasshift demo`, on cpu (x86_64).'
+    """
+    parts = [f"Of {record['runs']} runs with the seeds {', '.join(map(str, record['seeds']))}"]
+    for key, verb, separator, quote in (
+        ("commands", "made by", "; ", "`"),
+        ("commits", "at commit", ", ", ""),
+        ("devices", "on", ", ", ""),
+    ):
+        known = [f"{quote}{text}{quote}" for text in record[key] if text not in ("", "None")]
+        parts += [f"{verb} {separator.join(known)}"] if known else []
     return ", ".join(parts) + "."
 
 
-def _code() -> dict[str, str]:
-    """The code that condenses, and when."""
-    ours = provenance({}, "cpu")
-    return {
-        "condensed_with": str(ours.get("commit") or ours.get("version"))
-        + "+" * bool(ours.get("dirty")),
-        "condensed": ours["started"],
-    }
+def _version(record: Mapping[str, Any]) -> str:
+    commit = str(record.get("commit") or record.get("version"))
+    return commit + "+" * bool(record.get("dirty"))
 
 
-def _is_among(folder: Path, runs: set[str]) -> bool:
-    return any(folder.resolve().as_posix().endswith("/" + run) for run in runs)
-
-
-def _distinct(texts) -> list[str]:
+def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
-
-
-def words(origin: Mapping[str, Any]) -> list[str]:
-    """The command line that a run was made with."""
-    command = origin.get("command")
-    return [str(word) for word in command] if isinstance(command, list) else []

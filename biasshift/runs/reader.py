@@ -2,16 +2,20 @@
 every defect is named.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
+from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from biasshift.runs.schema import (
     KEYS,
-    SEGMENT,
     STATES,
     conform,
     first_line,
@@ -20,21 +24,25 @@ from biasshift.runs.schema import (
     own_file,
     read_config,
     read_json,
+    segment_files,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
-
 _DEPTH = 3  # how far below a folder its runs may lie
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+# The table of a run without segments.
+_NO_ROWS = pa.schema([("step", pa.int64()), ("layer", _TEXT), ("unit", pa.int32())]).empty_table()
 
 
 def read_run(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """Returns the table of one run folder; see `read_runs`."""
+    """Returns the table of one run folder; see `read_runs`.
+
+    Raises:
+        ValueError: if the folder is not that of a run, or as `read_runs`.
+    """
     if not is_run(Path(folder)):
         raise ValueError(
-            f"'{folder}' holds no run: pass the folder that contains its config.json, or use "
-            "read_runs"
+            f"'{folder}' is not a run folder. Pass the folder that contains the run's config.json, "
+            "or use read_runs."
         )
     return read_runs(folder)
 
@@ -42,12 +50,11 @@ def read_run(folder: str | os.PathLike[str]) -> pd.DataFrame:
 def read_runs(
     *paths: str | os.PathLike[str], columns: Sequence[str] | None = None, units: bool = True
 ) -> pd.DataFrame:
-    """Returns the rows of all runs in or below `paths` as one tidy table, with the columns of each
-    run.
+    """Returns the rows of all runs in or below `paths` as one tidy table.
 
-    A run's columns are `run` (its folder's name, with as many parents as it takes to tell the runs
-    apart) and the scalars of its config. Text is categorical; layers keep the order of the network.
-    What one run lacks is NaN.
+    To what was measured it adds the columns of each run: `run` (its folder's name, with as many
+    parents as it takes to tell the runs apart) and the scalars of its config. Text is categorical;
+    layers keep the order of the network. What one run lacks is NaN.
 
     Args:
         paths: run folders, or folders with runs at most three levels below.
@@ -56,12 +63,9 @@ def read_runs(
         units: False keeps only the rows of whole layers and networks (`unit` = -1).
 
     Raises:
-        ValueError: a folder holds no run, a file is damaged or points out of its folder, or a
+        ValueError: if a folder holds no run, a file is damaged or points out of its folder, or a
             column is in no run.
     """
-    import numpy as np
-    import pyarrow as pa
-
     folders = find_runs(paths)
     tables = [_read_segments(folder, columns, units) for folder in folders]
     which = np.repeat(np.arange(len(folders)), [len(table) for table in tables])
@@ -71,27 +75,28 @@ def read_runs(
     for name, values in _run_columns(folders).items():
         if name in table:
             raise ValueError(
-                f"column '{name}' is a config key of one run and measured in another: read them "
-                "separately"
+                f"Column '{name}' is a config key of one run and measured in another. Read these "
+                "runs separately."
             )
         if columns is None or name == "run" or name in columns:
             table[name] = values.take(which)
     if missing := [name for name in columns or () if name not in table]:
-        raise ValueError(f"no run below {', '.join(map(str, paths))} has a column '{missing[0]}'")
+        raise ValueError(
+            f"No run in {', '.join(map(str, paths))} has a column '{missing[0]}'. Check the names "
+            "in 'columns'."
+        )
     return table
 
 
 def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
-    """Returns one row per run in or below `paths`: run, state, last_step, started, updated, and its
-    config's scalars.
+    """Returns one row per run in or below `paths`: how far it got, and its config's scalars.
 
-    A killed run is still "running": `updated`, the time of its last flush, then lies in the past.
+    Columns `run`, `state`, `last_step`, `started` and `updated` come first. A killed run is still
+    "running": `updated`, the time of its last flush, then lies in the past.
 
     Raises:
         ValueError: as `read_runs`.
     """
-    import pandas as pd
-
     folders = find_runs(paths)
     states = [read_json(folder, "state.json", {"state": "running"}) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
@@ -100,8 +105,8 @@ def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
             last is None or (isinstance(last, int) and fits(last))
         ):
             raise ValueError(
-                f"'{folder / 'state.json'}' tells no state and step: delete it, and the run counts "
-                "as running"
+                f"'{folder / 'state.json'}' must hold a state and a last step. Delete it, and the "
+                "run counts as running."
             )
     started = [read_json(folder, "provenance.json", {}).get("started") for folder in folders]
     columns = _run_columns(folders)
@@ -121,34 +126,32 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Returns the run folders among the given ones and below them, each once.
 
     Raises:
-        ValueError: there is none, something is no path, a path is no folder, or a folder is a link
-            out of them.
+        ValueError: if there is none, something is not a path, a path is not a directory, or a
+            folder is a link out of them.
     """
     if others := [path for path in paths if not isinstance(path, str | os.PathLike)]:
-        raise ValueError(
-            f"runs are named by their folders, not by {type(others[0]).__name__}: give paths"
-        )
-    found = {
+        raise ValueError(f"Runs must be given as paths of folders, got {type(others[0]).__name__}.")
+    folders = {
         folder.resolve(): folder
         for path in paths
         for folder in _runs_below(Path(path), Path(path), _DEPTH)
     }
-    if not found:
+    if not folders:
         raise ValueError(
-            f"no runs in {', '.join(map(str, paths)) or 'no folder'}: a run is a folder whose "
-            "config.json biasshift wrote"
+            f"Found no runs in {', '.join(map(str, paths)) or 'an empty list of paths'}: a run is "
+            "a folder whose config.json biasshift wrote."
         )
-    return list(found.values())
+    return list(folders.values())
 
 
 def _runs_below(folder: Path, top: Path, depth: int) -> Iterator[Path]:
     if not folder.is_dir():
         raise ValueError(
-            f"'{folder}' is no folder: pass the folder of a run, or one that contains runs"
+            f"'{folder}' is not a directory. Pass the folder of a run, or one that contains runs."
         )
     if folder.is_symlink() and folder != top and not folder.resolve().is_relative_to(top.resolve()):
         raise ValueError(
-            f"'{folder}' is a link out of '{top}': remove it, or pass its target by name"
+            f"'{folder}' is a link out of '{top}'. Remove it, or pass its target by name."
         )
     if is_run(folder):
         yield folder
@@ -159,35 +162,21 @@ def _runs_below(folder: Path, top: Path, depth: int) -> Iterator[Path]:
 
 
 def _read_segments(folder: Path, columns: Sequence[str] | None, units: bool) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    numbered = sorted(
-        (int(match[1]), match[0]) for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match
-    )
-    parts = [_read_segment(own_file(folder, name), columns) for _, name in numbered]
+    parts = [_read_segment(own_file(folder, name), columns) for _, name in segment_files(folder)]
     parts = parts if units else [part.filter(pc.field("unit") == -1) for part in parts]
-    text = pa.dictionary(pa.int32(), pa.string())
-    none = pa.schema([("step", pa.int64()), ("layer", text), ("unit", pa.int32())]).empty_table()
-    return pa.concat_tables([none, *parts], promote_options="default")
+    return pa.concat_tables([_NO_ROWS, *parts], promote_options="default")
 
 
 def _read_segment(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path, read_dictionary=["layer"]) as file:
-            wanted = (
-                None
-                if columns is None
-                else [name for name in file.schema_arrow.names if name in {*KEYS, *columns}]
-            )
-            return conform(file.read(wanted))
+            names = file.schema_arrow.names
+            kept = None if columns is None else [n for n in names if n in {*KEYS, *columns}]
+            return conform(file.read(kept))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
-            f"'{path}' is no readable segment ({first_line(error)}): delete that file to read the "
-            "rest of the run"
+            f"'{path}' is not a readable segment ({first_line(error)}). Delete that file to read "
+            "the rest of the run."
         ) from error
 
 
@@ -195,30 +184,25 @@ def _run_columns(folders: Sequence[Path]) -> dict[str, Any]:
     """One value per run for `run` and for every scalar of a config: numbers as numbers, the rest
     categorical.
     """
-    import numpy as np
-    import pandas as pd
-
     configs = [read_config(folder) for folder in folders]
     columns: dict[str, Any] = {
         "run": pd.Categorical.from_codes(range(len(folders)), categories=_run_names(folders))
     }
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [
-            config.get(key) if isinstance(config.get(key), bool | int | float | str) else None
+            value if isinstance(value := config.get(key), bool | int | float | str) else None
             for config in configs
         ]
         kinds = {type(value) for value in values}
         if kinds in ({int}, {bool}):
             columns[key] = np.array(values)
         elif kinds <= {int, float, type(None)} and kinds != {type(None)}:
-            columns[key] = np.array(
-                [float("nan") if value is None else value for value in values], dtype=np.float64
-            )
+            numbers = [nan if value is None else value for value in values]
+            columns[key] = np.array(numbers, dtype=np.float64)
         elif kinds != {type(None)}:
             # Mixed values become text: 1 and True would be one category.
-            columns[key] = pd.Categorical(
-                [None if value is None else str(value) for value in values]
-            )
+            texts = [None if value is None else str(value) for value in values]
+            columns[key] = pd.Categorical(texts)
     return columns
 
 
@@ -233,7 +217,5 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _times(stamps: Sequence[Any]) -> pd.DatetimeIndex:
-    import pandas as pd
-
     texts = [stamp if isinstance(stamp, str) else None for stamp in stamps]
     return pd.to_datetime(texts, utc=True, errors="coerce", format="ISO8601")

@@ -1,57 +1,53 @@
-"""A run is a folder: what was asked for, where it came from, and what was measured.
+"""Writes a run: what was asked for, where it came from, and what was measured.
 
-    config.json             the typed options, and the version of this layout
-    provenance.json         command line, commit or version, library versions, device, seed, start
-    state.json              running / finished / interrupted / failed, and the last step on disk
-    segment-00000.parquet   rows (step, layer, unit); one segment per flush
-
-Every file is written under a temporary name, synced and renamed. A run killed at any point is
-therefore readable up to its last flush; its state stays "running".
+A run is a folder; `biasshift.runs.schema` lists its files. Every file is written under a temporary
+name, synced and renamed. A run killed at any point is therefore readable up to its last flush; its
+state stays "running".
 """
-
-from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from biasshift.atomic import replacing
 from biasshift.runs.provenance import now, provenance
 from biasshift.runs.schema import (
     LAYOUT,
-    OURS,
-    SEGMENT,
-    TEMPORARY,
+    RUN_FILE,
+    TEMPORARY_FILE,
     check_config,
     conform,
     first_line,
     is_run,
     read_config,
     read_json,
+    segment_files,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
-
-# -- writing ---------------------------------------------------------------------------------------
 
 
 class Run:
-    """A run being written. Make one with `Run.create` and use it in a `with` block."""
+    """A run being written. Make it with `Run.create` or `Run.resume`; use it in a `with` block.
+
+    Leaving the block writes the rows that wait and the run's last state: "finished", "interrupted"
+    by Ctrl-C, or "failed".
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], max_rows: int):
         self.folder = folder
         self.last_step: int | None = None
-        self._given = {"run", *config}
+        self.segments = 0  # on disk
+        self.failed = False  # set by whoever finds that the rest of the rows will not come
+        self._run_columns = {"run", *config}
         self._max_rows = max_rows
         self._waiting: list[pa.Table] = []
-        self.segments = 0  # on disk
         self._closed = False
-        self.failed = False  # set by whoever finds that the rest of the rows will not come
 
     @classmethod
     def create(
@@ -62,10 +58,11 @@ class Run:
         *,
         device: Any = "cpu",
         max_rows: int = 200_000,
-    ) -> Run:
+    ) -> "Run":
         """Returns a new run in `folder`, its config and provenance already on disk.
 
         Args:
+            folder: is created where it is not there.
             config: a mapping or dataclass of JSON values (and paths). Its scalars become columns of
                 the table.
             exist: "replace" deletes the files of a run that is already there, and nothing else.
@@ -73,9 +70,9 @@ class Run:
             max_rows: appended rows that may wait in memory; beyond that they are flushed.
 
         Raises:
-            FileExistsError: the folder holds a run and `exist` is "refuse", or it holds files of
-                something else.
-            ValueError: the config cannot be stored, or one of its keys is a column of the table.
+            FileExistsError: if the folder holds a run and `exist` is "refuse", or it holds files
+                of something else.
+            ValueError: if the config cannot be stored, or one of its keys is a column of the table.
 
         >>> import pandas as pd, tempfile
         >>> from biasshift.runs.reader import read_run
@@ -88,9 +85,8 @@ class Run:
         1     1         2.1  elu-0        elu
         """
         if exist not in ("refuse", "replace"):
-            raise ValueError(f'exist is "refuse" or "replace", not {exist!r}')
-        folder = Path(folder)
-        config = _options(config)
+            raise ValueError(f'\'exist\' must be "refuse" or "replace", got {exist!r}.')
+        folder, config = Path(folder), _options(config)
         check_config(config)
         _to_json(config)
         origin = provenance(config, device)
@@ -111,15 +107,20 @@ class Run:
         *,
         last_step: int | None = None,
         max_rows: int = 200_000,
-    ) -> Run:
-        """Returns a run that is there already, as it was when it had so many `segments`: later ones
-        are deleted.
+    ) -> "Run":
+        """Returns a run that is there already, to write on behind its first segments.
+
+        Later segments are deleted, and its state becomes "running".
 
         Args:
-            last_step: in those segments.
+            folder: the run's.
+            config: must be the one that the run was made with.
+            segments: how many to keep.
+            last_step: the last one in those segments.
+            max_rows: as in `create`.
 
         Raises:
-            ValueError: the run was made with another configuration, or lacks segments.
+            ValueError: if the run was made with another configuration, or lacks segments.
 
         >>> import pandas as pd, tempfile
         >>> with tempfile.TemporaryDirectory() as out:
@@ -131,12 +132,10 @@ class Run:
         """
         folder, config = Path(folder), _options(config)
         _refuse_other(folder, config)
-        names = {
-            int(match[1]): match[0] for match in map(SEGMENT.fullmatch, os.listdir(folder)) if match
-        }
+        names = dict(segment_files(folder))
         if missing := set(range(segments)) - set(names):
             raise ValueError(
-                f"'{folder}' has lost segment {min(missing)}: give --replace to begin this run anew"
+                f"'{folder}' has lost segment {min(missing)}. Give --replace to start it again."
             )
         for number in sorted(set(names) - set(range(segments)), reverse=True):
             (folder / names[number]).unlink()
@@ -147,10 +146,10 @@ class Run:
 
     @staticmethod
     def is_finished(folder: str | os.PathLike[str], config: Any) -> bool:
-        """Whether the folder holds this very run, complete.
+        """Tells whether the folder holds the run of this config, complete.
 
         Raises:
-            ValueError: it holds a run of another configuration.
+            ValueError: if it holds a run of another configuration.
         """
         folder = Path(folder)
         if not (folder.is_dir() and is_run(folder)):
@@ -161,48 +160,40 @@ class Run:
     def append(self, frame: pd.DataFrame) -> None:
         """Adds rows to the run; they wait in memory for the next flush.
 
+        More than `max_rows` of them are flushed at once.
+
         Args:
             frame: needs `step`. Without `layer` and `unit`, its rows are about the whole network:
                 "" and -1.
 
         Raises:
-            ValueError: a column has the wrong type or is already given by the config, or the run is
+            ValueError: if a column has the wrong type or is a key of the config, or the run is
                 closed.
         """
-        import pyarrow as pa
-
         if self._closed:
-            raise ValueError(f"the run '{self.folder}' is closed: append inside its `with` block")
+            raise ValueError(f"The run '{self.folder}' is closed. Append inside its `with` block.")
         if len(frame) == 0:
             return
-        if both := sorted(self._given.intersection(frame.columns)):
+        if both := sorted(self._run_columns.intersection(frame.columns)):
             raise ValueError(
-                f"column '{both[0]}' is a column of the run '{self.folder}' already: drop it from "
-                "the rows"
+                f"Column '{both[0]}' is a column of the run '{self.folder}' already. Drop it from "
+                "the rows."
             )
-        frame = frame.assign(
-            **{name: value for name, value in (("layer", ""), ("unit", -1)) if name not in frame}
-        )
+        whole = {"layer": "", "unit": -1}
+        frame = frame.assign(**{name: whole[name] for name in whole if name not in frame})
         try:
             self._waiting.append(conform(pa.Table.from_pandas(frame, preserve_index=False)))
         except (pa.ArrowException, ValueError) as error:
             raise ValueError(
-                f"the run '{self.folder}' cannot store these rows: {first_line(error)}"
+                f"The run '{self.folder}' cannot store these rows: {first_line(error)}."
             ) from error
         if sum(len(table) for table in self._waiting) > self._max_rows:
             self.flush()
 
     def flush(self) -> None:
         """Puts the waiting rows on disk as one segment. A kill after this loses none of them."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows = (
-            pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries()
-            if self._waiting
-            else None
-        )
-        if rows is not None:
+        if self._waiting:
+            rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries()
             path = self.folder / f"segment-{self.segments:05d}.parquet"
             with replacing(path) as temporary:
                 pq.write_table(rows, temporary, compression="zstd")
@@ -212,17 +203,13 @@ class Run:
         self._waiting = []
         self._write_state("running")
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        state = (
-            ("failed" if self.failed else "finished")
-            if kind is None
-            else "interrupted"
-            if issubclass(kind, KeyboardInterrupt)
-            else "failed"
-        )
+        state = "failed" if kind or self.failed else "finished"
+        if kind and issubclass(kind, KeyboardInterrupt):
+            state = "interrupted"
         try:
             self.flush()
         except BaseException:
@@ -249,21 +236,20 @@ def _refuse_other(folder: Path, config: Mapping[str, Any]) -> None:
     for name in {**stored, **wanted}:
         if name not in stored:
             raise ValueError(
-                f"'{folder}' holds a run of another version, which does not record {name}: choose "
-                "another folder (--out), or give --replace"
+                f"'{folder}' holds a run of another version, which does not record {name}. Choose "
+                "another folder (--out), or give --replace."
             )
         if stored.get(name) != wanted.get(name):
             raise ValueError(
                 f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has "
-                f"{wanted.get(name)!r}: "
-                "choose another folder (--out), or give --replace"
+                f"{wanted.get(name)!r}. Choose another folder (--out), or give --replace."
             )
 
 
 def _make_room(folder: Path, exist: str) -> None:
-    """Creates the folder, or empties it of an earlier run; never touches a file that no run writes."""
+    """Creates the folder, or removes an earlier run; never touches a file that no run writes."""
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"'{folder}' is a file: choose another folder (--out)")
+        raise FileExistsError(f"'{folder}' is a file. Choose another folder (--out).")
     folder.mkdir(parents=True, exist_ok=True)
     # The checkpoint goes first, config.json last: half deleted is still a run, and one that begins
     # anew.
@@ -272,22 +258,22 @@ def _make_room(folder: Path, exist: str) -> None:
         key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name),
         reverse=True,
     )
-    if not all(TEMPORARY.fullmatch(name) for name in names):
+    if not all(TEMPORARY_FILE.fullmatch(name) for name in names):
         try:
             ours = is_run(folder)
         except ValueError:
             ours = False
         if not ours:
             raise FileExistsError(
-                f"'{folder}' is not empty and holds no run: choose another folder (--out)"
+                f"'{folder}' is not empty and not a run folder. Choose another folder (--out)."
             )
         if exist == "refuse":
             raise FileExistsError(
-                f"'{folder}' already holds a run: choose another folder (--out), or have that run "
-                'replaced (--replace, exist="replace")'
+                f"'{folder}' already holds a run. Choose another folder (--out), or replace that "
+                'run (--replace, exist="replace").'
             )
     for name in names:
-        if OURS.fullmatch(name) or TEMPORARY.fullmatch(name):
+        if RUN_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name):
             (folder / name).unlink()
 
 
@@ -301,11 +287,12 @@ def _to_json(value: Mapping[str, Any]) -> str:
     def plain(item: object) -> str:
         if isinstance(item, os.PathLike):
             return os.fspath(item)
-        raise TypeError(f"{item!r} is a {type(item).__name__}")
+        raise TypeError(f"{item!r} is of type {type(item).__name__}.")
 
     try:
         return json.dumps(value, indent=2, default=plain, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the config of a run holds numbers, text, lists and dicts, finite all: {error}"
+            "A config must hold numbers, text, lists and dicts, all finite, but "
+            f"{first_line(error)}."
         ) from error

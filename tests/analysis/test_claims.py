@@ -328,7 +328,7 @@ def test_runs_that_differ_in_what_moves_the_numbers_are_refused(option, values):
     rows[option] = np.where(rows["activation"] == "elu", *values).astype(object)
     with pytest.raises(
         ValueError,
-        match=f"These runs differ in '{option}' \\({values[0]}, {values[1]}\\): give runs of one "
+        match=f"These runs differ in '{option}' \\({values[0]}, {values[1]}\\). Give runs of one "
         "setting",
     ):
         claims(rows)

@@ -274,7 +274,7 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path):
 @pytest.mark.parametrize("exist", ["refuse", "replace"])
 def test_files_of_something_else_are_never_touched(tmp_path, name, exist):
     (tmp_path / name).write_text('{"model_type": "bert"}')
-    with pytest.raises(FileExistsError, match="holds no run"):
+    with pytest.raises(FileExistsError, match="not a run folder"):
         Run.create(tmp_path, {}, exist=exist)
     assert (
         os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"model_type": "bert"}'
@@ -418,7 +418,7 @@ FOREIGN = {
 def test_a_segment_of_another_making_is_named(tmp_path, what):
     folder = record(tmp_path / "run", seed=0)
     pq.write_table(pa.table(FOREIGN[what]), folder / "segment-00001.parquet")
-    with pytest.raises(ValueError, match=r"segment-00001\.parquet.*delete"):
+    with pytest.raises(ValueError, match=r"segment-00001\.parquet.*Delete"):
         read_run(folder)
     (folder / "segment-00001.parquet").unlink()  # the remedy that the message names
     assert len(read_run(folder)) == 15
@@ -441,7 +441,7 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path):
 def test_a_pipe_is_no_file(tmp_path):
     folder = record(tmp_path / "run", seed=0)
     os.mkfifo(folder / "segment-00001.parquet")
-    with pytest.raises(ValueError, match="no ordinary file"):
+    with pytest.raises(ValueError, match="not an ordinary file"):
         read_run(folder)
 
 
@@ -450,7 +450,7 @@ def test_a_folder_without_runs_is_named(tmp_path):
     for read in (read_run, read_runs, run_states):
         with pytest.raises(ValueError, match=tmp_path.name):
             read(tmp_path)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="is not a directory"):
         read_runs(tmp_path / "nowhere")
 
 
@@ -527,7 +527,7 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, change, sa
 def test_a_run_that_lacks_a_segment_is_not_gone_on_with(tmp_path):
     folder = interrupted(tmp_path / "run")
     (folder / "segment-00001.parquet").unlink()
-    with pytest.raises(ValueError, match="has lost segment 1: give --replace"):
+    with pytest.raises(ValueError, match=r"has lost segment 1\. Give --replace"):
         Run.resume(folder, CONFIG, 3)
     assert len(read_run(folder)) == 10
 

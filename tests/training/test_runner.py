@@ -499,7 +499,7 @@ def test_a_run_that_is_there_is_refused_and_replaced(half, uninterrupted):
 
 def test_a_lost_segment_is_named(half):
     (half / "segment-00001.parquet").unlink()
-    with pytest.raises(ValueError, match="has lost segment 1: give --replace"):
+    with pytest.raises(ValueError, match=r"has lost segment 1\. Give --replace"):
         go(half, "resume")
 
 
@@ -593,8 +593,8 @@ MESSAGES = {
     ),
     "two processes": "was started by 2 processes and cannot be resumed by 1: start 2",
     "a link": "is a link out of its run",
-    "a pipe": "is missing or no ordinary file",
-    "a folder": "is missing or no ordinary file",
+    "a pipe": "is missing or not an ordinary file",
+    "a folder": "is missing or not an ordinary file",
 }
 
 
