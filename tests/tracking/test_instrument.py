@@ -1,8 +1,4 @@
-"""`bs.instrument`: one tidy table, equal to direct measurements at the same steps, from a training
-loop that notices nothing.
-"""
-
-from __future__ import annotations
+"""`bs.instrument`: one tidy table of direct measurements, from a loop that stays as it is."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -25,17 +21,8 @@ MORE = ["coupling_corrected", "norm_cov_p", "cov_distance"]
 UPDATES = ["shift_gradient", "shift_centered", "shift_natural"]
 OWN_OF = ["own_gradient", "own_centered", "own_natural"]
 MORE_GAP = ["norm_ratio_centered", "norm_ratio_diagonal", "gap_explained"]
-FISHER = [
-    "mean_delta2",
-    "s",
-    "k",
-    "k0",
-    "coupling",
-    "effective_samples",
-    "norm_mean_p",
-    "norm_mean_q",
-    "norm_corrected_mean",
-]
+VALUES = ["mean_delta2", "s", "k", "k0", "coupling", "effective_samples"]
+FISHER = [*VALUES, "norm_mean_p", "norm_mean_q", "norm_corrected_mean"]
 GAP = ["cos_gradient", "cos_centered", "cos_diagonal", "norm_ratio", "mean_in_abs"]
 DAMPING = 1e-3
 
@@ -50,10 +37,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(17)
     for _ in range(steps):
-        yield (
-            torch.randn(8, *inputs, generator=generator, dtype=dtype) + 0.5,
-            torch.randint(3, (8,), generator=generator),
-        )
+        x = torch.randn(8, *inputs, generator=generator, dtype=dtype) + 0.5
+        yield x, torch.randint(3, (8,), generator=generator)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **options: Any) -> None:
@@ -97,20 +82,9 @@ def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
 
 def test_columns_and_their_types() -> None:
     table = logged()[0].table()
-    assert list(table.columns) == [
-        *KEYS,
-        *ACTIVATION,
-        *SHIFT,
-        *FISHER,
-        *GAP,
-        *MORE,
-        *UPDATES,
-        *MORE_GAP,
-        *OWN_OF,
-    ]
-    assert pd.api.types.is_integer_dtype(table["step"]) and pd.api.types.is_integer_dtype(
-        table["unit"]
-    )
+    columns = KEYS + ACTIVATION + SHIFT + FISHER + GAP + MORE + UPDATES + MORE_GAP + OWN_OF
+    assert list(table.columns) == columns
+    assert all(pd.api.types.is_integer_dtype(table[name]) for name in ("step", "unit"))
     assert all(isinstance(name, str) for name in table["layer"])
     assert all(pd.api.types.is_float_dtype(table[name]) for name in table.columns[3:])
     assert table.index.tolist() == list(range(len(table)))
@@ -181,7 +155,7 @@ def direct(steps: int, every: int) -> dict[int, dict[str, Any]]:
             "gap": bs.gradient_gap(model, x, y, damping=DAMPING).set_index("layer"),
         }
 
-    found = {0: measure(None)}
+    measured = {0: measure(None)}
     for step, (bx, by) in enumerate(batches(steps), start=1):
         optimizer.zero_grad()
         F.cross_entropy(model(bx), by).backward()
@@ -190,8 +164,8 @@ def direct(steps: int, every: int) -> dict[int, dict[str, Any]]:
             continue
         with bs.bias_shift(model, x) as shift:
             optimizer.step()
-        found[step] = measure(shift)
-    return found
+        measured[step] = measure(shift)
+    return measured
 
 
 def test_values_are_those_of_direct_calls() -> None:
@@ -202,7 +176,7 @@ def test_values_are_those_of_direct_calls() -> None:
             equal(row(table, step, layer)["var"], moments.var)
         for layer, fisher in measured["fishers"].items():
             rows = row(table, step, layer)
-            for column in ("mean_delta2", "s", "k", "k0", "coupling", "effective_samples"):
+            for column in VALUES:
                 equal(rows[column], getattr(fisher, column), 1e-9)
             equal(rows["norm_mean_q"], fisher.mean_q.norm(dim=1))
             equal(rows["norm_mean_p"], fisher.mean_p.norm().expand(len(rows)))
@@ -213,19 +187,15 @@ def test_values_are_those_of_direct_calls() -> None:
         layer_rows = table[(table["step"] == step) & (table["unit"] == -1)].set_index("layer")
         for layer in ("0", "2", "4"):
             for column in GAP:
-                assert layer_rows.loc[layer, column] == pytest.approx(
-                    measured["gap"].loc[layer, column], rel=1e-9
-                ), (step, layer, column)
+                expected = pytest.approx(measured["gap"].loc[layer, column], rel=1e-9)
+                assert layer_rows.loc[layer, column] == expected, (step, layer, column)
 
 
 def test_values_move_with_training() -> None:
     """What a table of stale measurements would not show."""
     table = logged(4, 2)[0].table()
     for layer, column in (("0", "s"), ("2", "k"), ("1", "mean")):
-        first, last = (
-            row(table, 0, layer)[column].to_numpy(),
-            row(table, 4, layer)[column].to_numpy(),
-        )
+        first, last = (row(table, step, layer)[column].to_numpy() for step in (0, 4))
         assert (abs(first - last) > 1e-6 * abs(first)).all()
 
 
@@ -280,29 +250,17 @@ def test_layers_and_units_filter_and_keep_their_indices() -> None:
     full = logged(1, 1)[0].table()
     rows = weights[weights["unit"] >= 0]
     assert rows["unit"].unique().tolist() == [1, 4]
-    expected = row(full, 1, "2")
-    equal(
-        row(table, 1, "2")["k"],
-        torch.tensor(expected[expected["unit"].isin([1, 4])]["k"].to_numpy()),
-        1e-9,
-    )
+    expected = row(full, 1, "2").set_index("unit").loc[[1, 4], "k"]
+    equal(row(table, 1, "2")["k"], torch.tensor(expected.to_numpy()), 1e-9)
 
 
 def test_other_likelihoods_and_label_rules() -> None:
     model, x, y = BY_NAME["mlp-bernoulli"].build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with bs.instrument(
-        model,
-        optimizer=optimizer,
-        probe=(x, y),
-        likelihood="bernoulli",
-        labels="empirical",
-        damping=DAMPING,
-    ) as log:
+    options = {"likelihood": "bernoulli", "labels": "empirical", "damping": DAMPING}
+    with bs.instrument(model, optimizer=optimizer, probe=(x, y), **options) as log:
         pass
-    fisher = bs.unit_fisher(
-        model, [(x, y)], likelihood="bernoulli", labels="empirical", damping=DAMPING
-    )["2"]
+    fisher = bs.unit_fisher(model, [(x, y)], **options)["2"]
     equal(row(log.table(), 0, "2")["mean_delta2"], fisher.c)
     expected = bs.unit_fisher(model, x, likelihood="bernoulli", damping=DAMPING)["2"]
     assert float((fisher.c - expected.c).abs().max()) > 1e-3 * float(expected.c.max())
@@ -323,10 +281,8 @@ def test_the_layers_frame() -> None:
     by_name = layers.set_index("layer")
     assert by_name.index.tolist() == ["0", "1", "2", "3", "4"]
     assert by_name["units"].tolist() == [6, 6, 5, 5, 3]
-    assert (
-        by_name.loc[["0", "2", "4"], "kind"].nunique() == 1
-        and by_name.loc["0", "kind"] != by_name.loc["1", "kind"]
-    )
+    assert by_name.loc[["0", "2", "4"], "kind"].nunique() == 1
+    assert by_name.loc["0", "kind"] != by_name.loc["1", "kind"]
     assert by_name.loc[["2", "4"], "fed_by"].tolist() == ["1", "3"]
     assert by_name.loc["0", "fed_by"] not in list(by_name.index)  # the data
 
@@ -360,9 +316,7 @@ def test_a_layer_that_does_not_run_has_no_rows() -> None:
 
 
 def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
-    """A transposed convolution has no unit Fisher matrix here; the means of its activation are no
-    problem.
-    """
+    """A transposed convolution has no unit Fisher matrix here, but its activation has means."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.ConvTranspose2d(2, 3, 3), nn.ReLU())
     x = torch.randn(6, 1, 5, 5)
@@ -424,25 +378,23 @@ INSTRUMENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 
 def probe() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(20, 5, generator=generator, dtype=DOUBLE), torch.randint(
-        3, (20,), generator=generator
-    )
+    x = torch.randn(20, 5, generator=generator, dtype=DOUBLE)
+    return x, torch.randint(3, (20,), generator=generator)
 
 
 @pytest.mark.parametrize("kind", INSTRUMENTS)
 def test_training_is_bit_identical(kind: str) -> None:
     plain, optimizer, rng = run(None)
-    watched, other, other_rng = run(INSTRUMENTS[kind])
+    measured, measured_optimizer, measured_rng = run(INSTRUMENTS[kind])
     for name, value in plain.state_dict().items():
-        assert torch.equal(watched.state_dict()[name], value), name
-    assert str(optimizer.state_dict()) == str(other.state_dict())
-    assert torch.equal(rng, other_rng)
+        assert torch.equal(measured.state_dict()[name], value), name
+    assert str(optimizer.state_dict()) == str(measured_optimizer.state_dict())
+    assert torch.equal(rng, measured_rng)
     assert all(
         torch.equal(p.grad, q.grad)
-        for p, q in zip(plain.parameters(), watched.parameters(), strict=True)
+        for p, q in zip(plain.parameters(), measured.parameters(), strict=True)
     )
-    changed = random_net()
-    assert not torch.equal(changed[0].weight, watched[0].weight)
+    assert not torch.equal(random_net()[0].weight, measured[0].weight)  # it has learned
 
 
 def nothing_left(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -543,9 +495,8 @@ def test_a_skipped_step_writes_no_row(fused: bool) -> None:
             scaler.step(optimizer)
             scaler.update()
             weights.append(model[0].weight.detach().clone())
-    assert torch.equal(weights[1], weights[2]) and not torch.equal(
-        weights[2], weights[3]
-    )  # it was skipped
+    assert torch.equal(weights[1], weights[2])  # it was skipped
+    assert not torch.equal(weights[2], weights[3])
     table = log.table()
     assert table["step"].drop_duplicates().tolist() == [0, 1, 2, 3]
     assert all(row(table, step, "0")["total"].abs().max() > 0 for step in (1, 2, 3))
@@ -599,11 +550,11 @@ def test_without_a_probe_forwards_of_a_real_loop_count_once_each() -> None:
     model, _, _ = mlp()
     model = model.float()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    twin, seen = copy.deepcopy(model), []
+    twin, activations = copy.deepcopy(model), []
     twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     for x, y in batches(3, torch.float32):
         h = F.elu(twin[0](x))
-        seen.append(h.detach())
+        activations.append(h.detach())
         loss = F.cross_entropy(twin[2:](h), y)
         twin_optimizer.zero_grad()
         loss.backward()
@@ -612,8 +563,9 @@ def test_without_a_probe_forwards_of_a_real_loop_count_once_each() -> None:
         train(model, optimizer, 3, dtype=torch.float32)
     rows = log.table()
     rows = rows[rows["layer"] == "1"].sort_values("unit")
-    equal(rows["mean"], torch.cat(seen).double().mean(0), 1e-6)
-    equal(rows["var"], torch.cat(seen).double().var(0, correction=0), 1e-5)
+    expected = torch.cat(activations).double()
+    equal(rows["mean"], expected.mean(0), 1e-6)
+    equal(rows["var"], expected.var(0, correction=0), 1e-5)
 
 
 def test_without_a_probe_large_means_do_not_cancel() -> None:

@@ -1,6 +1,4 @@
-"""What the table holds behind its first columns: what a step's gradient would shift, Cov_p(δ², a),
-h corrected for few samples.
-"""
+"""The later columns of the table: shifts of a step's gradient, Cov_p(δ², a), h of few samples."""
 
 import copy
 import weakref
@@ -40,9 +38,8 @@ LR = 1e-2
 def minibatch(seed: int = 3, shape: tuple[int, ...] = (5,)) -> tuple[torch.Tensor, torch.Tensor]:
     """Examples that are not those of the probe."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(16, *shape, generator=generator, dtype=DOUBLE) - 0.4, torch.randint(
-        3, (16,), generator=generator
-    )
+    x = torch.randn(16, *shape, generator=generator, dtype=DOUBLE) - 0.4
+    return x, torch.randint(3, (16,), generator=generator)
 
 
 def backward(
@@ -66,14 +63,9 @@ def sgd(model: nn.Module, **options) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **{"lr": LR, **options})
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-8) -> None:
-    torch.testing.assert_close(
-        found,
-        expected,
-        rtol=rtol,
-        atol=1e-12 * float(expected.abs().nan_to_num().max()),
-        equal_nan=True,
-    )
+def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-8) -> None:
+    atol = 1e-12 * float(expected.abs().nan_to_num().max())
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +73,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-8) -> No
     [("gradient", "none", "none"), ("centered", "q", "none"), ("natural", "q", "full")],
 )
 def test_the_shift_of_an_update_is_the_own_part_that_a_step_of_it_measures(name, center, scale):
-    """The optimizer looks at the probe's own examples; the curvature is exact, too, by its
-    empirical labels.
-    """
+    """The optimizer sees the probe's own examples; its empirical curvature is exact, too."""
     model, x, y = BY_NAME["mlp-elu"].build()
     options = {"likelihood": "categorical", "labels": "empirical"}
     optimizer = UnitNaturalGradient(model, LR, center, scale, damping=DAMPING, **options)
@@ -110,28 +100,22 @@ def test_the_columns_are_those_of_the_theorems_in_block_form():
         g, g0, mu, c, m = layer.weight.grad, layer.bias.grad, fisher.mean_p, fisher.c, fisher.mean_q
         A = c[:, None, None] * (theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :])
         dw, dw0 = theory.natural_gradient_blocks(A, c[:, None] * m, c, g, g0)
-        plain, natural = (
-            theory.bias_shift(mu, g, g0),
-            theory.theorem2_shift(A, c[:, None] * m, c, mu, g, g0),
-        )
+        plain = theory.bias_shift(mu, g, g0)
+        natural = theory.theorem2_shift(A, c[:, None] * m, c, mu, g, g0)
         close(natural, theory.bias_shift(mu, dw, dw0))
         close(column(table, 1, name, "own"), -LR * plain)
         close(column(table, 1, name, "shift_gradient"), -plain)
         close(column(table, 1, name, "shift_natural"), -natural)
         length = (g.square().sum(1) + g0.square()).sqrt()
         close(column(table, 1, name, "own_gradient"), -LR * plain)
-        close(
-            column(table, 1, name, "own_natural"),
-            -LR * natural * length / (dw.square().sum(1) + dw0.square()).sqrt(),
-        )
+        own = -LR * natural * length / (dw.square().sum(1) + dw0.square()).sqrt()
+        close(column(table, 1, name, "own_natural"), own)
         dw = g - g0[:, None] * m
         dw0 = g0 - (m * dw).sum(1)
         shift = theory.bias_shift(mu, dw, dw0)
         close(column(table, 1, name, "shift_centered"), -shift)
-        close(
-            column(table, 1, name, "own_centered"),
-            -LR * shift * length / (dw.square().sum(1) + dw0.square()).sqrt(),
-        )
+        own = -LR * shift * length / (dw.square().sum(1) + dw0.square()).sqrt()
+        close(column(table, 1, name, "own_centered"), own)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +176,12 @@ def test_the_gradient_is_the_one_in_grad_when_the_step_begins():
     table = stepped(model, optimizer, (x, y), fill=fill)
     shift = column(table, 1, "2", "shift_gradient")
     close(shift, -theory.bias_shift(mu, model[2].weight.grad, model[2].bias.grad))
-    moved = torch.cat(
-        [model[2].weight - before["2.weight"], (model[2].bias - before["2.bias"])[:, None]], 1
-    ).detach()
-    length = torch.cat([model[2].weight.grad, model[2].bias.grad[:, None]], 1).norm(dim=1)
+    w, w0 = model[2].weight, model[2].bias
+    moved = torch.cat([w - before["2.weight"], (w0 - before["2.bias"])[:, None]], 1).detach()
+    length = torch.cat([w.grad, w0.grad[:, None]], 1).norm(dim=1)
     close(column(table, 1, "2", "own_gradient"), moved.norm(dim=1) * shift / length)
-    assert (
-        (column(table, 1, "2", "own") - column(table, 1, "2", "own_gradient")).abs()
-        > 0.01 * shift.abs() * LR
-    ).all()
+    difference = column(table, 1, "2", "own") - column(table, 1, "2", "own_gradient")
+    assert (difference.abs() > 0.01 * shift.abs() * LR).all()
 
 
 def test_parameter_groups_of_their_own_rate_and_an_ascent():
@@ -215,9 +196,8 @@ def test_parameter_groups_of_their_own_rate_and_an_ascent():
         own = column(table, 1, layer, "own")
         close(own, rate * column(table, 1, layer, "shift_gradient"))
         close(own, column(table, 1, layer, "own_gradient"))
-    assert (column(table, 1, "4", "own_natural") == 0).all() and (
-        column(table, 1, "4", "shift_natural") != 0
-    ).all()
+    assert (column(table, 1, "4", "own_natural") == 0).all()
+    assert (column(table, 1, "4", "shift_natural") != 0).all()
     assert (column(table, 1, "2", "own") != 0).all()
 
 
@@ -241,9 +221,9 @@ def test_the_scale_of_a_gradient_scaler_is_divided_out(fused, unscaled):
         scaler.scale(torch.ones(()))  # makes the scale
         backward(model, 2.0**10)
 
-    found = stepped(model, optimizer, (x, y), step, fill)
+    table = stepped(model, optimizer, (x, y), step, fill)
     for name in ("own", "shift_gradient", "shift_centered", "shift_natural", "own_natural"):
-        close(column(found, 1, "2", name), column(expected, 1, "2", name), 1e-3)
+        close(column(table, 1, "2", name), column(expected, 1, "2", name), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +262,8 @@ def test_a_bias_that_stays_has_nothing_to_center_with():
     model[2].bias.requires_grad_(False)
     fisher = bs.unit_fisher(model, x)["2"]
     table = stepped(model, sgd(model), (x, y))
-    assert (
-        column(table, 1, "2", "shift_centered").isnan().all()
-        and column(table, 1, "2", "own_centered").isnan().all()
-    )
+    assert column(table, 1, "2", "shift_centered").isnan().all()
+    assert column(table, 1, "2", "own_centered").isnan().all()
     close(column(table, 1, "2", "own"), LR * column(table, 1, "2", "shift_gradient"))
     close(
         column(table, 1, "2", "shift_natural"),
@@ -296,23 +274,21 @@ def test_a_bias_that_stays_has_nothing_to_center_with():
 def inverse(fisher: bs.UnitFisher) -> torch.Tensor:
     """``A⁻¹``, damped as everything here."""
     m = fisher.mean_q
-    return torch.linalg.inv(
-        fisher.c[:, None, None]
-        * (theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :])
-    )
+    A_over_c = theory.damp(fisher.var_q, DAMPING) + m[:, :, None] * m[:, None, :]
+    return torch.linalg.inv(fisher.c[:, None, None] * A_over_c)
 
 
 def test_without_a_bias_there_is_nothing_to_center_with():
     model, x, y = BY_NAME["mlp-no-bias"].build()
     fisher = bs.unit_fisher(model, x)["0"]
-    found = stepped(model, sgd(model), (x, y))
-    assert column(found, 1, "0", "shift_centered").isnan().all()
-    close(column(found, 1, "0", "shift_gradient"), -(model[0].weight.grad @ fisher.mean_p))
+    table = stepped(model, sgd(model), (x, y))
+    assert column(table, 1, "0", "shift_centered").isnan().all()
+    close(column(table, 1, "0", "shift_gradient"), -(model[0].weight.grad @ fisher.mean_p))
     close(
-        column(found, 1, "0", "shift_natural"),
+        column(table, 1, "0", "shift_natural"),
         -torch.einsum("i,uij,uj->u", fisher.mean_p, inverse(fisher), model[0].weight.grad),
     )
-    layers = found[(found["unit"] < 0) & (found["layer"] == "0")]
+    layers = table[(table["unit"] < 0) & (table["layer"] == "0")]
     assert layers["gap_explained"].isna().all() and layers["norm_ratio_diagonal"].notna().all()
 
 
@@ -370,9 +346,9 @@ def test_a_sparse_gradient_is_read_as_any_other():
         backward(model)
         model[2].weight.grad = model[2].weight.grad.to_sparse()
 
-    found = stepped(model, sgd(model), (x, y), fill=fill)
+    table = stepped(model, sgd(model), (x, y), fill=fill)
     for name in ("own", "shift_gradient", "own_natural"):
-        close(column(found, 1, "2", name), column(expected, 1, "2", name))
+        close(column(table, 1, "2", name), column(expected, 1, "2", name))
 
 
 def test_a_singular_matrix_before_the_step_does_not_end_the_loop():
@@ -391,10 +367,8 @@ def test_a_singular_matrix_before_the_step_does_not_end_the_loop():
         )
         with pytest.warns(UserWarning, match=r"no shifts of its gradient\. Layer '2'.*singular"):
             optimizer.step()
-    assert (
-        row(log.table(), 1, "2")["shift_gradient"].isna().all()
-        and row(log.table(), 1, "2")["own"].notna().all()
-    )
+    rows = row(log.table(), 1, "2")
+    assert rows["shift_gradient"].isna().all() and rows["own"].notna().all()
 
 
 def test_no_gradient_outlives_its_step():
@@ -408,17 +382,11 @@ def test_no_gradient_outlives_its_step():
         assert [ref() for ref in held] == [None] * 6 and not log._foreseen
 
 
-def test_looking_before_the_step_leaves_the_labels_drawn_after_it_as_they_would_be():
-    tables = [
-        logged(
-            4,
-            2,
-            quantities=quantities,
-            labels="sampled",
-            generator=torch.Generator().manual_seed(0),
-        )[0].table()
-        for quantities in (("fisher",), ("fisher", "gap"))
-    ]
+def test_measuring_before_the_step_leaves_the_labels_drawn_after_it_as_they_would_be():
+    tables = []
+    for quantities in (("fisher",), ("fisher", "gap")):
+        options = {"labels": "sampled", "generator": torch.Generator().manual_seed(0)}
+        tables.append(logged(4, 2, quantities=quantities, **options)[0].table())
     for step in (0, 2, 4):
         assert torch.equal(column(tables[0], step, "2", "k"), column(tables[1], step, "2", "k"))
     assert column(tables[1], 4, "2", "shift_natural").isfinite().all()
@@ -443,11 +411,10 @@ def test_norm_ratios_and_the_share_that_bias_shift_explains():
             torch.cosine_similarity(part.flatten(), natural.flatten(), 0).item()
             for part in (plain, centered)
         ]
-        found = frame.loc[name]
-        assert found["norm_ratio_centered"] == pytest.approx(
-            (centered.norm() / natural.norm()).item()
-        )
-        assert found["gap_explained"] == pytest.approx((cosines[1] - cosines[0]) / (1 - cosines[0]))
+        ratio = (centered.norm() / natural.norm()).item()
+        explained = (cosines[1] - cosines[0]) / (1 - cosines[0])
+        assert frame.loc[name, "norm_ratio_centered"] == pytest.approx(ratio)
+        assert frame.loc[name, "gap_explained"] == pytest.approx(explained)
 
 
 def test_where_bias_shift_is_all_of_the_gap_centering_explains_all_of_it():
@@ -457,11 +424,10 @@ def test_where_bias_shift_is_all_of_the_gap_centering_explains_all_of_it():
     a = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=DOUBLE) + 50
     fisher = bs.UnitFisher.from_samples(a, torch.full((4, 1), 1.0, dtype=DOUBLE))
     g0 = torch.tensor([0.3], dtype=DOUBLE)
-    found = gap(Measured(fisher, torch.tensor([[0.2, -0.1]], dtype=DOUBLE) + g0 * 50, g0))
-    assert found["gap_explained"] == pytest.approx(1) and found["cos_gradient"] < 0.1
-    assert found["norm_ratio_centered"] == pytest.approx(1) and found[
-        "norm_ratio_diagonal"
-    ] == pytest.approx(1)
+    values = gap(Measured(fisher, torch.tensor([[0.2, -0.1]], dtype=DOUBLE) + g0 * 50, g0))
+    assert values["cos_gradient"] < 0.1
+    for name in ("gap_explained", "norm_ratio_centered", "norm_ratio_diagonal"):
+        assert values[name] == pytest.approx(1)
 
 
 # -- Cov_p(δ², a) ----------------------------------------------------------------------------------
@@ -479,19 +445,11 @@ def test_cov_p_and_its_distance_from_zero():
 
 def test_the_distance_is_free_of_scales_and_1_over_the_root_of_the_samples_by_chance(randn):
     generator = torch.Generator().manual_seed(0)
-    a, weights = (
-        randn(3000, 40) * 3 + 2,
-        torch.rand(3000, 200, generator=generator, dtype=DOUBLE) ** 4,
-    )
+    a = randn(3000, 40) * 3 + 2
+    weights = torch.rand(3000, 200, generator=generator, dtype=DOUBLE) ** 4
     fisher = bs.UnitFisher.from_samples(a, weights, damping=1e-6)
-    squares = (
-        (
-            (fisher.mean_q - fisher.mean_p).square().sum(1)
-            / fisher.var_q.diagonal(dim1=1, dim2=2).sum(1)
-        )
-        .mean()
-        .item()
-    )
+    spread = fisher.var_q.diagonal(dim1=1, dim2=2).sum(1)
+    squares = ((fisher.mean_q - fisher.mean_p).square().sum(1) / spread).mean().item()
     expected = (1 / fisher.effective_samples - 1 / 3000).mean().item()
     assert squares == pytest.approx(expected, rel=0.1)
 
