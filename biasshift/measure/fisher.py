@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.fisher.packed import block_bytes
-from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, UnitFisher
+from biasshift.fisher.samples import MEMORY_BUDGET
+from biasshift.fisher.solver import MAX_ITERATIONS
+from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.accumulators import LayerBatch, LayerState, Measured, passes_at_once
 from biasshift.measure.coverage import (

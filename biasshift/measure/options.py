@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from biasshift.fisher.unit_fisher import MAX_ITERATIONS, MEMORY_BUDGET, STORAGES
+from biasshift.fisher.samples import MEMORY_BUDGET, STORAGES
+from biasshift.fisher.solver import MAX_ITERATIONS
 from biasshift.measure.layer_types import Selection
 from biasshift.measure.likelihoods import LABELS, LIKELIHOODS, Labels, Likelihood
 
