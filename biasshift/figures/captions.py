@@ -59,18 +59,20 @@ def finish(
     axes: Sequence[plots.Axes],
     letters: Sequence[str],
     heading: str,
+    named: Sequence[plots.Axes] | None = None,
     columns: int = 6,
 ) -> plots.Figure:
     """Returns a figure with a letter and title over each panel, one legend below and a heading.
 
     Args:
-        axes: the panels, of whose lines the legend is.
-        letters: the titles behind the letters: "(a) …".
+        axes: the panels.
+        letters: their titles, which stand behind the letters: "(a) …".
         heading: what stands over all panels.
+        named: the panels whose lines are in the legend; default: all.
         columns: of the legend, at most.
     """
     plots.lettered(axes, letters)
-    plots.one_legend(figure, axes, columns)
+    plots.one_legend(figure, axes if named is None else named, columns)
     plots.headed(figure, heading)
     return figure
 
@@ -80,12 +82,8 @@ def synthetic(table: pd.DataFrame) -> bool:
 
     Smoke runs are, except for those on the images that come with scikit-learn.
     """
-    if "made" not in table:
-        return False
-    smoke = table["made"] == "smoke"
-    return bool(
-        (smoke & (table["experiment"] != EMBEDDED) if "experiment" in table else smoke).any()
-    )
+    other = table.get("experiment") != EMBEDDED  # True where no experiment is recorded
+    return "made" in table and bool(((table["made"] == "smoke") & other).any())
 
 
 def comparable(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
@@ -126,17 +124,16 @@ def _shape(table: pd.DataFrame) -> str:
 
 def _unusual(table: pd.DataFrame) -> str:
     """What the reader would not expect of all of these networks."""
-    unusual = []
-    if "width" in table and "depth" not in table:
-        scales = sorted(table["width"].dropna().unique())
-        if scales and scales != [1]:
-            unusual.append(f"units × {' and '.join(f'{scale:g}' for scale in scales)}")
-    if "batch_norm" in table and len(table) > 0 and table["batch_norm"].eq(True).all():
-        unusual.append("with batch norm")
+    fully_connected = "width" not in table or "depth" in table
+    scales = [] if fully_connected else sorted(table["width"].dropna().unique())
+    normed = "batch_norm" in table and len(table) > 0 and table["batch_norm"].eq(True).all()
     updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
-    if len(updates) == 1 and updates != ["plain"]:
-        unusual.append(f"{updates[0]} update")
-    return ", ".join(unusual)
+    parts = [
+        f"units × {' and '.join(f'{scale:g}' for scale in scales)}" * (scales not in ([], [1])),
+        "with batch norm" if normed else "",
+        f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _length(table: pd.DataFrame) -> str:

@@ -71,8 +71,8 @@ def figure4(table: pd.DataFrame) -> plots.Figure:
         "start": table.loc[table["step"] <= split],
         "end": table.loc[table["step"] >= split],
     }
-    for row, name in enumerate(("training loss (nats)", "test error (%)")):
-        column = ("train_loss", "test_error")[row]
+    columns = {"train_loss": "training loss (nats)", "test_error": "test error (%)"}
+    for row, (column, name) in enumerate(columns.items()):
         for number, part in enumerate(parts.values()):
             ax = axes[3 * row + number]
             if part[column].notna().any():  # of few scores, there may be none in a part

@@ -4,9 +4,9 @@ import pandas as pd
 
 from biasshift import plots
 from biasshift.analysis.quantities import FEWEST_MEASUREMENTS
-from biasshift.figures.captions import described, over_seeds
+from biasshift.figures.captions import described, finish, over_seeds
 from biasshift.figures.selection import MEASURED, kept, with_settings
-from biasshift.figures.spec import NONE_PRINTED, FigureSpec, Number, final_values
+from biasshift.figures.spec import NONE_PRINTED, FigureSpec, Number, by_activation, final_values
 
 ERROR = "squared error per pixel"
 PLAIN = {"update": "plain", "constant": 0.0}
@@ -28,8 +28,7 @@ def means_and_losses(table: pd.DataFrame) -> pd.DataFrame:
     Losses stand in rows of the whole network, one per epoch. The medians stand in rows of a layer
     named "hidden" with one unit, as if that were all of the network.
     """
-    for name in ("train_loss", "valid_loss", "mean"):
-        plots.need(table, [name], "the figure")
+    plots.need(table, ["train_loss", "valid_loss", "mean"], "the figure")
     medians = plots.median_over_units(table, "mean", ["step"]).drop(columns="seed", errors="ignore")
     hidden = with_settings(medians.assign(layer="hidden", unit=0), table)
     network = table.loc[(table["layer"] == "") & table["epoch"].notna()]
@@ -81,8 +80,7 @@ def figure3(table: pd.DataFrame) -> plots.Figure:
     """
     rates = _rates(table)
     figure, axes = plots.panels(2 * len(rates), rows=2, width=2.3, height=2.4, share_y="row")
-    for row, images in enumerate(("training", "test")):
-        column = ("train_error", "test_error")[row]
+    for row, (images, column) in enumerate((("training", "train_error"), ("test", "test_error"))):
         for number, rate in enumerate(rates):
             ax, rows = axes[row * len(rates) + number], table.loc[table["lr"] == rate]
             plots.curves(ax, rows, column, against="epoch", log=True, middle="median")
@@ -172,22 +170,20 @@ def figure7(table: pd.DataFrame) -> plots.Figure:
     plots.layer_lines(right, table.loc[table["unit"] == -1], "variance", log=True)
     right.set(xlabel="hidden layer", ylabel="variance over epochs of the\nmedian over units")
     layers = f"layers: {over_seeds(table, 'mean ± SD of the logarithm')}"
-    plots.lettered([left, right], ["units: median and quartiles", layers])
-    plots.one_legend(figure, [left])
-    plots.headed(figure, described(table))
-    return figure
+    letters = ["units: median and quartiles", layers]
+    return finish(figure, [left, right], letters, described(table), named=[left])
 
 
 def numbers7(table: pd.DataFrame) -> list[Number]:
     """Returns the median of the variances over all hidden units, for every activation function."""
-    units = table.loc[table["unit"] >= 0]
-    numbers = []
-    for name, look in plots.looks(units["activation"].unique()).items():
-        rows = units.loc[units["activation"] == name]
-        here = f"{rows['variance'].median():.2g} (n = {rows['run'].nunique()})"
-        quantity = f"variance of a unit's mean activation, median over units, {look.label}"
-        numbers.append(Number(quantity, here, NONE_PRINTED))
-    return numbers
+    return [
+        Number(
+            f"variance of a unit's mean activation, median over units, {label}",
+            f"{rows['variance'].median():.2g} (n = {rows['run'].nunique()})",
+            NONE_PRINTED,
+        )
+        for _, label, rows in by_activation(table.loc[table["unit"] >= 0])
+    ]
 
 
 def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from biasshift.analysis.grid import mixed_option
 from biasshift.figures.captions import MADE
-from biasshift.runs.provenance import words
+from biasshift.runs.provenance import command_line
 from biasshift.runs.reader import find_runs, read_runs
 from biasshift.runs.schema import read_config, read_json
 
@@ -43,7 +43,10 @@ def read(*paths: str | os.PathLike[str]) -> pd.DataFrame:
     table, folders = read_runs(*paths), find_runs(paths)
     origins = [read_json(folder, "provenance.json", {}) for folder in folders]
     run_of_row = table["run"].cat.codes.to_numpy()
-    made = [next((name for name in MADE if f"--{name}" in words(origin)), "") for origin in origins]
+    made = [
+        next((name for name in MADE if f"--{name}" in command_line(origin)), "")
+        for origin in origins
+    ]
     devices = [str(origin.get("device") or "unknown device")[:60] for origin in origins]
     for name, values in (("device", devices), ("made", made)):
         if name not in table:
@@ -139,16 +142,11 @@ def refuse_mixture(
 def with_length(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the table with the step and the epoch that each run got to.
 
-    They are the columns `last_step` and, where there are epochs, `reached`. A table without a
-    column `run` stays as it is.
+    They are the columns `last_step` and, where there are epochs, `reached`.
     """
-    if "run" not in table:
-        return table
-    by_run = table.groupby("run", observed=True)
-    ends = {"last_step": by_run["step"].max()}
-    if "epoch" in table:
-        ends["reached"] = by_run["epoch"].max()
-    run = table["run"].astype(object)
+    by_run, run = table.groupby("run", observed=True), table["run"].astype(object)
+    columns = {"last_step": "step", "reached": "epoch"}
+    ends = {name: by_run[column].max() for name, column in columns.items() if column in table}
     return table.assign(**{name: run.map(end).astype(float) for name, end in ends.items()})
 
 

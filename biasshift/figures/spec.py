@@ -1,6 +1,6 @@
 """What a figure consists of: runs, a small table of them, panels, and numbers to print."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +49,12 @@ class FigureSpec:
     comparable: Callable[[pd.DataFrame], bool] = lambda table: True
 
 
+def by_activation(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yields name, label and rows of every activation function, in the order of the paper."""
+    for name, look in plots.looks(table["activation"].unique()).items():
+        yield name, look.label, table.loc[table["activation"] == name]
+
+
 def final_values(
     table: pd.DataFrame,
     column: str,
@@ -68,9 +74,9 @@ def final_values(
     rows = table.loc[table[column].notna()].sort_values("step").drop_duplicates("run", keep="last")
     factor, unit = (100, " %") if percent else (1, "")
     numbers = []
-    for key, look in plots.looks(rows["activation"].unique()).items():
-        values = factor * rows.loc[rows["activation"] == key, column].astype(float)
+    for activation, label, last in by_activation(rows):
+        values = factor * last[column].astype(float)
         here = f"{mean_and_sd(values)}{unit} (n = {len(values)})"
-        there = paper if isinstance(paper, str) else paper.get(str(key), NOTHING)
-        numbers.append(Number(f"{name}, {look.label}", here, there))
+        there = paper if isinstance(paper, str) else paper.get(activation, NOTHING)
+        numbers.append(Number(f"{name}, {label}", here, there))
     return numbers

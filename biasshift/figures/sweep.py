@@ -9,7 +9,7 @@ from biasshift import plots
 from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cells_of
 from biasshift.analysis.learning_curves import common_levels, curve_of, reached
 from biasshift.analysis.quantities import end_loss, has_ended
-from biasshift.figures.captions import described, over_seeds
+from biasshift.figures.captions import described, finish, over_seeds
 from biasshift.figures.selection import kept
 from biasshift.figures.spec import FigureSpec, Number
 
@@ -90,12 +90,11 @@ def theory4(table: pd.DataFrame) -> plots.Figure:
         ax.set(yscale="log", ylabel="steps", xlabel="update")
         plots.on_log_scale(ax.yaxis)
         plots.no_legend(ax)
-    plots.lettered(axes, [*updates, *(f"steps to training loss {level:g}" for level in levels)])
-    plots.one_legend(figure, axes[: len(updates)], columns=5)
     for ax in axes[count:]:
         ax.remove()
-    plots.headed(figure, _heading(table))
-    return figure
+    letters = [*updates, *(f"steps to training loss {level:g}" for level in levels)]
+    named = axes[: len(updates)]
+    return finish(figure, axes[:count], letters, _heading(table), named, columns=5)
 
 
 def numbers(table: pd.DataFrame) -> list[Number]:

@@ -14,7 +14,7 @@ from biasshift.analysis.quantities import (
 from biasshift.figures.captions import described, finish, over_seeds
 from biasshift.figures.mlp import PLAIN
 from biasshift.figures.selection import kept, with_settings
-from biasshift.figures.spec import FigureSpec, Number, final_values
+from biasshift.figures.spec import FigureSpec, Number, by_activation, final_values
 
 PARTS = {"own": "own weights", "incoming": "inherited", "second_order": "second order"}
 MEANS = ("k", "norm_mean_p", "norm_corrected_mean")
@@ -80,12 +80,13 @@ def gap_numbers(table: pd.DataFrame) -> list[Number]:
     counted = table.loc[~(table["enough"] < ENOUGH_UNITS)] if "enough" in table else table
     if not len(counted):
         return []
-    points, numbers = plots.gap_points(counted), []
-    for name, look in plots.looks(points["activation"].unique()).items():
-        row = points.loc[points["activation"] == name, ["degrees", "mean_in_abs"]].median()
-        here = f"{row.degrees:.1f} degrees, {row.mean_in_abs:.2g}"
-        numbers.append(Number(f"median gap and mean incoming activation, {look.label}", here))
-    return numbers
+    return [
+        Number(
+            f"median gap and mean incoming activation, {label}",
+            f"{rows['degrees'].median():.1f} degrees, {rows['mean_in_abs'].median():.2g}",
+        )
+        for _, label, rows in by_activation(plots.gap_points(counted))
+    ]
 
 
 # -- theory2: Theorem 2 along training ---------------------------------------------------------
@@ -202,26 +203,25 @@ def theory3(table: pd.DataFrame) -> plots.Figure:
     right.set_xlabel("layer")
     for ax in (middle, right):
         ax.set(ylim=(0, 1), ylabel="inherited share")
-    plots.lettered([left, middle, right], ["whole run", "along training", "by layer"])
-    plots.one_legend(figure, [left, middle])
-    plots.headed(
+    return finish(
         figure,
+        [left, middle, right],
+        ["whole run", "along training", "by layer"],
         "Sums of absolute parts over units, "
         f"{over_seeds(table, 'mean ± SD over seeds')}\n{described(table)}",
+        named=[left, middle],
     )
-    return figure
 
 
 def numbers3(table: pd.DataFrame) -> list[Number]:
     """Returns the inherited share of the bias shift over the whole run, mean ± SD over runs."""
-    whole = _shares(table)
     return [
         Number(
-            f"inherited share of the bias shift, {look.label}",
+            f"inherited share of the bias shift, {label}",
             f"{mean_and_sd(rows['incoming'])} (n = {len(rows)})",
         )
-        for name, look in plots.looks(whole["activation"].unique()).items()
-        if len(rows := whole.loc[whole["activation"] == name])
+        for _, label, rows in by_activation(_shares(table))
+        if len(rows)
     ]
 
 
