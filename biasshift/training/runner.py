@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ class _Training:
         stack: ExitStack,
     ):
         self.members, self.execution, self.device = members, execution, device
-        self.first = first = members[0].trial
+        self.first = members[0].trial
         # What `state_slice` takes: the number of a member, or None for one network alone.
         self.parts = range(len(members)) if len(members) > 1 else [None]
         self.clock, self.saved = Clock(device), time.monotonic()
@@ -123,7 +124,7 @@ class _Training:
         if execution.channels_last:
             for member in members:
                 member.trial.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.update = self._make_update(first)
+        self.update = self._make_update()
         self.optimizer = self.update.optimizer
         for part, member in zip(self.parts, members, strict=True):
             if member.state is not None:
@@ -137,12 +138,11 @@ class _Training:
         for member in members:
             member.instrument(self.optimizer, stack)
 
-    def _make_update(self, first: Trial) -> Gradient | GraphedStep | Ensemble:
+    def _make_update(self) -> Gradient | GraphedStep | Ensemble:
+        first = self.first
         if len(self.members) > 1:
             models = [member.trial.model for member in self.members]
-            return Ensemble(
-                models, lambda parameters: first.make_optimizer(models[0], parameters), first.loss
-            )
+            return Ensemble(models, partial(first.make_optimizer, models[0]), first.loss)
         model = shared(first.model)
         optimizer = first.make_optimizer(model, first.model.parameters())
         update = Gradient(
@@ -186,15 +186,13 @@ class _Training:
                 self._score(step.number, step.number / len(stream), losses, count)
                 losses, count = None, 0
                 self._save_if_due(step.number)
+        # Else the run was killed behind its last checkpoint, and its end is on disk already.
         if last is not None:
             diverged = (~last.isfinite()).reshape(-1).tolist()
             for member, failed in zip(self.members, diverged, strict=True):
                 member.record.failed = failed
-        for member in self.members:
-            trial = member.trial
-            # A run that was killed behind its last checkpoint has its end on disk already.
-            if trial.at_end is not None and member.start < steps and not member.record.failed:
-                member.record.append(trial.at_end(trial.model, steps))
+                if member.trial.at_end is not None and not failed:
+                    member.record.append(member.trial.at_end(member.trial.model, steps))
         if self.execution.keep_weights:
             self._save(steps)
         for member in self.members:

@@ -1,6 +1,8 @@
 """Real runs, of seconds: what a run leaves behind, what runs share, and the paper's constants."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from tiny import DEPTH, EPOCH_STEPS, LAYERS, UNITS, WIDTH, Tiny, data
 
-from biasshift import training
+from biasshift import experiments, training
 from biasshift.analysis.formatting import reading_table
 from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
@@ -30,6 +32,7 @@ from biasshift.training.process_pool import run_jobs
 from biasshift.training.runner import run
 from biasshift.training.trial import Exist, Progress, evenly_spaced
 
+ROOT = Path(__file__).parents[2]
 QUANTITIES = ["mean", "incoming", "s", "cos_gradient", "train_loss", "exam_k", "residual_theorem1"]
 
 
@@ -454,6 +457,33 @@ def test_an_ensemble_differs_in_nothing_but_the_seed():
     config = demo.configs()[0]
     assert demo.alike(replace(config, seed=9)) == demo.alike(config)
     assert demo.alike(replace(config, lr=0.02)) != demo.alike(config)
+
+
+# -- imports ---------------------------------------------------------------------------------------
+
+
+def test_options_need_neither_tables_nor_measurements():
+    """So that the help of a command appears at once."""
+    heavy = ["pandas", "pyarrow", "torchvision", "sklearn", "biasshift.tracking"]
+    files = "autoencoder, cifar11, cifar18, demo, imagenet, mnist, sweep"
+    code = (
+        f"import sys; from biasshift.experiments import {files}; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_load_when_they_are_used():
+    assert set(experiments.__all__) <= set(dir(experiments))
+    assert experiments.Demo is Demo and experiments.run is run
+    with pytest.raises(AttributeError, match=r"'biasshift\.experiments' has no attribute 'demos'"):
+        _ = experiments.demos
+
+
+# -- real data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.data
