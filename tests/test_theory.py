@@ -1,7 +1,5 @@
 """Theorems 1 and 2 against dense inverses of the bordered matrix; wrong variants must fail."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -68,7 +66,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 def far(actual: Tensor, expected: Tensor, by: float = 1e-2) -> None:
-    """What a test that can fail must see in the wrong variant."""
+    """A wrong variant must not pass for the right one."""
     assert float((actual - expected).norm()) > by * float(expected.norm())
 
 
@@ -96,9 +94,8 @@ def test_s_is_the_corner_of_the_inverse_in_both_forms(p: Problem) -> None:
     corner = spd_inverse(p.full)[:, -1, -1]
     close(theory.s_from_blocks(p.A, p.b, p.c), corner)
     close(theory.s_from_center(p.c, p.m, p.V), corner)
-    far(
-        theory.s_from_center(p.c, p.mean_p.expand_as(p.m), p.V), corner
-    )  # the p-mean in place of the q-mean
+    wrong_mean = p.mean_p.expand_as(p.m)  # under p in place of q
+    far(theory.s_from_center(p.c, wrong_mean, p.V), corner)
 
 
 @problems
@@ -174,26 +171,21 @@ def test_theorem_2_is_the_bias_shift_of_the_natural_gradient(p: Problem) -> None
 
 @problems
 def test_theorem_2_written_out_with_k(p: Problem) -> None:
-    """`(μ − k m)ᵀ A⁻¹ g + k₀ g₀`, with the package's k; the poster's k in its place is another
-    number.
-    """
+    """`(μ − k m)ᵀ A⁻¹ g + k₀ g₀` holds with the published k, and not with the poster's."""
     dw, dw0 = p.dense_step
     shift = dot(p.mean_p, dw) + dw0
     A_inverse_g = matvec(spd_inverse(p.A), p.g)
     k = theory.k_published(p.mean_p, p.m, p.V)
     close(dot(p.mean_p - k[:, None] * p.m, A_inverse_g) + theory.k0(k, p.c) * p.g0, shift)
     poster = theory.k_poster(p.A, p.b, p.c, p.mean_p)
-    close(
-        dot(p.mean_p - (1 + poster)[:, None] * p.m, A_inverse_g)
-        + theory.k0(1 + poster, p.c) * p.g0,
-        shift,
-    )
+    k = 1 + poster
+    close(dot(p.mean_p - k[:, None] * p.m, A_inverse_g) + theory.k0(k, p.c) * p.g0, shift)
     wrong = dot(p.mean_p - poster[:, None] * p.m, A_inverse_g) + theory.k0(poster, p.c) * p.g0
     far(wrong, shift)
 
 
 @problems
-def test_k_in_every_print(p: Problem) -> None:
+def test_k_in_every_printed_form(p: Problem) -> None:
     inverse = spd_inverse(p.full)
     s, A_inverse = inverse[:, -1, -1], spd_inverse(p.A)
     k = p.c * s * (1 - dot(p.mean_p, matvec(A_inverse, p.b)))
@@ -204,9 +196,8 @@ def test_k_in_every_print(p: Problem) -> None:
     close(k, 1 + poster)
     close(theory.k0(k, p.c), k / p.c)
     close(theory.k0_from_blocks(p.A, p.b, p.c, p.mean_p), k / p.c)
-    assert bool(
-        ((theory.k_poster(p.A, p.b, p.c, p.mean_p) - k).abs() > 0.5).all()
-    )  # the poster's k is not k
+    wrong = theory.k_poster(p.A, p.b, p.c, p.mean_p)
+    assert bool(((wrong - k).abs() > 0.5).all())
 
 
 @problems
@@ -217,16 +208,16 @@ def test_without_covariance_k_is_one_and_the_effective_mean_vanishes(p: Problem)
     close(k, torch.ones(UNITS, dtype=torch.float64))
     close(mean - k[:, None] * even.m, torch.zeros_like(even.m))
     close(theory.k_poster(even.A, even.b, even.c, mean), torch.zeros(UNITS, dtype=torch.float64))
-    close(
-        theory.theorem2_shift(even.A, even.b, even.c, mean, p.g, p.g0), p.g0 / p.c
-    )  # a shift remains
+    shift = theory.theorem2_shift(even.A, even.b, even.c, mean, p.g, p.g0)
+    close(shift, p.g0 / p.c)  # one remains
     assert bool(((theory.k_published(p.mean_p, p.m, p.V) - 1).abs() > 1e-3).all())
 
 
 @problems
 def test_variance_of_the_bias_shift_under_fisher_noise(p: Problem) -> None:
-    """With g ~ N(0, F) it is `(1 + (m−μ)ᵀV⁻¹(m−μ))/c`; read off by applying the shift to the
-    columns of a root of F.
+    """With g ~ N(0, F) it is `(1 + (m−μ)ᵀV⁻¹(m−μ))/c`.
+
+    It is the sum of squares of the shift, applied to the columns of a root of F.
     """
     root = torch.stack([torch.linalg.cholesky(full) for full in p.full])
     columns = [
@@ -234,10 +225,8 @@ def test_variance_of_the_bias_shift_under_fisher_noise(p: Problem) -> None:
         for j in range(INPUTS + 1)
     ]
     apart = p.m - p.mean_p
-    close(
-        torch.stack(columns).square().sum(0),
-        (1 + dot(apart, matvec(spd_inverse(p.V), apart))) / p.c,
-    )
+    variance = (1 + dot(apart, matvec(spd_inverse(p.V), apart))) / p.c
+    close(torch.stack(columns).square().sum(0), variance)
 
 
 # -- invariance ------------------------------------------------------------------------------------
@@ -246,9 +235,7 @@ def test_variance_of_the_bias_shift_under_fisher_noise(p: Problem) -> None:
 def function_change(
     p: Problem, center: str, damping: float, shift: Tensor | None, points: Tensor
 ) -> Tensor:
-    """Change of the net inputs at `points` after one step; with `shift`, in the coordinates `a +
-    shift`.
-    """
+    """Change of the net inputs at `points` by one step, in the coordinates `a + shift`."""
     if shift is not None:
         p = Problem(p.c, p.mean_p + shift, p.m + shift, p.V, p.g + p.g0[:, None] * shift, p.g0)
         points = points + shift
@@ -270,15 +257,11 @@ def test_shifting_the_inputs_changes_nothing_for_centered_members_only(
     generator = torch.Generator().manual_seed(9)
     points = torch.randn(7, INPUTS, generator=generator, dtype=torch.float64)
     shift = 2 + torch.randn(INPUTS, generator=generator, dtype=torch.float64)
-    for center in ("q", "p"):
-        close(
+    for center, compare in (("q", close), ("p", close), ("none", far)):
+        compare(
             function_change(p, center, damping, shift, points),
             function_change(p, center, damping, None, points),
         )
-    far(
-        function_change(p, "none", damping, shift, points),
-        function_change(p, "none", damping, None, points),
-    )
 
 
 # -- the coupling index, damping, the correction for finite samples --------------------------------
@@ -310,11 +293,9 @@ def test_coupling_is_the_share_of_the_constant_that_the_activations_explain() ->
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 2.0])
 def test_damp_adds_a_share_of_the_mean_variance_of_each_unit(p: Problem, damping: float) -> None:
     damped = theory.damp(p.V, damping)
+    eye = torch.eye(INPUTS, dtype=torch.float64)
     for before, after in zip(p.V, damped, strict=True):
-        close(
-            after,
-            before + damping * before.diagonal().mean() * torch.eye(INPUTS, dtype=torch.float64),
-        )
+        close(after, before + damping * before.diagonal().mean() * eye)
     close(theory.damp(7 * p.V, damping), 7 * damped)  # scale free
 
 
@@ -336,14 +317,12 @@ def test_hotelling_removes_the_bias_of_few_samples() -> None:
     a = truth + torch.randn(draws, samples, inputs, generator=generator, dtype=torch.float64)
     m = a.mean(1)
     V = (a - m[:, None]).mT @ (a - m[:, None]) / samples
-    L = torch.stack([torch.linalg.cholesky(one) for one in V])
+    L = torch.stack([torch.linalg.cholesky(matrix) for matrix in V])
     raw = torch.linalg.solve_triangular(L, m[:, :, None], upper=False).square().sum((1, 2))
-    corrected = torch.as_tensor(
-        theory.hotelling(raw, torch.full((draws,), float(samples), dtype=torch.float64), inputs)
-    )
-    tolerance = (
-        5 * float(corrected.std()) / draws**0.5 + 2 / samples
-    )  # noise, and the convention for V (1/n or 1/(n−1))
+    counts = torch.full((draws,), float(samples), dtype=torch.float64)
+    corrected = theory.hotelling(raw, counts, inputs)
+    # noise, and the convention for V (1/n or 1/(n−1))
+    tolerance = 5 * float(corrected.std()) / draws**0.5 + 2 / samples
     assert float(corrected.mean()) == pytest.approx(1.0, abs=tolerance)
     assert tolerance < 0.1
     assert float(raw.mean()) > 1.5
@@ -353,10 +332,5 @@ def test_hotelling_removes_the_bias_of_few_samples() -> None:
 def test_single_precision_stays_single(p: Problem) -> None:
     c, m, V, g, g0 = (t.float() for t in (p.c, p.m, p.V, p.g, p.g0))
     dw, dw0 = theory.centered_update(c, m, V, g, g0)
-    assert (
-        dw.dtype
-        == dw0.dtype
-        == theory.coupling(m, V).dtype
-        == theory.damp(V, 0.1).dtype
-        == torch.float32
-    )
+    results = (dw, dw0, theory.coupling(m, V), theory.damp(V, 0.1))
+    assert all(result.dtype == torch.float32 for result in results)

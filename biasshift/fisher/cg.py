@@ -1,5 +1,8 @@
-"""Conjugate gradients for all units of a layer at once: one product serves them all, and converged
-units leave the batch.
+"""Preconditioned conjugate gradients for all units of a layer at once.
+
+One product serves all units, and converged units leave the batch. One preconditioner serves them
+too: the covariance of the activations under the mean of all q, which makes that of every unit
+nearly the identity.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -7,35 +10,37 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from biasshift.fisher.convolution import Maps
 from biasshift.fisher.samples import ImplicitSums
 
-# times inputs / effective samples: so much less varies the q of one unit than the mean of all, and
-# in fewer directions
+# times inputs / effective samples: the q of one unit varies by so much less than the mean of all,
+# and in fewer directions
 RIDGE = 0.15
 RIDGE_OF_MAPS = 3.0  # their positions depend on each other
 LARGEST = 2**28  # bytes of one matrix in float64: 5792 channels
 
 
-# -- one matrix that makes the covariances of all units of a layer nearly the identity ---------
-
-
 class Preconditioner:
-    """``D⁻¹ (C + λ mean(diag C) I)⁻¹ D⁻¹``: C for all units, D from the variances of one.
+    """``D⁻¹ (C + ρ mean(diag C) I)⁻¹ D⁻¹``: C for all units, D from the variances of one.
 
     C is over channels, and the same at all places of a kernel. Where it would be too large, D does
-    alone.
+    alone. The ridge ρ is the damping, or more where few effective samples determine V.
+
+    Args:
+        sums: the sums of the layer, whose parts C is formed of once.
+        usable: (units,) bool, the units that C is the mean of.
+        damping: λ of the equations to be solved.
+        dtype: that of the vectors it is applied to.
     """
 
     def __init__(self, sums: ImplicitSums, usable: Tensor, damping: float, dtype: torch.dtype):
         typical = sums.effective_samples[usable].median().item()
         self.ridge, self.dtype = max(damping, RIDGE * sums.first.shape[1] / typical), dtype
-        if any(isinstance(part, Maps) for part in sums.parts):
+        if any(part.terms in ("examples", "positions") for part in sums.parts):
             self.ridge = max(self.ridge, RIDGE_OF_MAPS)
         self.inverse: Tensor | None = None
-        C = self._covariance(sums, usable)
-        if C is None:
+        if 8 * sums.parts[0].channels ** 2 > LARGEST:
             return
+        C = sums.spread(usable / usable.sum())
         C.diagonal().add_(self.ridge * C.diagonal().mean())
         factor, info = torch.linalg.cholesky_ex(C)
         if int(info) == 0:
@@ -43,35 +48,24 @@ class Preconditioner:
             del C
             self.inverse = torch.cholesky_inverse(factor).to(dtype)
 
-    def _covariance(self, sums: ImplicitSums, usable: Tensor) -> Tensor | None:
-        channels = sums.parts[0].channels
-        if 8 * channels**2 > LARGEST:
-            return None
-        return sums.spread(usable / usable.sum())
-
     def scale(self, variances: Tensor) -> Tensor:
-        """D of some units, as its inverse."""
+        """Returns ``D⁻¹`` of some units, (units, inputs), from their diag V."""
         own = variances + self.ridge * variances.mean(1, keepdim=True)
         return (own if self.inverse is None else own / self.diagonal).rsqrt().to(self.dtype)
 
     def __call__(self, r: Tensor, scale: Tensor) -> Tensor:
+        """The preconditioned residuals, (units, inputs), of units with these scales."""
         z = r * scale
-        if self.inverse is not None:
-            channels = len(self.inverse)
-            z = (
-                z @ self.inverse
-                if channels == z.shape[1]
-                else self._over_channels(z.unflatten(1, (channels, -1))).flatten(1)
-            )
-        return z.mul_(scale)
-
-    def _over_channels(self, z: Tensor) -> Tensor:
-        assert self.inverse is not None
-        return (z.transpose(1, 2) @ self.inverse).transpose(1, 2)
+        if self.inverse is None:
+            return z.mul_(scale)
+        channels = len(self.inverse)
+        if channels == z.shape[1]:
+            return (z @ self.inverse).mul_(scale)
+        return (z.unflatten(1, (channels, -1)).mT @ self.inverse).mT.flatten(1).mul_(scale)
 
 
 @dataclass(frozen=True)
-class State:
+class _State:
     """What every unit of the batch carries from one iteration to the next."""
 
     units: Tensor  # their places in the answer
@@ -84,14 +78,18 @@ class State:
     scale: Tensor  # of the preconditioner
     done: Tensor
 
-    def keep(self, mask: Tensor) -> "State":
+    def keep(self, mask: Tensor) -> "_State":
         return replace(
             self, **{field.name: getattr(self, field.name)[mask] for field in fields(self)}
         )
 
 
 class ConjugateGradients:
-    """Products in the working precision, inner products in float64."""
+    """The iteration for some units of a layer, in the working precision of the vectors.
+
+    Inner products are float64. The residual is that of the recurrence, which drifts from the true
+    one by rounding: `solver.Solver` computes that in float64, and solves for it again.
+    """
 
     def __init__(self, preconditioner: Preconditioner, dtype: torch.dtype):
         self.preconditioner, self.dtype = preconditioner, dtype
@@ -105,21 +103,24 @@ class ConjugateGradients:
         variances: Tensor,
         most: int,
     ) -> tuple[Tensor, int]:
-        """An x with ``|W x − r| ≤ goal``, by the recurrence of the residual, and the number of
-        iterations.
+        """Returns an x with ``|W x − r| ≤ goal`` where it has converged, and the iterations used.
+
+        Args:
+            sums: those of the units to solve for.
+            r: the right sides, (units, inputs), float64 and not 0.
+            goal: (units,), the norm of the residual to reach.
+            ridge: (units,), what damping adds to the diagonal: ``W = V + ridge I``.
+            variances: diag V, (units, inputs).
+            most: how many iterations there may be.
         """
         size = r.norm(dim=1)
         floor = 10 * torch.finfo(self.dtype).eps  # below, the recurrence has lost the residual
-        state = self._start(
-            r / size[:, None],
-            (goal / size).clamp(min=floor),
-            ridge,
-            self.preconditioner.scale(variances),
-        )
+        scale = self.preconditioner.scale(variances)
+        state = self._start(r / size[:, None], (goal / size).clamp(min=floor), ridge, scale)
         x = torch.zeros_like(state.x)
-        product = Product(sums, self.dtype)
+        product = _Product(sums, self.dtype)
         for iteration in range(1, most + 1):
-            state = self._descended(state, product(state.p, state.ridge))
+            state = self._descend(state, product(state.p, state.ridge))
             leaving = int(state.done.sum())
             if leaving == len(state.done) or iteration == most:
                 break
@@ -127,61 +128,57 @@ class ConjugateGradients:
                 x[state.units[state.done]] = state.x[state.done]
                 stay = ~state.done
                 state, product = state.keep(stay), product.keep(stay)
-            state = self._turned(state)
+            state = self._turn(state)
         x[state.units] = state.x
         return x.double() * size[:, None], iteration
 
-    def _start(self, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor) -> State:
+    def _start(self, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor) -> _State:
         r = r.to(self.dtype)
         z = self.preconditioner(r, scale)
-        n = torch.arange(len(r), device=r.device)
-        return State(
-            n,
-            torch.zeros_like(r),
-            r,
-            z,
-            inner(r, z),
-            goal,
-            ridge,
-            scale,
-            torch.zeros_like(n, dtype=torch.bool),
+        return _State(
+            units=torch.arange(len(r), device=r.device),
+            x=torch.zeros_like(r),
+            r=r,
+            p=z,
+            rz=_inner(r, z),
+            goal=goal,
+            ridge=ridge,
+            scale=scale,
+            done=torch.zeros(len(r), dtype=torch.bool, device=r.device),
         )
 
-    def _descended(self, s: State, Wp: Tensor) -> State:
+    def _descend(self, s: _State, Wp: Tensor) -> _State:
         """To the minimum along p. What is done stays where it is; so does what has met rounding in
         place of curvature.
         """
-        curvature = inner(s.p, Wp)
+        curvature = _inner(s.p, Wp)
         going = ~s.done & (curvature > 0)
         alpha = torch.where(going, s.rz / curvature, 0.0).to(self.dtype)[:, None]
         x, r = torch.addcmul(s.x, alpha, s.p), torch.addcmul(s.r, alpha, Wp, value=-1)
-        return replace(s, x=x, r=r, done=~going | (inner(r, r).sqrt() <= s.goal))
+        return replace(s, x=x, r=r, done=~going | (_inner(r, r).sqrt() <= s.goal))
 
-    def _turned(self, s: State) -> State:
+    def _turn(self, s: _State) -> _State:
         """To the next direction."""
         z = self.preconditioner(s.r, s.scale)
-        rz = inner(s.r, z)
+        rz = _inner(s.r, z)
         return replace(s, p=torch.addcmul(z, (rz / s.rz).to(self.dtype)[:, None], s.p), rz=rz)
 
 
-class Product:
+class _Product:
     """``W p`` in the working precision, for the units that are left."""
 
     def __init__(self, sums: ImplicitSums, dtype: torch.dtype):
-        self.sums, self.offset, self.share = (
-            sums,
-            sums.offset_q.to(dtype),
-            (1 / sums.weight).to(dtype)[:, None],
-        )
+        self.sums, self.offset = sums, sums.offset_q.to(dtype)
+        self.share = (1 / sums.weight).to(dtype)[:, None]
 
     def __call__(self, p: Tensor, ridge: Tensor) -> Tensor:
         out = self.sums.product(p).mul_(self.share)
-        out.addcmul_(self.offset, inner(self.offset, p).to(p.dtype)[:, None], value=-1)
+        out.addcmul_(self.offset, _inner(self.offset, p).to(p.dtype)[:, None], value=-1)
         return out.addcmul_(p, ridge.to(p.dtype)[:, None])
 
-    def keep(self, mask: Tensor) -> "Product":
-        return Product(self.sums.select(mask.nonzero().flatten()), self.offset.dtype)
+    def keep(self, mask: Tensor) -> "_Product":
+        return _Product(self.sums.select(mask.nonzero().flatten()), self.offset.dtype)
 
 
-def inner(x: Tensor, y: Tensor) -> Tensor:
+def _inner(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1, dtype=torch.float64)

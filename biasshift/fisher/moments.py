@@ -1,4 +1,4 @@
-"""Sums over samples, and every expectation of the theory read off them.
+"""Sums over samples, and the expectations of the theory that they determine.
 
 Sums are shifted by a reference mean (that of the first batch), because ``E(a aᵀ) − m mᵀ`` cancels
 when means are large against the spread. Two sums with different references merge exactly: the shift
@@ -14,17 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import packed
+from biasshift.theory import Vectors
 
 AnySums = TypeVar("AnySums", bound="Sums")
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Moments of the incoming activations under p and under δ², up to first order, and the
-    expectations read off them.
+    """Moments of the incoming activations under p and under δ², up to first order.
 
-    ``reference`` and ``total`` are (inputs,) when all units see the same inputs, else (units,
-    inputs). float64 throughout.
+    The subclasses add the second order: `WeightedSums` as blocks, `samples.ImplicitSums` by the
+    samples themselves. ``reference`` and ``total`` are (inputs,) when all units see the same
+    inputs, else (units, inputs). Everything is float64, expectations included.
     """
 
     examples: int  # the number that E_p divides by
@@ -36,8 +37,12 @@ class Sums:
     first: Float[Tensor, "units inputs"]  # Σ δ² (a − reference)
 
     def with_inputs(self: AnySums, examples: int, positions: int, total: Tensor) -> AnySums:
-        """These sums and incoming activations under p: ``total`` is Σ (a − reference) over all
-        positions.
+        """Returns these sums and a batch of incoming activations under p.
+
+        Args:
+            examples: how many examples the batch has.
+            positions: how many activations; more than examples where weights are shared.
+            total: Σ (a − reference) over all positions, shaped like the reference.
         """
         return replace(
             self,
@@ -47,7 +52,11 @@ class Sums:
         )
 
     def about(self: AnySums, reference: Tensor) -> AnySums:
-        """The same sums about another reference."""
+        """Returns the moments of order zero and one about another reference.
+
+        ``Σ δ² (a − r′) = Σ δ² (a − r) + (r − r′) Σ δ²``: nothing is lost, for the shift is known
+        exactly. Second moments are the subclass's.
+        """
         d = self.reference - reference
         first = self.first + self.weight[:, None] * d.expand_as(self.first)
         return replace(
@@ -55,7 +64,11 @@ class Sums:
         )
 
     def plus(self: AnySums, other: "Sums") -> AnySums:
-        """Sums over both sets of samples, when both are about the same reference."""
+        """Returns the moments of order zero and one over the samples of both sums.
+
+        Both must be about the same reference, which is not checked: use ``+``, which moves the
+        other sums to it first.
+        """
         return replace(
             self,
             examples=self.examples + other.examples,
@@ -70,34 +83,37 @@ class Sums:
 
     @property
     def mean_delta2(self) -> Tensor:
+        """``c = E_p(δ²)``, (units,)."""
         return self.weight / self.examples
 
     @property
     def mean_p(self) -> Tensor:
+        """``μ = E_p(a)``, shaped like the reference."""
         return self.reference + self.total / self.positions
 
     @property
     def offset_q(self) -> Tensor:
-        """``m − reference``; NaN for a dead unit."""
+        """``m − reference``, (units, inputs); NaN for a dead unit, whose weight is 0."""
         return self.first / self.weight[:, None]
 
     @property
     def mean_q(self) -> Tensor:
+        """``m = E_q(a)``, (units, inputs); NaN for a dead unit."""
         return self.reference + self.offset_q
 
     @property
     def offset_pq(self) -> Tensor:
-        """``m − μ``, in which the reference has dropped out."""
+        """``m − μ``, (units, inputs), in which the reference has dropped out."""
         return self.offset_q - self.total / self.positions
 
     @property
     def cov_p(self) -> Tensor:
-        """``c (m − μ)``, which is 0 for a dead unit."""
+        """``Cov_p(δ², a) = c (m − μ)``, (units, inputs), which is 0 for a dead unit."""
         return (self.first - self.weight[:, None] * (self.total / self.positions)) / self.examples
 
     @property
     def effective_samples(self) -> Tensor:
-        """``(Σ δ²)² / Σ δ⁴``, and 0 for a dead unit."""
+        """``(Σ δ²)² / Σ δ⁴``, (units,), and 0 for a dead unit."""
         return torch.where(self.weight > 0, self.weight**2 / self.weight_squares, 0)
 
     @property
@@ -105,41 +121,53 @@ class Sums:
         """``E_q (a − reference)²``, (units, inputs)."""
         raise NotImplementedError
 
-    def times(self, v: Float[Tensor, "units inputs"]) -> Tensor:
-        """``V v`` for every unit."""
+    def times(self, v: Vectors) -> Tensor:
+        """Returns ``V v`` for every unit, (units, inputs), with ``V = Var_q(a)`` undamped."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class WeightedSums(Sums):
-    """What the unit Fisher matrices of a layer are made of, blocks included."""
+    """All sums that the unit Fisher matrices of a layer are made of, blocks included.
+
+    Methods return new objects, but the blocks are too large to copy at every batch: `with_weights`
+    and `with_vectors` add to them in place. Afterwards use what they return, and not the old sums.
+    """
 
     second: packed.Rows  # Σ δ² (a − reference)(a − reference)ᵀ
 
     @classmethod
     def empty(cls, units: int, reference: Float[Tensor, " inputs"]) -> "WeightedSums":
-        """Sums over no samples. ``reference`` should be near the mean, and representable in the
-        dtype of the samples.
+        """Returns sums over no samples, which take no memory for blocks yet.
+
+        Args:
+            units: how many units the layer has.
+            reference: near the mean of the activations, and representable in their dtype: it is
+                subtracted from them before the sums are formed.
         """
         wide, inputs = reference.double(), len(reference)
-        zero = wide.new_zeros(units)
-        second = packed.zeros(units, inputs, reference.device)
         return cls(
-            0,
-            0,
-            wide,
-            torch.zeros_like(wide),
-            zero,
-            zero.clone(),
-            wide.new_zeros(units, inputs),
-            second,
+            examples=0,
+            positions=0,
+            reference=wide,
+            total=torch.zeros_like(wide),
+            weight=wide.new_zeros(units),
+            weight_squares=wide.new_zeros(units),
+            first=wide.new_zeros(units, inputs),
+            second=packed.zeros(units, inputs, reference.device),
         )
 
     def with_weights(
         self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]
     ) -> "WeightedSums":
-        """These sums and a batch in which a sample has one weight per unit. Reuses (and spoils) the
-        memory of ``self``.
+        """Returns these sums and a batch in which a sample has one weight per unit.
+
+        Reuses (and spoils) the memory of ``self``. The means under p are not touched; they come by
+        `with_inputs`.
+
+        Args:
+            shifted: ``a − reference``, in the dtype that products are formed in.
+            delta2: the weights δ² ≥ 0 of every sample and unit.
         """
         packed.add_weighted(self.second, shifted, delta2)
         weight, squares = delta2.sum(0, dtype=torch.float64), delta2.double().square().sum(0)
@@ -148,11 +176,14 @@ class WeightedSums(Sums):
     def with_vectors(
         self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]
     ) -> "WeightedSums":
-        """The same for shared weights, class by class: ``vectors`` are Σ_t δ_t (a_t − reference),
-        ``delta`` Σ_t δ_t.
+        """Returns these sums and a batch of a layer with shared weights, for some labels.
 
-        The squared weights are those of whole examples, all classes together, and come by
-        `with_weight_squares`.
+        Reuses (and spoils) the memory of ``self``. The squared weights are those of whole examples,
+        all labels together, and come by `with_weight_squares`.
+
+        Args:
+            vectors: ``Σ_t δ_t (a_t − reference)`` over the positions t of a sample.
+            delta: ``Σ_t δ_t``.
         """
         packed.add_outer(self.second, vectors)
         weight = delta.double().square().sum(0)
@@ -161,8 +192,10 @@ class WeightedSums(Sums):
         )
 
     def with_weight_squares(self, delta2: Float[Tensor, "samples units"]) -> "WeightedSums":
-        """What `with_vectors` could not know: the sum over examples of the squared ``Σ_y p_y (Σ_t
-        δ_t)²``.
+        """Returns these sums and the squared weights that `with_vectors` could not know.
+
+        Args:
+            delta2: ``Σ_y p_y (Σ_t δ_t)²`` of every example, over its labels y and positions t.
         """
         return replace(self, weight_squares=self.weight_squares + delta2.double().square().sum(0))
 
@@ -175,7 +208,11 @@ class WeightedSums(Sums):
         )
 
     def moved(self, reference: Tensor) -> "WeightedSums":
-        """The same sums about another reference; memory of its own."""
+        """Returns the same sums about another reference, in memory of their own.
+
+        With ``d = r − r′`` the blocks gain ``d (f + w d/2)ᵀ`` and its transpose, where f and w are
+        the moments of order one and zero about r.
+        """
         d = self.reference - reference
         step = d.expand_as(self.first)
         second = packed.copied(self.second)
@@ -183,6 +220,7 @@ class WeightedSums(Sums):
         return replace(self.about(reference), second=second)
 
     def __add__(self, other: "WeightedSums") -> "WeightedSums":
+        """The sums over the samples of both, about the reference of the first."""
         other = other.moved(self.reference)
         for block, mine in zip(other.second, self.second, strict=True):
             block += mine
@@ -190,39 +228,39 @@ class WeightedSums(Sums):
 
     @staticmethod
     def stacked(parts: Sequence["WeightedSums"]) -> "WeightedSums":
-        """One layer whose units see different inputs (groups): the units of every part, one part
-        after the other.
+        """Returns one layer of units that see different inputs, such as a grouped convolution.
+
+        Args:
+            parts: the sums of each group of units, over the same examples. Its units come one
+                group after the other, and reference and total become (units, inputs).
         """
-        first = parts[0]
-        per_unit = [(p.reference.expand_as(p.first), p.total.expand_as(p.first)) for p in parts]
         return WeightedSums(
-            first.examples,
-            first.positions,
-            torch.cat([reference for reference, _ in per_unit]),
-            torch.cat([total for _, total in per_unit]),
-            torch.cat([p.weight for p in parts]),
-            torch.cat([p.weight_squares for p in parts]),
-            torch.cat([p.first for p in parts]),
-            packed.stack([p.second for p in parts]),
+            examples=parts[0].examples,
+            positions=parts[0].positions,
+            reference=torch.cat([part.reference.expand_as(part.first) for part in parts]),
+            total=torch.cat([part.total.expand_as(part.first) for part in parts]),
+            weight=torch.cat([part.weight for part in parts]),
+            weight_squares=torch.cat([part.weight_squares for part in parts]),
+            first=torch.cat([part.first for part in parts]),
+            second=packed.stack([part.second for part in parts]),
         )
 
     # -- expectations of second order, float64 -----------------------------------------------------
 
     @property
     def squares_q(self) -> Tensor:
-        return (
-            torch.cat([block.diagonal(dim1=1, dim2=2) for block in self.second], dim=1).double()
-            / self.weight[:, None]
-        )
-
-    def second_q(self, units: slice | Tensor) -> Tensor:
-        """``E_q (a − reference)(a − reference)ᵀ`` of some units."""
-        return packed.dense(self.second, units).div_(self.weight[units][:, None, None])
+        diagonals = [block.diagonal(dim1=1, dim2=2) for block in self.second]
+        return torch.cat(diagonals, dim=1).double() / self.weight[:, None]
 
     def var_q(self, units: slice | Tensor = slice(None)) -> Tensor:
-        """``V``, the covariance of the incoming activations under q, of some units."""
-        m = self.offset_q[units]
-        return torch.baddbmm(self.second_q(units), m[:, :, None], m[:, None, :], alpha=-1)
+        """Returns ``V = Var_q(a)`` of some units, (units, inputs, inputs); NaN for dead units.
 
-    def times(self, v: Float[Tensor, "units inputs"]) -> Tensor:
+        Args:
+            units: a slice or a tensor of indices; all units by default.
+        """
+        m = self.offset_q[units]
+        second = packed.dense(self.second, units).div_(self.weight[units][:, None, None])
+        return torch.baddbmm(second, m[:, :, None], m[:, None, :], alpha=-1)
+
+    def times(self, v: Vectors) -> Tensor:
         return torch.bmm(self.var_q(), v.double()[:, :, None])[:, :, 0]

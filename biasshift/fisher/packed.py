@@ -1,5 +1,4 @@
-"""Sums of outer products, one symmetric matrix per unit, of which only the upper triangle is
-computed and kept.
+"""Sums of outer products: one symmetric matrix per unit, kept as its upper triangle.
 
 A matrix of ``d`` inputs is cut into block rows of a few inputs: block row ``J`` holds the columns
 from ``J``'s first input on. Each is one large matrix product, so half of the naive work is saved
@@ -11,7 +10,9 @@ in the dtype of its products, which loses nothing and takes half of the memory; 
 makes it float64. An empty sum takes none.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -24,58 +25,60 @@ Rows = list[Tensor]  # block row J: (units, rows of J, inputs - first input of J
 ROWS = 16
 OUTER_ROWS = 4  # block rows in one product of `add_outer`, whose matrices are small
 MOST_SAMPLES = 4096  # summed in the dtype of the samples, before they go on in float64
-TEMPORARY = {
-    "cpu": 2**22,
-    "cuda": 2**26,
-}  # elements of the largest temporary: below, threads and kernels wait for each other
-
-
-def starts(inputs: int) -> list[tuple[int, int]]:
-    """The (first, last + 1) input of every block row. A function of ``inputs`` alone, so that any
-    two sums can be added.
-    """
-    return [(i, min(i + ROWS, inputs)) for i in range(0, inputs, ROWS)]
+# elements of the largest temporary: below, threads and kernels wait for each other
+TEMPORARY = {"cpu": 2**22, "cuda": 2**26}
 
 
 def zeros(units: int, inputs: int, device: torch.device) -> Rows:
-    """A sum over nothing: one zero, seen from everywhere."""
+    """Returns a sum over no samples.
+
+    All block rows are views of one zero, which takes 8 bytes. Functions of this file replace an
+    empty block row as a whole, and never write into it.
+
+    >>> rows = zeros(3, 20, torch.device("cpu"))
+    >>> [tuple(block.shape) for block in rows]
+    [(3, 16, 20), (3, 4, 4)]
+    """
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return [zero.expand(units, j - i, inputs - i) for i, j in starts(inputs)]
+    return [zero.expand(units, j - i, inputs - i) for i, j in _bounds(inputs)]
 
 
-def is_empty(block: Tensor) -> bool:
-    """Whether nothing was added yet."""
-    return block.stride() == (0, 0, 0)
+def block_bytes(units: int, inputs: int) -> int:
+    """Returns the bytes that the block rows of a layer take in float64.
+
+    It is a little more than half of whole matrices: ``8 units inputs² / 2``, and the lower triangle
+    of every block on the diagonal.
+    """
+    return 8 * units * sum((j - i) * (inputs - i) for i, j in _bounds(inputs))
 
 
 def add_weighted(
     rows: Rows, a: Float[Tensor, "samples inputs"], weights: Float[Tensor, "samples units"]
 ) -> None:
-    """``rows[u] += Σₙ weights[n, u] aₙ aₙᵀ``, in place.
+    """Adds ``Σₙ weights[n, u] aₙ aₙᵀ`` to every unit u, in place.
 
     The weights multiply whichever factor is smaller: the products ``a_J ⊗ a_{J:}`` where there are
     more units than columns, else the rows ``a_J`` of every unit. Either way the rest is one matrix
     product per block row, its memory laid out as the block's own, and both temporaries are used
     again and again: fresh memory is slow.
     """
-    units, inputs, scratch = weights.shape[1], a.shape[1], Scratch(a)
-    for k, (i, j) in enumerate(starts(inputs)):
+    units, inputs, scratch = weights.shape[1], a.shape[1], _Scratch(a)
+    for k, (i, j) in enumerate(_bounds(inputs)):
         shape = (units, j - i, inputs - i)
-        for n in range(0, len(a), MOST_SAMPLES):
-            product = a.new_empty(shape) if is_empty(rows[k]) else scratch.product(shape)
-            some = slice(n, n + MOST_SAMPLES)
-            _multiply(product, a[some, i:j], a[some, i:], weights[some], scratch)
-            add_block(rows, k, product)
+        for start in range(0, len(a), MOST_SAMPLES):
+            product = a.new_empty(shape) if _is_empty(rows[k]) else scratch.take("product", shape)
+            n = slice(start, start + MOST_SAMPLES)
+            _multiply(product, a[n, i:j], a[n, i:], weights[n], scratch)
+            rows[k] = _added(rows[k], product)
 
 
 def _multiply(
-    product: Tensor, head: Tensor, tail: Tensor, weights: Tensor, scratch: "Scratch"
+    product: Tensor, head: Tensor, tail: Tensor, weights: Tensor, scratch: "_Scratch"
 ) -> None:
     """``product[u] = Σₙ weights[n, u] headₙ tailₙᵀ``."""
     units, rows, width = product.shape
-    by_products = units > width
     for n in scratch.chunks(len(head), rows * min(units, width)):
-        if by_products:
+        if units > width:
             factor = scratch.factor(head[n, :, None], tail[n, None, :])
             left, right, out = weights[n].T, factor.flatten(1), product.view(units, -1)
         else:
@@ -85,84 +88,112 @@ def _multiply(
 
 
 def add_outer(rows: Rows, vectors: Float[Tensor, "units samples inputs"]) -> None:
-    """``rows[u] += Σₙ vᵤₙ vᵤₙᵀ``, in place: every unit has vectors of its own."""
-    blocks = starts(vectors.shape[2])
-    for k in range(0, len(blocks), OUTER_ROWS):
-        together = blocks[k : k + OUTER_ROWS]
-        first, last = together[0][0], together[-1][1]
+    """Adds ``Σₙ vᵤₙ vᵤₙᵀ`` to every unit u, in place.
+
+    Every unit has vectors of its own, so that one product serves one unit. A few block rows share
+    a product: the matrices are small, and a call costs more than the work it saves.
+    """
+    bounds = _bounds(vectors.shape[2])
+    for k in range(0, len(bounds), OUTER_ROWS):
+        first, last = bounds[k][0], bounds[k : k + OUTER_ROWS][-1][1]
         product = vectors[:, :, first:last].transpose(1, 2) @ vectors[:, :, first:]
-        for more, (i, j) in enumerate(together):
+        for row, (i, j) in enumerate(bounds[k : k + OUTER_ROWS], start=k):
             block = product[:, i - first : j - first, i - first :]
-            add_block(
-                rows,
-                k + more,
-                block.clone(memory_format=torch.contiguous_format)
-                if is_empty(rows[k + more])
-                else block,
-            )
+            if _is_empty(rows[row]):  # it is kept, and a view would keep the lower triangle alive
+                block = block.clone(memory_format=torch.contiguous_format)
+            rows[row] = _added(rows[row], block)
 
 
 def add_symmetric(
     rows: Rows, x: Float[Tensor, "units inputs"], y: Float[Tensor, "units inputs"]
 ) -> None:
-    """``rows[u] += xᵤ yᵤᵀ + yᵤ xᵤᵀ``, in place, for `copied` rows."""
-    for (i, j), block in zip(starts(x.shape[1]), rows, strict=True):
+    """Adds ``xᵤ yᵤᵀ + yᵤ xᵤᵀ`` to every unit u, in place.
+
+    The rows must be `copied`: in float64, and in memory of their own.
+    """
+    for (i, j), block in zip(_bounds(x.shape[1]), rows, strict=True):
         block += x[:, i:j, None] * y[:, None, i:] + y[:, i:j, None] * x[:, None, i:]
 
 
-def add_block(rows: Rows, k: int, product: Tensor) -> None:
-    """``rows[k] += product``: the first is kept as it is, all others are added in float64."""
-    rows[k] = product if is_empty(rows[k]) else rows[k].double().add_(product)
-
-
 def copied(rows: Rows) -> Rows:
-    """The same sums in float64, in memory of their own."""
+    """Returns the same sums in float64, in memory of their own, which may be changed in place."""
     return [block.to(torch.float64, copy=True) for block in rows]
 
 
+def total(parts: Sequence[Rows]) -> Rows:
+    """Returns the sum of several sums over the same units and inputs.
+
+    The blocks of the first part are added to in place where they are float64 already.
+    """
+    return [reduce(_added, blocks) for blocks in zip(*parts, strict=True)]
+
+
+def stack(parts: Sequence[Rows]) -> Rows:
+    """Returns the sums of several groups of units, one group after the other.
+
+    All groups must have the same number of inputs. This is how a grouped convolution becomes one
+    layer: the sums of each group are made alone.
+    """
+    return [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
+
+
 def dense(rows: Rows, units: slice | Tensor = slice(None)) -> Float[Tensor, "units inputs inputs"]:
-    """The whole matrices of the given units, both triangles, in float64."""
-    inputs = rows[0].shape[2]
-    full = torch.empty(
-        rows[0][units].shape[0], inputs, inputs, dtype=torch.float64, device=rows[0].device
-    )
-    for (i, j), block in zip(starts(inputs), rows, strict=True):
+    """Returns the whole matrices of some units, both triangles, in float64.
+
+    Args:
+        rows: the sums of all units.
+        units: the units wanted, as a slice or a tensor of indices; all by default, which takes
+            about twice the memory of their rows in float64.
+
+    >>> rows = zeros(1, 2, torch.device("cpu"))
+    >>> add_weighted(rows, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]))
+    >>> dense(rows)
+    tensor([[[ 3.,  6.],
+             [ 6., 12.]]], dtype=torch.float64)
+    """
+    count, inputs = rows[0][units].shape[0], rows[0].shape[2]
+    full = torch.empty(count, inputs, inputs, dtype=torch.float64, device=rows[0].device)
+    for (i, j), block in zip(_bounds(inputs), rows, strict=True):
         full[:, i:j, i:] = block[units]
         full[:, j:, i:j] = block[units][:, :, j - i :].transpose(1, 2)
     return full
 
 
-def stack(parts: Sequence[Rows]) -> Rows:
-    """The rows of several groups of units, one after the other."""
-    return [torch.cat(blocks) for blocks in zip(*parts, strict=True)]
-
-
-class Scratch:
-    """The two temporaries of a sum over weighted samples, made when they are needed first and then
-    used again.
+def _bounds(inputs: int) -> list[tuple[int, int]]:
+    """The first and last + 1 input of every block row: a function of ``inputs`` alone, so that any
+    two sums can be added.
     """
+    return [(i, min(i + ROWS, inputs)) for i in range(0, inputs, ROWS)]
+
+
+def _is_empty(block: Tensor) -> bool:
+    return block.stride() == (0, 0, 0)
+
+
+def _added(block: Tensor, product: Tensor) -> Tensor:
+    """One block row and a product: the first one is kept as it is, all others add in float64."""
+    return product if _is_empty(block) else block.double().add_(product)
+
+
+class _Scratch:
+    """The two temporaries of a weighted sum, made when they are needed first and then reused."""
 
     def __init__(self, like: Tensor):
         self._like, self._most = like, TEMPORARY.get(like.device.type, TEMPORARY["cuda"])
-        self._factor = self._product = like.new_empty(0)
+        self._memory: dict[str, Tensor] = {}
 
     def chunks(self, samples: int, width: int) -> Iterator[slice]:
-        """Slices of the samples, such that a factor of ``width`` elements per sample stays within
-        bounds.
-        """
+        """Slices of the samples, whose factor of ``width`` elements each stays within bounds."""
         step = max(64, self._most // width)
         return (slice(n, min(n + step, samples)) for n in range(0, samples, step))
 
     def factor(self, x: Tensor, y: Tensor) -> Tensor:
         """``x * y``, until the next call."""
-        shape = torch.broadcast_shapes(x.shape, y.shape)
-        if shape.numel() > self._factor.numel():
-            self._factor = self._like.new_empty(shape.numel())
-        return torch.mul(x, y, out=self._factor[: shape.numel()].view(shape))
+        return torch.mul(x, y, out=self.take("factor", torch.broadcast_shapes(x.shape, y.shape)))
 
-    def product(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory for one product, until the next call."""
-        count = torch.Size(shape).numel()
-        if count > self._product.numel():
-            self._product = self._like.new_empty(count)
-        return self._product[:count].view(shape)
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Memory for one temporary, until the next call for the same."""
+        count = math.prod(shape)
+        if name not in self._memory or count > self._memory[name].numel():
+            self._memory[name] = self._like.new_empty(count)
+        return self._memory[name][:count].view(shape)

@@ -1,5 +1,4 @@
-"""Sums that keep the samples instead of the blocks: ``V v`` for all units of a layer at once,
-without any ``V``.
+"""Sums that keep the samples instead of the blocks: ``V v`` for all units, without any ``V``.
 
 ``V v = E_q[(a − r)(a − r)ᵀ v] − o oᵀ v`` with ``o = m − r``: the first term is two matrix products
 over the samples, which are kept about the reference mean ``r``, and the mean part is folded in
@@ -8,7 +7,8 @@ exactly. Memory grows with samples × (inputs + units), where blocks take units 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from functools import reduce
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,23 +16,29 @@ from torch import Tensor
 
 from biasshift.fisher import packed
 from biasshift.fisher.moments import Sums
-from biasshift.theory import dot
+from biasshift.theory import Scalars, Vectors, dot
 
+STORAGES = ("dense", "implicit", "auto")
+MEMORY_BUDGET = 2**30  # bytes that the blocks, or the samples, of a layer may take
 TEMPORARY = 2**24  # elements of the largest temporary of a product: 64 MiB in float32
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # per unit Σ δ², Σ δ⁴, Σ δ² a and Σ δ² a², float64
-Pieces = tuple[Tensor, Tensor, Tensor]
+SharedMoments = tuple[Tensor, Tensor, Tensor]  # for all units Σ w, Σ w a and Σ w a aᵀ
+Terms = Literal["samples", "examples", "positions", "unread"]
 
 
-class Work(NamedTuple):
-    """What decides how to solve, per unit: terms of rank one in the block, places that a product
-    goes through, errors.
+@dataclass(frozen=True)
+class Work:
+    """The sizes that decide how to solve, for one unit; those of several batches add up.
+
+    Products with V cost ``4 positions × inputs`` operations, and a few for every error. A
+    factorization costs the cube of the smaller of rows and inputs.
     """
 
-    rows: int
-    positions: int
-    errors: int
+    rows: int = 0  # terms of rank one in the block
+    positions: int = 0  # places that a product goes through
+    errors: int = 0
 
-    def __add__(self, other: "Work") -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __add__(self, other: "Work") -> "Work":
         return Work(
             self.rows + other.rows, self.positions + other.positions, self.errors + other.errors
         )
@@ -40,64 +46,97 @@ class Work(NamedTuple):
 
 @runtime_checkable
 class Part(Protocol):
-    """One batch of one layer, as something that can be multiplied. Its activations ``a`` are about
-    the reference of the sums.
+    """One batch of one layer, as a linear map: it can be multiplied without forming a block.
+
+    Its activations ``a`` are about the reference of the sums. Shapes are those of the layer's
+    units, or of the units that were selected.
     """
 
     @property
     def bytes(self) -> int:
-        """What it holds in memory; 0 where nothing is held, and every look at it costs passes
-        through the model.
-        """
+        """The bytes that it holds; 0 where nothing is held, and every use reads the probe again."""
         ...
 
     @property
-    def work(self) -> Work: ...
+    def work(self) -> Work:
+        """The sizes that decide how to solve with it."""
+        ...
 
     @property
     def channels(self) -> int:
         """The size of `spread`: a divisor of the number of inputs."""
         ...
 
-    def weight(self) -> float:
-        """``Σ δ²`` over samples and units: two readings of the same probe agree in it."""
+    @property
+    def terms(self) -> Terms:
+        """Of what a block is the sum, which decides how it can be factored.
+
+        "samples": of ``δ² a aᵀ`` with activations that all units share. "positions": the same at
+        the positions of a convolution. "examples": of outer products of a vector per unit and
+        example, see `PartWithRows`. "unread": of parts that are not in memory.
+        """
         ...
 
-    def product(self, v: Float[Tensor, "units inputs"]) -> Tensor:
-        """``Σ δ² a aᵀ v`` for every unit, in the dtype of v."""
+    def weight(self) -> float:
+        """Returns ``Σ δ²`` over samples and units: two readings of the same probe agree in it."""
+        ...
+
+    def product(self, v: Vectors) -> Tensor:
+        """Returns ``Σ δ² a aᵀ v`` for every unit, in the dtype of v."""
         ...
 
     def select(self, units: Tensor) -> "Part":
-        """Some of the units, by index."""
+        """Returns the part of some of the units, by index."""
         ...
 
     def moved(self, d: Tensor) -> "Part":
-        """With ``d``, (inputs,) or (units, inputs), added to every activation."""
+        """Returns the part with ``d``, (inputs,) or (units, inputs), added to its activations."""
         ...
 
     def blocks(self) -> packed.Rows:
-        """``Σ δ² a aᵀ``, which only few units can afford."""
+        """Returns ``Σ δ² a aᵀ``, which only few units can afford."""
         ...
 
-    def spread(self, share: Float[Tensor, " units"]) -> Pieces:
-        """``Σ w``, ``Σ w a``, ``Σ w a aᵀ`` with the one weight ``w = Σᵤ shareᵤ δᵤ²`` for all units;
-        over channels, for maps.
+    def spread(self, share: Scalars) -> SharedMoments:
+        """Returns ``Σ w``, ``Σ w a`` and ``Σ w a aᵀ`` with one weight for all units.
+
+        The weight of a sample is ``w = Σᵤ shareᵤ δᵤ²``. Where weights are shared, the inputs are
+        the channels alone: all places of an example's maps have the weight of the example.
+        """
+        ...
+
+
+@runtime_checkable
+class PartWithRows(Part, Protocol):
+    """A part whose terms are "examples": every unit has rows of its own."""
+
+    def rows(self) -> tuple[Float[Tensor, "units rows inputs"], Float[Tensor, "units rows"]]:
+        """Returns ``Σ_t δ_t a_t`` and ``Σ_t δ_t`` over the positions t of every example.
+
+        There is one row for every example and label seed, and a block is the sum of their outer
+        products.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples with one weight per unit: a linear layer, or positions that count as samples."""
+    """The part of a layer in which a sample has one weight per unit.
+
+    That is a linear layer, or one whose positions count as samples.
+    """
 
     a: Float[Tensor, "samples inputs"]
-    delta2: Float[
-        Tensor, "units samples"
-    ]  # the weights of one unit lie together: units leave without a look at the others
+    # The weights of one unit lie together: units leave without touching the others.
+    delta2: Float[Tensor, "units samples"]
+
+    @property
+    def terms(self) -> Terms:
+        return "samples"
 
     @property
     def bytes(self) -> int:
-        return _bytes(self.a, self.delta2)
+        return self.a.nbytes + self.delta2.nbytes
 
     @property
     def work(self) -> Work:
@@ -110,7 +149,7 @@ class Samples:
     def weight(self) -> float:
         return self.delta2.sum(dtype=torch.float64).item()
 
-    def product(self, v: Float[Tensor, "units inputs"]) -> Tensor:
+    def product(self, v: Vectors) -> Tensor:
         out = torch.zeros_like(v)
         for n in chunks(len(self.a), max(v.shape)):
             a = self.a[n].to(v.dtype)
@@ -128,7 +167,7 @@ class Samples:
         packed.add_weighted(rows, self.a, self.delta2.T)
         return rows
 
-    def spread(self, share: Float[Tensor, " units"]) -> Pieces:
+    def spread(self, share: Scalars) -> SharedMoments:
         w = share.to(self.a.dtype) @ self.delta2
         return (
             w.sum(dtype=torch.float64),
@@ -137,6 +176,10 @@ class Samples:
         )
 
     def moments(self) -> Moments:
+        """Returns ``Σ δ²``, ``Σ δ⁴``, ``Σ δ² a`` and ``Σ δ² a²`` over the samples, in float64.
+
+        The first two are (units,), the others (units, inputs). `ImplicitSums.with_part` takes them.
+        """
         fourth = first = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
         for n in chunks(len(self.a), max(self.a.shape[1], len(self.delta2))):
             wide = self.delta2[:, n].double()
@@ -150,8 +193,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Again:
-    """Parts that did not fit into memory: the probe and the model are run again whenever they are
-    needed.
+    """Parts that did not fit into memory, as one part that holds nothing.
+
+    The probe and the model are run again whenever the parts are needed: every product with V costs
+    forward and backward passes over the whole probe.
     """
 
     read: Callable[[], Iterator[Part]]
@@ -162,7 +207,12 @@ class Again:
 
     bytes = 0
 
+    @property
+    def terms(self) -> Terms:
+        return "unread"
+
     def parts(self) -> Iterator[Part]:
+        """Yields every part of the probe, of the selected units and about the moved reference."""
         for part in self.read():
             part = part if self.units is None else part.select(self.units)
             yield part if self.d is None else part.moved(self.d)
@@ -170,7 +220,7 @@ class Again:
     def weight(self) -> float:
         return sum(part.weight() for part in self.parts())
 
-    def product(self, v: Float[Tensor, "units inputs"]) -> Tensor:
+    def product(self, v: Vectors) -> Tensor:
         out = torch.zeros_like(v)
         for part in self.parts():
             out += part.product(v)
@@ -184,50 +234,63 @@ class Again:
         return replace(self, d=d if self.d is None else self.d + d)
 
     def blocks(self) -> packed.Rows:
-        return _added([part.blocks() for part in self.parts()])
+        return packed.total([part.blocks() for part in self.parts()])
 
-    def spread(self, share: Float[Tensor, " units"]) -> Pieces:
-        return _total(part.spread(share) for part in self.parts())
+    def spread(self, share: Scalars) -> SharedMoments:
+        return _added(part.spread(share) for part in self.parts())
 
 
+@dataclass(eq=False)
 class TooLarge(Exception):
     """The blocks of so many units do not fit into the memory budget."""
 
-    def __init__(self, units: int, bytes: int):
-        super().__init__(units, bytes)
-        self.units, self.bytes = units, bytes
+    units: int
+    bytes: int
 
 
 @dataclass(frozen=True)
 class ImplicitSums(Sums):
-    """What the unit Fisher matrices of a layer are made of, with the samples in place of the
-    blocks.
+    """All sums that the unit Fisher matrices of a layer are made of, with samples for blocks.
+
+    They have the moments of order zero and one, and the diagonal of the second, as tensors. Whole
+    second moments come from the parts, one product or a few blocks at a time.
     """
 
-    squares: Float[Tensor, "units inputs"]  # Σ δ² (a − reference)²
+    squares: Vectors  # Σ δ² (a − reference)²
     parts: tuple[Part, ...]
     memory_budget: int  # bytes that blocks may take where they are asked for, unit by unit
 
     @classmethod
     def empty(cls, units: int, reference: Tensor, memory_budget: int) -> "ImplicitSums":
-        """Sums over no samples, about a reference near the mean."""
+        """Returns sums over no samples.
+
+        Args:
+            units: how many units the layer has.
+            reference: near the mean of the activations, (inputs,) or (units, inputs).
+            memory_budget: bytes that `var_q` may take.
+        """
         wide = reference.double()
-        first = wide.new_zeros(units, wide.shape[-1])
         return cls(
-            0,
-            0,
-            wide,
-            torch.zeros_like(wide),
-            first[:, 0].clone(),
-            first[:, 0].clone(),
-            first,
-            first.clone(),
-            (),
-            memory_budget,
+            examples=0,
+            positions=0,
+            reference=wide,
+            total=torch.zeros_like(wide),
+            weight=wide.new_zeros(units),
+            weight_squares=wide.new_zeros(units),
+            first=wide.new_zeros(units, wide.shape[-1]),
+            squares=wide.new_zeros(units, wide.shape[-1]),
+            parts=(),
+            memory_budget=memory_budget,
         )
 
     def with_part(self, moments: Moments, part: Part | None) -> "ImplicitSums":
-        """These sums and a batch's weighted activations, which are kept or not."""
+        """Returns these sums and the weighted activations of a batch.
+
+        Args:
+            moments: those of the part, from its ``moments()``.
+            part: the batch itself, about the same reference; None where it is not kept, and has to
+                be read again.
+        """
         weight, weight_squares, first, squares = moments
         return replace(
             self,
@@ -239,32 +302,39 @@ class ImplicitSums(Sums):
         )
 
     def without_parts(self, *parts: Part) -> "ImplicitSums":
-        """The moments alone, or with other parts, that say the same."""
+        """Returns the moments with other parts in place of these, or with none.
+
+        The parts must stand for the same samples, such as an `Again` for parts that were too large.
+        """
         return replace(self, parts=parts)
 
     def about(self, reference: Tensor) -> "ImplicitSums":
         d = self.reference - reference
         step = d.expand_as(self.first)
-        squares = self.squares + step * (2 * self.first + self.weight[:, None] * step)
         return replace(
             super().about(reference),
-            squares=squares,
+            squares=self.squares + step * (2 * self.first + self.weight[:, None] * step),
             parts=tuple(part.moved(d) for part in self.parts),
         )
 
     def __add__(self, other: "ImplicitSums") -> "ImplicitSums":
+        """The sums over the samples of both, about the reference of the first."""
         other = other.about(self.reference)
         return replace(
             self.plus(other), squares=self.squares + other.squares, parts=self.parts + other.parts
         )
 
     def select(self, units: Tensor) -> "ImplicitSums":
-        """Some of the units, by index."""
+        """Returns the sums of some of the units.
+
+        Args:
+            units: their indices, in any order; results then come in this order.
+        """
         names = ["weight", "weight_squares", "first", "squares"]
         names += ["reference", "total"] if self.reference.dim() == 2 else []
         return replace(
             self,
-            parts=tuple(p.select(units) for p in self.parts),
+            parts=tuple(part.select(units) for part in self.parts),
             **{name: getattr(self, name)[units] for name in names},
         )
 
@@ -274,19 +344,25 @@ class ImplicitSums(Sums):
     def squares_q(self) -> Tensor:
         return self.squares / self.weight[:, None]
 
-    def product(self, v: Float[Tensor, "units inputs"]) -> Tensor:
-        """``Σ δ² (a − reference)(a − reference)ᵀ v``, in the dtype of v."""
+    def product(self, v: Vectors) -> Tensor:
+        """Returns ``Σ δ² (a − reference)(a − reference)ᵀ v`` for every unit, in the dtype of v.
+
+        This is the one large cost of an iteration: it goes over all samples of all parts.
+        """
         out = self.parts[0].product(v)
         for part in self.parts[1:]:
             out += part.product(v)
         return out
 
-    def times(self, v: Float[Tensor, "units inputs"]) -> Tensor:
+    def times(self, v: Vectors) -> Tensor:
         m = self.offset_q
         return self.product(v).double() / self.weight[:, None] - m * dot(m, v.double())[:, None]
 
     def var_q(self, units: slice | Tensor = slice(None)) -> Tensor:
-        """``V`` of some units, formed for this one call.
+        """Returns ``V = Var_q(a)`` of some units, formed for this one call.
+
+        Args:
+            units: a slice or a tensor of indices; all units by default.
 
         Raises:
             TooLarge: when that takes more than the memory budget.
@@ -298,50 +374,41 @@ class ImplicitSums(Sums):
         return self.covariances(index)
 
     def covariances(self, units: Tensor) -> Float[Tensor, "units inputs inputs"]:
-        """`var_q` without a look at the budget."""
-        few = self.select(units)
-        second = packed.dense(_added([part.blocks() for part in few.parts])).div_(
-            few.weight[:, None, None]
-        )
-        return torch.baddbmm(second, few.offset_q[:, :, None], few.offset_q[:, None, :], alpha=-1)
+        """Returns ``V = Var_q(a)`` of some units, however much memory that takes.
 
-    def spread(self, share: Float[Tensor, " units"]) -> Float[Tensor, "channels channels"]:
-        """The covariance of the activations under ``Σᵤ shareᵤ qᵤ``, one for all units: what
-        preconditions them.
+        The caller bounds their number; `var_q` is the same within the memory budget.
+        """
+        few = self.select(units)
+        second = packed.dense(packed.total([part.blocks() for part in few.parts]))
+        second, m = second.div_(few.weight[:, None, None]), few.offset_q
+        return torch.baddbmm(second, m[:, :, None], m[:, None, :], alpha=-1)
+
+    def spread(self, share: Scalars) -> Float[Tensor, "channels channels"]:
+        """Returns the covariance of the activations under ``Σᵤ shareᵤ qᵤ``, float64.
+
+        It is one matrix for all units, which preconditions them. Where weights are shared it is
+        over channels, and the same at all places of a kernel.
+
+        Args:
+            share: ≥ 0, with sum 1; units of share 0 may be dead.
         """
         share = torch.where(share > 0, share / self.weight, 0)
-        weight, first, second = _total(part.spread(share) for part in self.parts)
+        weight, first, second = _added(part.spread(share) for part in self.parts)
         mean = first / weight
         return second / weight - mean[:, None] * mean
 
 
 def chunks(samples: int, width: int) -> Iterator[slice]:
-    """Slices of the samples, such that a temporary of ``width`` elements per sample stays within
-    bounds.
+    """Returns slices of the samples that bound the memory of a temporary.
+
+    Args:
+        samples: how many there are.
+        width: elements that the temporary has for each of them; a slice has `TEMPORARY` elements
+            at most, or is one sample.
     """
     step = max(1, TEMPORARY // max(width, 1))
     return (slice(i, i + step) for i in range(0, samples, step))
 
 
-def block_bytes(units: int, inputs: int) -> int:
-    """What the block rows of a layer take in float64."""
-    return 8 * units * sum((j - i) * (inputs - i) for i, j in packed.starts(inputs))
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _added(parts: list[packed.Rows]) -> packed.Rows:
-    rows = parts[0]
-    for other in parts[1:]:
-        for k, block in enumerate(other):
-            packed.add_block(rows, k, block)
-    return rows
-
-
-def _total(pieces: Iterator[Pieces]) -> Pieces:
-    weight, first, second = next(pieces)
-    for w, f, s in pieces:
-        weight, first, second = weight + w, first + f, second + s
-    return weight, first, second
+def _added(moments: Iterator[SharedMoments]) -> SharedMoments:
+    return reduce(lambda x, y: (x[0] + y[0], x[1] + y[1], x[2] + y[2]), moments)

@@ -1,41 +1,29 @@
-"""The unit Fisher information matrix of every unit of a layer, and the terms of Theorems 1 and 2
-read off it.
-"""
+"""The unit Fisher matrices of a layer, and the terms of Theorems 1 and 2 that follow from them."""
 
 import math
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, distributed as dist
 
 from biasshift.fisher.all_reduce import all_reduced
-from biasshift.fisher.cholesky import Factors, Singular
+from biasshift.fisher.cholesky import Factors, Singular, sherman_morrison
 from biasshift.fisher.moments import WeightedSums
-from biasshift.fisher.samples import ImplicitSums, Samples, TooLarge, block_bytes
-from biasshift.fisher.solver import Solver
-from biasshift.theory import dot
+from biasshift.fisher.packed import block_bytes
+from biasshift.fisher.samples import MEMORY_BUDGET, STORAGES, ImplicitSums, Samples, TooLarge
+from biasshift.fisher.solver import MAX_ITERATIONS, Solver
+from biasshift.theory import Scalars, Vectors, dot
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Scalars = Float[Tensor, " units"]
-Vectors = Float[Tensor, "units inputs"]
-
-STORAGES = ("dense", "implicit", "auto")
-MEMORY_BUDGET = 2**30  # bytes
-MAX_ITERATIONS = 1000
 TOLERANCE = {torch.float64: 1e-8}  # of the relative residuals; else
 SINGLE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class UnitFisher:
-    """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)``, ``ã = (a, 1)``, of all units of one layer, and
-    what follows from them.
+    """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)`` of all units of one layer, ``ã = (a, 1)``.
 
     Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming
     activation under the data p and under ``q ∝ δ² p``, and its covariance under q. Make one with
@@ -56,26 +44,19 @@ class UnitFisher:
     name: str = ""
     # the rule that made δ²: "expected", "sampled", "empirical" (which is another matrix), or given
     labels: str = "given"
-    label_noise: Tensor | None = field(
-        default=None, repr=False
-    )  # the variance of Σ δ² from drawing labels, (units,), float64
-    tolerance: float | None = (
-        None  # of the relative residuals of the implicit storage; None for that of the dtype
-    )
+    # the variance of Σ δ² from drawing labels, (units,), float64
+    label_noise: Tensor | None = field(default=None, repr=False)
+    # of the relative residuals of the implicit storage; None for that of the dtype
+    tolerance: float | None = None
     max_iterations: int = MAX_ITERATIONS
 
     def __post_init__(self) -> None:
-        if not (
-            isinstance(self.damping, int | float)
-            and math.isfinite(self.damping)
-            and self.damping >= 0
-        ):
-            raise ValueError(f"damping must be a finite number ≥ 0, got {self.damping!r}.")
-        if not (self.tolerance is None or 0 < self.tolerance < 1) or self.max_iterations < 1:
-            raise ValueError(
-                f"tolerance must lie in (0, 1) and max_iterations be ≥ 1, got {self.tolerance!r} "
-                f"and {self.max_iterations!r}."
-            )
+        if not (isinstance(self.damping, int | float) and 0 <= self.damping < math.inf):
+            raise ValueError(f"'damping' must be a finite number ≥ 0, got {self.damping!r}.")
+        if not (self.tolerance is None or 0 < self.tolerance < 1):
+            raise ValueError(f"'tolerance' must lie in (0, 1), got {self.tolerance!r}.")
+        if self.max_iterations < 1:
+            raise ValueError(f"'max_iterations' must be ≥ 1, got {self.max_iterations!r}.")
 
     @classmethod
     def from_samples(
@@ -91,8 +72,7 @@ class UnitFisher:
         max_iterations: int = MAX_ITERATIONS,
         memory_budget: int = MEMORY_BUDGET,
     ) -> "UnitFisher":
-        """The unit Fisher matrices of a layer from its incoming activations and the mean squared
-        errors of its units.
+        """Returns the matrices of a layer from its activations and its units' squared errors.
 
         Args:
             a: (samples, inputs), the incoming activations.
@@ -103,8 +83,8 @@ class UnitFisher:
             name: the layer's name in error messages.
             storage: ``"dense"`` keeps the blocks, ``"implicit"`` the samples, and solves by
                 iteration; ``"auto"`` is dense unless the blocks would pass ``memory_budget``.
-            tolerance: the relative residual of every solve by iteration; 1e-8 in double precision
-                and 1e-5 in single by default.
+            tolerance: the relative residual of every solve by iteration, in (0, 1). By default it
+                is 1e-8 in double precision and 1e-5 in single.
             max_iterations: after these, a unit that has not converged gets NaN, and a warning.
             memory_budget: bytes for blocks; with the implicit storage, for the blocks of the few
                 units that are asked for.
@@ -117,26 +97,24 @@ class UnitFisher:
         >>> fisher.mean_q, fisher.var_q, fisher.s
         (tensor([[1.]]), tensor([[[1.]]]), tensor([2.]))
         """
+        if storage not in STORAGES:
+            names = ", ".join(map(repr, STORAGES))
+            raise ValueError(f"'storage' must be one of {names}, got {storage!r}.")
         _check_samples(a, delta2)
-        a, delta2 = a.detach(), delta2.detach()
-        work = torch.promote_types(a.dtype, torch.float32)
-        wide, weights = a.to(work), delta2.to(work)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        wide, weights = a.detach().to(dtype), delta2.detach().to(dtype)
         reference = wide.mean(0)
         shifted = wide - reference
-        units, inputs, total = delta2.shape[1], a.shape[1], shifted.sum(0, dtype=torch.float64)
-        if not is_implicit(storage, block_bytes(units, inputs), memory_budget):
-            sums = (
-                WeightedSums.empty(units, reference)
-                .with_inputs(len(a), len(a), total)
-                .with_weights(shifted, weights)
-            )
-            return cls(sums, damping, bias, a.dtype, name)
-        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
-        sums = ImplicitSums.empty(units, reference, memory_budget).with_inputs(
-            len(a), len(a), total
-        )
+        units, inputs = delta2.shape[1], a.shape[1]
+        large = block_bytes(units, inputs) > memory_budget
+        if storage == "implicit" or (storage == "auto" and large):
+            part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
+            sums = ImplicitSums.empty(units, reference, memory_budget)
+            sums = sums.with_part(part.moments(), part)
+        else:
+            sums = WeightedSums.empty(units, reference).with_weights(shifted, weights)
         return cls(
-            sums.with_part(part.moments(), part),
+            sums.with_inputs(len(a), len(a), shifted.sum(0, dtype=torch.float64)),
             damping,
             bias,
             a.dtype,
@@ -152,31 +130,33 @@ class UnitFisher:
         mine, theirs = ((f.sums.first.shape, f.damping, f.bias, f.labels) for f in (self, other))
         if mine != theirs:
             raise ValueError(
-                f"Only layers of equal shape, damping, bias and labels can be added: {mine} and "
-                f"{theirs}; see damped()."
+                f"Only layers of equal shape, damping, bias and labels can be added, got {mine} "
+                f"and {theirs}. Use damped() for equal damping."
             )
-        if isinstance(self.sums, WeightedSums) and isinstance(other.sums, WeightedSums):
-            sums = self.sums + other.sums
-        elif isinstance(self.sums, ImplicitSums) and isinstance(other.sums, ImplicitSums):
-            sums = self.sums + other.sums
-        else:
+        if self.storage != other.storage:
             raise ValueError(
-                f"Only layers of equal storage can be added, not {self.storage} and "
-                f"{other.storage}: choose storage= for both."
+                f"Only layers of equal storage can be added, got '{self.storage}' and "
+                f"'{other.storage}'. Choose storage= for both."
             )
         noise = (
             None
             if self.label_noise is None or other.label_noise is None
             else self.label_noise + other.label_noise
         )
+        sums = self.sums + other.sums  # pyright: ignore[reportOperatorIssue]  of equal storage
         return replace(self, sums=sums, label_noise=noise)
 
-    def all_reduce(self, group: "ProcessGroup | None" = None) -> "UnitFisher":
-        """The matrices of the samples of all processes together, on every process, exactly. All of
-        them must call it.
+    def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> "UnitFisher":
+        """Returns the matrices of the samples of all processes together, exactly.
+
+        All processes must call it, and all get the same result. Nothing is approximated: the sums
+        of every process move to one reference, and are added.
+
+        Args:
+            group: the processes of torch.distributed; all of them by default.
 
         Raises:
-            RuntimeError: when torch.distributed is not initialized.
+            RuntimeError: when torch.distributed is not initialized, or samples were not kept.
             ValueError: when the processes do not hold the same layer.
         """
         what = f"'{self.name}' at damping={self.damping}, bias={self.bias}, labels={self.labels!r}"
@@ -184,13 +164,22 @@ class UnitFisher:
         return replace(self, sums=sums, label_noise=noise)
 
     def damped(self, damping: float) -> "UnitFisher":
-        """The same moments with another damping, which replaces the present one."""
+        """Returns the same moments with another damping, which replaces the present one.
+
+        Nothing is measured again. The sums are shared with this object, and only inverse quantities
+        (s, k, k0, coupling, corrected mean, natural gradient) change.
+
+        Raises:
+            ValueError: when the damping is negative or not finite.
+        """
         return replace(self, damping=damping)
 
     @property
     def storage(self) -> str:
-        """``"dense"``: the blocks are kept. ``"implicit"``: the samples are, and inverse quantities
-        come by iteration.
+        """What is kept: the blocks (``"dense"``) or the samples (``"implicit"``).
+
+        From samples, inverse quantities come by iteration, and blocks are formed when they are
+        read, within the memory budget.
         """
         return "implicit" if isinstance(self.sums, ImplicitSums) else "dense"
 
@@ -198,49 +187,69 @@ class UnitFisher:
 
     @property
     def mean_delta2(self) -> Scalars:
-        """``c = E_p(δ²)``, the bias corner of F."""
+        """``c = E_p(δ²)``, the mean squared error of every unit and the bias corner of F."""
         return self._out(self.sums.mean_delta2)
 
     c = mean_delta2
 
     @property
     def mean_p(self) -> Tensor:
-        """``μ = E_p(a)``: (inputs,), or (units, inputs) where units see different inputs (grouped
-        convolutions).
+        """``μ = E_p(a)``, the mean incoming activation under the data.
+
+        It is (inputs,), or (units, inputs) where units see different inputs (grouped convolutions).
+        Where weights are shared it is over all positions.
         """
         return self._out(self.sums.mean_p)
 
     @property
     def mean_q(self) -> Vectors:
-        """``m = E_q(a)``: the mean over the examples that a unit still has an error on."""
+        """``m = E_q(a)``: the mean over the examples that a unit still has an error on.
+
+        Every example counts by its δ², so that each unit has a mean of its own; NaN for dead units.
+        """
         return self._out(self.sums.mean_q)
 
     @cached_property
     def var_q(self) -> Float[Tensor, "units inputs inputs"]:
-        """``V = Var_q(a)``, undamped. Refused for more units than the memory budget holds, as are
-        `A` and `matrix`.
+        """``V = Var_q(a)``, undamped: the covariance of the incoming activations under q.
+
+        Like `A` and `matrix` it raises ValueError where the storage is implicit and the blocks of
+        all units pass the memory budget. It is NaN for dead units.
         """
         return self._out(self._blocks())
 
     @property
     def cov_p(self) -> Vectors:
-        """``Cov_p(δ², a) = c (m − μ)``: why the two means differ."""
+        """``Cov_p(δ², a) = c (m − μ)``: why the two means differ.
+
+        It is 0 where the size of a unit's error does not depend on its inputs; then ``k = 1``.
+        """
         return self._out(self.sums.cov_p)
 
     @property
     def A(self) -> Float[Tensor, "units inputs inputs"]:
-        """``E_p(δ² a aᵀ) = c (V + m mᵀ)``; 0 for a dead unit."""
+        """``A = E_p(δ² a aᵀ) = c (V + m mᵀ)``, the weights' block of F; 0 for a dead unit."""
         m = self.sums.mean_q
         outer = torch.baddbmm(self._blocks(), m[:, :, None], m[:, None, :])
         return self._out((outer * self.sums.mean_delta2[:, None, None]).nan_to_num(nan=0.0))
 
     @property
     def b(self) -> Vectors:
-        """``E_p(δ² a) = c m``: how strongly bias and weights interact."""
+        """``b = E_p(δ² a) = c m``, the column between weights and bias; 0 for a dead unit.
+
+        Where it is 0, the natural gradients of bias and weights do not interact.
+        """
         return self._out((self.sums.mean_q * self.sums.mean_delta2[:, None]).nan_to_num(nan=0.0))
 
     def matrix(self) -> Float[Tensor, "units params params"]:
-        """The whole matrix ``[[A, b], [bᵀ, c]]``, bias last; without a bias it is A."""
+        """Returns ``F = [[A, b], [bᵀ, c]]`` of every unit, bias last; without a bias it is A.
+
+        It is undamped, and (units, inputs + 1, inputs + 1): products with it are cheaper by
+        `matvec`, which forms no matrix in the implicit storage.
+
+        Raises:
+            ValueError: when the blocks of an implicit storage pass the memory budget.
+        """
         if not self.bias:
             return self.A
         upper = torch.cat([self.A, self.b[:, :, None]], dim=2)
@@ -248,8 +257,17 @@ class UnitFisher:
         return torch.cat([upper, lower[:, None, :]], dim=1)
 
     def matvec(self, v: Tensor, v0: Tensor | None = None) -> tuple[Vectors, Scalars | None]:
-        """``F [v; v₀]`` for every unit: (units, inputs) and (units,); without a bias ``(A v,
-        None)``.
+        """Returns ``F [v; v₀]`` for every unit, undamped, without forming F.
+
+        Args:
+            v: (units, inputs), the weights' part of the vectors.
+            v0: (units,), the biases' part; left out for a layer without a bias.
+
+        Returns:
+            Both parts of the product, (units, inputs) and (units,); without a bias ``(A v, None)``.
+
+        Raises:
+            ValueError: when shapes do not fit the layer.
         """
         v, v0 = self._arguments(v, v0)
         m, c, wide = self.sums.mean_q.nan_to_num(nan=0.0), self.sums.mean_delta2, v.double()
@@ -263,28 +281,27 @@ class UnitFisher:
 
     @property
     def dead(self) -> Bool[Tensor, " units"]:
-        """Units whose error is 0 on every example: q is undefined."""
+        """The units whose error is 0 on every example: for them q is undefined."""
         return self.sums.weight == 0
 
     @cached_property
     def singular(self) -> Bool[Tensor, " units"]:
-        """Live units whose incoming activations do not vary under q, up to rounding: relative
-        damping cannot help them.
+        """The live units whose incoming activations do not vary under q, up to rounding.
+
+        Damping is relative to their variance, and cannot help them. Their inverse quantities are
+        NaN; with a bias, none of the other units is affected.
         """
-        factors = (
-            self._uncentered_factors
-            if isinstance(self.sums, WeightedSums) and not self.bias
-            else self._factors
-        )
+        uncentered = isinstance(self.sums, WeightedSums) and not self.bias
+        factors = self._uncentered_factors if uncentered else self._factors
         return ~(self.dead | factors.usable)
 
     @property
     def converged(self) -> Bool[Tensor, " units"]:
-        """Units that s, k, k0, coupling and the corrected mean were found for; others have NaN
-        there although neither dead nor singular.
+        """The units for which the solve behind s, k, k0, coupling and corrected mean converged.
 
-        With the dense storage that is every unit. `natural_gradient` is a solve of its own, and
-        says so by NaN and a warning.
+        Others have NaN there although they are neither dead nor singular. With the dense storage
+        every unit converges. `natural_gradient` is a solve of its own, and says so by NaN and a
+        warning.
         """
         if isinstance(self.sums, WeightedSums):
             return torch.ones_like(self.dead)
@@ -294,56 +311,65 @@ class UnitFisher:
     def effective_samples(self) -> Scalars:
         """``(Σ δ²)² / Σ δ⁴``: how many equally weighted examples q is worth; 0 for a dead unit.
 
-        The bias of s, k and h is of order inputs / effective_samples: below 10 × inputs they should
-        carry no claim.
+        The bias of s, k and the coupling is of order inputs / effective_samples. Below
+        10 × inputs they should carry no claim.
         """
         return self._out(self.sums.effective_samples)
 
     @property
     def standard_error(self) -> Scalars:
-        """The standard error of ``mean_delta2`` from drawing labels, from the spread between draws
-        on the same examples.
+        """The standard error of ``mean_delta2`` that comes from drawing labels.
 
-        0 where nothing was drawn; NaN for one draw, which does not show it: ``unit_fisher(…,
+        It is estimated from the spread between draws on the same examples. It is 0 where nothing
+        was drawn, and NaN for one draw, which does not show it: use ``unit_fisher(…,
         labels="sampled", draws=8)``.
         """
         if self.label_noise is not None:
             return self._out(self.label_noise.sqrt() / self.sums.examples)
-        return self._out(
-            torch.full_like(self.sums.weight, torch.nan if self.labels == "sampled" else 0.0)
-        )
+        unknown = torch.nan if self.labels == "sampled" else 0.0
+        return self._out(torch.full_like(self.sums.weight, unknown))
 
     # -- with the inverse, hence with damping ------------------------------------------------------
 
     @property
     def s(self) -> Scalars:
-        """``c⁻¹ (1 + mᵀV⁻¹m)``: Theorem 1's factor of the bias update. NaN without a bias."""
+        """``s = c⁻¹ (1 + mᵀV⁻¹m)``, Theorem 1's factor of the bias update; NaN without a bias.
+
+        It is the bias corner of ``F⁻¹``. With ``m = 0`` it is ``1/c``, and a mean of m standard
+        deviations enlarges it by ``m²``.
+        """
         return self._with_bias((1 + self._whitened_mean[0]) / self.sums.mean_delta2)
 
     @property
     def k(self) -> Scalars:
-        """``1 + (m − μ)ᵀV⁻¹m``: Theorem 2 corrects the incoming mean by ``−k m``. NaN without a
-        bias.
+        """``k = 1 + (m − μ)ᵀV⁻¹m``: Theorem 2 corrects the incoming mean by ``−k m``.
+
+        It is the published k; that of the poster is smaller by one. Any sign is possible. NaN
+        without a bias.
         """
         return self._with_bias(self._k)
 
     @property
     def k0(self) -> Scalars:
-        """``k / c``: Theorem 2's factor of the bias gradient. NaN without a bias."""
+        """``k₀ = k / c``, Theorem 2's factor of the bias gradient; NaN without a bias."""
         return self._with_bias(self._k / self.sums.mean_delta2)
 
     @property
     def coupling(self) -> Scalars:
-        """``h = mᵀ(V + m mᵀ)⁻¹m`` in [0, 1): how far the incoming activations act as a second bias.
-        ``s c = 1/(1 − h)``.
+        """``h = mᵀ(V + m mᵀ)⁻¹m`` in [0, 1), the coupling of bias and weights.
+
+        It says how far the incoming activations act as a second bias, as the R² of regressing the
+        constant 1 on them under q. It determines the bias update: ``s c = 1/(1 − h)``.
         """
         q = self._whitened_mean[0]
         return self._out(q / (1 + q))
 
     @property
     def corrected_mean(self) -> Vectors:
-        """``μ − k m``, the effective incoming mean after Theorem 2's correction. NaN without a
-        bias.
+        """``μ − k m``, the effective incoming mean after Theorem 2's correction.
+
+        In the bias shift of the natural gradient it takes the place of μ: ``(μ − k m)ᵀ A⁻¹ g + k₀
+        g₀``. (units, inputs); NaN without a bias.
         """
         return self._with_bias(self.sums.mean_p - self._k[:, None] * self.sums.mean_q)
 
@@ -355,11 +381,11 @@ class UnitFisher:
         tolerance: float | None = None,
         max_iterations: int | None = None,
     ) -> tuple[Vectors, Scalars | None]:
-        """``F⁻¹ (g, g₀)``, the unit natural gradient, in centered form: ``Δw = (cV)⁻¹(g − g₀m)``,
-        ``Δw₀ = g₀/c − mᵀΔw``.
+        """Returns ``F⁻¹ (g, g₀)``, the unit natural gradient.
 
-        The step moves the mean net input under q by exactly ``g₀/c``: the weights' part of it is
-        nothing on average.
+        In centered form it is ``Δw = (cV)⁻¹(g − g₀m)`` and ``Δw₀ = g₀/c − mᵀΔw``. The step moves
+        the mean net input under q by exactly ``g₀/c``: the weights' part of it is nothing on
+        average.
 
         Args:
             g: (units, inputs), the gradient of the weights.
@@ -368,8 +394,8 @@ class UnitFisher:
             tolerance, max_iterations: of the implicit storage, in place of those of this object.
 
         Returns:
-            ``(Δw (units, inputs), Δw₀ (units,))``; NaN for dead and singular units, and, with a
-            RuntimeWarning, for those that an iteration did not converge for.
+            Δw (units, inputs) and Δw₀ (units,). Dead and singular units have NaN; so have, with a
+            RuntimeWarning, those for which the iteration did not converge.
 
         Raises:
             ValueError: when shapes do not fit, or V has no inverse and damping is 0.
@@ -416,18 +442,16 @@ class UnitFisher:
         try:
             if isinstance(factors, Factors):
                 return factors.solve(rhs[:, :, None])[:, :, 0]
-            x = factors.solve(
-                rhs, tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE), iterations
-            )
+            tolerance = tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE)
+            x = factors.solve(rhs, tolerance, iterations)
         except Singular as singular:
             raise ValueError(self._explain(singular)) from None
         failed = int((factors.usable & x.isnan().any(1)).sum())
         if failed:
             warnings.warn(
                 f"Layer '{self.name}': {failed} of {len(x)} units did not converge within "
-                f"{iterations} iterations at "
-                f"damping={self.damping}, "
-                "and have NaN. Use more damping, a larger tolerance= or max_iterations=, or "
+                f"{iterations} iterations at damping={self.damping}, and have NaN. Use more "
+                "damping, a larger tolerance= or max_iterations=, or "
                 'storage="dense" with fewer units=.',
                 RuntimeWarning,
                 stacklevel=3,
@@ -435,14 +459,14 @@ class UnitFisher:
         return x
 
     def _solve_uncentered(self, g: Tensor, effort: tuple[float | None, int]) -> Tensor:
-        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form (Sherman–Morrison), since a large mean
-        would drown the products.
+        """``(W + m mᵀ)⁻¹ g``; by iteration in centered form, since a large mean would drown the
+        products.
         """
         if isinstance(self.sums, WeightedSums):
             return self._solve(g, self._uncentered_factors, effort)
-        m = self.sums.mean_q
-        x, y = self._solve(g, self._factors, effort), self._solve(m, self._factors, effort)
-        return sherman_morrison(x, y, m)
+        return sherman_morrison(
+            lambda rhs: self._solve(rhs, self._factors, effort), g, self.sums.mean_q
+        )
 
     def _blocks(self) -> Tensor:
         try:
@@ -450,21 +474,16 @@ class UnitFisher:
         except TooLarge as large:
             raise ValueError(
                 f"Layer '{self.name}': the blocks of {large.units} units take "
-                f"{large.bytes / 2**20:.0f} MiB, more than "
-                "memory_budget. They are "
-                "kept implicitly: measure a few units with units=, or raise memory_budget."
+                f"{large.bytes / 2**20:.0f} MiB, more than memory_budget. They are kept "
+                "implicitly: measure a few units with units=, or raise memory_budget."
             ) from None
 
     def _explain(self, singular: Singular) -> str:
         units, inputs = self.sums.first.shape
-        causes = []
-        if singular.constant_inputs:
-            shown = ", ".join(map(str, singular.constant_inputs[:5])) + (
-                ", …" if len(singular.constant_inputs) > 5 else ""
-            )
-            causes.append(
-                f"{len(singular.constant_inputs)} of {inputs} inputs never vary (inputs {shown})"
-            )
+        causes, constant = [], singular.constant_inputs
+        if constant:
+            shown = ", ".join(map(str, constant[:5])) + ", …" * (len(constant) > 5)
+            causes.append(f"{len(constant)} of {inputs} inputs never vary (inputs {shown})")
         fewest = self.sums.effective_samples[self._factors.usable].min().item()
         if fewest <= inputs:
             causes.append(
@@ -474,9 +493,8 @@ class UnitFisher:
         why = "; ".join(causes) or "some inputs are linear combinations of others"
         return (
             f"Layer '{self.name}': the covariance of the incoming activations is singular for "
-            f"{singular.units} of {units} units "
-            f"at damping={self.damping}: {why}. Use damping > 0, for example fisher.damped(1e-4), "
-            "or measure more samples."
+            f"{singular.units} of {units} units at damping={self.damping}, where {why}. Use "
+            "damping > 0, for example fisher.damped(1e-4), or measure more samples."
         )
 
     def _arguments(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -484,13 +502,13 @@ class UnitFisher:
         if (v0 is not None) != self.bias:
             raise ValueError(
                 f"Layer '{self.name}' has {'a' if self.bias else 'no'} bias: give "
-                f"{'both vectors' if self.bias else 'one'}."
+                f"{'both vectors' if self.bias else 'one vector'}."
             )
         if v.shape != (units, inputs) or (v0 is not None and v0.shape != (units,)):
             got = tuple(v.shape) if v0 is None else (tuple(v.shape), tuple(v0.shape))
             raise ValueError(
-                f"Layer '{self.name}' has {units} units with {inputs} inputs: shapes {got} do not "
-                f"fit ({units}, {inputs})."
+                f"Layer '{self.name}' has {units} units with {inputs} inputs, got shapes {got}. "
+                f"Give ({units}, {inputs}) for weights and ({units},) for biases."
             )
         return v, v0
 
@@ -501,33 +519,20 @@ class UnitFisher:
         return x.to(self.dtype)
 
 
-def sherman_morrison(x: Tensor, y: Tensor, m: Tensor) -> Tensor:
-    """Returns ``(W + m mᵀ)⁻¹ g`` from ``x = W⁻¹ g`` and ``y = W⁻¹ m``, all (units, inputs)."""
-    return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]
-
-
-def is_implicit(storage: str, bytes_of_blocks: int, memory_budget: int) -> bool:
-    """Whether a layer keeps its samples instead of its blocks."""
-    if storage not in STORAGES:
-        raise ValueError(
-            f"storage must be one of {', '.join(map(repr, STORAGES))}, got {storage!r}."
-        )
-    return storage == "implicit" or (storage == "auto" and bytes_of_blocks > memory_budget)
-
-
 def _check_samples(a: Tensor, delta2: Tensor) -> None:
     for name, x, axes in (("a", a, "(samples, inputs)"), ("delta2", delta2, "(samples, units)")):
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.numel() > 0):
             got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a non-empty floating tensor {axes}, got {got}.")
-        if not x.isfinite().all():
-            raise ValueError(
-                f"{name} must be finite: it holds NaN or infinity in "
-                f"{int((~x.isfinite()).any(1).sum())} samples."
-            )
+            raise ValueError(f"'{name}' must be a non-empty floating tensor {axes}, got {got}.")
+        bad = int((~x.isfinite()).any(1).sum())
+        if bad:
+            raise ValueError(f"'{name}' must be finite, got NaN or infinity in {bad} samples.")
     if len(a) != len(delta2):
         raise ValueError(
-            f"a and delta2 must have the same samples, got {len(a)} and {len(delta2)}."
+            f"'a' and 'delta2' must have the same samples, got {len(a)} and {len(delta2)}."
         )
     if (delta2 < 0).any():
-        raise ValueError("delta2 must be ≥ 0: it is a mean of squares (pass δ², not δ).")
+        raise ValueError(
+            f"'delta2' must be ≥ 0, got {delta2.min().item():.4g}. It is a mean of squares: pass "
+            "δ², not δ."
+        )

@@ -1,89 +1,108 @@
-"""Solving for some units at a time by a Cholesky factor in float64, where the samples say that this
-is cheaper than iterating.
+"""Solvers by Cholesky factors in float64, where these are cheaper than iterating.
+
+Samples are kept in place of blocks, so that a factor is formed when it is used, for some units at a
+time: of the Gram matrix of the samples where there are fewer of them than inputs (`Woodbury`,
+`unit_woodbury`), else of the block after all (`block_cholesky`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from biasshift.fisher.convolution import Maps
-from biasshift.fisher.samples import ImplicitSums, Samples
-from biasshift.theory import dot
+from biasshift.fisher.samples import ImplicitSums, PartWithRows, Samples
+from biasshift.theory import Scalars, Vectors, dot
 
-FACTORS = 2**28  # bytes of the matrices of all units solved together
-
-Sides = Float[Tensor, "units inputs"]
-Ridges = Float[Tensor, " units"]
+FACTOR_BYTES = 2**28  # of the matrices of all units solved together
+DirectSolver = Callable[[ImplicitSums, Tensor, Tensor], Tensor]  # from sums, b and ridge
 
 
 class Woodbury:
-    """``(YᵀY + τ I)⁻¹ b = (b − Yᵀ (YYᵀ + τ I)⁻¹ Y b)/τ``, where the rows of Y are samples times the
-    root of their weight under q.
+    """``(YᵀY + τ I)⁻¹ b = (b − Yᵀ (YYᵀ + τ I)⁻¹ Y b)/τ``, with samples that all units share.
 
-    For fewer samples than inputs. The Gram matrix of the samples is that of all units: ``YYᵀ`` is
-    read off it.
+    The rows of Y are samples times the root of their weight under q. The Gram matrix of the samples
+    is that of all units: ``YYᵀ`` is read off it.
+
+    Args:
+        sums: the sums of a layer whose parts are all `Samples`.
     """
 
     def __init__(self, sums: ImplicitSums):
         self.a = torch.cat([part.a for part in sums.parts if isinstance(part, Samples)]).double()
         self.gram = self.a @ self.a.T
 
-    def solve(self, sums: ImplicitSums, b: Sides, ridge: Ridges) -> Tensor:
-        x = torch.empty_like(b)
+    def solve(self, sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+        """Returns ``(V + τ I)⁻¹ b`` for some units, float64.
+
+        Args:
+            sums: those of the units, from the same samples.
+            b: the right sides.
+            ridge: τ > 0 of every unit.
+        """
         delta2 = torch.cat([part.delta2 for part in sums.parts if isinstance(part, Samples)], 1)
-        for units in _together(len(b), 3 * len(self.a) ** 2, b.device):
+
+        def solve(units: Tensor) -> Tensor:
             q = delta2[units].double() / sums.weight[units, None]
-            x[units] = self._solve(q, b[units], ridge[units])
-        return x
+            root, mean, h = q.sqrt(), q @ self.a, q @ self.gram
+            K = self.gram - h[:, :, None] - h[:, None, :] + dot(q, h)[:, None, None]
+            K.mul_(root[:, :, None]).mul_(root[:, None, :])
+            Yb = root * (b[units] @ self.a.T - dot(mean, b[units])[:, None])
+            z = root * _cholesky_solved(K, ridge[units], Yb)
+            return (b[units] - z @ self.a + z.sum(1, keepdim=True) * mean) / ridge[units, None]
 
-    def _solve(self, q: Tensor, b: Tensor, ridge: Tensor) -> Tensor:
-        root, mean, h = q.sqrt(), q @ self.a, q @ self.gram
-        K = self.gram - h[:, :, None] - h[:, None, :] + dot(q, h)[:, None, None]
-        K.mul_(root[:, :, None]).mul_(root[:, None, :])
-        Yb = root * (b @ self.a.T - dot(mean, b)[:, None])
-        z = root * _cholesky_solved(K, ridge, Yb)
-        return (b - z @ self.a + z.sum(1, keepdim=True) * mean) / ridge[:, None]
+        return _in_chunks(b, 3 * len(self.a) ** 2, solve)
 
 
-class Rows:
-    """The same where every unit has rows of its own: shared weights with fewer examples × label
-    seeds than inputs.
+def unit_woodbury(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+    """Returns ``(V + τ I)⁻¹ b`` like `Woodbury`, where every unit has rows Y of its own.
+
+    That is a layer with shared weights, from fewer examples × label seeds than inputs.
+
+    Args:
+        sums: those of the units, all of whose parts are `PartWithRows`.
+        b: the right sides.
+        ridge: τ > 0 of every unit.
     """
 
-    def solve(self, sums: ImplicitSums, b: Sides, ridge: Ridges) -> Tensor:
-        x = torch.empty_like(b)
-        rows = sum(part.work.rows for part in sums.parts)
-        for units in _together(len(b), 3 * rows * b.shape[1], b.device):
-            some = sums.select(units)
-            found = [part.rows() for part in some.parts if isinstance(part, Maps)]
-            weights = torch.cat([w for _, w in found], 1).double()
-            Y = torch.cat([y for y, _ in found], 1).double()
-            Y = (Y - weights[:, :, None] * some.offset_q[:, None, :]) / some.weight.sqrt()[
-                :, None, None
-            ]
-            z = _cholesky_solved(Y @ Y.mT, ridge[units], (Y @ b[units, :, None])[:, :, 0])
-            x[units] = (b[units] - (z[:, None, :] @ Y)[:, 0]) / ridge[units, None]
-        return x
+    def solve(units: Tensor) -> Tensor:
+        few = sums.select(units)
+        rows = [part.rows() for part in few.parts if isinstance(part, PartWithRows)]
+        weights = torch.cat([weights for _, weights in rows], 1).double()
+        Y = torch.cat([vectors for vectors, _ in rows], 1).double()
+        Y = Y - weights[:, :, None] * few.offset_q[:, None, :]
+        Y = Y / few.weight.sqrt()[:, None, None]
+        z = _cholesky_solved(Y @ Y.mT, ridge[units], (Y @ b[units, :, None])[:, :, 0])
+        return (b[units] - (z[:, None, :] @ Y)[:, 0]) / ridge[units, None]
+
+    return _in_chunks(b, 3 * sum(part.work.rows for part in sums.parts) * b.shape[1], solve)
 
 
-class Blocks:
-    """The blocks after all, of a few units at a time, and given up again."""
+def block_cholesky(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+    """Returns ``(V + τ I)⁻¹ b`` by the blocks after all, of a few units at a time.
 
-    def solve(self, sums: ImplicitSums, b: Sides, ridge: Ridges) -> Tensor:
-        x = torch.empty_like(b)
-        for units in _together(len(b), 4 * b.shape[1] ** 2, b.device):
-            x[units] = _cholesky_solved(sums.covariances(units), ridge[units], b[units])
-        return x
+    They are given up again, so that the memory is bounded; each call forms and factors them anew.
+
+    Args:
+        sums: those of the units.
+        b: the right sides.
+        ridge: τ ≥ 0 of every unit.
+    """
+    return _in_chunks(
+        b,
+        4 * b.shape[1] ** 2,
+        lambda units: _cholesky_solved(sums.covariances(units), ridge[units], b[units]),
+    )
 
 
 def _cholesky_solved(K: Tensor, ridge: Tensor, b: Tensor) -> Tensor:
-    """``(K + τ I)⁻¹ b``; what rounding has made indefinite is found out by its residual. Spoils K."""
+    """``(K + τ I)⁻¹ b``, unchecked: the residual shows what rounding made indefinite. Spoils K."""
     K.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     return torch.cholesky_solve(b[:, :, None], torch.linalg.cholesky_ex(K)[0])[:, :, 0]
 
 
-def _together(units: int, width: int, device: torch.device) -> Iterator[Tensor]:
-    """Units whose temporaries, of so many float64 elements each, fit into memory."""
-    return iter(torch.arange(units, device=device).split(max(1, FACTORS // (8 * width))))
+def _in_chunks(b: Tensor, width: int, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """Solves for units whose temporaries, of so many float64 elements each, fit into memory."""
+    x = torch.empty_like(b)
+    for units in torch.arange(len(b), device=b.device).split(max(1, FACTOR_BYTES // (8 * width))):
+        x[units] = solve(units)
+    return x

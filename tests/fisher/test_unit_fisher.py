@@ -1,8 +1,4 @@
-"""`UnitFisher`: choose (c, μ, m, V), build samples that have them, recover them; then the laws, the
-singular cases, the closed forms.
-"""
-
-from __future__ import annotations
+"""`UnitFisher`: chosen moments recovered from samples, laws, singular cases, closed forms."""
 
 import dataclasses
 import itertools
@@ -29,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    """Against the size of the whole tensor, so that entries that happen to be small do not decide."""
+    """Compares within the size of the whole tensor, so that small entries do not decide."""
     expected = expected.to(actual)
     assert actual.shape == expected.shape
     assert torch.equal(actual.isnan(), expected.isnan())
@@ -40,10 +36,13 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 def same(
-    one: Any, other: Any, tolerance: float = 1e-12, names: tuple[str, ...] = (*VECTORS, *INVERSE)
+    actual: Any,
+    expected: Any,
+    tolerance: float = 1e-12,
+    names: tuple[str, ...] = (*VECTORS, *INVERSE),
 ) -> None:
     for name in names:
-        close(getattr(one, name), getattr(other, name), tolerance)
+        close(getattr(actual, name), getattr(expected, name), tolerance)
 
 
 def samples(
@@ -77,14 +76,13 @@ def whitened(n: int, inputs: int, seed: int) -> Tensor:
 def chosen(
     inputs: int = 4, units: int = 3, each: int = 12
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Every unit weighs a group of samples of its own, so its q is free; a last group, weighed by
-    none, moves the mean under p to μ.
+    """Samples with free moments under every unit's q, and what they are.
+
+    Every unit weighs a group of samples of its own. A last group, weighed by none, moves the mean
+    under p to μ.
     """
-    c, mean_p, m = (
-        normal(units, seed=1).exp(),
-        normal(inputs, seed=2),
-        normal(units, inputs, seed=3),
-    )
+    c, mean_p = normal(units, seed=1).exp(), normal(inputs, seed=2)
+    m = normal(units, inputs, seed=3)
     root = normal(units, inputs, inputs, seed=4) + 2 * torch.eye(inputs, dtype=DOUBLE)
     groups = [m[i] + whitened(each, inputs, 10 + i) @ root[i].T for i in range(units)]
     rest = ((units + 1) * mean_p - m.sum(0)).expand(each, -1)
@@ -93,19 +91,9 @@ def chosen(
     for i in range(units):
         delta2[i * each : (i + 1) * each, i] = c[i] * (units + 1)
     V = root @ root.mT
-    return (
-        a,
-        delta2,
-        {
-            "mean_delta2": c,
-            "c": c,
-            "mean_p": mean_p,
-            "mean_q": m,
-            "var_q": V,
-            "b": c[:, None] * m,
-            "A": c[:, None, None] * (V + outer(m)),
-        },
-    )
+    b, A = c[:, None] * m, c[:, None, None] * (V + outer(m))
+    moments = {"mean_delta2": c, "c": c, "mean_p": mean_p, "mean_q": m, "var_q": V, "b": b, "A": A}
+    return a, delta2, moments
 
 
 def test_chosen_moments_are_recovered() -> None:
@@ -146,16 +134,13 @@ def test_everything_agrees_with_the_dense_matrix(damping: float) -> None:
 def test_wrong_variants_are_not_close() -> None:
     a, delta2 = samples()
     fisher, dense = bs.UnitFisher.from_samples(a, delta2), block(a, delta2)
-    assert bool(((fisher.k - 1) - fisher.k).abs().min() > 0.5) and bool(
-        (fisher.k - 1).abs().min() > 1e-3
-    )  # the poster's k
+    poster = fisher.k - 1
+    assert bool((poster - fisher.k).abs().min() > 0.5) and bool(poster.abs().min() > 1e-3)
     bias_first = dense.F.roll(1, 1).roll(1, 2)
     assert float((fisher.matrix() - bias_first).norm() / dense.F.norm()) > 0.05
     assert float((fisher.mean_q - fisher.mean_p).abs().max()) > 0.05  # p for q
-    squared_mean = delta2.sqrt().mean(0).square()
-    assert (
-        float((fisher.c - squared_mean).abs().max()) > 0.05
-    )  # a mean of squares, not the square of a mean
+    squared_mean = delta2.sqrt().mean(0).square()  # c is a mean of squares
+    assert float((fisher.c - squared_mean).abs().max()) > 0.05
     g, g0 = normal(3, 4, seed=5), normal(3, seed=6)
     tikhonov = dense.F + 0.3 * torch.eye(5, dtype=DOUBLE)
     wrong = matvec(spd_inverse(tikhonov), torch.cat([g, g0[:, None]], 1))
@@ -168,9 +153,8 @@ def test_matvec_is_the_matrix() -> None:
     fisher = bs.UnitFisher.from_samples(a, delta2, damping=0.5)
     v, v0 = normal(3, 4, seed=7), normal(3, seed=8)
     top, bottom = fisher.matvec(v, v0)
-    expected = matvec(
-        block(a, delta2).F, torch.cat([v, v0[:, None]], 1)
-    )  # as measured: damping does not enter
+    # As measured: damping does not enter.
+    expected = matvec(block(a, delta2).F, torch.cat([v, v0[:, None]], 1))
     close(top, expected[:, :-1])
     close(bottom, expected[:, -1])
 
@@ -196,9 +180,8 @@ def test_merging_in_any_order_is_measuring_at_once(
     ]
     random.shuffle(parts)
     while len(parts) > 1:  # in any order, and any tree
-        one = parts.pop(random.randrange(len(parts)))
-        other = parts.pop(random.randrange(len(parts)))
-        parts.append(one + other)
+        first, second = (parts.pop(random.randrange(len(parts))) for _ in range(2))
+        parts.append(first + second)
     same(parts[0], whole, 1e-9)
     close(parts[0].effective_samples, whole.effective_samples, 1e-12)
 
@@ -206,14 +189,12 @@ def test_merging_in_any_order_is_measuring_at_once(
 def test_merging_weighs_by_samples() -> None:
     """The mean of two unequal batches' numbers is not the merge."""
     a, delta2 = samples()
-    one, other = (
-        bs.UnitFisher.from_samples(a[:50], delta2[:50]),
-        bs.UnitFisher.from_samples(a[50:], delta2[50:]),
-    )
-    merged = one + other
+    most = bs.UnitFisher.from_samples(a[:50], delta2[:50])
+    rest = bs.UnitFisher.from_samples(a[50:], delta2[50:])
+    merged = most + rest
     close(merged.c, delta2.mean(0))
-    assert float((merged.c - (one.c + other.c) / 2).abs().max()) > 1e-3
-    close(one.c, delta2[:50].mean(0))  # the parts are as they were
+    assert float((merged.c - (most.c + rest.c) / 2).abs().max()) > 1e-3
+    close(most.c, delta2[:50].mean(0))  # the parts are as they were
 
 
 def test_merging_with_a_dead_part_and_with_a_single_sample() -> None:
@@ -227,7 +208,7 @@ def test_merging_with_a_dead_part_and_with_a_single_sample() -> None:
     same(merged, bs.UnitFisher.from_samples(a, delta2, damping=1e-2), 1e-10)
 
 
-def test_the_order_of_samples_and_of_inputs_and_units_is_nothing() -> None:
+def test_the_order_of_samples_inputs_and_units_does_not_matter() -> None:
     a, delta2 = samples()
     fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
@@ -255,16 +236,9 @@ def test_scaling_the_errors(factor: float) -> None:
     """`q` does not notice; c and everything measured in units of c does."""
     a, delta2 = samples()
     one, scaled = (bs.UnitFisher.from_samples(a, f * delta2, damping=1e-3) for f in (1.0, factor))
-    for name in (
-        "mean_p",
-        "mean_q",
-        "var_q",
-        "k",
-        "coupling",
-        "corrected_mean",
-        "effective_samples",
-    ):
+    for name in ("mean_p", "mean_q", "var_q", "k", "coupling", "corrected_mean"):
         close(getattr(scaled, name), getattr(one, name))
+    close(scaled.effective_samples, one.effective_samples)
     for name in ("c", "A", "b", "cov_p"):
         close(getattr(scaled, name), factor * getattr(one, name))
     for name in ("s", "k0"):
@@ -370,10 +344,8 @@ def test_results_come_in_the_dtype_of_the_input(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_on_the_gpu_as_on_the_cpu() -> None:
     a, delta2 = samples()
-    cpu, gpu = (
-        bs.UnitFisher.from_samples(a, delta2, damping=1e-2),
-        bs.UnitFisher.from_samples(a.cuda(), delta2.cuda(), damping=1e-2),
-    )
+    cpu = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
+    gpu = bs.UnitFisher.from_samples(a.cuda(), delta2.cuda(), damping=1e-2)
     for name in (*VECTORS, *INVERSE):
         assert getattr(gpu, name).is_cuda
         close(getattr(gpu, name).cpu(), getattr(cpu, name), 1e-9)
@@ -418,13 +390,8 @@ def test_damping_is_relative_to_each_unit() -> None:
     V = answer["var_q"]
     size = V.diagonal(dim1=1, dim2=2).mean(1)
     assert float(size.max() / size.min()) > 1.1
-    m = answer["mean_q"]
-    q = torch.stack(
-        [
-            m[i] @ spd_inverse((V[i] + 0.3 * size[i] * torch.eye(4, dtype=DOUBLE))[None])[0] @ m[i]
-            for i in range(3)
-        ]
-    )
+    m, ridge = answer["mean_q"], 0.3 * size[:, None, None] * torch.eye(4, dtype=DOUBLE)
+    q = torch.stack([m[i] @ spd_inverse((V + ridge)[i][None])[0] @ m[i] for i in range(3)])
     close(bs.UnitFisher.from_samples(a, delta2, damping=0.3).coupling, q / (1 + q))
 
 
@@ -482,7 +449,9 @@ def test_a_unit_without_variance_is_flagged_and_the_others_are_right(damping: fl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_variance_is_seen_behind_a_large_mean_and_after_a_merge(dtype: torch.dtype) -> None:
+def test_missing_variance_is_noticed_behind_a_large_mean_and_after_a_merge(
+    dtype: torch.dtype,
+) -> None:
     """The rounding of a large mean is not a variance."""
     a, delta2 = samples(mean=1000.0)
     delta2[:, 2] = 0.0
@@ -534,12 +503,8 @@ def test_a_singular_covariance_without_damping_teaches_when_an_inverse_is_read(
     for name in (*VECTORS, "effective_samples", "dead", "singular"):  # as measured: fine
         assert not bool(getattr(fisher, name).isnan().any())
     readers: list[Callable[[], Any]] = [lambda name=name: getattr(fisher, name) for name in INVERSE]
-    for read in [
-        *readers,
-        lambda: fisher.natural_gradient(
-            torch.ones(3, 4, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
-        ),
-    ]:
+    g, g0 = torch.ones(3, 4, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+    for read in [*readers, lambda: fisher.natural_gradient(g, g0)]:
         with pytest.raises(ValueError, match=r"enc\.0") as error:
             read()
         assert "damping" in str(error.value)
@@ -562,17 +527,15 @@ def test_a_singular_covariance_is_no_error_to_build_merge_or_damp(
 
 def test_a_name_survives_merging_and_damping() -> None:
     fisher = bs.UnitFisher.from_samples(*constant_input(), name="enc.0")
-    for one in (fisher + fisher, fisher.damped(0.5).damped(0.0)):
+    for derived in (fisher + fisher, fisher.damped(0.5).damped(0.0)):
         with pytest.raises(ValueError, match=r"enc\.0"):
-            _ = one.s
+            _ = derived.s
 
 
 def test_without_a_bias() -> None:
     a, delta2 = samples()
-    with_bias, fisher = (
-        bs.UnitFisher.from_samples(a, delta2, damping=1e-2),
-        bs.UnitFisher.from_samples(a, delta2, damping=1e-2, bias=False),
-    )
+    with_bias = bs.UnitFisher.from_samples(a, delta2, damping=1e-2)
+    fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-2, bias=False)
     same(fisher, with_bias, 1e-14, (*VECTORS, "coupling"))
     for name in ("s", "k", "k0", "corrected_mean"):
         assert bool(getattr(fisher, name).isnan().all()), name
@@ -583,9 +546,8 @@ def test_without_a_bias() -> None:
     dw, dw0 = fisher.natural_gradient(g)
     assert dw0 is None
     close(dw, matvec(spd_inverse(dense.damped(1e-2)[:, :-1, :-1]), g))
-    assert (
-        float((dw - with_bias.natural_gradient(g, torch.zeros(3, dtype=DOUBLE))[0]).norm()) > 1e-2
-    )
+    dw_with_bias, _ = with_bias.natural_gradient(g, torch.zeros(3, dtype=DOUBLE))
+    assert float((dw - dw_with_bias).norm()) > 1e-2
 
 
 def test_effective_samples_count_what_the_weights_leave() -> None:
