@@ -4,16 +4,23 @@
 too large for matrices keep their latest examples, and `ExampleSolver` solves with those.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.fisher.cholesky import Singular, checked_cholesky, rounding
+from biasshift.fisher.cholesky import (
+    Singular,
+    factorize,
+    has_variance,
+    rounding,
+    sherman_morrison,
+)
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.solver import Solver
-from biasshift.fisher.unit_fisher import UnitFisher, sherman_morrison
+from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.update_rule import UpdateRule
 from biasshift.theory import dot
@@ -27,22 +34,38 @@ ITERATIONS = 200
 
 
 class Moments(NamedTuple):
-    """First moments of every block of units."""
+    """First moments of the incoming activations, for every block of units.
 
-    weight: Tensor  # (blocks, 1): what divides the sums
+    They are float64. ``mean`` is under q, or under the data with the center p, and 0 for a block
+    whose units are all dead.
+    """
+
+    weight: Tensor  # (blocks, 1): what divides the sums, 1 for a dead block
     offset: Tensor  # (blocks, inputs): the mean less the reference
     mean: Tensor  # (blocks, inputs)
-    center: Tensor  # (blocks, inputs): r
+    center: Tensor  # (blocks, inputs): r, the mean or 0
 
 
 class Inverse(NamedTuple):
-    """What ``W⁻¹`` of every block is applied with."""
+    """What ``W⁻¹`` is applied with: diagonals, or Cholesky factors, of every block of units.
+
+    A block that is not usable has the identity in place of its factor, and its solutions are to be
+    discarded.
+    """
 
     factors: Tensor  # the diagonals (blocks, inputs), or Cholesky factors (blocks, inputs, inputs)
     usable: Tensor  # (blocks,) bool
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``W⁻¹ rhs``, (units, inputs) and float64, and which units have a W."""
+        """Returns ``W⁻¹ rhs`` and which units have a W.
+
+        Args:
+            rhs: (units, inputs), the units of a block behind each other.
+
+        Returns:
+            The solutions, (units, inputs) and float64 whatever the factors are kept in, and
+            (units,) bool.
+        """
         by_block = rhs.unflatten(0, (len(self.usable), -1))
         if self.factors.dim() == 2:
             solved = by_block / self.factors[:, None]
@@ -139,7 +162,7 @@ class Curvature:
         W = (self.sums.parts["second"][0] / weight - offset.square()).clamp_(min=0)
         if self.rule.center == "none":
             W += mean.square()
-        usable, measured = self._usable(W, offset), W
+        usable, measured = has_variance(W, offset, self.dtype), W
         W = W + damping * W.mean(1, keepdim=True)
         if not bias:
             W += r.square()
@@ -165,11 +188,11 @@ class Curvature:
             _add_outer(W, offset[piece], -1.0)
             _add_outer(W, mean[piece] - r[piece])
             diagonal = W.diagonal(dim1=1, dim2=2)
-            alive = self._usable(diagonal, offset[piece])
+            alive = has_variance(diagonal.clamp(min=0), offset[piece], self.dtype)
             diagonal += damping * diagonal.mean(1, keepdim=True)
             if not bias:
                 _add_outer(W, r[piece])
-            factor, failed = checked_cholesky(W, damping, self.dtype)
+            factor, failed = factorize(W, damping, self.dtype)
             if damping == 0:
                 self._refuse_singular(failed & alive)
             usable[piece] = alive & ~failed
@@ -185,27 +208,27 @@ class Curvature:
         error = (inputs / damping + 1) * torch.finfo(torch.float32).eps
         return torch.float64 if error > FLOAT32_ERROR else torch.float32
 
-    def _usable(self, diagonal: Tensor, offset: Tensor) -> Tensor:
-        """Blocks with more variance than rounding: relative damping helps no others."""
-        variance = diagonal.clamp(min=0).sum(1)
-        return variance > rounding(self.dtype) * (variance + offset.square().sum(1))
-
     def _refuse_singular(self, singular: Tensor) -> None:
         if singular.any():
             raise _no_inverse(self.name, int(singular.sum()), len(singular))
 
 
 class ExampleSolver:
-    """Solves with ``V = Var_q(a)`` of the latest examples, without forming it."""
+    """Solves with ``V = Var_q(a)`` of the latest examples, without forming it.
+
+    It stands in for `Inverse` where a layer has too many inputs for matrices: directly where the
+    examples are few, by iteration where they are many.
+    """
 
     def __init__(self, name: str, sums: RunningSums, damping: float, bias: bool) -> None:
         shifted, delta2 = sums.parts["samples"]
         fisher = UnitFisher.from_samples(shifted, delta2, storage="implicit")
         assert isinstance(fisher.sums, ImplicitSums)
         self.name, self.bias = name, bias
-        self.mean = fisher.sums.mean_q + sums.reference
-        self.tolerance = TOLERANCE if shifted.dtype == torch.float64 else SINGLE_TOLERANCE
-        self.solver = Solver(fisher.sums, damping, shifted.dtype)
+        self.mean = (fisher.sums.mean_q + sums.reference).nan_to_num(nan=0.0)
+        tolerance = TOLERANCE if shifted.dtype == torch.float64 else SINGLE_TOLERANCE
+        solver = Solver(fisher.sums, damping, shifted.dtype)
+        self._solve = partial(solver.solve, tolerance=tolerance, max_iterations=ITERATIONS)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``V⁻¹ rhs``, (units, inputs), and which units have a V to solve with.
@@ -217,10 +240,7 @@ class ExampleSolver:
             ValueError: If a V has no inverse and there is no damping.
         """
         try:
-            x = self.solver.solve(rhs, self.tolerance, ITERATIONS)
-            if not self.bias:
-                m = self.mean.nan_to_num(nan=0.0)
-                x = sherman_morrison(x, self.solver.solve(m, self.tolerance, ITERATIONS), m)
+            x = self._solve(rhs) if self.bias else sherman_morrison(self._solve, rhs, self.mean)
         except Singular as singular:
             raise _no_inverse(self.name, singular.units, len(rhs)) from None
         usable = x.isfinite().all(1)

@@ -23,7 +23,8 @@ SLACK = 0.05
 class RecordedCall:
     """One call of a layer, and the error that came back.
 
-    It holds no part of the graph: nodes of the graph hold it.
+    It holds no part of the graph: nodes of the graph hold it, and drop it with the graph. The
+    model's outputs are recorded the same way, as ``a``, with their gradient as ``delta``.
     """
 
     a: Tensor
@@ -48,7 +49,11 @@ class RecordedCall:
 
 @dataclass(eq=False)
 class Pass:
-    """One forward pass: its sums, or the calls that they are formed of when errors arrive."""
+    """One forward pass: its sums, or the calls that they are formed of when errors arrive.
+
+    With sampled labels sums are formed as the pass ends. With the user's own errors the calls wait
+    for the backward pass, and for the optimizer's step to say what the loss has divided by.
+    """
 
     examples: int
     sums: dict[str, RunningSums] = field(default_factory=dict)
@@ -60,7 +65,11 @@ class Pass:
 
 
 class WeakHook:
-    """A hook that does not keep its recorder alive, and does nothing in a copied model."""
+    """A hook that does not keep its recorder alive, and does nothing in a copied model.
+
+    A model may thus outlive its optimizer, and be copied or pickled with its hooks: what a copy or
+    a pickle holds is a function that returns None.
+    """
 
     def __init__(self, recorder: object, method: str) -> None:
         self._recorder, self._method = weakref.ref(recorder), method
@@ -89,7 +98,11 @@ def _hear_nothing(*args: object) -> None:
 
 
 class Divisor:
-    """Finds out from the first passes what the user's mean loss divides by, and keeps to it."""
+    """Finds out from the first passes what the user's mean loss divides by, and keeps to it.
+
+    Only the errors of the user's own backward pass need it: they are those of a mean, and the
+    curvature is made of the errors of single examples.
+    """
 
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule

@@ -26,7 +26,14 @@ from biasshift.optim.update_rule import UpdateRule
 
 
 class Recorder:
-    """The hooks of one optimizer on one model, and the passes since its last step."""
+    """The hooks of one optimizer on one model, and the passes since its last step.
+
+    While ``due`` is False, passes are counted and nothing else is recorded of them. ``references``
+    are the points that the sums of every layer are about, by name; (groups, inputs), float64.
+
+    Raises:
+        ValueError: In the training loop, if a layer or the outputs do not fit the rule.
+    """
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Recorder:
             self._handles.pop().remove()
 
     def forget(self) -> None:
-        """Drops the passes whose gradients have been dropped."""
+        """Drops the passes of gradients that were dropped, as by ``zero_grad``."""
         self._passes.clear()
 
     def take(self) -> tuple[float, dict[str, RunningSums]]:

@@ -57,12 +57,19 @@ class RunningSums:
         return self
 
     def saved(self) -> dict[str, Any]:
-        """Returns what `loaded` takes, for a state that is saved: every field by name, no copy."""
+        """Returns what `loaded` takes, for a state that is saved: every field by its name.
+
+        Nothing is copied: the tensors are those of the sums, and change with them.
+        """
         return vars(self).copy()
 
     @classmethod
     def loaded(cls, saved: dict[str, Any], device: torch.device) -> "RunningSums":
-        """Returns sums with memory of their own, on the device."""
+        """Returns the sums that were `saved`, on the device.
+
+        Tensors are copied, so that steps of one optimizer leave the state it was loaded from as it
+        is.
+        """
         parts = {
             name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()
         }

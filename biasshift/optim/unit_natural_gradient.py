@@ -188,14 +188,16 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     def remove(self) -> None:
         """Takes all hooks off the model; later steps keep the last curvature.
 
-        Calling it again does nothing.
+        A model that gets another optimizer should be freed of this one's hooks, which take time in
+        every forward pass. Calling it again does nothing.
         """
         self._recorder.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, and the passes they came from.
 
-        The passes of a step that a gradient scaler has skipped are dropped this way.
+        The passes of a step that a gradient scaler has skipped are dropped this way, and so have
+        no part in the curvature.
         """
         super().zero_grad(set_to_none)
         self._recorder.forget()

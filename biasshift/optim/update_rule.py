@@ -68,7 +68,11 @@ class UpdateRule:
 
 
 def covered(root: nn.Module) -> dict[str, WeightLayer]:
-    """Returns the layers whose units have weights of their own, by name."""
+    """Returns the layers whose units have weights of their own, by name.
+
+    Left out are layers of other kinds, weights that are tied to another module, and weights that
+    are computed by a parametrization: they take the plain gradient.
+    """
     layers = {
         name: module
         for name, module in root.named_modules()
@@ -118,7 +122,8 @@ def check(
 ) -> None:
     """Raises ValueError for a model or numbers that an optimizer cannot work with.
 
-    The numbers are the arguments of `UnitNaturalGradient` of the same names.
+    The numbers are the arguments of `UnitNaturalGradient` of the same names. They may be of Python,
+    NumPy or PyTorch, but neither text nor NaN.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(

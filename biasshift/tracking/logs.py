@@ -44,7 +44,11 @@ LayerColumns = defaultdict[str, dict[str, Tensor]]  # layer → column → (unit
 
 
 class Log:
-    """What both logs share: hooks that come off, and the description of the layers."""
+    """What both logs share: hooks that come off, and the description of the layers.
+
+    ``weights`` and ``activations`` are the modules that are measured, by name. ``step`` is the
+    number of completed optimizer steps; steps that a gradient scaler skips are not counted.
+    """
 
     def __init__(
         self,
@@ -66,7 +70,11 @@ class Log:
         self.remove()
 
     def remove(self) -> None:
-        """Takes all hooks off; the table stays readable. Calling it again does nothing."""
+        """Takes all hooks off the model and the optimizer.
+
+        The table stays readable. Leaving the ``with`` block does the same, and calling it again
+        does nothing.
+        """
         while self._handles:
             self._handles.pop().remove()
 
@@ -102,7 +110,8 @@ class ProbeLog(Log):
     """Measurements on a fixed probe around the optimizer's steps.
 
     Made by `biasshift.instrument`. The step to come is measured where ``every`` divides its number:
-    mean net inputs and gradients before it, and everything else after it.
+    mean net inputs and gradients before it, and everything else after it. The model is left as it
+    was found, in its mode, parameters, gradients and random state.
     """
 
     def __init__(
@@ -122,7 +131,7 @@ class ProbeLog(Log):
         self._merging = distributed and is_distributed()
         self._frames: list[pd.DataFrame] = []
         self._before: dict[str, NetMeans] | None = None
-        self._foreseen: dict[str, PredictedShift] = {}
+        self._predicted: dict[str, PredictedShift] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
         self._run_one_example(options.batch_size)
         self.weights = {
@@ -144,7 +153,11 @@ class ProbeLog(Log):
         return tidy(self._frames)
 
     def flush(self) -> pd.DataFrame:
-        """Returns the table and forgets its rows, for runs whose table would outgrow the memory."""
+        """Returns the table, and forgets its rows.
+
+        For runs whose table would outgrow the memory: write what it returns to disk, and call it
+        again after more steps.
+        """
         table, self._frames = self.table(), []
         return table
 
@@ -155,8 +168,8 @@ class ProbeLog(Log):
 
     def _run_one_example(self, batch_size: int | None) -> None:
         """Which layers feed which, and which take part at all."""
-        watched: dict[str, nn.Module] = {**self.weights, **self.activations}
-        with undisturbed(self.model, evaluate=True), output_hooks(watched, self._graph.record):
+        modules: dict[str, nn.Module] = {**self.weights, **self.activations}
+        with undisturbed(self.model, evaluate=True), output_hooks(modules, self._graph.record):
             first, _ = next(batches(self.model, self.x, None, batch_size))
             self.model(first[:1])
         self._graph.finish()
@@ -164,13 +177,13 @@ class ProbeLog(Log):
     # -- around a step -----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._before, self._foreseen = None, {}
+        self._before, self._predicted = None, {}
         if not self.weights or not self.due or _skipped(optimizer):
             return
         if "bias_shift" in self.quantities:
             self._before = self._net_means()
         if "gap" in self.quantities:
-            self._foreseen = self._foresee(optimizer, args, kwargs)
+            self._predicted = self._predict(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if _skipped(optimizer):
@@ -181,12 +194,12 @@ class ProbeLog(Log):
             shifts = {} if self._before is None else compare(self._before, self._net_means())
             for name, shift in shifts.items():
                 columns[name].update(shift_columns(shift, self._units(name)))
-            for name, foreseen in self._foreseen.items():
-                columns[name].update(foreseen.columns(self._weights_of_units(name)))
-            self._before, self._foreseen = None, {}
+            for name, predicted in self._predicted.items():
+                columns[name].update(predicted.columns(self._weights_of_units(name)))
+            self._before, self._predicted = None, {}
             self._measure(columns)
 
-    def _foresee(
+    def _predict(
         self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
     ) -> dict[str, PredictedShift]:
         """What the gradient that the optimizer is about to use would shift, and Theorem 1's update
@@ -242,12 +255,12 @@ class ProbeLog(Log):
                         columns[name].update(fisher_columns(layer.fisher))
                     if "gap" in self.quantities:
                         frames.append(layer_row(self.step, name, gap(layer)))
-        self._frames += frames
-        self._frames += [
+        frames += [
             unit_rows(self.step, name, columns[name], self._units(name))
             for name in self.weights
             if name in columns
         ]
+        self._frames += frames
 
     def _measured_or_none(self) -> dict[str, Measured]:
         """A diverged network has no Fisher matrices; that is no reason to end the training."""
@@ -334,7 +347,11 @@ class TrainingLog(Log):
         )
 
     def flush(self) -> pd.DataFrame:
-        """Returns the table, and starts the sums anew."""
+        """Returns the table, and starts the sums anew.
+
+        Without calls of it the table is of all training since the start, in which early batches
+        weigh as much as late ones.
+        """
         table = self.table()
         self._watcher.sums.clear()
         return table

@@ -32,12 +32,19 @@ Columns = Mapping[str, Tensor]  # (units,) each
 
 
 def activation_columns(moments: ActivationMoments) -> Columns:
-    """Returns the mean and the variance of every unit of an activation module."""
+    """Returns the mean and the variance of every unit of an activation module.
+
+    Both are over examples and positions, (units,) each, in the precision of the activations.
+    """
     return {"mean": moments.mean, "var": moments.var}
 
 
 def shift_columns(shift: BiasShift, units: Tensor | None) -> Columns:
-    """Returns the bias shift and its three parts, of the units of these indices or of all."""
+    """Returns the bias shift and its three parts, (units,) each.
+
+    ``total = own + incoming + second_order``. With ``units``, the indices of some units, only
+    those rows are kept.
+    """
     columns = {name: getattr(shift, name) for name in SHIFT_COLUMNS}
     if units is None:
         return columns
@@ -87,7 +94,13 @@ def unit_rows(step: int, layer: str, columns: Columns, units: Tensor | None = No
 
 
 def layer_row(step: int, layer: str, values: Mapping[str, object]) -> pd.DataFrame:
-    """Returns the row of a whole layer: its gap, on ``unit = −1``."""
+    """Returns the row of a whole layer, on ``unit = −1``.
+
+    Args:
+        step: How many optimizer steps were completed.
+        layer: The module's name.
+        values: What `biasshift.measure.gradient_gap.gap` returns of the layer.
+    """
     gaps = {name: values[name] for name in (*GAP_COLUMNS, *MORE_GAP_COLUMNS)}
     return pd.DataFrame([{"step": step, "layer": layer, "unit": -1, **gaps}])
 

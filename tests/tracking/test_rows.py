@@ -379,7 +379,7 @@ def test_no_gradient_outlives_its_step():
         held = [weakref.ref(p.grad) for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
-        assert [ref() for ref in held] == [None] * 6 and not log._foreseen
+        assert [ref() for ref in held] == [None] * 6 and not log._predicted
 
 
 def test_measuring_before_the_step_leaves_the_labels_drawn_after_it_as_they_would_be():
