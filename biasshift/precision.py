@@ -42,7 +42,7 @@ def full_precision(devices: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def products(precision: Precision) -> Iterator[None]:
+def product_precision(precision: Precision) -> Iterator[None]:
     """Allows TF32 in products of float32 for "tf32" only, whatever the process is set to.
 
     For every other precision the factors are not rounded; autocast is the caller's. All flags are

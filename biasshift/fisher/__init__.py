@@ -1,6 +1,6 @@
 """The unit Fisher matrices of one layer, from samples of its incoming activations and errors.
 
-`unit_fisher.UnitFisher` is what users see. Below it lie the sums that it reads (`moments` with
-blocks of `packed` triangles, or `samples` and the linear maps of a `convolution`), and the solvers
-for them: `cholesky` for blocks; `solver`, by `cg` or `woodbury`, for samples.
+`unit_fisher.UnitFisher` is what users see. It reads sums: of `moments` with blocks of `packed`
+triangles, or of `samples`, also as the linear maps of a `convolution`. Blocks are solved with by
+`cholesky`, samples by `solver`, which chooses between `cg` and `woodbury`.
 """

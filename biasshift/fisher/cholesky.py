@@ -41,8 +41,8 @@ def rounding(dtype: torch.dtype) -> float:
 def has_variance(variances: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns which matrices are more than rounding; relative damping helps no others.
 
-    A unit whose q sits on one point has ``V = 0``, and what is measured of it is the rounding of
-    the second moment about the reference.
+    A unit whose q sits on one point has ``V = 0``. What is measured of it is the rounding of the
+    second moment about the reference.
 
     Args:
         variances: diag V, (units, inputs), ≥ 0.

@@ -1,9 +1,9 @@
 """Sums of outer products: one symmetric matrix per unit, kept as its upper triangle.
 
 A matrix of ``d`` inputs is cut into block rows of a few inputs: block row ``J`` holds the columns
-from ``J``'s first input on. Each is one large matrix product, so half of the naive work is saved
-without leaving the fast path of the BLAS: 1.3 to 1.9 times the rate of a plain matrix product,
-counting the naive work, where there are as many units as inputs.
+from ``J``'s first input on. Each is one large matrix product, so that half of the naive work is
+saved without leaving the fast path of the BLAS. Where there are as many units as inputs, the naive
+work is done at 1.3 to 1.9 times the rate of a plain matrix product.
 
 Products are formed in the dtype of the samples, and added up in float64. A sum over one batch stays
 in the dtype of its products, which loses nothing and takes half of the memory; the second batch
@@ -59,8 +59,8 @@ def add_weighted(
 
     The weights multiply whichever factor is smaller: the products ``a_J ⊗ a_{J:}`` where there are
     more units than columns, else the rows ``a_J`` of every unit. Either way the rest is one matrix
-    product per block row, its memory laid out as the block's own, and both temporaries are used
-    again and again: fresh memory is slow.
+    product per block row, its memory laid out as the block's own. Both temporaries are used again
+    and again, because fresh memory is slow.
     """
     units, inputs, scratch = weights.shape[1], a.shape[1], _Scratch(a)
     for k, (i, j) in enumerate(_bounds(inputs)):

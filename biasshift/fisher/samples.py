@@ -1,8 +1,8 @@
 """Sums that keep the samples instead of the blocks: ``V v`` for all units, without any ``V``.
 
-``V v = E_q[(a − r)(a − r)ᵀ v] − o oᵀ v`` with ``o = m − r``: the first term is two matrix products
-over the samples, which are kept about the reference mean ``r``, and the mean part is folded in
-exactly. Memory grows with samples × (inputs + units), where blocks take units × inputs².
+``V v = E_q[(a − r)(a − r)ᵀ v] − o oᵀ v`` with ``o = m − r``. The first term is two matrix products
+over the samples, which are kept about the reference mean ``r``; the second is exact. Memory grows
+with samples × (inputs + units), where blocks take units × inputs².
 """
 
 from collections.abc import Callable, Iterator
@@ -192,10 +192,10 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Again:
+class RereadParts:
     """Parts that did not fit into memory, as one part that holds nothing.
 
-    The probe and the model are run again whenever the parts are needed: every product with V costs
+    The model reads the probe again whenever the parts are needed. Every product with V costs
     forward and backward passes over the whole probe.
     """
 
@@ -226,11 +226,11 @@ class Again:
             out += part.product(v)
         return out
 
-    def select(self, units: Tensor) -> "Again":
+    def select(self, units: Tensor) -> "RereadParts":
         d = self.d if self.d is None or self.d.dim() == 1 else self.d[units]
         return replace(self, units=units if self.units is None else self.units[units], d=d)
 
-    def moved(self, d: Tensor) -> "Again":
+    def moved(self, d: Tensor) -> "RereadParts":
         return replace(self, d=d if self.d is None else self.d + d)
 
     def blocks(self) -> packed.Rows:
@@ -304,7 +304,7 @@ class ImplicitSums(Sums):
     def without_parts(self, *parts: Part) -> "ImplicitSums":
         """Returns the moments with other parts in place of these, or with none.
 
-        The parts must stand for the same samples, such as an `Again` for parts that were too large.
+        The parts must stand for the same samples: `RereadParts` for those that did not fit.
         """
         return replace(self, parts=parts)
 

@@ -26,7 +26,7 @@ class UnitFisher:
     """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)`` of all units of one layer, ``ã = (a, 1)``.
 
     Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming
-    activation under the data p and under ``q ∝ δ² p``, and its covariance under q. Make one with
+    activation under p (the data) and under ``q ∝ δ² p``, and its covariance under q. Make one with
     `from_samples` or `biasshift.unit_fisher`. Results have the dtype and device of the samples;
     sums and solves are float64 inside.
 
@@ -244,8 +244,8 @@ class UnitFisher:
     def matrix(self) -> Float[Tensor, "units params params"]:
         """Returns ``F = [[A, b], [bᵀ, c]]`` of every unit, bias last; without a bias it is A.
 
-        It is undamped, and (units, inputs + 1, inputs + 1): products with it are cheaper by
-        `matvec`, which forms no matrix in the implicit storage.
+        It is undamped, and (units, inputs + 1, inputs + 1). For products with it use `matvec`,
+        which forms no matrix in the implicit storage.
 
         Raises:
             ValueError: when the blocks of an implicit storage pass the memory budget.

@@ -1,8 +1,8 @@
 """Solvers by Cholesky factors in float64, where these are cheaper than iterating.
 
-Samples are kept in place of blocks, so that a factor is formed when it is used, for some units at a
-time: of the Gram matrix of the samples where there are fewer of them than inputs (`Woodbury`,
-`unit_woodbury`), else of the block after all (`block_cholesky`).
+Samples are kept in place of blocks, and factors are formed when they are used, for some units at a
+time. Where there are fewer samples than inputs, it is their Gram matrix that is factored
+(`Woodbury`, `unit_woodbury`), else the block after all (`block_cholesky`).
 """
 
 from collections.abc import Callable

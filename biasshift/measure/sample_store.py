@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.fisher.convolution import Geometry, Maps
-from biasshift.fisher.samples import Again, ImplicitSums, Part, Samples, Work
+from biasshift.fisher.samples import ImplicitSums, Part, RereadParts, Samples, Work
 from biasshift.measure import layer_types
 from biasshift.measure.accumulators import LayerBatch, LayerState
 from biasshift.measure.layer_types import WeightLayer
@@ -193,7 +193,7 @@ class ImplicitState(LayerState):
         self.budget, self.one_shot, self.kept_bytes = budget, one_shot, 0
         self.collector = Collector()
         self.implicit: ImplicitSums | None = None
-        self.reread: Again | None = None
+        self.reread: RereadParts | None = None
         self.full, self.work = False, Work(0, 0, 0)
 
     def start_batch(self, layer: LayerBatch) -> None:
@@ -295,7 +295,7 @@ class ProbeReader:
         self.modes = [(module, module.training) for module in model.modules()]
         self.random_state = options.generator.get_state() if options.generator is not None else None
 
-    def parts(self, name: str, state: ImplicitState) -> Again:
+    def parts(self, name: str, state: ImplicitState) -> RereadParts:
         """Returns the parts of a layer, which are read anew at every use.
 
         Raises:
@@ -306,7 +306,9 @@ class ProbeReader:
         assert reference is not None
         channels = reference.shape[-1] // layer_types.group_count(self.modules[name])
         examples, weight = sums.examples, sums.weight.sum().item()
-        return Again(lambda: self._read(name, reference, examples, weight), channels, state.work)
+        return RereadParts(
+            lambda: self._read(name, reference, examples, weight), channels, state.work
+        )
 
     def _read(self, name: str, reference: Tensor, examples: int, weight: float) -> Iterator[Part]:
         self._refuse_changes(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from biasshift.distributed import all_reduce_sum, broadcast, rank, world_size
-from biasshift.precision import products
+from biasshift.precision import product_precision
 from biasshift.training import checkpoint
 from biasshift.training.cuda_graphs import GraphedStep
 from biasshift.training.ensemble import (
@@ -64,7 +64,7 @@ def run(
         _refuse_different(trials)
     device = next(trials[0].model.parameters()).device
     with (
-        products(execution.precision),
+        product_precision(execution.precision),
         _random_state(trials[0].config.seed, device),
         ExitStack() as stack,
     ):
