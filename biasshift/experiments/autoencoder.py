@@ -105,11 +105,20 @@ class Autoencoder(Experiment):
     smoke_config: ClassVar[dict[str, Any]] = {"epochs": 2, "width": 0.02, "probe_size": 100}
 
     def load(self) -> DataSet:
-        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test."""
+        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test.
+
+        Raises:
+            FileNotFoundError: Files are missing, and downloading them failed.
+            RuntimeError: A file is damaged, or is not what its name says.
+        """
         return (synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
 
     def grid(self) -> list[AutoencoderConfig]:
-        """Returns one config per seed, learning rate and activation function."""
+        """Returns one config per seed, learning rate and activation function.
+
+        Every learning rate is fixed over the run: the paper compares four of them, for every
+        activation function, over 500 epochs.
+        """
         return [
             self._filled(
                 AutoencoderConfig,

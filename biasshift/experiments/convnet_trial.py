@@ -12,7 +12,11 @@ from biasshift.training.trial import Phase
 
 
 def epoch_steps(images: int, batch_size: int) -> int:
-    """Returns the minibatches of an epoch; the last one may be shorter."""
+    """Returns the minibatches of an epoch; the last one may be shorter.
+
+    >>> epoch_steps(images=50_000, batch_size=64)
+    782
+    """
     return -(-images // batch_size)
 
 
@@ -22,6 +26,12 @@ def momentum_sgd(
     """Returns the paper's optimizer; the phases set its learning rate.
 
     L2 decay is of all parameters: the paper excepts none.
+
+    Args:
+        model: Not used: the steps need no hooks on it.
+        parameters: Those of the model.
+        momentum: Of the running sum of gradients.
+        decay: Times a parameter, added to its gradient.
     """
     return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=decay)
 

@@ -62,7 +62,11 @@ class Demo(MlpExperiment):
         return shifted(digits(), side=8).to(self.where())
 
     def grid(self) -> list[MlpConfig]:
-        """Returns one config per seed and activation function: 24, or 8 of a quick demo."""
+        """Returns one config per seed and activation function: 24, or 8 of a quick demo.
+
+        >>> len(Demo().configs()), len(Demo(quick=True).configs()), len(Demo(smoke=True).configs())
+        (24, 8, 4)
+        """
         return [
             MlpConfig(
                 experiment=self.name,

@@ -176,6 +176,11 @@ class Imagenet(Experiment):
         """Returns the images, checked, and their mean, which reads every training image once.
 
         Later calls find the mean in a cache beside the data.
+
+        Raises:
+            FileNotFoundError: The folders of images are not there.
+            RuntimeError: The two splits differ in classes, or a file is not an image; the message
+                names it.
         """
         images, root = self._images(), self.out if self.smoke else self.data
         mean = mean_image(images.train, SIDE, self._loaders, root=root)

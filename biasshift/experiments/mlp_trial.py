@@ -1,7 +1,4 @@
-"""The fully connected classifiers: what the demo, MNIST and the sweep record, train and measure.
-
-The constants here are the project's: the paper says nothing about examinations or updates.
-"""
+"""The fully connected classifiers: what the demo, MNIST and the sweep record, train and measure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -73,7 +73,12 @@ class Mnist(MlpExperiment):
     smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def load(self) -> DataSet:
-        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test."""
+        """Returns MNIST, checked, on the device; synthetic images of its shape for a smoke test.
+
+        Raises:
+            FileNotFoundError: Files are missing, and downloading them failed.
+            RuntimeError: A file is damaged, or is not what its name says.
+        """
         return (synthetic_mnist() if self.smoke else mnist(self.data)).to(self.where())
 
     def grid(self) -> list[MlpConfig]:

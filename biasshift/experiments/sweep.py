@@ -115,7 +115,12 @@ class Sweep(MlpExperiment):
         return self.part[1] == 1
 
     def load(self) -> DataSet:
-        """Returns MNIST, checked, at half its resolution: 14 × 14 pixels, each a mean over four."""
+        """Returns MNIST, checked, at half its resolution: 14 × 14 pixels, each a mean over four.
+
+        Raises:
+            FileNotFoundError: Files are missing, and downloading them failed.
+            RuntimeError: A file is damaged, or is not what its name says.
+        """
         data = synthetic_mnist() if self.smoke else mnist(self.data)
         images = {name: _halved(getattr(data, name)) for name in ("x_train", "x_valid", "x_test")}
         return replace(data, **images).to(self.where())
@@ -177,7 +182,11 @@ class Sweep(MlpExperiment):
         return cells
 
     def folder(self, config: MlpConfig) -> Path:
-        """Returns the run folder of a config, named by its cell, learning rate and seed."""
+        """Returns the run folder of a config, named by its cell, learning rate and seed.
+
+        The parts of a name stand in this order: activation, ``-plus`` and the constant or ``-bn``,
+        update, learning rate, seed; such as ``elu-plus0.5-plain-lr0.1-0``.
+        """
         plus = f"-plus{config.constant:g}" if config.constant else ""
         kind = config.activation + (plus or "-bn" * config.batch_norm)
         return self.out / f"{kind}-{config.update}-lr{config.lr:g}-{config.seed}"

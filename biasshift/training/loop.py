@@ -20,7 +20,10 @@ Update = Callable[[Tensor, Tensor], Tensor]
 
 
 class Diverged(RuntimeError):
-    """The loss was infinite or NaN."""
+    """The loss was infinite or NaN: usually the learning rate is too large.
+
+    The message names the first such step. In an ensemble the losses of all members were.
+    """
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,10 @@ class Gradient:
         return examples * world_size() / everyone
 
     def state_dict(self) -> dict:
-        """Returns the state of the gradient scaler; nothing where there is none."""
+        """Returns the state of the gradient scaler; an empty dict where there is none.
+
+        The model and the optimizer have state dicts of their own.
+        """
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:

@@ -151,7 +151,14 @@ class TrialRun:
                 self.tensorboard.add_scalar(name, value, step)
 
     def examine(self, step: int) -> None:
-        """Records the examination, once, as soon as the loss has come down to its value."""
+        """Records the examination, once, as soon as the loss has come down to its value.
+
+        The loss is evaluated every `Exam.every` steps, and recorded beside the rows as
+        ``exam_loss``.
+
+        Args:
+            step: Completed steps.
+        """
         exam = self.trial.exam
         if exam is None or self.examined or step % exam.every:
             return
@@ -161,7 +168,7 @@ class TrialRun:
             self.examined = True
 
     def flush(self) -> None:
-        """Writes everything measured so far to the disk."""
+        """Writes everything measured so far to the disk, as one segment of the run folder."""
         for log in self.logs:
             self.record.append(log.flush())
         self.record.flush()
