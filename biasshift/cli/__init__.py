@@ -7,7 +7,6 @@ Options are typed dataclasses, from which tyro makes the parser and the help. Th
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -116,7 +115,7 @@ def _command(options: Any) -> Callable[[Console], None]:
     if isinstance(options, Claims):
         from biasshift.cli.claims import judge
 
-        return partial(judge, options=options)
+        return lambda console: judge(console, options)
     if isinstance(options, Runs):
         from biasshift.cli.results import print_runs
         from biasshift.runs.reader import read_runs, run_states
@@ -137,5 +136,5 @@ def _command(options: Any) -> Callable[[Console], None]:
     if isinstance(options, Figure):
         from biasshift.cli.figure import draw_figures
 
-        return partial(draw_figures, options=options, parse=parse, train=run_experiment)
-    return partial(run_experiment, experiment=options)
+        return lambda console: draw_figures(console, options, parse, run_experiment)
+    return lambda console: run_experiment(console, options)

@@ -13,7 +13,7 @@ from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, f
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
-from biasshift.cli.console import printable
+from biasshift.cli.console import print_wrapped, printable
 from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
 from biasshift.runs.provenance import provenance_sentence, table_provenance
 from biasshift.runs.reader import read_runs
@@ -73,52 +73,25 @@ def print_claims(console: Console, verdicts: pd.DataFrame) -> None:
         shown.add_column(column, justify=justify, overflow="fold")
     rows: Any = verdicts.itertuples()
     for row in rows:
-        shown.add_row(*(_wide if wide else _narrow)(row, notes[row.caveat]))
+        shown.add_row(*_cells(row, notes[row.caveat], wide))
     console.print(shown)
     if "not supported" in set(verdicts["verdict"]):
         console.print("* p of the contrary")
     for caveat, number in notes.items():
-        first = f"{number:>3}  "
-        note = textwrap.fill(
-            printable(caveat),
-            console.width,
-            initial_indent=first,
-            subsequent_indent=" " * len(first),
-        )
-        console.print(Text(note), soft_wrap=True)
+        print_wrapped(console, caveat, indent=f"{number:>3}  ", hanging=" " * 5)
     console.print(f"\n{footnote(verdicts)}")
 
 
-def _wide(row: Any, note: int) -> tuple[Text, ...]:
-    numbers = (Text(text) for text in (_effect(row), str(row.n), _p(row), str(note)))
-    return _name(row), _verdict(row), _statement(row), *numbers
-
-
-def _narrow(row: Any, note: int) -> tuple[Text, ...]:
-    name = textwrap.fill(_name(row).plain, 14)  # at its hyphens
-    p = f", p = {_p(row)}" if _p(row) else ""
-    numbers = "\n".join([_effect(row).replace(" [", "\n["), f"n = {row.n}{p}", f"note {note}"])
-    return Text(f"{name}\n").append_text(_verdict(row)), _statement(row), Text(numbers)
-
-
-def _name(row: Any) -> Text:
-    return Text(printable(f"{row.number} {row.claim}"))
-
-
-def _verdict(row: Any) -> Text:
-    return Text(row.verdict, style=COLORS[row.verdict])
-
-
-def _statement(row: Any) -> Text:
-    statement = printable(f"{row.statement} ({row.source})")
-    return Text(statement).append(f"\n{printable(row.statistic)}", style="dim")
-
-
-def _effect(row: Any) -> str:
-    return effect(row) if row.n else "not measured"
-
-
-def _p(row: Any) -> str:
-    """The corrected p that decides the verdict."""
-    p, contrary = deciding_p(row)
-    return f"{p:.2g}{'*' * contrary}" if p == p else ""
+def _cells(row: Any, note: int, wide: bool) -> tuple[Text, ...]:
+    value, contrary = deciding_p(row)
+    p = f"{value:.2g}{'*' * contrary}" if value == value else ""
+    size = effect(row) if row.n else "not measured"
+    name = printable(f"{row.number} {row.claim}")
+    verdict = Text(row.verdict, style=COLORS[row.verdict])
+    statement = Text(printable(f"{row.statement} ({row.source})"))
+    statement.append(f"\n{printable(row.statistic)}", style="dim")
+    if wide:
+        return Text(name), verdict, statement, *map(Text, (size, str(row.n), p, str(note)))
+    lines = [size.replace(" [", "\n["), f"n = {row.n}" + f", p = {p}" * bool(p), f"note {note}"]
+    name = Text(f"{textwrap.fill(name, 14)}\n")  # broken at its hyphens
+    return name.append_text(verdict), statement, Text("\n".join(lines))

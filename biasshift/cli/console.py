@@ -1,6 +1,7 @@
 """Printing: text that is safe for a terminal, where files are, and how far all runs are."""
 
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from biasshift.training import trial
 
@@ -37,6 +39,19 @@ def error_message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"'{error.filename}': {error.strerror}."
     return str(error)
+
+
+def print_wrapped(console: Console, text: str, indent: str, hanging: str) -> None:
+    """Prints text from run folders in lines as wide as the terminal.
+
+    Args:
+        indent: What the first line begins with.
+        hanging: What all others begin with.
+    """
+    lines = textwrap.wrap(
+        printable(text), console.width, initial_indent=indent, subsequent_indent=hanging
+    )
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def print_paths(console: Console, paths: list[Path]) -> None:

@@ -1,6 +1,5 @@
 """What finished runs show, on the terminal: scores, identities, verdicts, learning rates."""
 
-import textwrap
 from typing import Any
 
 import pandas as pd
@@ -11,7 +10,7 @@ from rich.table import Table
 from biasshift.analysis.formatting import READING, VERDICTS, effect, reading_table, sweep_table
 from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
-from biasshift.cli.console import printable
+from biasshift.cli.console import print_wrapped, printable
 
 IDENTITIES = {  # column of the table → the identity whose relative residual it holds
     "residual_theorem1": "Theorem 1, centered against block form",
@@ -30,8 +29,8 @@ SCORES = {  # column of the table → its heading
 }
 VERDICTS_TITLE = "What these runs say about the paper's claims"
 VERDICTS_NOTE = (
-    "Effects are paired by seed, with 95 % intervals; p, corrected (Holm) for the variants of a "
-    "statement, decides the verdict."
+    "Effects are paired by seed, with 95 % intervals. Verdicts go by p, corrected (Holm) for the "
+    "variants of a statement."
 )
 
 
@@ -77,14 +76,9 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
         if len(rows):
             console.print(f"{words} ({len(rows)})")
         for row in rows.itertuples():
-            line = printable(
-                f"{row.statement} ({row.source}). {row.statistic}: "
-                f"{effect(row) if row.n else 'not measured'}, n = {row.n}."
-            )
-            lines = textwrap.wrap(
-                line, console.width, initial_indent="  ", subsequent_indent="    "
-            )
-            console.print("\n".join(lines), soft_wrap=True)
+            size = effect(row) if row.n else "not measured"
+            line = f"{row.statement} ({row.source}). {row.statistic}: {size}, n = {row.n}."
+            print_wrapped(console, line, indent=" " * 2, hanging=" " * 4)
     console.print("Their caveats: biasshift claims FOLDER")
 
 

@@ -85,11 +85,10 @@ def _refuse_taken(experiment: Experiment, configs: list[Any], folders: list[Path
 
 
 def _jobs(experiment: Experiment, configs: list[Any]) -> list[Job]:
-    if not experiment.ensemble:
-        return [[config] for config in configs]
     jobs: dict[Any, Job] = {}
-    for config in configs:
-        jobs.setdefault(experiment.alike(config), []).append(config)
+    for position, config in enumerate(configs):
+        key = experiment.alike(config) if experiment.ensemble else position
+        jobs.setdefault(key, []).append(config)
     return list(jobs.values())
 
 

@@ -101,12 +101,10 @@ def learning_curves(data: ChartData, metric: int | None, log: bool) -> alt.TopLe
     Args:
         metric: The position of the metric in ``data.metrics``; None follows the page's choice.
     """
-    chosen = (_bound("metric") if metric is None else [alt.param("metric", value=metric)]) + _bound(
-        "against"
-    )
-    rows = _with_labels(_rows("curves").transform_filter("datum.metric == metric"))
-    x = "against == 'epoch' ? datum.epoch : datum.step"
-    rows = rows.transform_calculate(x=x).transform_filter("isValid(datum.x)")
+    choices = _bound("metric") if metric is None else [alt.param("metric", value=metric)]
+    rows = _with(_rows("curves", "datum.metric == metric"), "labels", "g", "label")
+    rows = rows.transform_calculate(x="against == 'epoch' ? datum.epoch : datum.step")
+    rows = rows.transform_filter("isValid(datum.x)")
     looks = alt.Scale(domain=["train", "valid", "test", ""], range=[[1, 0], [5, 3], [1, 2], [1, 0]])
     # Without a legend, which a narrow screen would cut: the page says it in words.
     dash = alt.StrokeDash("split:N", scale=looks, legend=None)
@@ -122,7 +120,7 @@ def learning_curves(data: ChartData, metric: int | None, log: bool) -> alt.TopLe
     axis = alt.X("x:Q", title="step or epoch, as chosen").scale(nice=False)
     return _lines_and_ribbons(
         data, rows, axis, "mean over runs, ± SD", dash, tooltip, dots=metric is None, log=log
-    ).add_params(*chosen)
+    ).add_params(*choices, *_bound("against"))
 
 
 def heat_map(compressed: bool = False) -> alt.TopLevelMixin:
@@ -135,18 +133,13 @@ def heat_map(compressed: bool = False) -> alt.TopLevelMixin:
             logarithmic beyond.
     """
     cell = alt.selection_point(name="cell", fields=["l", "s"], toggle=False, empty=False)
-    rows = _rows("cells").transform_filter(
-        "datum.q == quantity && datum.g == series && datum.l >= 0"
-    )
-    rows = rows.transform_lookup("l", alt.LookupData(alt.NamedData("layers"), "l", ["layer"]))
-    ranges = alt.LookupData(alt.NamedData("ranges"), "q", ["least", "most", "small"])
-    clamped = "clamp(datum.mean, datum.least, datum.most)"
-    rows = rows.transform_lookup("q", ranges).transform_calculate(
-        color=f"{clamped} / datum.small" if compressed else clamped,
+    rows = _rows("cells", "datum.q == quantity && datum.g == series && datum.l >= 0")
+    rows = _with(rows, "layers", "l", "layer")
+    rows = _with(rows, "ranges", "q", "least", "most", "small").transform_calculate(
+        color=f"clamp(datum.mean, datum.least, datum.most){' / datum.small' * compressed}",
         median=f"datum.d[{LEVELS.index(50)}]",
-    )
-    rows = rows.transform_calculate(
-        low=f"datum.d[{LEVELS.index(5)}]", high=f"datum.d[{LEVELS.index(95)}]"
+        low=f"datum.d[{LEVELS.index(5)}]",
+        high=f"datum.d[{LEVELS.index(95)}]",
     )
     tooltip = [
         alt.Tooltip("layer:N"),
@@ -183,7 +176,8 @@ def across_steps(data: ChartData) -> alt.TopLevelMixin:
 
     Here the activation functions are compared.
     """
-    rows = _with_labels(_rows("cells").transform_filter("datum.q == quantity && datum.l == layer"))
+    rows = _rows("cells", "datum.q == quantity && datum.l == layer")
+    rows = _with(rows, "labels", "g", "label")
     tooltip = [
         "label:N",
         alt.Tooltip("s:Q", title="step"),
@@ -203,14 +197,12 @@ def within_cell(data: ChartData) -> alt.TopLevelMixin:
     A line for each group: the share of values at or below x. Above it stands how many values lie
     beyond the axis, which does not follow long tails.
     """
-    rows = _rows("cells").transform_filter(
-        "datum.q == quantity && datum.l == layer && datum.s == step"
-    )
+    rows = _rows("cells", "datum.q == quantity && datum.l == layer && datum.s == step")
     text = "format(datum.beyond, ',') + ' of ' + format(datum.n, ',') + ' values beyond the axis'"
     sums = rows.transform_aggregate(beyond="sum(beyond)", n="sum(n)").transform_calculate(text=text)
     beyond = sums.mark_text(align="left", baseline="bottom", x=0, y=-8).encode(text="text:N")
     rows = (
-        _with_labels(rows)
+        _with(rows, "labels", "g", "label")
         .transform_calculate(percent=str(list(LEVELS)))
         .transform_flatten(["d", "percent"], ["value", "percent"])
         .transform_filter(
@@ -218,10 +210,10 @@ def within_cell(data: ChartData) -> alt.TopLevelMixin:
             "&& datum.value >= datum.low && datum.value <= datum.high"
         )
     )
-    x = alt.X("value:Q", title="value", scale=alt.Scale(zero=False, nice=False))
-    y = alt.Y("percent:Q", title="% of units at or below", scale=alt.Scale(domain=[0, 100]))
+    x = alt.X("value:Q", title="value").scale(zero=False, nice=False).axis(labelExpr=_TICK)
+    y = alt.Y("percent:Q", title="% of units at or below").scale(domain=[0, 100])
     lines = rows.mark_line(point=alt.OverlayMarkDef(size=45)).encode(
-        x=x.axis(labelExpr=_TICK),
+        x=x,
         y=y,
         order="percent:Q",
         color=_color(data),
@@ -241,18 +233,19 @@ def within_cell(data: ChartData) -> alt.TopLevelMixin:
 # -- what charts share -----------------------------------------------------------------------------
 
 
-def _rows(name: str) -> alt.Chart:
-    """A chart of the page's data of that name."""
-    return alt.Chart(alt.NamedData(name))
+def _rows(name: str, where: str) -> alt.Chart:
+    """A chart of the page's data of that name, of the rows for which an expression holds."""
+    return alt.Chart(alt.NamedData(name)).transform_filter(where)
+
+
+def _with(chart: alt.Chart, name: str, key: str, *fields: str) -> alt.Chart:
+    """With the fields of other data of the page, where they have the same key."""
+    return chart.transform_lookup(key, alt.LookupData(alt.NamedData(name), key, list(fields)))
 
 
 def _bound(*names: str) -> list[Any]:
     """Parameters that follow the page's `<select>` of the same name."""
     return [alt.param(name, bind=alt.BindDirect(element=f"#{name}")) for name in names]
-
-
-def _with_labels(chart: alt.Chart) -> alt.Chart:
-    return chart.transform_lookup("g", alt.LookupData(alt.NamedData("labels"), "g", ["label"]))
 
 
 def _color(data: ChartData) -> alt.Color:

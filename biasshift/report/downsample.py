@@ -154,7 +154,7 @@ def _add_curves(data: ChartData, values: dict[str, pd.DataFrame], epochs: dict[A
     parts = {name: (split[2], split[1]) if split else (name, "") for name, split in splits.items()}
     metrics = dict.fromkeys(metric for metric, _ in parts.values())
     names = sorted(metrics, key=lambda name: {"loss": 0, "error": 1}.get(name, 2))
-    names = _first(data, names, "quantities of the whole network")
+    names = first(names, MAX_QUANTITIES, "quantities of the whole network", data.left_out)
     data.metrics = distinct([plain(name, 60) for name in names])
     curves = len(values) * len(data.groups)
     most = max(2, min(MAX_POINTS_PER_CURVE, MAX_POINTS // max(1, curves)))
@@ -188,8 +188,8 @@ def _epochs(table: pd.DataFrame, keys: pd.DataFrame) -> dict[Any, Any]:
 
 
 def _add_cells(data: ChartData, values: dict[str, pd.DataFrame]) -> None:
-    measured = [name for name, rows in values.items() if len(rows)]
-    columns = _first(data, measured, "quantities of layers")
+    columns = [name for name, rows in values.items() if len(rows)]
+    columns = first(columns, MAX_QUANTITIES, "quantities of layers", data.left_out)
     layers = {
         column: evenly_spaced(np.unique(values[column]["layer"]).tolist(), MAX_LAYERS)
         for column in columns
@@ -257,13 +257,17 @@ def _cells(rows: pd.DataFrame, quantity: int) -> list[Cell]:
 # -- as many values as a page can hold -------------------------------------------------------------
 
 
-def _first(data: ChartData, names: list[str], kind: str) -> list[str]:
-    if len(names) > MAX_QUANTITIES:
-        data.left_out.append(
-            f"{len(names) - MAX_QUANTITIES} of {len(names)} {kind}: "
-            f"{listed(names[MAX_QUANTITIES:])}."
-        )
-    return names[:MAX_QUANTITIES]
+def first(names: list[str], most: int, kind: str, left_out: list[str]) -> list[str]:
+    """Returns the first ``most`` names, and notes in ``left_out`` which others there are.
+
+    >>> left_out = []
+    >>> first(["a", "b", "c"], 2, "quantities", left_out), left_out
+    (['a', 'b'], ['1 of 3 quantities: c.'])
+    """
+    if len(names) > most:
+        hidden = len(names) - most
+        left_out.append(f"{hidden} of {len(names)} {kind}: {listed(names[most:])}.")
+    return names[:most]
 
 
 def _thinned(data: ChartData, values: pd.DataFrame, most: int, label: str) -> pd.DataFrame:

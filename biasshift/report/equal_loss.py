@@ -10,7 +10,7 @@ import pandas as pd
 
 from biasshift.analysis.formatting import QUANTITIES, mean_and_sd
 from biasshift.analysis.quantities import REFERENCE_DAMPING
-from biasshift.report.downsample import LARGEST, by_depth, evenly_spaced
+from biasshift.report.downsample import LARGEST, by_depth, evenly_spaced, first
 from biasshift.report.groups import MAX_GROUPS, RunGroup
 from biasshift.report.html import details, distinct, escaped, listed, note, number, plain, table
 
@@ -45,12 +45,9 @@ def equal_loss_section(
     measured = set(rows["run"].astype(str).unique())
     examined = [group for group in groups if measured & set(group.runs)]
     examined.sort(key=lambda group: not group.shown)
-    if len(examined) > MAX_GROUPS:
-        left_out.append(
-            "Examinations at equal training loss of "
-            f"{listed(group.label for group in examined[MAX_GROUPS:])}."
-        )
-    labels = {run: group.label for group in examined[:MAX_GROUPS] for run in group.runs}
+    kind = "groups of runs that were examined at equal training loss"
+    columns = first([group.label for group in examined], MAX_GROUPS, kind, left_out)
+    labels = {run: group.label for group in examined[: len(columns)] for run in group.runs}
     rows = rows[rows["run"].isin(labels)]
     damping = _damping(rows, left_out)
     rows = rows[rows["exam_damping"] == damping].assign(exam_step=rows["step"])
@@ -62,12 +59,7 @@ def equal_loss_section(
         and pd.api.types.is_numeric_dtype(rows[name])
         and rows[name].notna().any()
     ]
-    if len(names) > MAX_QUANTITIES:
-        left_out.append(
-            f"At equal training loss, {len(names) - MAX_QUANTITIES} quantities: "
-            f"{listed(names[MAX_QUANTITIES:])}."
-        )
-        names = names[:MAX_QUANTITIES]
+    names = first(names, MAX_QUANTITIES, "quantities at equal training loss", left_out)
     values: Any = rows[names].astype(float)
     by = [rows["run"].astype(str), rows["layer"].astype(str)]
     means: Any = values.where(values.abs() < LARGEST).groupby(by).mean()

@@ -131,6 +131,17 @@ def test_help(here, capsys, arguments, words):
     assert max(map(len, shown.splitlines())) < 130 and "__" not in shown
 
 
+def test_help_needs_no_tables_and_no_charts():
+    """What takes long to import is imported by the commands that need it."""
+    heavy = ["pandas", "pyarrow", "matplotlib", "altair", "torchvision", "sklearn"]
+    code = (
+        "import sys; from biasshift.cli import parse; parse(['figure', '2', '--quick']); "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    shown, errors = spawn("-c", code, stdout=subprocess.PIPE).communicate(timeout=PATIENCE)
+    assert (shown, errors) == ("[]\n", "")
+
+
 def test_python_minus_m():
     process = spawn("-m", "biasshift", "figure", "--help", stdout=subprocess.PIPE)
     shown, errors = process.communicate(timeout=PATIENCE)
@@ -913,7 +924,13 @@ SCRIPT = (
 
 @pytest.mark.parametrize(
     ("how", "moment"),
-    [("module", "torch._C"), ("module", "tyro"), ("script", "numpy"), ("script", "rich.console")],
+    [
+        ("module", "torch._C"),
+        ("module", "tyro"),
+        ("module", "pandas"),
+        ("script", "numpy"),
+        ("script", "rich.console"),
+    ],
 )
 def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment):
     """The moment is when a module has just been imported; by the clock it would be another one on
