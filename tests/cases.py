@@ -1,11 +1,8 @@
-"""Small models and inputs: one row, one thing that has broken a library.
+"""Small models and inputs: each case is a construction that has broken a library.
 
-Every model is built in float64 from a fixed seed; inputs have means that are not zero.
-
-At the end: what a model that was left as found looks like.
+Every model is built in float64 from a fixed seed; inputs have means that are not zero. `pristine`
+checks that a model was left as it was.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,12 +30,8 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.up, self.down, self.head = (
-            nn.Linear(5, 6),
-            nn.Linear(6, 4),
-            nn.Linear(4, 6),
-            nn.Linear(6, 3),
-        )
+        self.stem, self.up = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.down, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
         self.act = nn.ELU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,11 +100,9 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.elu(self.stem(x))
-        return self.head(
-            self.block(h)
-            if self.reentrant is None
-            else checkpoint(self.block, h, use_reentrant=self.reentrant)
-        )
+        if self.reentrant is None:
+            return self.head(self.block(h))
+        return self.head(checkpoint(self.block, h, use_reentrant=self.reentrant))
 
 
 class Pool(nn.Module):
@@ -141,8 +132,9 @@ class Windows(nn.Module):
 
 
 class SequenceFirst(nn.Module):
-    """Positions lead inside the model. With as many positions as examples the axes cannot be told
-    apart by size.
+    """Positions lead inside the model.
+
+    With as many positions as examples the axes have equal sizes.
     """
 
     def __init__(self) -> None:
@@ -183,15 +175,8 @@ def frozen() -> nn.Module:
 
 def normalized_conv() -> nn.Module:
     """BatchNorm with statistics of its own, in eval mode."""
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, bias=False),
-        nn.BatchNorm2d(3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(27, 4),
-        nn.BatchNorm1d(4),
-        nn.Linear(4, 3),
-    )
+    conv = [nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*conv, nn.Linear(27, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     for norm in (model[1], model[5]):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2.0)
@@ -200,10 +185,9 @@ def normalized_conv() -> nn.Module:
 
 
 def conv_net(head: int, **options: object) -> nn.Module:
-    """One convolution of 2 channels and one linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(2, 4, **{"kernel_size": 3, **options}), nn.ELU(), nn.Flatten(), nn.Linear(head, 3)
-    )
+    """One convolution of 2 channels and one linear layer of `head` inputs."""
+    conv = nn.Conv2d(2, 4, **{"kernel_size": 3, **options})
+    return nn.Sequential(conv, nn.ELU(), nn.Flatten(), nn.Linear(head, 3))
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,7 @@ class Case:
     factory: Callable[[], nn.Module]
     x_shape: tuple[int, ...]
     likelihood: str = "categorical"
-    shared: tuple[str, ...] = ()  # layers that run twice: right, or refused by name
+    shared: tuple[str, ...] = ()  # layers that run twice: measured right, or refused with the name
     tokens: bool = False  # one label per position
 
     def build(self, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What every test gets: shape types checked at run time, fixed randomness, and skips that say why."""
+"""What every test gets: shapes checked at run time, fixed randomness, and skips with a reason."""
 
 import os
 import signal
@@ -11,23 +11,20 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # side by side: more threads than cores would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Side by side, more threads than cores would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that starts the tests in the background makes them deaf to Ctrl-C, which programs that
-    # they start would inherit.
+    # A shell that starts the tests in the background makes them ignore Ctrl-C, which the programs
+    # that they start would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before anybody imports biasshift: from here on each call checks its shapes. Users never pay for
-# it.
+# Before anything imports biasshift: each call checks its shapes then. Users never pay for it.
 install_import_hook("biasshift", "beartype.beartype")
 
-# The same examples in every run, and no deadline: the first call of a PyTorch operation can take
-# seconds.
+# The same examples in every run. No deadline: the first call of a PyTorch operation takes seconds.
 settings.register_profile("biasshift", deadline=None, derandomize=True)
 settings.load_profile("biasshift")
 
@@ -67,7 +64,5 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def randn(generator):
-    """`randn(*shape)`: standard normal numbers in float64, whatever the default dtype, which stays
-    as it is.
-    """
+    """`randn(*shape)`: standard normal numbers in float64, whatever the default dtype."""
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)

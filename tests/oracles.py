@@ -1,5 +1,4 @@
-"""The second opinion: unit Fisher matrices from `torch.func`, in float64, by routes that use no
-hook.
+"""Second opinions: unit Fisher matrices from `torch.func`, in float64, without hooks.
 
 Two independent routes to the same numbers:
 
@@ -12,8 +11,6 @@ Two independent routes to the same numbers:
 
 A layer without a bias gets a zero one in the copy, so the row of the bias is defined everywhere.
 """
-
-from __future__ import annotations
 
 import copy
 import itertools
@@ -95,8 +92,7 @@ def draw_labels(output: Tensor, likelihood: str, generator: torch.Generator) -> 
 def scores(
     model: nn.Module, x: Tensor, likelihood: str, y: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-example gradients of `ln p` for the weights into every unit, and the weights of the
-    labels.
+    """Per-example gradients of `ln p` by the weights into every unit, and the labels' weights.
 
     `{layer: (batch, labels, units, inputs + 1)}` and (batch, labels). With `y` there is one label,
     the given one.
@@ -147,28 +143,24 @@ def gradients(
 
 
 class Probed(nn.Module):
-    """A weight layer that keeps its inputs and net inputs, and adds a zero offset to every call's
-    net input.
-    """
+    """A weight layer that keeps inputs and net inputs, and adds an offset to every net input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.seen, self.offsets, self.call = layer, [], None, 0
+        self.layer, self.calls, self.offsets, self.call = layer, [], None, 0
 
     def forward(self, input: Tensor) -> Tensor:
         kept = input.clone()
         net = self.layer(input)
         if self.offsets is None:
-            self.seen.append((kept.detach(), net.detach().clone()))
+            self.calls.append((kept.detach(), net.detach().clone()))
             return net
         self.call += 1
         return net + self.offsets[self.call - 1]
 
 
 def probed_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Probed]]:
-    """A copy of the model with every weight layer inside a `Probed`, also where two names share one
-    layer.
-    """
+    """A copy of the model with every weight layer in a `Probed`, shared ones under both names."""
     model = double_copy(model)
     probes = {name: Probed(layer) for name, layer in weight_layers(model).items()}
     by_id = {id(probe.layer): probe for probe in probes.values()}
@@ -181,8 +173,9 @@ def probed_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Probed]]:
 
 
 def patches(layer: nn.Module, a: Tensor) -> Tensor:
-    """What each position of each unit sees, (batch, positions, units or 1, inputs), by a loop over
-    the kernel's offsets.
+    """What each position of each unit reads: (batch, positions, units or 1, inputs).
+
+    The patches are put together in a loop over the kernel's offsets.
     """
     if isinstance(layer, nn.Linear):
         return a.reshape(len(a), -1, 1, a.shape[-1])
@@ -196,46 +189,33 @@ def patches(layer: nn.Module, a: Tensor) -> Tensor:
         sides = [(p, p) for p in layer.padding]
     flat = [p for side in reversed(sides) for p in side]
     a = F.pad(a, flat, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, d, k, s in zip(
-            a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True
-        )
-    ]
+    axes = list(zip(a.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True))
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in axes]
     taps = []
     for offset in itertools.product(*(range(k) for k in layer.kernel_size)):
         window = a
         for axis, (o, d, s, n) in enumerate(
             zip(offset, layer.dilation, layer.stride, sizes, strict=True)
         ):
-            index = torch.arange(n) * s + o * d
-            window = window.index_select(axis + 2, index)
+            window = window.index_select(axis + 2, torch.arange(n) * s + o * d)
         taps.append(window.flatten(2))  # (batch, channels, positions)
-    seen = torch.stack(taps, 2)  # (batch, channels, taps, positions)
-    group = (
-        seen.unflatten(1, (layer.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
-    )  # (batch, positions, groups, inputs)
-    return (
-        group.repeat_interleave(layer.out_channels // layer.groups, 2)
-        if layer.groups > 1
-        else group
-    )
+    stacked = torch.stack(taps, 2)  # (batch, channels, taps, positions)
+    # (batch, positions, groups, inputs)
+    group = stacked.unflatten(1, (layer.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+    units = layer.out_channels // layer.groups if layer.groups > 1 else 1
+    return group.repeat_interleave(units, 2)
 
 
 def units_last(layer: nn.Module, net: Tensor) -> Tensor:
     """Net inputs as (batch, positions, units)."""
-    return (
-        net.reshape(len(net), -1, net.shape[-1])
-        if isinstance(layer, nn.Linear)
-        else net.flatten(2).transpose(1, 2)
-    )
+    if isinstance(layer, nn.Linear):
+        return net.reshape(len(net), -1, net.shape[-1])
+    return net.flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One layer seen from its net inputs; several calls stand side by side on the axis of
-    positions.
-    """
+    """One layer from the side of its net inputs; several calls are side by side as positions."""
 
     incoming: Tensor  # (batch, positions, units or 1, inputs)
     net: Tensor  # (batch, positions, units)
@@ -260,8 +240,8 @@ def probe_layers(
     x = x.double()
     with torch.no_grad():
         probed(x)
-    seen = {name: list(layer.seen) for name, layer in layers.items()}
-    zeros = {name: [torch.zeros_like(net[:1]) for _, net in calls] for name, calls in seen.items()}
+    kept = {name: list(layer.calls) for name, layer in layers.items()}
+    zeros = {name: [torch.zeros_like(net[:1]) for _, net in calls] for name, calls in kept.items()}
 
     def run(offsets: dict[str, list[Tensor]], x_n: Tensor) -> Tensor:
         for name, layer in layers.items():
@@ -284,7 +264,7 @@ def probe_layers(
     errors = vmap(jacrev(terms), in_dims=(None, 0, 0))(zeros, x, labels)
     p = vmap(weights)(x).detach()
     result = {}
-    for name, calls in seen.items():
+    for name, calls in kept.items():
         if not calls:
             continue
         layer = layers[name].layer
@@ -306,8 +286,9 @@ def probe_layers(
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: dense unit Fisher matrices (units, inputs + 1, inputs + 1), the incoming mean
-    under p, what a dense inverse says.
+    """Dense unit Fisher matrices of one layer, (units, inputs + 1, inputs + 1), and what follows.
+
+    The incoming mean under p is (units or 1, inputs).
     """
 
     F: Tensor
@@ -360,8 +341,9 @@ class Block:
         return value.where(healthy if value.dim() == 1 else healthy[:, None], torch.nan)
 
     def readings(self, damping: float) -> dict[str, Tensor]:
-        """s, k, k0, coupling and the corrected mean from dense inverses of the bordered matrix: no
-        centered form.
+        """s, k, k0, coupling and the corrected mean from dense inverses of the bordered matrix.
+
+        The package uses the centered form instead.
         """
         full = self.damped(damping)
         inverse = spd_inverse(full)
@@ -384,9 +366,8 @@ class Block:
         """The whole bordered matrix, inverted; without a bias only its upper left block."""
         full = self.damped(damping)
         if not self.bias:
-            return self.undefined_to_nan(
-                matvec(spd_inverse(full[:, :-1, :-1]), g)
-            ), torch.full_like(g0, torch.nan)
+            dw = self.undefined_to_nan(matvec(spd_inverse(full[:, :-1, :-1]), g))
+            return dw, torch.full_like(g0, torch.nan)
         step = self.undefined_to_nan(matvec(spd_inverse(full), torch.cat([g, g0[:, None]], 1)))
         return step[:, :-1], step[:, -1]
 
@@ -404,10 +385,11 @@ def matvec(M: Tensor, v: Tensor) -> Tensor:
 
 
 def spd_inverse(M: Tensor) -> Tensor:
-    """Dense inverse of symmetric positive definite matrices: scaled to a unit diagonal, then one
-    eigendecomposition at a time.
+    """Dense inverses of symmetric positive definite matrices, one at a time.
+
+    Each is scaled to a unit diagonal before its eigendecomposition.
     """
-    return torch.stack([_spd_inverse(one) for one in M])
+    return torch.stack([_spd_inverse(matrix) for matrix in M])
 
 
 def _spd_inverse(M: Tensor) -> Tensor:
@@ -425,8 +407,9 @@ def unit_fishers(
     weight_sharing: str = "per_example",
     y: Tensor | None = None,
 ) -> dict[str, Block]:
-    """The unit Fisher matrices of every weight layer: expected over the model's labels, or for
-    given labels `y`.
+    """The unit Fisher matrices of every weight layer.
+
+    They are expected over the model's labels, or those of given labels `y`.
     """
     layers = weight_layers(model)
     probes = probe_layers(model, x, likelihood, y)
@@ -457,8 +440,9 @@ def cosine(u: Tensor, v: Tensor) -> float:
 
 
 def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]:
-    """The gradient against the unit natural gradient of one layer, over (w, w0) of units neither
-    dead nor singular.
+    """The gradient against the unit natural gradient of one layer.
+
+    Over (w, w0) of units that are neither dead nor singular.
     """
     keep = block.healthy()
     dw, dw0 = block.natural_gradient(g, g0, damping)
@@ -468,26 +452,26 @@ def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]
     if block.bias:
         centered = g - g0[:, None] * m
         diagonal = centered / V / block.c[:, None]
-        members = {
+        vectors = {
             "natural": torch.cat([dw, dw0[:, None]], 1),
             "gradient": torch.cat([g, g0[:, None]], 1),
             "centered": torch.cat([centered, (g0 - dot(m, centered))[:, None]], 1),
             "diagonal": torch.cat([diagonal, (g0 / block.c - dot(m, diagonal))[:, None]], 1),
         }
     else:
-        members = {
+        vectors = {
             "natural": dw,
             "gradient": g,
             "centered": g,
             "diagonal": g / (block.damped(damping)[:, :-1, :-1].diagonal(dim1=1, dim2=2)),
         }
-    members = {name: value[keep] for name, value in members.items()}
-    natural = members["natural"]
+    vectors = {name: vector[keep] for name, vector in vectors.items()}
+    natural = vectors["natural"]
     return {
-        "cos_gradient": cosine(members["gradient"], natural),
-        "cos_centered": cosine(members["centered"], natural),
-        "cos_diagonal": cosine(members["diagonal"], natural),
-        "norm_ratio": float(members["gradient"].norm() / natural.norm()),
+        "cos_gradient": cosine(vectors["gradient"], natural),
+        "cos_centered": cosine(vectors["centered"], natural),
+        "cos_diagonal": cosine(vectors["diagonal"], natural),
+        "norm_ratio": float(vectors["gradient"].norm() / natural.norm()),
         "mean_in_abs": float(block.mean_p.abs().mean()),
     }
 
@@ -495,8 +479,9 @@ def gap(block: Block, g: Tensor, g0: Tensor, damping: float) -> dict[str, float]
 def bias_shifts(
     model: nn.Module, x: Tensor, update: Callable[[nn.Module], None]
 ) -> dict[str, dict[str, Tensor]]:
-    """The exact bookkeeping of one update, from two recordings. `update` changes the given model in
-    place; hand in a copy.
+    """The exact bookkeeping of one update, from two recordings.
+
+    `update` changes the given model in place; hand in a copy.
     """
     before, after = {}, {}
     for store in (before, after):
@@ -504,8 +489,10 @@ def bias_shifts(
         with torch.no_grad():
             probed(x.double())
         for name, layer in layers.items():
-            a = torch.cat([patches(layer.layer, a) for a, _ in layer.seen], 1).mean((0, 1))
-            net = torch.cat([units_last(layer.layer, net) for _, net in layer.seen], 1).mean((0, 1))
+            a = torch.cat([patches(layer.layer, a) for a, _ in layer.calls], 1).mean((0, 1))
+            net = torch.cat([units_last(layer.layer, net) for _, net in layer.calls], 1).mean(
+                (0, 1)
+            )
             w, w0 = layer.layer.weight.detach().flatten(1), layer.layer.bias.detach()
             store[name] = (a.expand_as(w), net, w, w0)
         if store is before:

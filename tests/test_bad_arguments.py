@@ -1,7 +1,7 @@
-"""What is no model, no probe, no optimizer, no runs: every public call says so in a sentence.
+"""Every public call refuses what is not a model, a probe, an optimizer or runs, in one message.
 
-The calls are made by a process of their own: within the tests, types are checked before the package
-sees an argument.
+A process of its own makes the calls: within the tests, types are checked before the package gets an
+argument.
 """
 
 import json
@@ -36,14 +36,18 @@ MODELS = {"none": None, "text": "resnet18", "parameters": nn.Linear(3, 2).parame
 PROBES = {"none": None, "number": 5, "empty": [], "text": "abc", "nan": X * torch.nan}
 RUNS = {"none": None, "list": [], "number": 3}
 RATES = {
-    "damping": {"damping": None}, "lr": {"lr": "fast"}, "weight_decay": {"weight_decay": float("nan")}, "kl_clip": {"kl_clip": "a"},
-    "momentum": {"momentum": "a"}, "unit_damping": {"unit_damping": torch.ones(2)},
-}  # fmt: skip
+    "damping": None,
+    "lr": "fast",
+    "weight_decay": float("nan"),
+    "kl_clip": "a",
+    "momentum": "a",
+    "unit_damping": torch.ones(2),
+}
 PROBE = "probe must be|probe is empty|A batch must be"
 
 
 def refused(call, *arguments, **options) -> str:
-    """What a call says, with the kind of its error."""
+    """The message of a call, with the type of its error."""
     try:
         call(*arguments, **options)
     except Exception as error:
@@ -52,57 +56,47 @@ def refused(call, *arguments, **options) -> str:
 
 
 def cases() -> dict[str, tuple[str, str]]:
-    """Name → what is said, and what it must match."""
-    found = {}
-    for name, call in MEASURE.items():
-        for kind, model in MODELS.items():
-            found[f"{name}, model: {kind}"] = (
-                refused(call, model, X),
-                "'model' must be an nn.Module, got (NoneType|str|generator)",
-            )
-        for kind, x in PROBES.items():
-            found[f"{name}, probe: {kind}"] = refused(call, net(), x), PROBE
+    """Message and the pattern that it must match, by name."""
+    optimizer, module = bs.optim.UnitNaturalGradient, "'model' must be an nn.Module"
+    refusals = {
+        "gradient_gap, probe: number": (refused(bs.gradient_gap, net(), 5), PROBE),
+        "instrument, optimizer: text": (
+            refused(bs.instrument, net(), optimizer="sgd", probe=(X, Y)),
+            "'optimizer' must be a torch.optim.Optimizer, .* got str",
+        ),
+    }
     for kind, model in MODELS.items():
-        found[f"gradient_gap, model: {kind}"] = (
-            refused(bs.gradient_gap, model, X, Y),
-            "'model' must be an nn.Module",
-        )
-        found[f"instrument, model: {kind}"] = (
-            refused(bs.instrument, model),
-            "'model' must be an nn.Module",
-        )
-        found[f"UnitNaturalGradient, model: {kind}"] = (
-            refused(bs.optim.UnitNaturalGradient, model, 0.1),
-            "'model' must be an nn.Module, whose forward passes",
-        )
-    found["gradient_gap, probe: number"] = refused(bs.gradient_gap, net(), 5), PROBE
-    optimizer = refused(bs.instrument, net(), optimizer="sgd", probe=(X, Y))
-    found["instrument, optimizer: text"] = (
-        optimizer,
-        "'optimizer' must be a torch.optim.Optimizer, .* got str",
-    )
+        for name, call in MEASURE.items():
+            message = refused(call, model, X)
+            refusals[f"{name}, model: {kind}"] = message, f"{module}, got (NoneType|str|generator)"
+        message = refused(bs.gradient_gap, model, X, Y)
+        refusals[f"gradient_gap, model: {kind}"] = message, module
+        refusals[f"instrument, model: {kind}"] = refused(bs.instrument, model), module
+        message = refused(optimizer, model, 0.1)
+        refusals[f"UnitNaturalGradient, model: {kind}"] = message, f"{module}, whose forward passes"
+    for kind, x in PROBES.items():
+        for name, call in MEASURE.items():
+            refusals[f"{name}, probe: {kind}"] = refused(call, net(), x), PROBE
     for kind, runs in RUNS.items():
-        found[f"claims: {kind}"] = (
-            refused(bs.claims, runs),
-            "runs must be a run folder, a folder of runs, or a table of runs",
-        )
-    for name, options in RATES.items():
-        said = refused(bs.optim.UnitNaturalGradient, net(), **{"lr": 0.1, **options})
-        found[f"UnitNaturalGradient, {name}"] = said, f"{name} must (be a|lie in)"
-    return found
+        pattern = "'runs' must be a run folder, a folder of runs, or a table of runs"
+        refusals[f"claims: {kind}"] = refused(bs.claims, runs), pattern
+    for name, rate in RATES.items():
+        message = refused(optimizer, net(), **{"lr": 0.1, name: rate})
+        refusals[f"UnitNaturalGradient, {name}"] = message, f"'{name}' must (be a|lie in)"
+    return refusals
 
 
 def test_every_public_call_says_what_it_cannot_use():
-    said = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
-    assert len(found) > 40
-    other = {
-        name: sentence
-        for name, (sentence, pattern) in found.items()
-        if not re.match(f"ValueError: .*({pattern})", sentence)
+    script = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)
+    assert script.returncode == 0, script.stderr
+    refusals = json.loads(script.stdout)
+    assert len(refusals) > 40
+    unlike = {
+        name: message
+        for name, (message, pattern) in refusals.items()
+        if not re.match(f"ValueError: .*({pattern})", message)
     }
-    assert not other
+    assert not unlike
 
 
 if __name__ == "__main__":

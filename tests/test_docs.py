@@ -1,6 +1,4 @@
-"""The documentation builds without warnings, its Python runs, its commands exist, and no public
-name is missing.
-"""
+"""The documentation builds without warnings, its Python runs, and no public name is missing."""
 
 import re
 import subprocess
@@ -28,25 +26,19 @@ def blocks(page, language):
 
 def commands(page):
     """Every `biasshift …` of a page, without comments, as arguments."""
-    lines = [
-        line.partition("#")[0].split()
-        for block in blocks(page, "sh")
-        for line in block.splitlines()
-    ]
-    return [words[1:] for words in lines if words[:1] == ["biasshift"]]
+    lines = "\n".join(blocks(page, "sh")).splitlines()
+    words = [line.partition("#")[0].split() for line in lines]
+    return [arguments for command, *arguments in filter(None, words) if command == "biasshift"]
 
 
 def with_pages(having):
-    return pytest.mark.parametrize(
-        "page", [page for page in PAGES if having(page)], ids=lambda page: page.stem
-    )
+    pages = [page for page in PAGES if having(page)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.stem)
 
 
 @pytest.fixture(scope="module")
 def run_python(tmp_path_factory):
-    """Runs the Python of a page, once and in a folder of its own; returns that folder and the names
-    that it leaves.
-    """
+    """Runs the Python of a page, once, in a folder of its own; returns the folder and the names."""
 
     @cache
     def run(page):
@@ -70,13 +62,11 @@ def test_runs_of_a_loop_of_ones_own_are_judged_as_the_page_says(run_python):
     pairs = names["found"].set_index("claim")["n"]
     at_equal_loss = ["means-loss", "coupling", "gap", "correction", "speed"]
     assert (pairs[["means", "inherited", "loss", "gap-steps", *at_equal_loss]] == 6).all()
-    without = table.query("exam_damping.isna()").drop(
-        columns=[name for name in table if name.startswith("exam_")]
-    )
+    exam = [name for name in table if name.startswith("exam_")]
+    without = table.query("exam_damping.isna()").drop(columns=exam)
     unexamined = bs.claims(without).set_index("claim")
-    assert (unexamined.loc[at_equal_loss, "n"] == 0).all() and (
-        unexamined.loc[at_equal_loss, "verdict"] == "undecided"
-    ).all()
+    assert (unexamined.loc[at_equal_loss, "n"] == 0).all()
+    assert (unexamined.loc[at_equal_loss, "verdict"] == "undecided").all()
     assert (unexamined.loc[["means", "inherited", "loss", "gap-steps"], "n"] == 6).all()
 
 
@@ -103,17 +93,8 @@ def site(tmp_path_factory):
     pytest.importorskip("mkdocs", reason=EXTRA)
     pytest.importorskip("mkdocstrings", reason=EXTRA)
     folder = tmp_path_factory.mktemp("site")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--site-dir",
-        str(folder),
-    ]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    built = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return folder
 
@@ -130,22 +111,17 @@ def site(tmp_path_factory):
 )
 def test_every_public_name_is_in_the_reference(site, page, names):
     html = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
-    described = {
-        found.rsplit(".", 1)[-1]
-        for found in re.findall(r'<h\d id="([\w.]+)" class="doc doc-heading"', html)
-    }
-    assert set(names) <= described
+    described = re.findall(r'<h\d id="([\w.]+)" class="doc doc-heading"', html)
+    assert set(names) <= {name.rsplit(".", 1)[-1] for name in described}
 
 
 def test_docstrings_become_markdown(site):
     optimizer = (site / "api" / "optim.html").read_text(encoding="utf-8")
-    assert (
-        "<td>quasi-diagonal natural gradient</td>" in optimizer
-    )  # the table of updates is a table
+    # The table of updates is a table.
+    assert "<td>quasi-diagonal natural gradient</td>" in optimizer
     for page in (site / "api").glob("*.html"):
-        assert "<blockquote>" not in page.read_text(
-            encoding="utf-8"
-        )  # no doctest is taken for a quotation
+        # No doctest is taken for a quotation.
+        assert "<blockquote>" not in page.read_text(encoding="utf-8")
 
 
 def test_formulas_in_tables_show_no_escapes(site):
@@ -157,6 +133,5 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for page in site.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', html)
-        assert not re.findall(
-            r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="(?:https?:)?//', html
-        )
+        links = r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="(?:https?:)?//'
+        assert not re.findall(links, html)

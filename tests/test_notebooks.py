@@ -1,5 +1,6 @@
-"""The notebooks run from nothing but the installed package, what they claim can fail, and their
-outputs are for others to read.
+"""The notebooks run on the installed package alone, and what they claim can fail.
+
+Their committed outputs are those of the code, without errors, warnings or paths of a machine.
 """
 
 import ast
@@ -41,11 +42,8 @@ def outputs(notebook):
 
 def texts(output):
     """What a reader sees of an output, pictures aside."""
-    shown = output.get("data", {})
-    return [
-        output.get("text", ""),
-        *(str(value) for kind, value in shown.items() if not kind.startswith("image/")),
-    ]
+    data = output.get("data", {}).items()
+    return [output.get("text", ""), *(str(v) for kind, v in data if not kind.startswith("image/"))]
 
 
 def faults(notebook):
@@ -55,20 +53,19 @@ def faults(notebook):
             yield f"an error: {output.ename}"
         if output.output_type == "stream" and output.name == "stderr":
             yield f"a warning: {output.text[:200]}"
-        yield from (
-            f"a path: {found.group()}" for text in texts(output) if (found := MACHINE.search(text))
-        )
+        paths = filter(None, map(MACHINE.search, texts(output)))
+        yield from (f"a path: {path.group()}" for path in paths)
 
 
 def sections(notebook):
     """Source of the code below every heading, by heading."""
-    found, heading = {}, "the beginning"
+    sources, heading = {}, "the beginning"
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            found[heading] = found.get(heading, "") + cell.source + "\n"
+            sources[heading] = sources.get(heading, "") + cell.source + "\n"
         elif headings := re.findall(r"^## (.+)$", cell.source, re.MULTILINE):
             heading = headings[-1]
-    return found
+    return sources
 
 
 def asserts(source):
@@ -77,18 +74,15 @@ def asserts(source):
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """Notebook → what it is when it has just been executed, in an empty folder; each once, and
-    where its temporary files are.
-    """
+    """Executes a notebook, each once: what it is then, and the folder of its temporary files."""
     done = {}
 
     def execute(path):
         if path not in done:
             folder = tmp_path_factory.mktemp(path.stem)
             with pytest.MonkeyPatch.context() as patch:
-                patch.delenv(
-                    "MPLBACKEND", raising=False
-                )  # the tests draw nothing to the screen; a notebook shows its pictures
+                # The tests draw nothing to the screen; a notebook shows its pictures.
+                patch.delenv("MPLBACKEND", raising=False)
                 patch.setenv("TMPDIR", str(folder))
                 notebook = read(path)
                 for cell in of_code(notebook):
@@ -115,10 +109,8 @@ def test_there_are_four():
 def test_what_is_committed_can_be_read(path):
     notebook = read(path)
     nbformat.validate(notebook)
-    code = of_code(notebook)
-    assert [cell.execution_count for cell in code] == list(
-        range(1, len(code) + 1)
-    )  # run once, top to bottom
+    counts = [cell.execution_count for cell in of_code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))  # run once, top to bottom
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert not list(faults(notebook))
     assert path.stat().st_size < LARGEST
@@ -137,19 +129,16 @@ def test_every_section_has_an_assert_that_looks_at_something(path):
     for heading, source in sections(read(path)).items():
         assert asserts(source) or heading == "the beginning", heading
         for node in asserts(source):
-            assert any(isinstance(part, ast.Name) for part in ast.walk(node.test)), ast.unparse(
-                node
-            )
+            names = [part for part in ast.walk(node.test) if isinstance(part, ast.Name)]
+            assert names, ast.unparse(node)
 
 
 @every_notebook
 def test_links_lead_to_notebooks(path):
     for cell in read(path).cells:
         if cell.cell_type == "markdown":
-            assert all(
-                (FOLDER / name).exists()
-                for name in re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source)
-            )
+            names = re.findall(r"\]\(([^)#:]+\.ipynb)\)", cell.source)
+            assert all((FOLDER / name).exists() for name in names)
 
 
 def test_the_same_small_networks_are_those_of_notebook_1():
@@ -173,19 +162,19 @@ def test_it_runs_top_to_bottom(path, fresh):
 
 
 def steady(notebook, words_only):
-    """What another machine must print, too: without rounding errors; of whole runs, which they grow
-    in, no numbers, and no verdicts.
+    """What another machine must print, too: no rounding errors.
+
+    Of whole runs, in which rounding errors grow, neither numbers nor verdicts.
     """
     for cell in notebook.cells:
         if words_only and cell.source.startswith("## Claims"):
             return
         for output in cell.get("outputs", []):
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
-            yield (
-                re.sub(r"[-\s\d.]+", " ", text)
-                if words_only
-                else re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
-            )
+            if words_only:
+                yield re.sub(r"[-\s\d.]+", " ", text)
+            else:
+                yield re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
 
 
 @every_notebook
@@ -199,8 +188,8 @@ def test_what_is_committed_is_what_it_prints(path, fresh):
 def test_executed_twice_it_is_the_same(tmp_path):
     cells = [
         "from ipywidgets import FloatSlider, IntSlider, interact\nimport matplotlib.pyplot as plt",
-        "def draw(t):\n    plt.plot([0, t])\n    plt.show()\n\n\ninteract(draw, "
-        "t=FloatSlider(1.0));",
+        "def draw(t):\n    plt.plot([0, t])\n    plt.show()\n\n\n"
+        "interact(draw, t=FloatSlider(1.0));",
         "interact(lambda t: print(t), t=IntSlider(3));",
     ]
     notebook = nbformat.v4.new_notebook(
@@ -223,17 +212,16 @@ def test_widgets_are_numbered_in_order_of_appearance():
             inner: {"width": 3},
             lost: {},
         }
-        notebook = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell("", id="one", outputs=views)]
-        )
+        cell = nbformat.v4.new_code_cell("", id="one", outputs=views)
+        notebook = nbformat.v4.new_notebook(cells=[cell])
         notebook.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": states}}
         return nbformat.from_dict(notebook)
 
-    one, other = (
+    first, second = (
         renumbered(planted(*(letter * 32 for letter in letters))) for letters in ("abcd", "dcba")
     )
-    assert nbformat.writes(one) == nbformat.writes(other)
-    states = one.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    assert nbformat.writes(first) == nbformat.writes(second)
+    states = first.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     assert {int(name, 16): state for name, state in states.items()} == {
         0: {"layout": f"IPY_MODEL_{2:032x}"},
         1: {"layout": f"IPY_MODEL_{2:032x}"},
@@ -246,20 +234,21 @@ def test_widgets_are_numbered_in_order_of_appearance():
 WRONG = {
     "labels drawn in place of all": (
         ONE,
-        "_right = bs.unit_fisher; bs.unit_fisher = lambda *given, **named: _right(*given, "
-        "labels='sampled', **named)",
+        "_right = bs.unit_fisher\n"
+        "bs.unit_fisher = lambda *args, **named: _right(*args, labels='sampled', **named)",
         "by_func",
     ),
     "other initial weights": (
         ONE,
-        "_right = mlp; mlp = lambda *given, seed, **named: _right(*given, "
-        "seed=int(named['activation'] == 'elu'), **named)",
+        "_right = mlp\n"
+        "mlp = lambda *args, seed, **named: "
+        "_right(*args, seed=int(named['activation'] == 'elu'), **named)",
         "the same initial weights",
     ),
     "the poster's k": (
         TWO,
-        "_right = bs.UnitFisher.k.fget; bs.UnitFisher.k = property(lambda fisher: _right(fisher) - "
-        "1)",
+        "_right = bs.UnitFisher.k.fget\n"
+        "bs.UnitFisher.k = property(lambda fisher: _right(fisher) - 1)",
         "third way",
     ),
     "hooks that stay": (
@@ -269,8 +258,8 @@ WRONG = {
     ),
     "random numbers that are used up": (
         THREE,
-        "_right = bs.instrument; bs.instrument = lambda *given, **named: (torch.rand(1), "
-        "_right(*given, **named))[1]",
+        "_right = bs.instrument\n"
+        "bs.instrument = lambda *args, **named: (torch.rand(1), _right(*args, **named))[1]",
         "as before the watching",
     ),
     "inputs that are not known": (
@@ -280,8 +269,8 @@ WRONG = {
     ),
     "verdicts turned around": (
         FOUR,
-        "_right = bs.claims; turned = {'supported': 'not supported', 'not supported': "
-        "'supported'}\n"
+        "_right = bs.claims\n"
+        "turned = {'supported': 'not supported', 'not supported': 'supported'}\n"
         "bs.claims = lambda runs: _right(runs).replace({'verdict': turned})",
         "side[decided.index]",
     ),
@@ -296,9 +285,9 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_found_by_its_assert(what, fresh, tmp_path):
     path, mutation, where = WRONG[what]
-    notebook = (
-        read(path) if path != FOUR else on_runs(next(fresh(FOUR)[1].glob("tmp*/elu-0")).parent)
-    )
+    notebook = read(path)
+    if path == FOUR:
+        notebook = on_runs(next(fresh(FOUR)[1].glob("tmp*/elu-0")).parent)
     notebook.cells.insert(2, nbformat.v4.new_code_cell(mutation))  # behind the imports
     with pytest.raises(CellExecutionError, match="AssertionError"):
         executed(notebook, tmp_path)
@@ -311,7 +300,7 @@ def test_what_is_wrong_is_found_by_its_assert(what, fresh, tmp_path):
 
 
 def on_runs(folder):
-    """Notebook 4, told to look at a reader's own runs."""
+    """Notebook 4 on a reader's own runs."""
     notebook = read(FOUR)
     (cell,) = (cell for cell in of_code(notebook) if OWN in cell.source)
     cell.source = cell.source.replace(OWN, f"own = {str(folder)!r}")
@@ -322,12 +311,8 @@ def test_notebook_4_reads_other_runs(tmp_path):
     demo = Demo(smoke=True, out=tmp_path)
     images = demo.load()
     for config in demo.configs():  # four activation functions, one seed, another depth and width
-        run(
-            [demo.trial(config, images)],
-            [tmp_path / "runs" / config.activation],
-            "refuse",
-            lambda progress: None,
-        )
+        folder = tmp_path / "runs" / config.activation
+        run([demo.trial(config, images)], [folder], "refuse", lambda progress: None)
     notebook = executed(on_runs(tmp_path / "runs"), tmp_path)
     assert [fault for fault in faults(notebook) if "path" not in fault] == []
     assert "lrelu" in "".join(text for output in outputs(notebook) for text in texts(output))
@@ -342,6 +327,5 @@ def test_a_false_assert_would_be_found(tmp_path):
 
 def test_a_path_of_a_machine_would_be_found():
     output = nbformat.v4.new_output("stream", name="stdout", text="written to /home/somebody/runs")
-    assert list(
-        faults(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])]))
-    ) == ["a path: /home/"]
+    cell = nbformat.v4.new_code_cell("", outputs=[output])
+    assert list(faults(nbformat.v4.new_notebook(cells=[cell]))) == ["a path: /home/"]

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.ticker import FixedFormatter
-from planted import Planted, table
-from test_figures import cifar, moving, scored, swept
+from planted import Planted, cifar, moving, scored, swept, table
 
 from biasshift import figures
 from biasshift.runs.writer import Run
@@ -18,117 +17,98 @@ from biasshift.runs.writer import Run
 FOLDER = Path(__file__).parent.parent / "paper_figs"
 SCRIPTS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 NAMES = {script: script.removeprefix("fig") for script in SCRIPTS}
-CONFIG = (
-    "experiment",
-    "dataset",
-    "activation",
-    "seed",
-    "epochs",
-    "steps",
-    "lr",
-    "batch_norm",
-    "update",
-    "constant",
-    "width",
-)
+CONFIG = ["experiment", "dataset", "activation", "seed", "epochs", "steps", "lr"]
+CONFIG += ["batch_norm", "update", "constant", "width"]
 SEEDS = [{"activation": name, "seed": seed} for name in ("elu", "relu") for seed in (0, 1)]
 RATES = [{**setting, "lr": lr} for setting in SEEDS for lr in (0.1, 0.01)]
 
 
 def digits() -> pd.DataFrame:
-    planted = table(
-        Planted(name, seed, along=lambda step, layer: {})
-        for name in ("elu", "relu")
-        for seed in (0, 1)
-    )
+    planted = table(Planted(**setting, along=lambda step, layer: {}) for setting in SEEDS)
     return planted.assign(k=np.where(planted["coupling"].notna(), 0.5, np.nan))
 
 
-def falling(step, setting):
-    return 0.9 - step / 200 - setting["seed"] / 100
+def falling(*columns, steps=200):
+    """Scores that fall from 0.9 by 1 in so many steps, and are lower for the second seed."""
+    return dict.fromkeys(columns, lambda step, s: 0.9 - step / steps - s["seed"] / 100)
+
+
+def autoencoders() -> pd.DataFrame:
+    return scored("autoencoder", RATES, falling("train_error", "test_error"))
+
+
+def imagenet() -> pd.DataFrame:
+    scores = falling("train_loss", "valid_error5", "valid_error")
+    return scored("imagenet", SEEDS, scores, steps=100)
+
+
+def cifar18() -> pd.DataFrame:
+    settings = [{**setting, "dataset": "cifar10"} for setting in SEEDS]
+    return scored("cifar18", settings, falling("train_loss", "test_error"))
 
 
 RUNS = {
     "1": None,
     "2": digits,
-    "3": lambda: scored("autoencoder", RATES, dict.fromkeys(("train_error", "test_error"), falling)),
+    "3": autoencoders,
     "4": cifar,
     "5": lambda: cifar(normed=(False, True)),
-    "6": lambda: scored("imagenet", SEEDS, dict.fromkeys(("train_loss", "valid_error5", "valid_error"), falling), steps=100),
-    "7": lambda: pd.concat([moving(name, seed, 0.1) for name in ("elu", "relu") for seed in (0, 1)]),
-    "table1": lambda: scored("cifar18", [{**s, "dataset": "cifar10"} for s in SEEDS], dict.fromkeys(("train_loss", "test_error"), falling)),
+    "6": imagenet,
+    "7": lambda: pd.concat([moving(s["activation"], s["seed"], 0.1) for s in SEEDS]),
+    "table1": cifar18,
     "theory1": digits,
     "theory2": digits,
     "theory3": digits,
     "theory4": swept,
     "bench": None,
-}  # fmt: skip
+}
 
 
-LONG = {  # of the paper's length, with its numbers as marks
-    "4": lambda: cifar((0, 50_000, 120_000, 165_000)),
-    "6": lambda: scored(
-        "imagenet", SEEDS, dict.fromkeys(("train_loss", "valid_error5", "valid_error"), lambda step, s: 0.9 - step / 1e6 - s["seed"] / 100),
-        (0, 100_000, 250_000), dataset="imagenet (1000 classes)", steps=250_000,
-    ),
-}  # fmt: skip
+# -- of the paper's length, with its numbers as marks ----------------------------------------------
+
+
+def imagenet_in_full() -> pd.DataFrame:
+    scores = falling("train_loss", "valid_error5", "valid_error", steps=1e6)
+    full = {"dataset": "imagenet (1000 classes)", "steps": 250_000}
+    return scored("imagenet", SEEDS, scores, (0, 100_000, 250_000), **full)
+
+
+LONG = {"4": lambda: cifar((0, 50_000, 120_000, 165_000)), "6": imagenet_in_full}
 
 
 def write_runs(runs: pd.DataFrame, folder: Path) -> None:
     for name, rows in runs.groupby("run"):
-        firsts = rows[[key for key in CONFIG if key in rows]].iloc[0]
-        config = {
-            key: value.item() if isinstance(value, np.generic) else value
-            for key, value in firsts.items()
-        }
+        first = rows[[key for key in CONFIG if key in rows]].iloc[0]
+        config = {k: v.item() if isinstance(v, np.generic) else v for k, v in first.items()}
         with Run.create(folder / str(name), config) as run:
             run.append(rows.drop(columns=["run", *config]))
 
 
 def lines(figure) -> list[np.ndarray]:
     """What every line and cloud of dots shows."""
-    found = [np.asarray(line.get_xydata(), float) for ax in figure.axes for line in ax.lines]
-    found += [
-        np.asarray(dots.get_offsets(), float) for ax in figure.axes for dots in ax.collections
-    ]
-    return [line for line in found if len(line)]
+    points = [line.get_xydata() for ax in figure.axes for line in ax.lines]
+    points += [dots.get_offsets() for ax in figure.axes for dots in ax.collections]
+    return [np.asarray(line, float) for line in points if len(line)]
 
 
 def words(figure) -> list[str]:
-    """All that stands on a figure's face, with the marks of what the legends name."""
-    found = [
-        figure.get_suptitle(),
-        *(text.get_text() for legend in figure.legends for text in legend.get_texts()),
-    ]
+    """All text of a figure, with the marks of what the legends name."""
+    texts = [figure.get_suptitle()]
+    for legend in [*figure.legends, *(ax.get_legend() for ax in figure.axes)]:
+        texts += [text.get_text() for text in legend.get_texts()] if legend else []
     for ax in figure.axes:
-        found += [
-            ax.get_title(),
-            ax.get_title(loc="left"),
-            ax.get_xlabel(),
-            ax.get_ylabel(),
-            ax.get_xscale(),
-            ax.get_yscale(),
-        ]
-        found += [
-            text.get_text() for text in (ax.get_legend().get_texts() if ax.get_legend() else ())
-        ]
-        found += [
-            f"{line.get_label()} {line.get_color()} {line.get_marker()} {line.get_linestyle()}"
-            for line in ax.lines
-        ]
-        found += [
-            f"{bars.get_label()} {[bar.get_height() for bar in bars]}"
-            for bars in ax.containers
-            if hasattr(bars, "patches")
-        ]
-        formatters = (axis.get_major_formatter() for axis in (ax.xaxis, ax.yaxis))
-        found += [
-            name
-            for formatter in formatters
-            if isinstance(formatter, FixedFormatter)
-            for name in formatter.seq
-        ]  # no numbers
-    return found
+        texts += [ax.get_title(), ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()]
+        texts += [ax.get_xscale(), ax.get_yscale()]
+        for line in ax.lines:
+            mark = (line.get_label(), line.get_color(), line.get_marker(), line.get_linestyle())
+            texts.append(" ".join(map(str, mark)))
+        for bars in ax.containers:
+            if hasattr(bars, "patches"):
+                texts.append(f"{bars.get_label()} {[bar.get_height() for bar in bars]}")
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(formatter := axis.get_major_formatter(), FixedFormatter):
+                texts += formatter.seq  # of names; numbers are not compared
+    return texts
 
 
 def test_there_is_a_script_for_every_figure():
@@ -154,24 +134,19 @@ def test_a_script_draws_what_the_command_draws(script, length, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS[script]), *paths])
     drawn = runpy.run_path(str(SCRIPTS[script]))
     shown = capsys.readouterr().out
-    for kind in ("png", "pdf"):
-        assert (
-            tmp_path / "figures" / f"figure_{name}.{kind}"
-        ).stat().st_size > 1000 and f"figure_{name}.{kind}" in shown
+    for file in (f"figure_{name}.png", f"figure_{name}.pdf"):
+        assert (tmp_path / "figures" / file).stat().st_size > 1000 and file in shown
     small = figures.data(name, *paths)
     picture = figures.picture(name, small)
     expected = lines(picture)
     assert words(drawn["figure"]) == words(picture)
     assert length == "short" or any("paper" in text.split() for text in words(picture))
     assert expected and len(lines(drawn["figure"])) == len(expected)
-    for one, other in zip(lines(drawn["figure"]), expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for line, twin in zip(lines(drawn["figure"]), expected, strict=True):
+        np.testing.assert_array_equal(line, twin)
     assert small is None or figures.said(name, small) in shown
-    assert (
-        small is None
-        or name == "bench"
-        or figures.described(small) in drawn["figure"].get_suptitle()
-    )
+    if small is not None and name != "bench":
+        assert figures.described(small) in drawn["figure"].get_suptitle()
 
 
 @pytest.mark.parametrize(
@@ -199,12 +174,8 @@ def test_what_cannot_be_drawn_is_one_sentence(
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPTS[script]))
     errors = capsys.readouterr().err
-    assert (
-        caught.value.code == 2
-        and errors.count("\n") == 1
-        and errors.endswith(".\n")
-        and errors.startswith(f"{script}.py: ")
-    )
+    assert caught.value.code == 2 and errors.count("\n") == 1
+    assert errors.endswith(".\n") and errors.startswith(f"{script}.py: ")
     assert re.search(says, errors) and not list(tmp_path.iterdir())
 
 

@@ -36,8 +36,7 @@ def test_pictures_exist_and_figures_are_drawn_from_committed_tables():
 
 
 def test_the_make_targets_of_the_readme_exist():
-    targets = set(
-        re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
     named = set(re.findall(r"`make (\w+)`", README))
     assert named and named <= targets
