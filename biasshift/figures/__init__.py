@@ -125,8 +125,8 @@ def numbers(name: str, table: pd.DataFrame | None) -> list[Number]:
 def caption(name: str, table: pd.DataFrame | None) -> str:
     """Returns a caption: what the figure is, and what runs it shows.
 
-    It also says which of the given runs are left out, what the paper's figure shows, and whether
-    the paper's numbers are of other runs than these.
+    It also says which of the given runs are left out and what the paper's figure shows. Where the
+    paper's numbers are of another kind of runs, it says that, too.
     """
     spec = _spec(name)
     parts = [spec.title]

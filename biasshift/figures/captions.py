@@ -89,8 +89,8 @@ def synthetic(table: pd.DataFrame) -> bool:
 def comparable(table: pd.DataFrame, dataset: str, steps: int | None = None) -> bool:
     """Returns whether the paper's numbers are of such runs.
 
-    They are if the data set is the paper's, the networks have its size and no batch normalization,
-    and the length is the paper's within 1 %.
+    They are if the data set is the paper's, and so is the size of the networks, without batch
+    normalization. The length must be the paper's within 1 %.
 
     Args:
         dataset: the name of the paper's data set, as runs record it.

@@ -18,12 +18,7 @@ TEST_ERRORS = {
 }
 TRAIN_LOSSES = {"elu": 0.345, "srelu": 0.39, "lrelu": 0.48, "relu": 0.53}  # read off Figure 4
 # What the paper says of batch normalization.
-NORMED = {
-    "elu": "did not help",
-    "srelu": "did not help",
-    "lrelu": "helped",
-    "relu": "helped",
-}
+NORMED = {"elu": "did not help", "srelu": "did not help", "lrelu": "helped", "relu": "helped"}
 TOP5 = {"elu": 160_000, "relu": 200_000}  # iterations to 20 % top-5 error
 TOP5_SAID = {"elu": "20 % after 160k, < 10 % at the end", "relu": "20 % after 200k"}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -97,10 +92,7 @@ def numbers4(table: pd.DataFrame) -> list[Number]:
             table, "test_error", _errors_of_paper(table), "test error at the end", percent=True
         ),
         *final_values(
-            table,
-            "train_loss",
-            losses if _comparable(table) else {},
-            "training loss at the end",
+            table, "train_loss", losses if _comparable(table) else {}, "training loss at the end"
         ),
     ]
 
@@ -199,8 +191,8 @@ def imagenet_scores(table: pd.DataFrame) -> pd.DataFrame:
 def figure6(table: pd.DataFrame) -> plots.Figure:
     """Returns training loss, top-5 and top-1 error on validation images (Figure 6).
 
-    The x axis counts iterations. Hollow marks show after how many of them the paper's networks had
-    a top-5 error of 20 %, if these runs are of ImageNet and got that far.
+    The x axis counts iterations. If these runs are of ImageNet and got that far, hollow marks show
+    when the paper's networks came down to a top-5 error of 20 %.
     """
     figure, axes = plots.panels(3, width=2.9, height=2.9)
     names = {

@@ -142,10 +142,7 @@ def variances(table: pd.DataFrame) -> pd.DataFrame:
     medians = rows.groupby(["run", "layer", "step"], sort=False)["mean"].median()
     layers = medians.groupby(["run", "layer"], sort=False).var()
     both = _stacked(
-        [
-            units.reset_index(name="variance"),
-            layers.reset_index(name="variance").assign(unit=-1),
-        ]
+        [units.reset_index(name="variance"), layers.reset_index(name="variance").assign(unit=-1)]
     )
     number = both.groupby("run")["layer"].transform(lambda names: names.factorize()[0] + 1)
     return with_settings(both.assign(number=number, step=0), table)

@@ -26,26 +26,37 @@ class Number(NamedTuple):
 class FigureSpec:
     """A figure: runs are condensed to a small table, which panels and numbers are made of.
 
-    The panels and the numbers see nothing but the small table. It comes with the package where
-    there are no runs, and draws the same figure.
+    The panels and the numbers see nothing but the small table. Where there are no runs, one that
+    comes with the package draws the figure.
+
+    Attributes:
+        title: the first words of the caption.
+        command: the command that makes the runs.
+        paper: what the paper's own figure shows.
+        condense: from the table of runs to the small table.
+        panels: from the small table to the figure.
+        numbers: from the small table to numbers beside the paper's.
+        experiments: those that it may be about; the first of which there are runs is taken.
+        prefer: settings of the runs that are taken, wherever some runs have them.
+        quick: commands that train a shortened version.
+        compared: options of runs that it compares, besides activation and seed.
+        irrelevant: options of runs that what it shows does not depend on.
+        drawn: from the small table to the part of it that is drawn.
+        comparable: whether the paper's numbers are of such runs as the small table's.
     """
 
     title: str
-    command: str = ""  # makes the runs
-    paper: str = ""  # what the paper's own figure shows
+    command: str = ""
+    paper: str = ""
     condense: Callable[[pd.DataFrame], pd.DataFrame]
     panels: Callable[[pd.DataFrame], plots.Figure]
     numbers: Callable[[pd.DataFrame], list[Number]]
-    # The experiments that it may be about: the first of which there are runs.
     experiments: tuple[str, ...] = ()
-    # The settings of its runs, wherever some runs have them.
     prefer: Mapping[str, object] = field(default_factory=dict)
-    quick: tuple[str, ...] = ()  # commands that train a shortened version
-    compared: tuple[str, ...] = ()  # options of the runs, besides activation and seed
-    irrelevant: tuple[str, ...] = MEASURED  # options that what it shows does not depend on
-    # The part of the small table that is drawn.
+    quick: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+    irrelevant: tuple[str, ...] = MEASURED
     drawn: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
-    # Whether the paper's numbers are of such runs.
     comparable: Callable[[pd.DataFrame], bool] = lambda table: True
 
 

@@ -100,8 +100,8 @@ def theory4(table: pd.DataFrame) -> plots.Figure:
 def numbers(table: pd.DataFrame) -> list[Number]:
     """Returns the steps to the common losses of every network and update.
 
-    The learning rate at which they are shown stands beside, and whether it is at an edge of the
-    grid: then a better one may lie outside.
+    Each comes with the learning rate at which it is shown. If that is at an edge of the grid, the
+    text says so: a better one may lie outside.
     """
     means = {
         level: _spread(steps).set_index(["update", "activation"])["mean"]
@@ -219,5 +219,5 @@ FIGURES = {
         quick=("sweep --seeds 1 --lr 0.03 --update plain centered --scored 1000",),
         compared=("update", "constant", "batch_norm", "lr"),
         drawn=at_best,
-    ),
+    )
 }

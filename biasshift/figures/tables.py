@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
 def load_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads where a small table comes from: its figure, and what made its runs.
 
-    The keys are those of `biasshift.runs.provenance.origin`, and `figure`; the dictionary is empty
-    for a file that does not record them.
+    The keys are `figure` and those of `biasshift.runs.provenance.table_provenance`; the dictionary
+    is empty for a file that does not record them.
     """
     return json.loads((pq.read_schema(path).metadata or {}).get(KEY, b"{}"))

@@ -95,7 +95,7 @@ def gap_numbers(table: pd.DataFrame) -> list[Number]:
 def effective_means(table: pd.DataFrame) -> pd.DataFrame:
     """Returns medians over units of k, |E_p(a)| and |E_p(a) − k E_q(a)|: a row per run and step.
 
-    Units of layers fed by the data are left out, as are those with fewer than ten effective samples
+    Units of layers fed by the data are left out. So are those with fewer than ten effective samples
     per incoming activation: their k is biased. `enough` is the share of units that are left, and
     `smaller` the share of those whose corrected mean is the smaller one.
     """
@@ -148,8 +148,8 @@ def theory2(table: pd.DataFrame) -> plots.Figure:
 def numbers2(table: pd.DataFrame) -> list[Number]:
     """Returns k and the means at the last step at which most units have enough samples.
 
-    Then the shares of units with |μ − k m| < |μ|, of those with enough samples: before training,
-    after the first epoch, and at the end. Tables of earlier versions do not have these.
+    Then the shares of units with |μ − k m| < |μ| before training, after the first epoch, and at the
+    end. Only units with enough samples count. Tables of earlier versions do not have these shares.
     """
     enough = table.loc[table["enough"] >= ENOUGH_UNITS]
     numbers = [

@@ -31,8 +31,8 @@ def gap_against_mean(
     """Returns `ax` with the gradient gap against the mean incoming activation.
 
     There is a dot per run, layer and step, and a large marker at the medians of each group. Large
-    markers are smaller than those below them: of two at one place, both are seen. Where the table
-    has a column `enough`, the share of a layer's units with enough effective samples, dots below
+    markers are smaller than those below them: of two at one place, both are seen. A column
+    `enough` of the table is the share of a layer's units with enough effective samples. Dots below
     one half are hollow and take no part in the medians.
 
     Args:

@@ -1,8 +1,8 @@
 """Lines: activation functions over their input, and quantities along training.
 
 Along training, a line is a mean over seeds with its standard deviation as a ribbon, or a median
-over runs. Mean and SD belong to the scale that is drawn: on a log scale they are those of the
-logarithm, because below a mean an SD may reach past 0.
+over runs. Mean and SD belong to the scale that is drawn. On a log scale they are those of the
+logarithm: below a mean, an SD may reach past 0, where there is no logarithm.
 """
 
 from collections.abc import Callable, Mapping, Sequence

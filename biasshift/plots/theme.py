@@ -195,9 +195,9 @@ def no_legend(ax: Axes) -> None:
 def one_legend(figure: Figure, axes: Iterable[Axes], columns: int = 6) -> None:
     """Puts one legend below all panels, in place of theirs.
 
-    A name that several panels have stands there once, with the range of its counts: "ELU (n = 3)"
-    and "ELU (n = 6)" become "ELU (n = 3–6)". Activation functions come first, in the order of the
-    paper. The legend has fewer columns if the figure is not wide enough for `columns`.
+    A name that several panels have stands there once. Its counts become a range: "ELU (n = 3)" and
+    "ELU (n = 6)" are "ELU (n = 3–6)". Activation functions come first, in the order of the paper.
+    The legend has fewer columns if the figure is not wide enough for `columns`.
     """
     handles, counts = {}, {}
     for ax in axes:

@@ -1,4 +1,4 @@
-"""The numbers of the artists, against numbers put into the table by hand. No picture is compared."""
+"""The numbers of the artists, against numbers put into the table by hand; no image comparison."""
 
 import itertools
 
@@ -18,8 +18,9 @@ LEVEL = {"elu": 0.1, "relu": 0.5}
 
 
 def planted(activations=("elu", "relu"), seeds=SEEDS) -> pd.DataFrame:
-    """In every epoch of 10 steps: three units around level + seed/100, two layers, one loss. Steps
-    5 lie between epochs.
+    """In every epoch of 10 steps: three units around level + seed/100, two layers, one loss.
+
+    Steps 5 lie between epochs.
     """
     rows = []
     for name, seed in itertools.product(activations, seeds):
@@ -65,8 +66,8 @@ def ax():
 
 
 def line(ax, label):
-    (found,) = [line for line in ax.lines if str(line.get_label()).startswith(label)]
-    return found
+    (match,) = [line for line in ax.lines if str(line.get_label()).startswith(label)]
+    return match
 
 
 def ribbon(collection) -> tuple[np.ndarray, np.ndarray]:
@@ -162,9 +163,9 @@ def test_the_median_is_over_all_units_of_all_layers_of_one_run():
 
 def test_mean_sd_and_n_over_seeds():
     table = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2, 6, 5]})
-    found = plots.mean_and_sd_over_seeds(table, "value", ["step"])
-    assert found["mean"].tolist() == [3, 5] and found["n"].tolist() == [3, 1]
-    assert found["sd"][0] == pytest.approx(np.std([1, 2, 6], ddof=1)) and np.isnan(found["sd"][1])
+    means = plots.mean_and_sd_over_seeds(table, "value", ["step"])
+    assert means["mean"].tolist() == [3, 5] and means["n"].tolist() == [3, 1]
+    assert means["sd"][0] == pytest.approx(np.std([1, 2, 6], ddof=1)) and np.isnan(means["sd"][1])
 
 
 def test_runs_of_two_settings_are_not_averaged():
@@ -180,12 +181,8 @@ def test_runs_of_two_settings_are_not_averaged():
 
 def test_activation_functions(ax):
     plots.activation_functions(ax)
-    assert [str(line.get_label()) for line in ax.lines] == [
-        "ELU",
-        "SReLU",
-        "LReLU",
-        "ReLU",
-    ]  # as the paper has them
+    # In the order of the paper.
+    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "SReLU", "LReLU", "ReLU"]
     expected = {
         "ELU": lambda x: np.where(x > 0, x, np.expm1(x)),
         "LReLU": lambda x: np.where(x > 0, x, x / 10),
@@ -281,8 +278,8 @@ def test_on_a_log_scale_mean_and_sd_are_those_of_the_logarithm(ax):
 def test_one_line_style_for_all_means_markers(ax):
     plots.unit_means(ax, planted(), line="-")
     drawn = [line(ax, name) for name in ("ELU", "ReLU")]
-    assert {found.get_linestyle() for found in drawn} == {"-"}
-    assert [found.get_marker() for found in drawn] == [
+    assert {line.get_linestyle() for line in drawn} == {"-"}
+    assert [line.get_marker() for line in drawn] == [
         plots.LOOKS[name].marker for name in ("elu", "relu")
     ]
 
@@ -299,7 +296,7 @@ def test_learning_curves_of_one_column(ax):
 def test_gap_against_mean(ax):
     plots.gap_against_mean(ax, planted(), skip_input=True)
     elu_dots, elu_median, relu_dots, relu_median = [
-        dots for one in ax.collections if len(dots := one.get_offsets())
+        dots for cloud in ax.collections if len(dots := cloud.get_offsets())
     ]
     assert len(elu_dots) == len(relu_dots) == 9  # 3 runs, 1 layer, 3 steps
     np.testing.assert_allclose(elu_dots[:, 1], 100 * elu_dots[:, 0])
@@ -314,9 +311,8 @@ def test_dots_of_few_samples_are_hollow_and_not_counted(ax):
     plots.gap_against_mean(ax, table.loc[table["activation"] == "elu"], skip_input=True)
     sure, unsure, median = [dots for dots in ax.collections if len(dots.get_offsets())]
     assert unsure.get_alpha() > sure.get_alpha()  # thin lines, to be seen at all
-    assert (
-        len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6
-    )  # 3 runs, of 3 steps the first
+    # Of 3 runs and 3 steps, those of the first step are sure.
+    assert len(sure.get_offsets()) == 3 and len(unsure.get_offsets()) == 6
     assert not len(unsure.get_facecolors()) and len(sure.get_facecolors())
     np.testing.assert_allclose(
         median.get_offsets(), np.median(np.asarray(sure.get_offsets()), axis=0)[None]
@@ -329,11 +325,11 @@ def test_medians_at_one_place_are_both_seen(ax):
         pd.concat([planted(["relu"]), planted(["relu"]).assign(activation="lrelu")]),
         skip_input=True,
     )
-    lrelu, relu = [one for one in ax.collections if len(one.get_offsets()) == 1]
+    lrelu, relu = [cloud for cloud in ax.collections if len(cloud.get_offsets()) == 1]
     np.testing.assert_array_equal(lrelu.get_offsets(), relu.get_offsets())
-    assert (
-        lrelu.get_sizes()[0] > 3 * relu.get_sizes()[0] and lrelu.get_zorder() == relu.get_zorder()
-    )  # drawn first, and larger
+    # The first one drawn is the larger one.
+    assert lrelu.get_sizes()[0] > 3 * relu.get_sizes()[0]
+    assert lrelu.get_zorder() == relu.get_zorder()
 
 
 def test_gap_of_chosen_layers():
@@ -369,7 +365,7 @@ def test_coupling(ax):
     assert ax.get_yscale() == "log" and "1-h" in ax.get_ylabel()
 
 
-def test_a_coupling_of_one_draws_without_a_word(ax):
+def test_a_coupling_of_one_draws_without_a_warning(ax):
     table = planted()
     plots.coupling(ax, table.assign(coupling=table["coupling"].mask(table["coupling"] > 0.9, 1.0)))
     ax.figure.canvas.draw()
@@ -382,19 +378,15 @@ def test_curves_are_of_the_whole_network_and_medians_have_no_ribbon(ax):
     )
     assert not ax.collections
     plots.curves(ax, planted(seeds=[0, 1, 5]), "train_loss")
-    np.testing.assert_allclose(
-        ax.lines[2].get_ydata(), [1.88, 1.38, 0.88]
-    )  # the mean, where seed 5 pulls
+    # The mean, which seed 5 pulls.
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), [1.88, 1.38, 0.88])
 
 
 def test_medians_over_runs_count_them():
     table = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2, 6, 5]})
-    found = plots.median_over_runs(table, "value", ["step"])
-    assert (
-        found["mean"].tolist() == [2, 5]
-        and found["n"].tolist() == [3, 1]
-        and found["sd"].isna().all()
-    )
+    medians = plots.median_over_runs(table, "value", ["step"])
+    assert medians["mean"].tolist() == [2, 5] and medians["n"].tolist() == [3, 1]
+    assert medians["sd"].isna().all()
 
 
 def test_a_single_point_is_seen(ax):
@@ -439,51 +431,39 @@ def test_spans_stand_side_by_side(ax):
 def test_published_numbers_are_hollow_and_say_so(ax):
     plots.published(ax, [(1.0, 2.0, "relu")])
     mark, legend = ax.lines
-    assert (
-        mark.get_markerfacecolor() == "white"
-        and mark.get_markeredgecolor() == plots.LOOKS["relu"].color
-    )
-    assert (list(mark.get_xdata()), list(mark.get_ydata()), legend.get_label()) == (
-        [1],
-        [2],
-        "paper",
-    )
+    assert mark.get_markerfacecolor() == "white"
+    assert mark.get_markeredgecolor() == plots.LOOKS["relu"].color
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([1], [2])
+    assert legend.get_label() == "paper"
 
 
 def test_shares_add_up(ax):
     table = pd.DataFrame({"activation": ["relu", "elu"], "own": [0.2, 0.3], "rest": [0.8, 0.7]})
     plots.stacked(ax, table, {"own": "own weights", "rest": "inherited"})
     own, rest = ax.containers
-    assert [bar.get_height() for bar in own] == [0.3, 0.2] and [bar.get_y() for bar in rest] == [
-        0.3,
-        0.2,
-    ]
+    assert [bar.get_height() for bar in own] == [0.3, 0.2]
+    assert [bar.get_y() for bar in rest] == [0.3, 0.2]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["ELU", "ReLU"]
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(0.2, ""), (0.004, " (< 1 %)"), (0.0004, " (< 0.1 %)"), (0.0, "")]
+    ("share", "note"), [(0.2, ""), (0.004, " (< 1 %)"), (0.0004, " (< 0.1 %)"), (0.0, "")]
 )
-def test_a_share_that_nobody_sees_is_said(ax, share, said):
+def test_a_share_that_nobody_sees_is_in_the_legend(ax, share, note):
     table = pd.DataFrame(
         {"activation": ["relu", "elu"], "own": [1 - share, 1.0], "rest": [share, 0.0]}
     )
     plots.stacked(ax, table, {"own": "own weights", "rest": "second order"})
-    assert ax.containers[1].get_label() == f"second order{said}"
+    assert ax.containers[1].get_label() == f"second order{note}"
 
 
 def test_rows_of_a_ranking_may_have_looks_of_their_own(ax):
     plots.ranking(ax, {"a": 1.0, "$b$ $": 2.0}, {"c": 3.0}, {"$b$ $": plots.LOOKS["relu"]})
     paper, alike, own = ax.lines
-    assert (
-        list(paper.get_xydata()[0]),
-        list(alike.get_xydata()[0]),
-        list(own.get_xydata()[0]),
-    ) == ([3, 3], [1, 2], [2, 1])
-    assert (own.get_marker(), own.get_color()) == (
-        "s",
-        plots.LOOKS["relu"].color,
-    ) and paper.get_markerfacecolor() == "white"
+    points = [list(dots.get_xydata()[0]) for dots in (paper, alike, own)]
+    assert points == [[3, 3], [1, 2], [2, 1]]
+    assert (own.get_marker(), own.get_color()) == ("s", plots.LOOKS["relu"].color)
+    assert paper.get_markerfacecolor() == "white"
     ax.figure.draw_without_rendering()
 
 
@@ -531,9 +511,8 @@ def test_log_scales_have_plain_numbers(ax):
     ax.plot([0.1, 8], [1, 1])
     ax.set_xscale("log")
     plots.on_log_scale(ax.xaxis)
-    assert {0.1, 0.2, 0.5, 1, 2, 5} <= set(
-        np.round(ax.get_xticks(), 6)
-    ) and ax.xaxis.get_major_formatter()(0.2) == "0.2"
+    assert {0.1, 0.2, 0.5, 1, 2, 5} <= set(np.round(ax.get_xticks(), 6))
+    assert ax.xaxis.get_major_formatter()(0.2) == "0.2"
 
 
 # -- tables that cannot be drawn -------------------------------------------------------------------
@@ -581,11 +560,8 @@ def test_a_title_is_no_wider_than_the_figure():
         )
         figure.draw_without_rendering()
     title = figure._suptitle
-    assert (
-        title is not None
-        and title.get_text().count("\n") == 2
-        and title.get_text().endswith("\nmnist: 2 epochs")
-    )
+    assert title is not None and title.get_text().count("\n") == 2
+    assert title.get_text().endswith("\nmnist: 2 epochs")
     assert title.get_window_extent().width <= figure.bbox.width
 
 
