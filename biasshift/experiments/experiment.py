@@ -49,7 +49,8 @@ _NAMES = {
     NOT_NEGATIVE: "damping fisher_every loaders unit_damping weight_decay",
     FRACTION: "dropout momentum",
 }
-# An option has the same range in every experiment that has it; of a list, all values have it.
+# An option has one range in all experiments, unless the ``ranges`` of a class say otherwise; of a
+# list, all values must be in it.
 RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 LISTS = ("activation", "update", "lr")  # of distinct values, where they are lists
 
