@@ -42,8 +42,7 @@ def refuse(modules: Mapping[str, nn.Module], reasons: Reasons) -> None:
 def refuse_unusable(model: nn.Module) -> None:
     """Raises ValueError for parameters and buffers that autograd cannot use.
 
-    These are tensors made inside ``torch.inference_mode``, and those on the meta device. Results
-    of a measurement would fail late, in the backward pass, with a message that names no layer.
+    These are tensors made inside ``torch.inference_mode``, and those on the meta device.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
@@ -269,9 +268,7 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
                 "the module"
             )
         elif weight is not None and used < reached:
-            reasons[name] = (
-                "it runs with weights that are not its own parameters (a functional call)"
-            )
+            reasons[name] = "it runs with weights that are not its own (a functional call)"
         elif any(call.edge.node in behind for call in calls):
             reasons[name] = (
                 "it runs before a reentrant checkpoint, which autograd does not follow "
@@ -328,12 +325,10 @@ def _batch_dependent(
         )
     for name in tape.calls:
         row_counts = rows.get(name, set())
-        if not expand and row_counts != {examples}:
-            reasons[name] = (
-                _why_folded(max(row_counts), examples)
-                if row_counts
-                else "whether it is called depends on the other examples"
-            )
+        if not expand and not row_counts:
+            reasons[name] = "whether it is called depends on the other examples"
+        elif not expand and row_counts != {examples}:
+            reasons[name] = _why_folded(max(row_counts), examples)
     return reasons
 
 

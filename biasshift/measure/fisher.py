@@ -257,6 +257,6 @@ def _refuse_uncalled(
     uncalled = [name for name in modules if name not in states]
     if uncalled and (not states or (select is not None and not callable(select))):
         raise ValueError(
-            f"Layer {', '.join(map(repr, uncalled))} was not called in the forward pass: nothing "
-            "comes in. Leave it out with layers=."
+            f"The forward pass does not call {', '.join(map(repr, uncalled))}: nothing comes in. "
+            "Leave out with layers= what is not called."
         )

@@ -11,6 +11,13 @@ from torch import nn
 
 from biasshift.precision import full_precision
 
+# Warnings about what is intended here: operations without a batching rule are looped over, and
+# nothing trains through a checkpoint.
+INTENDED = (
+    "There is a performance drop because we have not yet implemented the batching rule",
+    "None of the inputs have requires_grad=True",
+)
+
 
 @contextmanager
 def undisturbed(
@@ -33,8 +40,13 @@ def undisturbed(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(full_precision({device.type for device in devices}))
-        stack.enter_context(_eager())
-        stack.enter_context(_quiet())
+        # Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is
+        # compiled before dynamo was imported.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        for message in INTENDED:
+            warnings.filterwarnings("ignore", message=message)
         stack.enter_context(_same_buffers(model))
         stack.enter_context(_same_modes(model))
         if gradients:
@@ -113,32 +125,3 @@ def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         for module, after, before in hooks:
             module._backward_hooks, module._backward_pre_hooks = after, before
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire.
-
-    Nothing is compiled before dynamo was imported.
-    """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Two warnings describe what is intended here.
-
-    Operations without a batching rule are looped over, and nothing trains through a checkpoint.
-    """
-    expected = (
-        "There is a performance drop because we have not yet implemented the batching rule",
-        "None of the inputs have requires_grad=True",
-    )
-    with warnings.catch_warnings():
-        for message in expected:
-            warnings.filterwarnings("ignore", message=message)
-        yield
