@@ -53,12 +53,12 @@ def all_reduced(
             "Samples that did not fit into memory cannot be merged over processes. Raise "
             "memory_budget, or choose units=."
         )
-    count = torch.tensor(float(sums.positions))
-    positions, weighted = _summed([count, sums.reference * sums.positions], device, group)
-    reference = weighted / positions.clamp(min=1)
+    positions, reference = _summed(
+        [torch.tensor(float(sums.positions)), sums.reference * sums.positions], device, group
+    )
+    reference = reference / positions.clamp(min=1)
     moved = sums.moved(reference) if isinstance(sums, WeightedSums) else sums.about(reference)
-    merged = _merged(moved, group)
-    return merged, None if noise is None else _summed([noise], device, group)[0]
+    return _merged(moved, group), None if noise is None else _summed([noise], device, group)[0]
 
 
 def _merged(

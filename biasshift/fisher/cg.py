@@ -76,6 +76,8 @@ class _State:
     goal: Tensor  # of |r|
     ridge: Tensor
     scale: Tensor  # of the preconditioner
+    offset: Tensor  # m − reference
+    share: Tensor  # 1 / Σ δ², (units, 1)
     done: Tensor
 
     def keep(self, mask: Tensor) -> "_State":
@@ -116,23 +118,25 @@ class ConjugateGradients:
         size = r.norm(dim=1)
         floor = 10 * torch.finfo(self.dtype).eps  # below, the recurrence has lost the residual
         scale = self.preconditioner.scale(variances)
-        state = self._start(r / size[:, None], (goal / size).clamp(min=floor), ridge, scale)
+        goal = (goal / size).clamp(min=floor)
+        state = self._start(sums, r / size[:, None], goal, ridge, scale)
         x = torch.zeros_like(state.x)
-        product = _Product(sums, self.dtype)
         for iteration in range(1, most + 1):
-            state = self._descend(state, product(state.p, state.ridge))
+            state = self._descend(state, _product(sums, state))
             leaving = int(state.done.sum())
             if leaving == len(state.done) or iteration == most:
                 break
             if 8 * leaving >= len(state.done):  # not one by one: leaving means copying
                 x[state.units[state.done]] = state.x[state.done]
                 stay = ~state.done
-                state, product = state.keep(stay), product.keep(stay)
+                state, sums = state.keep(stay), sums.select(stay.nonzero().flatten())
             state = self._turn(state)
         x[state.units] = state.x
         return x.double() * size[:, None], iteration
 
-    def _start(self, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor) -> _State:
+    def _start(
+        self, sums: ImplicitSums, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor
+    ) -> _State:
         r = r.to(self.dtype)
         z = self.preconditioner(r, scale)
         return _State(
@@ -144,6 +148,8 @@ class ConjugateGradients:
             goal=goal,
             ridge=ridge,
             scale=scale,
+            offset=sums.offset_q.to(self.dtype),
+            share=(1 / sums.weight).to(self.dtype)[:, None],
             done=torch.zeros(len(r), dtype=torch.bool, device=r.device),
         )
 
@@ -164,20 +170,11 @@ class ConjugateGradients:
         return replace(s, p=torch.addcmul(z, (rz / s.rz).to(self.dtype)[:, None], s.p), rz=rz)
 
 
-class _Product:
+def _product(sums: ImplicitSums, s: _State) -> Tensor:
     """``W p`` in the working precision, for the units that are left."""
-
-    def __init__(self, sums: ImplicitSums, dtype: torch.dtype):
-        self.sums, self.offset = sums, sums.offset_q.to(dtype)
-        self.share = (1 / sums.weight).to(dtype)[:, None]
-
-    def __call__(self, p: Tensor, ridge: Tensor) -> Tensor:
-        out = self.sums.product(p).mul_(self.share)
-        out.addcmul_(self.offset, _inner(self.offset, p).to(p.dtype)[:, None], value=-1)
-        return out.addcmul_(p, ridge.to(p.dtype)[:, None])
-
-    def keep(self, mask: Tensor) -> "_Product":
-        return _Product(self.sums.select(mask.nonzero().flatten()), self.offset.dtype)
+    Wp = sums.product(s.p).mul_(s.share)
+    Wp.addcmul_(s.offset, _inner(s.offset, s.p).to(s.p.dtype)[:, None], value=-1)
+    return Wp.addcmul_(s.p, s.ridge.to(s.p.dtype)[:, None])
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

@@ -96,6 +96,9 @@ def sherman_morrison(solve: Callable[[Tensor], Tensor], rhs: Tensor, m: Tensor) 
         solve: from (units, inputs) to ``W⁻¹`` times it; called for rhs, then for m.
         rhs: (units, inputs).
         m: (units, inputs).
+
+    >>> sherman_morrison(lambda v: v / 2, torch.tensor([[4.0]]), torch.tensor([[1.0]]))
+    tensor([[1.3333]])
     """
     x, y = solve(rhs), solve(m)
     return x - y * (dot(m, x) / (1 + dot(m, y)))[:, None]

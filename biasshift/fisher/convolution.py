@@ -103,6 +103,7 @@ class Maps:
 
     @property
     def bytes(self) -> int:
+        """The bytes that the part takes in memory."""
         return sum(tensor.nbytes for tensor in (*self.maps, *self.delta))
 
     @property
@@ -123,6 +124,7 @@ class Maps:
         return "positions" if self.squared else "examples"
 
     def weight(self) -> float:
+        """Returns ``Σ w`` over examples and units: two readings of the same probe agree in it."""
         return self._example_weights().sum().item()
 
     def product(self, v: Vectors) -> Tensor:

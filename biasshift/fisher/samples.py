@@ -53,11 +53,6 @@ class Part(Protocol):
     """
 
     @property
-    def bytes(self) -> int:
-        """The bytes that it holds; 0 where nothing is held, and every use reads the probe again."""
-        ...
-
-    @property
     def work(self) -> Work:
         """The sizes that decide how to solve with it."""
         ...
@@ -73,12 +68,9 @@ class Part(Protocol):
 
         "samples": of ``δ² a aᵀ`` with activations that all units share. "positions": the same at
         the positions of a convolution. "examples": of outer products of a vector per unit and
-        example, see `PartWithRows`. "unread": of parts that are not in memory.
+        example, see `PartWithRows`. "unread": of parts that are not in memory, so that every use
+        reads the probe again.
         """
-        ...
-
-    def weight(self) -> float:
-        """Returns ``Σ δ²`` over samples and units: two readings of the same probe agree in it."""
         ...
 
     def product(self, v: Vectors) -> Tensor:
@@ -136,6 +128,7 @@ class Samples:
 
     @property
     def bytes(self) -> int:
+        """The bytes that the part takes in memory."""
         return self.a.nbytes + self.delta2.nbytes
 
     @property
@@ -147,6 +140,7 @@ class Samples:
         return self.a.shape[1]
 
     def weight(self) -> float:
+        """Returns ``Σ δ²`` over samples and units: two readings of the same probe agree in it."""
         return self.delta2.sum(dtype=torch.float64).item()
 
     def product(self, v: Vectors) -> Tensor:
@@ -205,8 +199,6 @@ class RereadParts:
     units: Tensor | None = None  # of those that are read; None for all
     d: Tensor | None = None  # to be added to their activations
 
-    bytes = 0
-
     @property
     def terms(self) -> Terms:
         return "unread"
@@ -216,9 +208,6 @@ class RereadParts:
         for part in self.read():
             part = part if self.units is None else part.select(self.units)
             yield part if self.d is None else part.moved(self.d)
-
-    def weight(self) -> float:
-        return sum(part.weight() for part in self.parts())
 
     def product(self, v: Vectors) -> Tensor:
         out = torch.zeros_like(v)
@@ -349,10 +338,7 @@ class ImplicitSums(Sums):
 
         This is the one large cost of an iteration: it goes over all samples of all parts.
         """
-        out = self.parts[0].product(v)
-        for part in self.parts[1:]:
-            out += part.product(v)
-        return out
+        return reduce(Tensor.add_, (part.product(v) for part in self.parts))
 
     def times(self, v: Vectors) -> Tensor:
         m = self.offset_q

@@ -63,7 +63,7 @@ class Solver:
     def _chunk_size(self) -> int:
         """How many units are solved for together."""
         # Parts that are read again for every product serve all units at once.
-        if any(part.bytes == 0 for part in self.sums.parts):
+        if any(part.terms == "unread" for part in self.sums.parts):
             return len(self.sums.weight)
         itemsize = torch.finfo(self.dtype).bits // 8
         return max(1, VECTOR_BYTES // (self.sums.first.shape[1] * (6 * itemsize + 24)))

@@ -25,8 +25,8 @@ SINGLE_TOLERANCE = 1e-5
 class UnitFisher:
     """The unit Fisher matrices ``F = E_p(δ² ã ãᵀ)`` of all units of one layer, ``ã = (a, 1)``.
 
-    Everything is a function of ``(c, μ, m, V)``: the mean squared error, the mean incoming
-    activation under p (the data) and under ``q ∝ δ² p``, and its covariance under q. Make one with
+    Everything is a function of ``(c, μ, m, V)``: the mean squared error, the activations' mean
+    under the data p and under ``q ∝ δ² p``, and their covariance under q. Make one with
     `from_samples` or `biasshift.unit_fisher`. Results have the dtype and device of the samples;
     sums and solves are float64 inside.
 
@@ -106,8 +106,9 @@ class UnitFisher:
         reference = wide.mean(0)
         shifted = wide - reference
         units, inputs = delta2.shape[1], a.shape[1]
-        large = block_bytes(units, inputs) > memory_budget
-        if storage == "implicit" or (storage == "auto" and large):
+        if storage == "implicit" or (
+            storage == "auto" and block_bytes(units, inputs) > memory_budget
+        ):
             part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
             sums = ImplicitSums.empty(units, reference, memory_budget)
             sums = sums.with_part(part.moments(), part)
@@ -288,8 +289,8 @@ class UnitFisher:
     def singular(self) -> Bool[Tensor, " units"]:
         """The live units whose incoming activations do not vary under q, up to rounding.
 
-        Damping is relative to their variance, and cannot help them. Their inverse quantities are
-        NaN; with a bias, none of the other units is affected.
+        Damping is relative to their variance, and cannot help them: their inverse quantities are
+        NaN. Without a bias it is the matrix A that must be invertible in spite of rounding.
         """
         uncentered = isinstance(self.sums, WeightedSums) and not self.bias
         factors = self._uncentered_factors if uncentered else self._factors
@@ -335,8 +336,8 @@ class UnitFisher:
     def s(self) -> Scalars:
         """``s = c⁻¹ (1 + mᵀV⁻¹m)``, Theorem 1's factor of the bias update; NaN without a bias.
 
-        It is the bias corner of ``F⁻¹``. With ``m = 0`` it is ``1/c``, and a mean of m standard
-        deviations enlarges it by ``m²``.
+        It is the bias corner of ``F⁻¹``. With ``m = 0`` it is ``1/c``; a mean that is r standard
+        deviations from 0 enlarges it by the factor ``1 + r²``.
         """
         return self._with_bias((1 + self._whitened_mean[0]) / self.sums.mean_delta2)
 
