@@ -51,14 +51,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def write_run(folder: Path, rows: pd.DataFrame) -> None:
-    config = {
-        name: np.asarray(rows[name])[0]
-        for name in ("activation", "seed", "experiment", "epochs", "lr")
-    }
-    config = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in config.items()
-    }
+    names = ["activation", "seed", "experiment", "epochs", "lr"]
+    config = dict(zip(names, rows[names].iloc[0].tolist(), strict=True))
     with Run.create(folder, config) as record:
         record.append(rows.drop(columns=["run", *config]))
 
@@ -66,17 +60,12 @@ def write_run(folder: Path, rows: pd.DataFrame) -> None:
 @pytest.fixture
 def runs(here) -> Path:
     """Six seeds of ELU and ReLU below `runs/planted`."""
-    for name, angle, mean, shares in (
-        ("elu", 60.0, 0.1, (0.5, 0.4, 0.1)),
-        ("relu", 70.0, 0.4, (0.6, 0.3, 0.1)),
-    ):
+    elu, relu = ("elu", 60.0, 0.1, (0.5, 0.4, 0.1)), ("relu", 70.0, 0.4, (0.6, 0.3, 0.1))
+    for name, angle, mean, shares in (elu, relu):
         for seed in range(6):
+            exam = {"gap_degrees": angle + seed / 7}
             run = Planted(
-                name,
-                seed,
-                unit_mean=mean,
-                shares=shares,
-                exam=lambda *_, a=angle, s=seed: {"gap_degrees": a + s / 7},
+                name, seed, unit_mean=mean, shares=shares, exam=lambda *_, exam=exam: exam
             )
             write_run(here / "runs" / "planted" / f"{name}-{seed}", run.rows())
     return here / "runs" / "planted"
@@ -263,10 +252,8 @@ def test_corrupt_data_is_one_sentence(here, capsys):
         (raw / name).write_bytes(b"<!DOCTYPE html>")
     status, shown, errors = call(capsys, "train", "mnist")
     assert (status, shown) == (2, "") and errors.count("\n") == 1
-    assert (
-        "train-images-idx3-ubyte' is not a complete idx file" in errors
-        and not (here / "runs").exists()
-    )
+    assert "train-images-idx3-ubyte' is not a complete idx file" in errors
+    assert not (here / "runs").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(here, capsys):
@@ -329,20 +316,14 @@ def test_all_figures(runs, here, capsys):
     status, shown, errors = call(capsys, "figure", "all", "runs", "--out", "f")
     assert (status, errors) == (0, "")
     drawn = ["1", "2", "theory1", "theory3"]  # what these runs have: no k, no autoencoders, …
-    said = [line for line in shown.splitlines() if line.startswith("Figure:")]
-    assert said == [f"Figure: f/figure_{name}.png (and PDF)" for name in drawn]
-    assert files(here / "f") == {
-        f"figure_{name}.{kind}" for name in drawn for kind in ("png", "pdf")
-    }
-    left = [
-        line.split()[3].rstrip(".")
-        for line in shown.splitlines()
-        if line.startswith("Left out: figure")
-    ]
-    assert left == ["3", "4", "5", "6", "7", "table1", "theory2", "theory4", "bench"]
-    assert "training loss at the end, ELU" in shown and "planted: 4 epochs, 6 seeds" in " ".join(
-        shown.split()
-    )
+    lines = [line for line in shown.splitlines() if line.startswith("Figure:")]
+    assert lines == [f"Figure: f/figure_{name}.png (and PDF)" for name in drawn]
+    pairs = {f"figure_{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
+    assert files(here / "f") == pairs
+    left_out = re.findall(r"^Left out: figure (\w+)\.", shown, re.MULTILINE)
+    assert left_out == ["3", "4", "5", "6", "7", "table1", "theory2", "theory4", "bench"]
+    assert "training loss at the end, ELU" in shown
+    assert "planted: 4 epochs, 6 seeds" in " ".join(shown.split())
 
 
 def test_a_figures_small_table_is_kept_and_a_quick_one_is_called_so(here, capsys):
@@ -350,14 +331,10 @@ def test_a_figures_small_table_is_kept_and_a_quick_one_is_called_so(here, capsys
         capsys, "figure", "table1", "--quick", "--smoke", "--save", "tables"
     )
     assert (status, errors) == (0, "")
-    assert (
-        "Table: tables/table1.parquet" in shown
-        and "Smoke run" in shown
-        and (here / "tables" / "table1.parquet").exists()
-    )
-    assert (here / "figures" / "figure_table1.pdf").exists() and (
-        here / "figures" / "quick-table1"
-    ).is_dir()
+    assert "Table: tables/table1.parquet" in shown and "Smoke run" in shown
+    assert (here / "tables" / "table1.parquet").exists()
+    assert (here / "figures" / "figure_table1.pdf").exists()
+    assert (here / "figures" / "quick-table1").is_dir()
 
 
 def claimed(runs: Path) -> list[Any]:
@@ -491,27 +468,21 @@ def test_the_table_of_claims_says_where_it_comes_from(runs, here, capsys):
         (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
     status, shown, errors = call(capsys, "claims", "runs", "--out", "judged")
     assert (status, errors) == (0, "") and "judged/claims.md" in shown
-    told = (here / "judged" / "claims.md").read_text(encoding="utf-8")
-    assert told.startswith("| claim |")
-    assert told.endswith(
+    text = (here / "judged" / "claims.md").read_text(encoding="utf-8")
+    assert text.startswith("| claim |")
+    assert text.endswith(
         "\nOf 12 runs with the seeds 0, 1, 2, 3, 4, 5, made by `biasshift train mnist`, at commit "
         "abc, on cpu.\n"
     )
-    found = pd.read_parquet(here / "judged" / "claims.parquet")
-    assert (
-        found.attrs["commands"] == ["biasshift train mnist"]
-        and found.attrs["runs"] == 12
-        and len(found) == told.count("\n| ") - 1
-    )
+    judged = pd.read_parquet(here / "judged" / "claims.parquet")
+    assert judged.attrs["commands"] == ["biasshift train mnist"] and judged.attrs["runs"] == 12
+    assert len(judged) == text.count("\n| ") - 1
 
 
 def test_a_single_run_folder_is_enough(runs, capsys):
     status, shown, errors = call(capsys, "claims", "runs/planted/elu-0", "runs/planted/relu-0")
-    assert (
-        (status, errors) == (0, "")
-        and "Fewer than 6 paired seeds" in " ".join(shown.split())
-        and "nan" not in shown
-    )
+    assert (status, errors) == (0, "") and "nan" not in shown
+    assert "Fewer than 6 paired seeds" in " ".join(shown.split())
 
 
 def test_whoever_stops_reading_is_not_shouted_at(runs, here):
@@ -558,12 +529,8 @@ def test_runs_are_listed_with_their_state_and_their_last_numbers(runs, capsys):
         raise KeyboardInterrupt
     assert run.last_step is None
     status, shown, errors = call(capsys, "runs")
-    assert (
-        (status, errors) == (0, "")
-        and max(map(len, shown.splitlines())) <= 80
-        and "nan" not in shown
-        and "NA" not in shown
-    )
+    assert (status, errors) == (0, "") and max(map(len, shown.splitlines())) <= 80
+    assert "nan" not in shown and "NA" not in shown
     lines = {
         line.split()[0]: line.split()
         for line in shown.splitlines()
@@ -601,9 +568,8 @@ def test_training_shows_progress_table_identities_figures_and_claims(trained):
         for line in lines
     ]
     steps = [int(match[1]) for match in found if match]
-    assert {46, 92} <= set(steps) <= set(range(93)) and steps == sorted(
-        steps
-    )  # on a slow machine there are more
+    # On a slow machine there are more.
+    assert {46, 92} <= set(steps) <= set(range(93)) and steps == sorted(steps)
     words = " ".join(shown.split())
     for text in (
         "Mean ± SD over seeds",
@@ -619,9 +585,8 @@ def test_training_shows_progress_table_identities_figures_and_claims(trained):
 
 def test_a_narrow_terminal_loses_nothing(trained):
     _, shown = trained
-    lines = [
-        line for line in shown.splitlines() if "a [bold] folder" not in line
-    ]  # paths are not broken
+    # Paths are not broken.
+    lines = [line for line in shown.splitlines() if "a [bold] folder" not in line]
     assert max(map(len, lines)) <= 60 and "…" not in shown
     table = shown[shown.index("Mean ± SD") : shown.index("The first four rows")]
     assert all(name in table for name in ("ELU", "ReLU", "gradient gap", "excluded units"))
@@ -661,9 +626,8 @@ def test_when_all_runs_diverge_there_is_still_an_end(tmp_path):
     train.run_experiment(
         Console(file=shown, width=80), Tiny(out=tmp_path, diverging=("elu", "relu"))
     )
-    assert shown.getvalue().count("training diverged") == 2 and set(
-        run_states(tmp_path)["state"]
-    ) == {"failed"}
+    assert shown.getvalue().count("training diverged") == 2
+    assert set(run_states(tmp_path)["state"]) == {"failed"}
     assert shown.getvalue().endswith("There is nothing to draw or to compare: all runs diverged.\n")
 
 
@@ -721,11 +685,8 @@ TWO_RATES = [*SWEEP, "--lr", "0.01", "0.1"]
 
 def test_a_sweep_ends_with_its_figure_and_its_verdicts(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE)
-    assert (
-        (status, errors) == (0, "")
-        and "Training loss at every" in shown
-        and "What these runs say" in shown
-    )
+    assert (status, errors) == (0, "")
+    assert "Training loss at every" in shown and "What these runs say" in shown
     assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown
     assert {path.name for path in (here / "runs" / "sweep").glob("figure*")} == {
         "figure_theory4.png",
@@ -760,11 +721,8 @@ def test_a_part_of_a_sweep_says_what_it_made_and_judges_nothing(here, capsys, mo
 
 def test_a_part_without_runs_is_no_failure(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE, "--part", "9", "9")
-    assert (
-        (status, errors) == (0, "")
-        and shown == "This part has no runs: there are more parts than runs.\n"
-        and not list(here.iterdir())
-    )
+    assert (status, errors) == (0, "") and not list(here.iterdir())
+    assert shown == "This part has no runs: there are more parts than runs.\n"
 
 
 def test_a_lost_part_says_which_runs_diverged(tmp_path):
@@ -772,18 +730,15 @@ def test_a_lost_part_says_which_runs_diverged(tmp_path):
     train.run_experiment(
         Console(file=shown, width=80), Part(out=tmp_path, diverging=("elu", "relu"))
     )
-    assert (
-        shown.getvalue().count("training diverged") == 2
-        and "when all parts are done" in shown.getvalue()
-    )
+    assert shown.getvalue().count("training diverged") == 2
+    assert "when all parts are done" in shown.getvalue()
 
 
 def test_runs_of_another_grid_are_refused_before_anything_is_trained(here, capsys):
     assert call(capsys, *ONE_RATE, "--activation", "relu")[0] == 0
     before = files(here)
-    status, shown, errors = call(
-        capsys, *ONE_RATE, "--damping", "0.5"
-    )  # ELU's runs, which are not there yet, come first
+    # ELU's runs, which are not there yet, come first.
+    status, shown, errors = call(capsys, *ONE_RATE, "--damping", "0.5")
     assert (status, shown) == (
         2,
         "",
@@ -812,14 +767,9 @@ def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeyp
         else "'tiny/figure_2.png': No space left on device."
     )
     lines = [line for line in shown.getvalue().splitlines() if line.startswith("No ")]
-    assert (
-        lines
-        and all(line.endswith(why) for line in lines)
-        and len(lines) == (2 if what == "draw" else 1)
-    )
-    assert ("What these runs say" in shown.getvalue()) == (
-        what != "print_verdicts"
-    )  # the rest follows
+    assert all(line.endswith(why) for line in lines) and len(lines) == (2 if what == "draw" else 1)
+    # The rest follows.
+    assert ("What these runs say" in shown.getvalue()) == (what != "print_verdicts")
 
 
 @pytest.mark.parametrize("error", [KeyError("a defect of ours"), BrokenPipeError()])
@@ -837,9 +787,9 @@ def test_an_ensemble_trains_what_its_members_train(tmp_path, trained):
     tiny = Tiny(out=tmp_path, ensemble=True, seeds=2)
     shown = io.StringIO()
     train.run_experiment(Console(file=shown, width=80), tiny)
-    assert set(run_states(tmp_path)["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"} and set(
-        run_states(tmp_path)["state"]
-    ) == {"finished"}
+    states = run_states(tmp_path)
+    assert set(states["run"]) == {"elu-0", "elu-1", "relu-0", "relu-1"}
+    assert set(states["state"]) == {"finished"}
     for name in ("elu-0", "relu-0"):
         found, expected = (
             read_runs(folder / name)["train_loss"].dropna() for folder in (tmp_path, trained[0])
@@ -1040,16 +990,8 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
 
 
 def test_options_of_the_demo_have_the_documented_defaults():
-    assert (Demo().out, Demo().quick, Demo().workers, Demo().replace, Demo().resume) == (
-        Path("runs/demo"),
-        False,
-        None,
-        True,
-        False,
-    )
-    assert (Demo().checkpoint_seconds, Demo().device, Demo().precision, Demo().keep_weights) == (
-        30.0,
-        "auto",
-        "float32",
-        False,
-    )
+    options = Demo()
+    assert (options.out, options.quick, options.workers) == (Path("runs/demo"), False, None)
+    assert (options.replace, options.resume, options.keep_weights) == (True, False, False)
+    assert (options.device, options.precision) == ("auto", "float32")
+    assert options.checkpoint_seconds == 30.0
