@@ -119,13 +119,15 @@ class Divisor:
         Raises:
             ValueError: If neither number leads to targets between 0 and 1.
         """
-        outputs = [one.outputs for one in passes if one.outputs is not None]
+        outputs = [
+            forward_pass.outputs for forward_pass in passes if forward_pass.outputs is not None
+        ]
         if self.rule.reduction == "sum":
             divisors = {"examples": 1.0}
         else:
             divisors = {
                 "labels": float(sum(self._labels(output.a).numel() for output in outputs)),
-                "examples": float(sum(one.examples for one in passes)),
+                "examples": float(sum(forward_pass.examples for forward_pass in passes)),
             }
         possible = (
             name

@@ -79,19 +79,19 @@ class Recorder:
             where a pass has overflowed.
         """
         passes, self._passes = self._passes, []
-        with_calls = [one for one in passes if one.calls]
+        with_calls = [forward_pass for forward_pass in passes if forward_pass.calls]
         if with_calls:  # they have waited for the errors of the user's losses
             factor = self._divisor.of(with_calls)
-            for one in with_calls:
+            for forward_pass in with_calls:
                 with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
-                    self._form_sums(one, factor)
-                one.outputs = None
+                    self._form_sums(forward_pass, factor)
+                forward_pass.outputs = None
         sums: dict[str, RunningSums] = {}
-        for one in passes:
-            for name, new in one.sums.items():
+        for forward_pass in passes:
+            for name, new in forward_pass.sums.items():
                 if new.reference is self.references.get(name):  # not from before a state was loaded
                     sums[name] = sums[name].add(new) if name in sums else new
-        examples = float(sum(one.examples for one in passes))
+        examples = float(sum(forward_pass.examples for forward_pass in passes))
         if self.distributed:
             for name in self.layers:  # in the same order everywhere
                 if name in sums:
@@ -124,35 +124,37 @@ class Recorder:
         learns = output.requires_grad and output.numel()
         if tape is None or module is not self.root or not learns:
             return
-        ended = Pass(len(output) if output.dim() else 1)
+        forward_pass = Pass(len(output) if output.dim() else 1)
         if tape.calls:
             with torch.autocast(output.device.type, enabled=False):
-                self._take_calls(ended, tape.calls, output)
+                self._take_calls(forward_pass, tape.calls, output)
         edge = get_gradient_edge(output)
-        edge.node.register_prehook(partial(self._count, ended, edge.output_nr))
+        edge.node.register_prehook(partial(self._count, forward_pass, edge.output_nr))
 
-    def _count(self, ended: Pass, output: int, gradients: tuple[Tensor | None, ...]) -> None:
+    def _count(self, forward_pass: Pass, output: int, gradients: tuple[Tensor | None, ...]) -> None:
         """The user's backward pass has reached the outputs: only now the pass counts. Others go
         with their graph.
         """
-        if ended.outputs is not None:
-            ended.outputs.keep(output, gradients)
-        if ended not in self._passes:
-            self._passes.append(ended)
+        if forward_pass.outputs is not None:
+            forward_pass.outputs.keep(output, gradients)
+        if forward_pass not in self._passes:
+            self._passes.append(forward_pass)
 
-    def _take_calls(self, ended: Pass, calls: Mapping[str, list[Call]], output: Tensor) -> None:
+    def _take_calls(
+        self, forward_pass: Pass, calls: Mapping[str, list[Call]], output: Tensor
+    ) -> None:
         """Forms the sums of a pass, or has them wait for the user's errors."""
         edges, recorded = [], []
         for name, of_layer in calls.items():
-            ended.calls[name] = [
+            forward_pass.calls[name] = [
                 RecordedCall(call.a, call.version, call.shape) for call in of_layer
             ]
             edges += [call.edge for call in of_layer]
-            recorded += ended.calls[name]
+            recorded += forward_pass.calls[name]
         if self.rule.needs_errors:
             self._check_outputs(output, calls)
             if self.rule.labels == "empirical":
-                ended.outputs = RecordedCall(output.detach(), output._version, output.shape)
+                forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
                 for edge, call in zip(edges, recorded, strict=True):
                     edge.node.register_prehook(partial(call.keep, edge.output_nr))
                 return
@@ -166,16 +168,16 @@ class Recorder:
             )
             for call, delta in zip(recorded, deltas, strict=True):
                 call.delta = delta
-        self._form_sums(ended, 1.0)
+        self._form_sums(forward_pass, 1.0)
 
     # -- from calls to sums ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _form_sums(self, ended: Pass, factor: float) -> None:
+    def _form_sums(self, forward_pass: Pass, factor: float) -> None:
         """``factor`` turns the errors that came back into those of a sum over the examples."""
-        for name, calls in ended.calls.items():
+        for name, calls in forward_pass.calls.items():
             module = self.layers[name]
-            self._check_calls(name, calls, ended.examples)
+            self._check_calls(name, calls, forward_pass.examples)
             a = _side_by_side([layer_types.patches(module, call.a, call.shape) for call in calls])
             a = a.to(layer_types.dtype_of_sums(a))
             self._check_positions(name, a)
@@ -190,8 +192,10 @@ class Recorder:
                 a = a.flatten(0, 1)[:, None]
                 delta = None if delta is None else delta.flatten(0, 1)[:, None]
             reference = self._reference(name, a)
-            ended.sums[name] = batch_sums(a, delta, reference, self.rule, ended.examples)
-        ended.calls = {}
+            forward_pass.sums[name] = batch_sums(
+                a, delta, reference, self.rule, forward_pass.examples
+            )
+        forward_pass.calls = {}
 
     def _reference(self, name: str, a: Tensor) -> Tensor:
         if name not in self.references:
@@ -246,9 +250,9 @@ def _are_finite(sums: Mapping[str, RunningSums]) -> bool:
     """Whether no pass has overflowed: running sums would never recover."""
     checked = [
         part.sum(dtype=torch.float64)
-        for one in sums.values()
+        for layer in sums.values()
         for name in ("total", "weight", "first", "second")
-        for part in one.parts.get(name, ())
+        for part in layer.parts.get(name, ())
     ]
     return not checked or bool(torch.stack(checked).isfinite().all())
 
