@@ -11,8 +11,8 @@ from torch import Tensor
 class Augment:
     """Random crops of the images with a frame of zeros around them, and random horizontal flips.
 
-    Drawing and applying are two steps. All numbers of an epoch are drawn at once on the CPU, so
-    that every device and every process gives the same image the same crop.
+    Drawing and applying are two steps. All numbers of an epoch are drawn at once on the CPU: every
+    device and every process gives the same image the same crop.
 
     Args:
         pad: width of the frame in pixels; the crop has the size of the image. 0: no crops.
@@ -30,8 +30,8 @@ class Augment:
             generator: a CPU generator, the only source of the numbers.
 
         Returns:
-            For each image the row and the column of its crop in the frame, both from 0 to
-            ``2 · pad``, and 1 where it is mirrored, else 0.
+            For each image the row and the column of its crop in the frame, and 1 where it is
+            mirrored, else 0. Rows and columns are uniform on 0 … ``2 · pad``.
         """
         return _draw(2 * self.pad + 1, self.flip, images, generator)
 

@@ -48,8 +48,8 @@ def shifted(data: DataSet, side: int) -> DataSet:
 
     The places differ by up to one pixel in each direction; the first view is the image itself. An
     epoch shows every image once, at a random one of its places. All places of all images are the
-    whole population that the network is trained on: expectations under the data over ``x_train``
-    are exact, and rest on nine times the samples.
+    whole population that the network is trained on. Expectations under the data over ``x_train``
+    are exact then, and rest on nine times the samples.
 
     Args:
         data: flat images; those that validate and test stay as they are.

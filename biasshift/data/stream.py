@@ -1,7 +1,7 @@
 """Shuffled minibatches of tensors, and what every stream is made of: seeds, orders and shares.
 
-The minibatches of an epoch are a pure function of the seed and the epoch's number, so that a
-resumed run sees what an uninterrupted one would have seen.
+The minibatches of an epoch are a pure function of the seed and the epoch's number: a resumed run
+sees those of an uninterrupted one.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,8 +60,8 @@ class Batching:
     """The cuts of an epoch into minibatches, and of each minibatch into shares of processes.
 
     Every process cuts the same order and takes its own contiguous share of each minibatch. The
-    shares of a minibatch that `world` does not divide differ by one image, the first ones being the
-    longer: weight the processes' means by their counts.
+    shares of a minibatch that `world` does not divide differ by one image; the first ones are
+    longer. Weight the processes' means by their counts.
 
     Args:
         images: images in an epoch.
@@ -207,8 +207,8 @@ class BatchedStream:
 class TensorStream(BatchedStream):
     """Shuffled minibatches of a data set that lies in memory, on any device.
 
-    What an epoch holds depends on the seed and the epoch's number alone: on no other epoch, no
-    device, and not on how many processes share it. The order is drawn on the CPU and moved once per
+    An epoch depends on the seed and its number alone: on no other epoch, no device, and no number
+    of processes. The order is drawn on the CPU and moved once per
     epoch.
 
     Args:

@@ -1,8 +1,8 @@
 """Global contrast normalization and ZCA whitening: the preprocessing of the paper's CIFAR images.
 
 The paper names the two and no constants [open]. These are those of the Maxout networks (Goodfellow
-et al. 2013, section 5.2), which the papers it compares with share: every image scaled to the
-Euclidean norm 55 around its own mean, and 0.1 added to the covariance's diagonal.
+et al. 2013, section 5.2), which the papers it compares with share. Every image is scaled to the
+Euclidean norm 55 around its own mean, and 0.1 is added to the covariance's diagonal.
 """
 
 from dataclasses import dataclass, replace
@@ -63,8 +63,8 @@ class Whitening:
     """Contrast normalization, then ``(x − mean) (C + diagonal · I)^(−1/2)``.
 
     ``C`` is the covariance of the normalized training images, divided by their number.
-    Directions in which the images vary by much more than `diagonal` come out with variance 1; those
-    of eigenvalue λ with ``λ / (λ + diagonal)``. Among all whitening matrices the symmetric one
+    A direction of eigenvalue λ comes out with the variance ``λ / (λ + diagonal)``: 1 where the
+    images vary by much more than `diagonal`. Among all whitening matrices the symmetric one
     changes the images least, so that they stay images.
 
     Args:

@@ -139,18 +139,18 @@ def imagenet15(
 ) -> nn.Sequential:
     """Returns the 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes).
 
-    Its convolutions have 55.9 M parameters, and its outputs are logits. Four stacks of
-    convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each; spatial pyramid pooling,
-    "pyramid"; two layers of 4096 units with dropout, "fc5_1" and "fc5_2"; the logits, "fc6_1".
-    Normalization and activations are named alike. Images of other sizes work, as long as the last
-    maps can be cut into the pyramid's bins.
+    Its convolutions have 55.9 M parameters, and its outputs are logits. There are four stacks of
+    convolutions, "conv1_1" … "conv4_3", with a 2×2 pooling behind each, and spatial pyramid
+    pooling, "pyramid". Two layers of 4096 units with dropout follow, "fc5_1" and "fc5_2", and the
+    logits, "fc6_1". Normalization and activations are named alike. Images of other sizes work, as
+    long as the last maps can be cut into the pyramid's bins.
 
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`.
         seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
             zero.
         stride: of the 6×6 layer, not in the paper. Stride 2 gives maps of 112, then 56, 28, 14 and
-            7 behind the poolings, and 41 billion multiplications per image; stride 4 gives 56, 28,
+            7 behind the poolings, and 41 billion multiplications per image. Stride 4 gives 56, 28,
             14, 7 and 4, and 10 billion.
         bins: of the pyramid's three levels, not in the paper.
         batch_norm: normalizes every hidden layer, ``norm_at`` "before" or "after" its activation.

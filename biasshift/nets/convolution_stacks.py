@@ -102,8 +102,8 @@ def stacks(
     """Returns a convolutional classifier of the given stacks; the last layer gives the logits.
 
     Modules are named by stack and layer: "conv2_1", "bn2_1", "act2_1", "drop2_1", and "pool2"
-    behind stack 2. Names and weights do not depend on the activation, nor on which other modules
-    there are: state dicts load across activations, dropout and phases of training. No
+    behind stack 2. Names and weights depend neither on the activation nor on which other modules
+    there are: state dicts load across activations, dropout and phases. No
     normalization, activation or dropout follows the last layer; its maps are pooled, and must be
     down to one pixel then. Convolutions keep their bias before a normalization, which makes it
     idle, so that the weights are those of the net without. Paddings, poolings and dropout count as
@@ -132,7 +132,7 @@ def stacks(
 
     Raises:
         ValueError: a name that is unknown, a specification with a size below 1, or rates that do
-            not fit it; on a call, images so large that more than a pixel is left.
+            not fit it. On a call: images so large that more than a pixel is left.
 
     >>> net = stacks([[(1, 8, 3)], [(2, 16, 2)], [(1, 10, 1)]], rates=[0.0, 0.1], geometry="caffe")
     >>> " ".join(name for name, _ in net.named_children())
