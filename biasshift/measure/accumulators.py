@@ -178,12 +178,11 @@ class LayerState:
         self.label_variance.finish_batch(layer.draws)
         a = None if layer.shares_weights else layer.patches(self.reference)
         for i, (g, units) in enumerate(self.groups):
-            weights, sums = self.delta2[:, units], self.sums[i]
-            self.sums[i] = (
-                sums.with_weight_squares(weights)
-                if a is None
-                else sums.with_weights(a[:, :, g].flatten(0, 1), weights)
-            )
+            weights = self.delta2[:, units]
+            if a is None:
+                self.sums[i] = self.sums[i].with_weight_squares(weights)
+            else:
+                self.sums[i] = self.sums[i].with_weights(a[:, :, g].flatten(0, 1), weights)
         self.delta2 = None
 
     def add_gradient(self, layer: LayerBatch, delta: Tensor) -> None:

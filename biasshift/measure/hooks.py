@@ -210,8 +210,10 @@ def edge_gradients(
     stacks: dict[int, Tensor] = {}
     for i, seed in enumerate(seeds):
         retain = keep or i + 1 < len(seeds)
-        deltas = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
-        for k, delta in enumerate(deltas):
+        # without a name, so that no pass keeps the gradients of the one before
+        for k, delta in enumerate(
+            torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
+        ):
             if delta is not None:
                 if k not in stacks:
                     # Passes lie behind examples in memory, as the sums over both read them.
