@@ -3,7 +3,9 @@
 Public names load when they are first used (PEP 562), so that ``import biasshift`` itself is light.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from biasshift import _sigint  # noqa: F401  before all that takes long
@@ -76,3 +78,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_PACKAGES, "__version__"})
+
+
+def _hook_of_before(name: str) -> Any:
+    if name == "_call_watcher":
+        return import_module("biasshift.measure.hooks")._call_hook
+    raise AttributeError(f"Module 'biasshift.tracing' has no attribute '{name}'.")
+
+
+# Models that were pickled with an optimizer of version 0.1 look for its hook in this module.
+_tracing = sys.modules["biasshift.tracing"] = ModuleType("biasshift.tracing")
+_tracing.__getattr__ = _hook_of_before  # pyright: ignore[reportAttributeAccessIssue]
