@@ -20,6 +20,7 @@ TO_STEPS = "ln of the steps to training loss {:g}"
 TO_SECONDS = "ln of the seconds to training loss {:g}"
 AT_THE_END = "ln of the training loss at the end"
 AT_EQUAL_TIME = "ln of the training loss at equal time"
+LEVELS = 2  # losses that runs are timed to, besides the equal loss of the examination
 PROBES, DAMPINGS = 2, 3  # on which an effect must keep its sign
 EQUAL = 1.1  # losses that differ by less than this factor are called equal
 REPEATED = "The sign is the same on two disjoint probes and at dampings {} and {:g}."
@@ -187,26 +188,20 @@ class Evidence:
             if len(rates) > 1 and rate in (rates[0], rates[-1])
         ]
 
-    def speeds(self, cells: Sequence[Cell], levels: int) -> list[Speed]:
+    def speeds(self, cells: Sequence[Cell]) -> list[Speed]:
         """Returns how fast cells learn at their best rates, on the seeds that all cells have.
 
         The measures, all as logarithms: steps, then seconds, to the lowest losses that all of these
         runs reach, from the highest loss on; the loss at the end; and the loss after the seconds of
         the quickest of the runs of a seed.
-
-        Args:
-            cells: those that are compared.
-            levels: how many losses at most, for steps and for seconds.
         """
         best = self.best(cells)
         seeds = sorted(set.intersection(*(set(runs.index) for runs in best.values())))
+        best = {cell: runs.loc[seeds] for cell, runs in best.items()}
         curves = {
-            cell: [self.curves[str(runs.loc[seed, "run"])] for seed in seeds]
-            for cell, runs in best.items()
+            cell: [self.curves[str(name)] for name in runs["run"]] for cell, runs in best.items()
         }
-        end = {
-            cell: [runs.loc[seed, "train_loss"] for seed in seeds] for cell, runs in best.items()
-        }
+        end = {cell: list(runs["train_loss"]) for cell, runs in best.items()}
         finished = [
             curve
             for cell in cells
@@ -229,7 +224,7 @@ class Evidence:
                 {cell: [reached(curve, level, axis) for curve in curves[cell]] for cell in best},
             )
             for axis, title in (("step", TO_STEPS), ("seconds", TO_SECONDS))
-            for level in common_levels(finished, levels)
+            for level in common_levels(finished, LEVELS)
         ]
         measures += [(AT_THE_END, None, False, end), (AT_EQUAL_TIME, None, True, equal_time)]
         index = pd.Index(seeds)

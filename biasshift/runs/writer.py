@@ -131,7 +131,7 @@ class Run:
         0
         """
         folder, config = Path(folder), _options(config)
-        _refuse_other(folder, config)
+        _require_same_config(folder, config)
         names = dict(segment_files(folder))
         if missing := set(range(segments)) - set(names):
             raise ValueError(
@@ -154,7 +154,7 @@ class Run:
         folder = Path(folder)
         if not (folder.is_dir() and is_run(folder)):
             return False
-        _refuse_other(folder, _options(config))
+        _require_same_config(folder, _options(config))
         return read_json(folder, "state.json", {}).get("state") == "finished"
 
     def append(self, frame: pd.DataFrame) -> None:
@@ -230,7 +230,7 @@ def _options(config: Any) -> dict[Any, Any]:
     return dict(config) if isinstance(config, Mapping) else asdict(config)
 
 
-def _refuse_other(folder: Path, config: Mapping[str, Any]) -> None:
+def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Compares what would be stored with what is."""
     stored, wanted = read_config(folder), json.loads(_to_json(config))
     for name in {**stored, **wanted}:
@@ -251,8 +251,8 @@ def _make_room(folder: Path, exist: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"'{folder}' is a file. Choose another folder (--out).")
     folder.mkdir(parents=True, exist_ok=True)
-    # The checkpoint goes first, config.json last: half deleted is still a run, and one that begins
-    # anew.
+    # The checkpoint goes first, config.json last: half deleted is still a run, and one that starts
+    # from the beginning.
     names = sorted(
         os.listdir(folder),
         key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name),

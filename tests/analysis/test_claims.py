@@ -17,14 +17,8 @@ from biasshift.analysis.verdicts import claims
 from biasshift.runs.writer import Run
 
 SEEDS = range(6)
-BASES = [
-    0.0,
-    0.9,
-    -0.7,
-    0.4,
-    -0.2,
-    0.6,
-]  # what a seed does to both networks: far more than the effect, so that only pairs see it
+# What a seed does to both networks: far more than the effect, so that only pairs see it.
+BASES = [0.0, 0.9, -0.7, 0.4, -0.2, 0.6]
 LESS = [-0.11, -0.07, -0.13, -0.08, -0.1, -0.09]
 
 # claim → how to plant a number whose transform is the claim's statistic
@@ -50,9 +44,9 @@ def planted(claim: str, differences, seeds=SEEDS) -> pd.DataFrame:
     return table(itertools.chain(*runs))
 
 
-def row(found: pd.DataFrame, claim: str) -> pd.Series:
-    (where,) = np.flatnonzero(found["claim"] == claim)
-    return found.iloc[where]
+def row(verdicts: pd.DataFrame, claim: str) -> pd.Series:
+    (where,) = np.flatnonzero(verdicts["claim"] == claim)
+    return verdicts.iloc[where]
 
 
 OF_ONE = {"correction", "correction-steps"} | {  # claims that need no pair of activation functions
@@ -61,8 +55,8 @@ OF_ONE = {"correction", "correction-steps"} | {  # claims that need no pair of a
     for where in ("seeds", "layers", "steps", "activations", "all")
 }
 BETWEEN = {
-    "coupling", "coupling-steps", "gap", "gap-steps", "inherited", "inherited-loss", "speed", "speed-1", "speed-0.5", "loss",
-    "drift", "drift-median",
+    "coupling", "coupling-steps", "gap", "gap-steps", "inherited", "inherited-loss", "speed",
+    "speed-1", "speed-0.5", "loss", "drift", "drift-median",
 }  # fmt: skip
 
 
@@ -72,34 +66,36 @@ BETWEEN = {
 @pytest.mark.parametrize("claim", PLANT)
 def test_a_claim_that_is_true_is_supported_and_its_contrary_is_not(claim):
     for sign, expected in ((1, "supported"), (-1, "not supported")):
-        found = row(claims(planted(claim, sign * np.array(LESS))), claim)
-        assert found["verdict"] == expected and found["n"] == 6
-        assert np.sign([found["low"], found["effect"], found["high"]]).tolist() == [-sign] * 3
+        judged = row(claims(planted(claim, sign * np.array(LESS))), claim)
+        assert judged["verdict"] == expected and judged["n"] == 6
+        assert np.sign([judged["low"], judged["effect"], judged["high"]]).tolist() == [-sign] * 3
         if claim in LINEAR:
-            assert found["effect"] == pytest.approx(sign * np.mean(LESS), abs=1e-5)
+            assert judged["effect"] == pytest.approx(sign * np.mean(LESS), abs=1e-5)
 
 
 @pytest.mark.parametrize("claim", PLANT)
 def test_an_interval_across_0_decides_nothing(claim):
-    found = row(claims(planted(claim, [-0.3, 0.2, -0.1, 0.25, -0.2, 0.1])), claim)
-    assert found["verdict"] == "undecided" and found["low"] < 0 < found["high"]
+    judged = row(claims(planted(claim, [-0.3, 0.2, -0.1, 0.25, -0.2, 0.1])), claim)
+    assert judged["verdict"] == "undecided" and judged["low"] < 0 < judged["high"]
 
 
 def test_an_interval_below_0_decides_nothing_where_the_exact_test_disagrees():
-    found = row(claims(planted("gap", [-1, -1.1, -0.9, -1.05, 0.01, 0.02])), "gap")
-    assert found["high"] < 0 and found["p"] == 5 / 64 and found["verdict"] == "undecided"
+    judged = row(claims(planted("gap", [-1, -1.1, -0.9, -1.05, 0.01, 0.02])), "gap")
+    assert judged["high"] < 0 and judged["p"] == 5 / 64 and judged["verdict"] == "undecided"
 
 
 def test_fewer_than_six_seeds_decide_nothing():
-    found = row(claims(planted("gap", LESS).query("seed < 5")), "gap")
-    assert found["high"] < 0 and found["n"] == 5 and found["verdict"] == "undecided"
-    assert found["caveat"].startswith("Fewer than 6 paired seeds")
+    judged = row(claims(planted("gap", LESS).query("seed < 5")), "gap")
+    assert judged["high"] < 0 and judged["n"] == 5 and judged["verdict"] == "undecided"
+    assert judged["caveat"].startswith("Fewer than 6 paired seeds")
 
 
 def test_one_seed_has_a_number_but_no_interval():
-    found = claims(planted("gap", LESS).query("seed < 1"))
-    assert row(found, "gap")[["low", "high", "p"]].isna().all() and row(found, "gap")["n"] == 1
-    assert "-0.11, n = 1. Fewer than" in sentences(found)[list(found["claim"]).index("gap")]
+    verdicts = claims(planted("gap", LESS).query("seed < 1"))
+    assert (
+        row(verdicts, "gap")[["low", "high", "p"]].isna().all() and row(verdicts, "gap")["n"] == 1
+    )
+    assert "-0.11, n = 1. Fewer than" in sentences(verdicts)[list(verdicts["claim"]).index("gap")]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +118,9 @@ def test_a_sign_that_changes_with_the_damping_or_the_probe_decides_nothing(
         [Planted("elu", s, exam=exam(d)), Planted("relu", s, exam=lambda *_: {column: 10.0})]
         for s, d in zip(SEEDS, LESS, strict=True)
     ]
-    found = row(claims(table(itertools.chain(*runs))), claim)
-    assert found["high"] < 0 and found["p"] < 0.05
-    assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
+    judged = row(claims(table(itertools.chain(*runs))), claim)
+    assert judged["high"] < 0 and judged["p"] < 0.05
+    assert judged["verdict"] == "undecided" and "sign changes" in judged["caveat"]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.6, "supported"), (0.4, "not supported")])
@@ -134,14 +130,13 @@ def test_theorem_2s_correction(share, expected):
             activation, seed, exam=lambda *_: {"smaller_share": share + off + seed / 1000}
         )
 
-    found = row(
+    judged = row(
         claims(table(run(*pair) for s in SEEDS for pair in (("elu", s, 0.05), ("relu", s, -0.05)))),
         "correction",
     )
-    assert found["verdict"] == expected and found["n"] == 6
-    assert found["effect"] == pytest.approx(
-        0.5 - share - 0.0025
-    )  # all activations of a seed together
+    assert judged["verdict"] == expected and judged["n"] == 6
+    # All activations of a seed together.
+    assert judged["effect"] == pytest.approx(0.5 - share - 0.0025)
 
 
 def test_theorem_2s_correction_may_help_one_and_not_the_other():
@@ -150,29 +145,29 @@ def test_theorem_2s_correction_may_help_one_and_not_the_other():
         for name, x in (("elu", 0.8), ("relu", 0.1))
         for s in SEEDS
     ]
-    found = claims(table(runs))
-    verdicts = [row(found, f"correction{suffix}")["verdict"] for suffix in ("-elu", "-relu", "")]
-    assert verdicts == ["supported", "not supported", "not supported"]
+    verdicts = claims(table(runs))
+    words = [row(verdicts, f"correction{suffix}")["verdict"] for suffix in ("-elu", "-relu", "")]
+    assert words == ["supported", "not supported", "not supported"]
 
 
 def test_units_without_a_corrected_mean_say_nothing_about_the_correction():
     """As those without a bias."""
     nothing = {"smaller_share": np.nan}
-    found = claims(
+    verdicts = claims(
         table(Planted(name, s, exam=lambda *_: nothing) for name in ("elu", "relu") for s in SEEDS)
     )
-    assert row(found, "correction")[["n", "verdict"]].tolist() == [0, "undecided"]
+    assert row(verdicts, "correction")[["n", "verdict"]].tolist() == [0, "undecided"]
 
 
 def test_theorem_2s_correction_too_is_repeated_over_dampings():
     def exam(probe, damping):
         return {"smaller_share": 0.4 if damping == 1.0 else 0.7}
 
-    found = row(
+    judged = row(
         claims(table(Planted(name, seed, exam=exam) for name in ("elu", "relu") for seed in SEEDS)),
         "correction",
     )
-    assert found["verdict"] == "undecided" and "sign changes" in found["caveat"]
+    assert judged["verdict"] == "undecided" and "sign changes" in judged["caveat"]
 
 
 # -- what is missing -------------------------------------------------------------------------------
@@ -184,11 +179,10 @@ def test_runs_that_never_came_down_to_the_equal_loss_leave_their_pairs_out():
         for name in ("elu", "relu")
         for seed in SEEDS
     ]
-    found = claims(table(runs))
-    assert {name: row(found, name)["n"] for name in ("gap", "coupling", "speed", "loss", "means")} == {
-        "gap": 5, "coupling": 5, "speed": 6, "loss": 6, "means": 6,
-    }  # fmt: skip
-    assert row(found, "gap")["caveat"].startswith(
+    verdicts = claims(table(runs))
+    pairs = {"gap": 5, "coupling": 5, "speed": 6, "loss": 6, "means": 6}
+    assert {name: row(verdicts, name)["n"] for name in pairs} == pairs
+    assert row(verdicts, "gap")["caveat"].startswith(
         "Fewer than 6 paired seeds decide nothing. 1 of 6 pairs have no number, and count against "
         "the verdict. "
     )
@@ -225,17 +219,17 @@ def test_a_network_that_never_gets_there_is_slower_than_one_that_does():
     """
     runs = [Planted("elu", s, equal_step=50 + s) for s in range(12)]
     runs += [Planted("relu", s, equal_step=None if s % 2 else 40 + s) for s in range(12)]
-    found = row(claims(table(runs)), "speed")
+    judged = row(claims(table(runs)), "speed")
     assert (
-        found["n"] == 12
-        and found["verdict"] == "undecided"
-        and "In 6 pairs one run never came down there" in found["caveat"]
+        judged["n"] == 12
+        and judged["verdict"] == "undecided"
+        and "In 6 pairs one run never came down there" in judged["caveat"]
     )
     stuck = [run for run in runs if run.activation == "elu"] + [
         Planted("relu", s, equal_step=None) for s in range(12)
     ]
-    found = row(claims(table(stuck)), "speed")
-    assert found["verdict"] == "supported" and found["effect"] == pytest.approx(
+    judged = row(claims(table(stuck)), "speed")
+    assert judged["verdict"] == "supported" and judged["effect"] == pytest.approx(
         np.mean([np.log((50 + s) / 100) for s in range(12)])
     )
 
@@ -254,8 +248,8 @@ def test_a_network_whose_loss_is_no_number_at_its_end_has_not_reached_it():
     rows = planted("loss", LESS)
     lost = (rows["activation"] == "elu") & (rows["seed"] < 3) & (rows["step"] == 100)
     rows.loc[lost & rows["train_loss"].notna(), "train_loss"] = np.nan
-    found = row(claims(rows), "loss")
-    assert found[["n", "verdict"]].tolist() == [3, "undecided"] and found["caveat"].startswith(
+    judged = row(claims(rows), "loss")
+    assert judged[["n", "verdict"]].tolist() == [3, "undecided"] and judged["caveat"].startswith(
         "Fewer than 6 paired seeds decide nothing. 3 of 6 pairs have no number"
     )
 
@@ -275,12 +269,12 @@ def test_layers_are_compared_with_their_like():
             name, seed, exam_at=lambda layer: levels[layer] | (few if layer == "4" else {})
         )
 
-    found = claims(table(run(name, seed) for name in ("elu", "relu") for seed in SEEDS))
+    verdicts = claims(table(run(name, seed) for name in ("elu", "relu") for seed in SEEDS))
     for claim in ("coupling", "gap"):
-        assert row(found, claim)[["effect", "n", "verdict"]].tolist() == [0.0, 6, "undecided"]
+        assert row(verdicts, claim)[["effect", "n", "verdict"]].tolist() == [0.0, 6, "undecided"]
         assert (
             "6 of 24 layers have too few effective samples and are left out"
-            in row(found, claim)["caveat"]
+            in row(verdicts, claim)["caveat"]
         )
 
 
@@ -289,11 +283,11 @@ def test_layers_are_compared_with_their_like():
 )
 def test_what_was_not_repeated_decides_nothing(kept):
     rows = planted("gap", LESS)
-    found = row(claims(rows[rows["exam_damping"].isna() | rows.eval(kept)]), "gap")
+    judged = row(claims(rows[rows["exam_damping"].isna() | rows.eval(kept)]), "gap")
     assert (
-        found["p"] < 0.05
-        and found["verdict"] == "undecided"
-        and "Not repeated on two probes at three dampings" in found["caveat"]
+        judged["p"] < 0.05
+        and judged["verdict"] == "undecided"
+        and "Not repeated on two probes at three dampings" in judged["caveat"]
     )
 
 
@@ -303,10 +297,10 @@ def test_losses_that_are_not_equal_decide_nothing_at_equal_loss():
     rows.loc[examined, "exam_loss"] = np.where(rows.loc[examined, "activation"] == "elu", 0.5, 0.52)
     assert row(claims(rows), "gap")["verdict"] == "supported"
     rows.loc[examined & (rows["activation"] == "elu"), "exam_loss"] = 0.4
-    found = row(claims(rows), "gap")
+    judged = row(claims(rows), "gap")
     assert (
-        found["verdict"] == "undecided"
-        and "ELU was examined at a loss of 0.4, ReLU at 0.52" in found["caveat"]
+        judged["verdict"] == "undecided"
+        and "ELU was examined at a loss of 0.4, ReLU at 0.52" in judged["caveat"]
     )
 
 
@@ -335,22 +329,22 @@ def test_runs_that_differ_in_what_moves_the_numbers_are_refused(option, values):
 
 
 def test_without_any_examination_the_sentences_say_why_there_is_no_number():
-    found = claims(
+    verdicts = claims(
         table(Planted(name, seed, equal_step=None) for name in ("elu", "relu") for seed in SEEDS)
     )
     for name in ("gap", "coupling", "speed", "correction"):
-        assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
-        assert row(found, name)["caveat"].startswith(
+        assert row(verdicts, name)[["n", "verdict"]].tolist() == [0, "undecided"]
+        assert row(verdicts, name)["caveat"].startswith(
             "No two runs with one seed came down to the equal loss"
         )
-    assert not any("nan" in sentence for sentence in sentences(found))
+    assert not any("nan" in sentence for sentence in sentences(verdicts))
 
 
 def test_without_enough_effective_samples_the_steps_are_still_compared():
     nothing = dict.fromkeys(("inflation", "k", "smaller_share", "gap_degrees"), np.nan) | {
         "enough": 0.0
     }
-    found = claims(
+    verdicts = claims(
         table(
             Planted(name, seed, exam=lambda *_: nothing)
             for name in ("elu", "relu")
@@ -358,14 +352,14 @@ def test_without_enough_effective_samples_the_steps_are_still_compared():
         )
     )
     assert (
-        row(found, "gap")["n"] == 0
-        and "with enough effective samples" in row(found, "gap")["caveat"]
+        row(verdicts, "gap")["n"] == 0
+        and "with enough effective samples" in row(verdicts, "gap")["caveat"]
     )
-    assert row(found, "speed")["n"] == 6
+    assert row(verdicts, "speed")["n"] == 6
 
 
 def test_runs_that_were_stopped_decide_nothing_about_the_end():
-    found = claims(
+    verdicts = claims(
         table(
             Planted(name, seed, finished=name == "elu")
             for name in ("elu", "relu")
@@ -373,9 +367,11 @@ def test_runs_that_were_stopped_decide_nothing_about_the_end():
         )
     )
     for name in ("means", "means-unitwise", "inherited", "loss"):
-        assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
-        assert row(found, name)["caveat"] == "No two runs with one seed reached their last epoch."
-    assert row(found, "gap")["n"] == 6
+        assert row(verdicts, name)[["n", "verdict"]].tolist() == [0, "undecided"]
+        assert (
+            row(verdicts, name)["caveat"] == "No two runs with one seed reached their last epoch."
+        )
+    assert row(verdicts, "gap")["n"] == 6
 
 
 @pytest.mark.parametrize(
@@ -402,8 +398,8 @@ def test_claims_about_activations_that_were_not_trained_are_left_out(activations
         "correction-elu",
         "correction-relu",
     }
-    found = claims(table(Planted(name, seed) for name in activations for seed in SEEDS))
-    assert set(found["claim"]) == expected | corrections | OF_ONE
+    verdicts = claims(table(Planted(name, seed) for name in activations for seed in SEEDS))
+    assert set(verdicts["claim"]) == expected | corrections | OF_ONE
 
 
 # -- pairs -----------------------------------------------------------------------------------------
@@ -438,20 +434,18 @@ def test_two_runs_of_one_seed_are_refused():
 def test_the_interval_is_that_of_the_paired_t_test(n):
     rng = np.random.default_rng(n)
     elu, relu = rng.normal(size=n), rng.normal(size=n) + 0.5
-    found = paired(pd.Series(elu - relu))
+    estimate = paired(pd.Series(elu - relu))
     expected = stats.ttest_rel(elu, relu).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
-    assert found.effect == pytest.approx(np.mean(elu) - np.mean(relu)) and found.n == n
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert estimate.effect == pytest.approx(np.mean(elu) - np.mean(relu)) and estimate.n == n
 
 
 def exact_p(effects: np.ndarray) -> float:
     """Every effect may have had the other sign: how often is the sum of ranks above 0, zeros half,
     at most as large?
     """
-    ranks, positive = (
-        stats.rankdata(np.abs(effects)),
-        np.array([(x > 0) + (x == 0) / 2 for x in effects]),
-    )
+    ranks = stats.rankdata(np.abs(effects))
+    positive = np.array([(x > 0) + (x == 0) / 2 for x in effects])
     free = effects != 0
     fixed = (ranks * positive)[~free].sum()
     sums = [
@@ -477,14 +471,20 @@ def test_six_equal_signs_have_p_1_in_64():
 
 
 def test_effects_of_exactly_0_decide_nothing():
-    found = paired(pd.Series([0.0] * 6))
-    assert (found.p, found.p_contrary) == (1, 1)
-    assert verdict(found.low, found.high, found.n, found.p, found.p_contrary) == "undecided"
+    estimate = paired(pd.Series([0.0] * 6))
+    assert (estimate.p, estimate.p_contrary) == (1, 1)
+    assert (
+        verdict(estimate.low, estimate.high, estimate.n, estimate.p, estimate.p_contrary)
+        == "undecided"
+    )
 
 
 def test_no_effects_at_all():
-    found = paired(pd.Series([], dtype=float))
-    assert found.n == 0 and np.isnan([found.effect, found.low, found.high, found.p]).all()
+    estimate = paired(pd.Series([], dtype=float))
+    assert (
+        estimate.n == 0
+        and np.isnan([estimate.effect, estimate.low, estimate.high, estimate.p]).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,12 +509,12 @@ def test_the_verdict(low, high, n, p, contrary, expected):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_holms_correction_is_the_closed_test(seed):
-    """Adjusted p of a hypothesis: the largest Bonferroni p of all sets of hypotheses that it is in."""
+    """Adjusted p of a hypothesis: the largest Bonferroni p of all sets of them that it is in."""
     p = np.random.default_rng(seed).uniform(size=5) ** 3
-    sets = [some for size in range(1, 6) for some in itertools.combinations(range(5), size)]
+    subsets = [chosen for size in range(1, 6) for chosen in itertools.combinations(range(5), size)]
     for i, adjusted in enumerate(holm(list(p))):
         assert adjusted == pytest.approx(
-            max(min(1, len(some) * p[list(some)].min()) for some in sets if i in some)
+            max(min(1, len(chosen) * p[list(chosen)].min()) for chosen in subsets if i in chosen)
         )
 
 
@@ -538,13 +538,13 @@ def test_the_interval_of_a_share_holds_the_shares_that_a_t_test_does_not_refuse(
     rng = np.random.default_rng(seed)
     whole = pd.Series(1 + rng.normal(scale=0.3, size=8))
     part = 0.6 * whole + rng.normal(scale=0.2, size=8)
-    found = share(part, whole)
-    assert found.effect == pytest.approx(100 * part.mean() / whole.mean())
-    for edge in (found.low, found.high):
+    estimate = share(part, whole)
+    assert estimate.effect == pytest.approx(100 * part.mean() / whole.mean())
+    for edge in (estimate.low, estimate.high):
         assert stats.ttest_1samp(part - edge / 100 * whole, 0).pvalue == pytest.approx(
             0.05, abs=1e-9
         )
-    assert stats.ttest_1samp(part - (found.low + found.high) / 200 * whole, 0).pvalue > 0.05
+    assert stats.ttest_1samp(part - (estimate.low + estimate.high) / 200 * whole, 0).pvalue > 0.05
 
 
 def test_there_is_no_share_of_what_may_be_nothing():
@@ -557,10 +557,10 @@ def test_there_is_no_share_of_what_may_be_nothing():
 
 
 def test_one_sentence_per_claim_with_its_number():
-    found = claims(planted("gap", LESS))
-    said = sentences(found)
-    assert len(said) == len(found)
-    low, high = (f"{row(found, 'gap')[name]:+.3g}" for name in ("low", "high"))
+    verdicts = claims(planted("gap", LESS))
+    said = sentences(verdicts)
+    assert len(said) == len(verdicts)
+    low, high = (f"{row(verdicts, 'gap')[name]:+.3g}" for name in ("low", "high"))
     assert (
         "Supported: ELU's gradient is nearer the unit natural gradient than ReLU's (section 3). "
         "degrees between gradient and unit "
@@ -568,7 +568,7 @@ def test_one_sentence_per_claim_with_its_number():
         "sign is the same on two disjoint "
         "probes and at dampings 0.0001, 0.01 and 1."
     ) in said
-    for sentence, statement in zip(said, found["statement"], strict=True):
+    for sentence, statement in zip(said, verdicts["statement"], strict=True):
         assert statement in sentence
 
 
@@ -588,18 +588,9 @@ def test_the_contrary_is_said_plainly():
 def test_columns_and_folders(tmp_path):
     runs = planted("gap", LESS)
     columns = [
-        "claim",
-        "statement",
-        "source",
-        "statistic",
-        "effect",
-        "low",
-        "high",
-        "n",
-        "p",
-        "verdict",
+        "claim", "statement", "source", "statistic", "effect", "low", "high", "n", "p", "verdict",
         "caveat",
-    ]
+    ]  # fmt: skip
     more = ["number", "family", "predicted", "test", "p_holm", "p_contrary", "p_holm_all"]
     assert list(claims(runs).columns) == columns + more
     for name, rows in runs.groupby("run", sort=False):
@@ -612,10 +603,10 @@ def test_columns_and_folders(tmp_path):
 
 
 def test_the_markdown_table_has_a_row_per_claim_and_no_markup_from_outside():
-    found = claims(planted("gap", LESS))
-    found.loc[0, "caveat"] = "<script>|`x`\n| [y](z)"
-    *lines, empty, below = claims_markdown(found).splitlines()
-    assert len(lines) == 2 + len(found) and not empty and "tests in" in below
+    verdicts = claims(planted("gap", LESS))
+    verdicts.loc[0, "caveat"] = "<script>|`x`\n| [y](z)"
+    *lines, empty, below = claims_markdown(verdicts).splitlines()
+    assert len(lines) == 2 + len(verdicts) and not empty and "tests in" in below
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "\\<script\\>\\|\\`x\\` \\| \\[y\\](z)" in lines[2]
     (gap,) = [line for line in lines if line.startswith("| 2 gap |")]
@@ -623,9 +614,9 @@ def test_the_markdown_table_has_a_row_per_claim_and_no_markup_from_outside():
 
 
 def test_the_footnote_counts_the_questions():
-    found = claims(planted("gap", LESS))
-    tested = found[found["p"].notna()]
-    said = footnote(found)
+    verdicts = claims(planted("gap", LESS))
+    tested = verdicts[verdicts["p"].notna()]
+    said = footnote(verdicts)
     assert said.startswith(f"{len(tested)} tests in {tested['family'].nunique()} families")
     assert (
         f"with 6 seeds none could: {seeds_needed(len(tested))} are needed" in said
@@ -635,10 +626,10 @@ def test_the_footnote_counts_the_questions():
         (Planted("elu", s, **PLANT["gap"](-0.1)), Planted("relu", s, **PLANT["gap"](0.0)))
         for s in range(16)
     ]
-    found = claims(table(itertools.chain(*many)))
+    verdicts = claims(table(itertools.chain(*many)))
     assert "could" not in footnote(
-        found
-    ) and f"{(found['p_holm_all'] < 0.05).sum()} supported claims remain" in footnote(found)
+        verdicts
+    ) and f"{(verdicts['p_holm_all'] < 0.05).sum()} supported claims remain" in footnote(verdicts)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

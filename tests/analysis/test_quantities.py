@@ -18,19 +18,17 @@ def one(run: Planted) -> pd.Series:
 
 
 def test_the_numbers_at_the_end_of_a_run():
-    found = one(Planted("elu", 3, unit_mean=0.25, spread=1.0, train_loss=0.125))
-    assert (found["run"], found["activation"], found["seed"]) == ("elu-3", "elu", 3)
-    assert (
-        found["unit_mean"] == 0.25
-    )  # of −0.75, 0.25, 1.25 in both layers; what was before the last step does not count
-    assert found["unit_mean_abs"] == pytest.approx((0.75 + 0.25 + 1.25) / 3)
-    assert found["train_loss"] == 0.125
+    numbers = one(Planted("elu", 3, unit_mean=0.25, spread=1.0, train_loss=0.125))
+    assert (numbers["run"], numbers["activation"], numbers["seed"]) == ("elu-3", "elu", 3)
+    # Of −0.75, 0.25, 1.25 in both layers; what was before the last step does not count.
+    assert numbers["unit_mean"] == 0.25
+    assert numbers["unit_mean_abs"] == pytest.approx((0.75 + 0.25 + 1.25) / 3)
+    assert numbers["train_loss"] == 0.125
 
 
 def test_the_inherited_share_is_over_all_steps_and_layers_behind_the_first():
-    assert one(Planted("elu", 0, shares=(2.0, 1.0, 1.0)))["inherited"] == pytest.approx(
-        1 / 4
-    )  # layer "0" would make it smaller
+    # Layer "0" would make it smaller.
+    assert one(Planted("elu", 0, shares=(2.0, 1.0, 1.0)))["inherited"] == pytest.approx(1 / 4)
 
 
 def test_the_inherited_share_of_nothing_is_no_number():
@@ -51,10 +49,10 @@ def test_the_examination_is_that_at_the_shown_damping_averaged_over_probes_and_l
             else {"gap_degrees": 1e9, "enough": 0.0}
         )
 
-    found = one(Planted("relu", 0, equal_step=50, exam=exam))
-    assert found["exam_gap_degrees"] == 45 and found["exam_step"] == 50
-    assert found["exam_excluded"] == pytest.approx(0.1)
-    assert found["exam_k"] == 0.5  # −0.5 and 1.5 in the two layers
+    numbers = one(Planted("relu", 0, equal_step=50, exam=exam))
+    assert numbers["exam_gap_degrees"] == 45 and numbers["exam_step"] == 50
+    assert numbers["exam_excluded"] == pytest.approx(0.1)
+    assert numbers["exam_k"] == 0.5  # −0.5 and 1.5 in the two layers
 
 
 def test_one_row_per_run_probe_and_damping():
@@ -75,9 +73,9 @@ def test_a_run_that_never_came_down_to_the_equal_loss_has_no_examination(others)
 
 
 def test_a_run_that_was_stopped_has_no_end():
-    found = one(Planted("elu", 0, finished=False))
-    assert found[["unit_mean", "unit_mean_abs", "inherited", "train_loss"]].isna().all()
-    assert found["exam_gap_degrees"] == 60  # it had come down to the equal loss before
+    numbers = one(Planted("elu", 0, finished=False))
+    assert numbers[["unit_mean", "unit_mean_abs", "inherited", "train_loss"]].isna().all()
+    assert numbers["exam_gap_degrees"] == 60  # it had come down to the equal loss before
 
 
 # -- tables that are not what they should be -------------------------------------------------------

@@ -23,9 +23,9 @@ JITTER = [0.01, -0.02, 0.015, -0.005, 0.02, -0.01]  # what it does to one of the
 MIXED = [0.3, -0.25, 0.2, -0.3, 0.28, -0.2]
 
 
-def row(found: pd.DataFrame, claim: str) -> pd.Series:
-    (where,) = np.flatnonzero(found["claim"] == claim)
-    return found.iloc[where]
+def row(verdicts: pd.DataFrame, claim: str) -> pd.Series:
+    (where,) = np.flatnonzero(verdicts["claim"] == claim)
+    return verdicts.iloc[where]
 
 
 def sweep(
@@ -54,12 +54,8 @@ def sweep(
     return table(runs)
 
 
-RELU, ELU, CENTERED, ELU_CENTERED = (
-    Cell("relu"),
-    Cell("elu"),
-    Cell("relu", "centered"),
-    Cell("elu", "centered"),
-)
+RELU, ELU = Cell("relu"), Cell("elu")
+CENTERED, ELU_CENTERED = Cell("relu", "centered"), Cell("elu", "centered")
 GAP = {RELU: 0.02, ELU: 0.04}
 
 
@@ -73,8 +69,8 @@ GAP = {RELU: 0.02, ELU: 0.04}
 def test_the_share_of_the_gap_that_an_update_closes(update, closed, expected):
     updated = Cell("relu", update)
     rates = {**GAP, updated: 0.02 * 2**closed}
-    found = claims(sweep(rates, dict.fromkeys(rates, [0.0] * 6) | {updated: JITTER}))
-    steps = row(found, f"closes-{update}-steps")
+    verdicts = claims(sweep(rates, dict.fromkeys(rates, [0.0] * 6) | {updated: JITTER}))
+    steps = row(verdicts, f"closes-{update}-steps")
     jitter = 100 * np.mean(JITTER) / math.log(2)
     assert steps["effect"] == pytest.approx(100 * closed + jitter) and steps["verdict"] == expected
     assert (
@@ -82,26 +78,26 @@ def test_the_share_of_the_gap_that_an_update_closes(update, closed, expected):
         and steps["n"] == 6
         and steps["test"].endswith("effect > 0")
     )
-    end = row(found, f"closes-{update}-steps-loss")
+    end = row(verdicts, f"closes-{update}-steps-loss")
     assert (
         end["effect"] == pytest.approx(100 * (2**closed - 1), abs=3) and end["verdict"] == expected
     )
 
 
 def test_an_update_that_helps_now_and_then_decides_nothing():
-    found = claims(sweep({**GAP, CENTERED: 0.02}, {CENTERED: MIXED}))
+    verdicts = claims(sweep({**GAP, CENTERED: 0.02}, {CENTERED: MIXED}))
     assert (
-        row(found, "closes-centered-steps")["verdict"]
-        == row(found, "closes-centered-steps-loss")["verdict"]
+        row(verdicts, "closes-centered-steps")["verdict"]
+        == row(verdicts, "closes-centered-steps-loss")["verdict"]
         == "undecided"
     )
 
 
 def test_without_a_gap_there_is_nothing_to_close():
-    found = claims(
+    verdicts = claims(
         sweep({RELU: 0.02, ELU: 0.02, CENTERED: 0.03}, {ELU: MIXED, RELU: [-x for x in MIXED]})
     )
-    judged = row(found, "closes-centered-steps")
+    judged = row(verdicts, "closes-centered-steps")
     assert judged["verdict"] == "undecided" and "no gap to close" in judged["caveat"]
     behind = claims(sweep({RELU: 0.04, ELU: 0.02, CENTERED: 0.05}))
     assert row(behind, "closes-centered-steps")[["verdict"]].tolist() == ["undecided"]
@@ -109,8 +105,8 @@ def test_without_a_gap_there_is_nothing_to_close():
 
 
 def test_the_gap_is_looked_at_at_two_losses_and_at_the_end():
-    found = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}))
-    family = found[found["family"] == "closes-centered-steps"]
+    verdicts = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}))
+    family = verdicts[verdicts["family"] == "closes-centered-steps"]
     levels = [float(name.rpartition(" ")[2]) for name in family["statistic"] if "steps to" in name]
     assert list(family["claim"]) == [
         f"closes-centered-steps-{levels[0]:g}",
@@ -129,27 +125,27 @@ def test_at_equal_time_a_slow_step_costs_what_it_won():
     """Half of the gap in ln steps, 0.35, at steps that take three times as long: ln 3 − 0.35 is
     lost.
     """
-    found = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}, seconds={CENTERED: 0.3}))
-    assert row(found, "closes-centered-steps")["verdict"] == "supported"
-    time = row(found, "closes-centered-time")
+    verdicts = claims(sweep({**GAP, CENTERED: 0.02 * 2**0.5}, seconds={CENTERED: 0.3}))
+    assert row(verdicts, "closes-centered-steps")["verdict"] == "supported"
+    time = row(verdicts, "closes-centered-time")
     assert (
         time["effect"] == pytest.approx(100 * (0.5 - math.log(3) / math.log(2)), abs=6)
         and time["verdict"] == "not supported"
     )
-    assert row(found, "closes-centered-time-loss")["verdict"] == "not supported"
+    assert row(verdicts, "closes-centered-time-loss")["verdict"] == "not supported"
 
 
 def test_without_seconds_the_row_says_so():
-    found = claims(sweep({**GAP, CENTERED: 0.03}).drop(columns="seconds"))
-    assert row(found, "closes-centered-time")[["n", "verdict"]].tolist() == [0, "undecided"]
-    assert "no seconds" in row(found, "closes-centered-time")["caveat"]
-    assert row(found, "closes-centered-steps")["verdict"] == "supported"
+    verdicts = claims(sweep({**GAP, CENTERED: 0.03}).drop(columns="seconds"))
+    assert row(verdicts, "closes-centered-time")[["n", "verdict"]].tolist() == [0, "undecided"]
+    assert "no seconds" in row(verdicts, "closes-centered-time")["caveat"]
+    assert row(verdicts, "closes-centered-steps")["verdict"] == "supported"
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(1.05, "supported"), (3.0, "not supported")])
 def test_the_update_helps_elu_less(gain, expected):
-    found = claims(sweep({RELU: 0.02, ELU: 0.03, CENTERED: 0.03, ELU_CENTERED: 0.03 * gain}))
-    judged = row(found, "helps-less-centered")
+    verdicts = claims(sweep({RELU: 0.02, ELU: 0.03, CENTERED: 0.03, ELU_CENTERED: 0.03 * gain}))
+    judged = row(verdicts, "helps-less-centered")
     assert (
         judged["effect"] == pytest.approx(math.log(gain) - math.log(1.5), abs=0.03)
         and judged["verdict"] == expected
@@ -157,18 +153,23 @@ def test_the_update_helps_elu_less(gain, expected):
 
 
 def test_an_update_that_helps_both_alike_decides_nothing():
-    found = claims(
+    verdicts = claims(
         sweep({RELU: 0.02, ELU: 0.03, CENTERED: 0.03, ELU_CENTERED: 0.045}, {ELU_CENTERED: MIXED})
     )
-    assert row(found, "helps-less-centered")["verdict"] == "undecided"
+    assert row(verdicts, "helps-less-centered")["verdict"] == "undecided"
 
 
-@pytest.mark.parametrize(("slow", "slow_centered", "expected"), [
-    (0.5, 1.0, ("supported", "supported")), (1.5, 1.0, ("not supported", "not supported")), (0.5, 0.2, ("supported", "not supported")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slow", "slow_centered", "expected"),
+    [
+        (0.5, 1.0, ("supported", "supported")),
+        (1.5, 1.0, ("not supported", "not supported")),
+        (0.5, 0.2, ("supported", "not supported")),
+    ],
+)
 def test_a_constant_slows_sgd_and_not_the_centered_update(slow, slow_centered, expected):
     moved, moved_centered = Cell("elu", constant=0.5), Cell("elu", "centered", 0.5)
-    found = claims(
+    verdicts = claims(
         sweep(
             {
                 ELU: 0.03,
@@ -178,7 +179,7 @@ def test_a_constant_slows_sgd_and_not_the_centered_update(slow, slow_centered, e
             }
         )
     )
-    plain, centered = row(found, "constant-0.5"), row(found, "constant-0.5-centered")
+    plain, centered = row(verdicts, "constant-0.5"), row(verdicts, "constant-0.5-centered")
     assert (plain["verdict"], centered["verdict"]) == expected
     assert plain["effect"] == pytest.approx(-math.log(slow), abs=0.03)
     assert centered["effect"] == pytest.approx(math.log(slow) - math.log(slow_centered), abs=0.05)
@@ -200,35 +201,37 @@ def test_a_constant_that_does_nothing_decides_nothing():
 
 
 def test_steps_to_several_losses_against_each_other_activation():
-    found = claims(
+    verdicts = claims(
         sweep(
             {ELU: 0.03, RELU: 0.02, Cell("srelu"): 0.05, Cell("lrelu"): 0.03},
             {Cell("lrelu"): MIXED},
         )
     )
     for level in ("1", "0.5"):
-        assert row(found, f"speed-{level}")["effect"] == pytest.approx(-math.log(1.5), abs=0.03)
-        assert row(found, f"speed-{level}")["verdict"] == "supported"
-    assert row(found, "speed-srelu-0.2")["verdict"] == "not supported"
-    assert row(found, "speed-lrelu-0.5")["verdict"] == "undecided"
-    assert (row(found, "speed-1")["p"], row(found, "speed-1")["p_holm"]) == (
-        1 / 64,
-        3 / 64,
-    )  # with 0.5 and the equal loss
-    assert row(found, "speed-1")["p_holm_all"] > 0.05
+        assert row(verdicts, f"speed-{level}")["effect"] == pytest.approx(-math.log(1.5), abs=0.03)
+        assert row(verdicts, f"speed-{level}")["verdict"] == "supported"
+    assert row(verdicts, "speed-srelu-0.2")["verdict"] == "not supported"
+    assert row(verdicts, "speed-lrelu-0.5")["verdict"] == "undecided"
+    # With 0.5 and the equal loss.
+    assert row(verdicts, "speed-1")[["p", "p_holm"]].tolist() == [1 / 64, 3 / 64]
+    assert row(verdicts, "speed-1")["p_holm_all"] > 0.05
 
 
 def test_batch_norm_is_judged_only_where_there_is_some():
     normed, elu_normed = Cell("relu", batch_norm=True), Cell("elu", batch_norm=True)
-    found = claims(sweep({ELU: 0.04, RELU: 0.02, CENTERED: 0.035, normed: 0.03, elu_normed: 0.041}))
+    verdicts = claims(
+        sweep({ELU: 0.04, RELU: 0.02, CENTERED: 0.035, normed: 0.03, elu_normed: 0.041})
+    )
     for name in ("batch-norm-elu", "batch-norm-centered", "batch-norm-helps"):
-        assert row(found, name)["verdict"] == "supported" and row(found, name)["number"] == 8
-    assert row(found, "batch-norm-helps")["effect"] == pytest.approx(
+        assert row(verdicts, name)["verdict"] == "supported" and row(verdicts, name)["number"] == 8
+    assert row(verdicts, "batch-norm-helps")["effect"] == pytest.approx(
         math.log(41 / 40) - math.log(1.5), abs=0.03
     )
-    found = claims(sweep({ELU: 0.02, RELU: 0.02, CENTERED: 0.02, normed: 0.03, elu_normed: 0.06}))
+    verdicts = claims(
+        sweep({ELU: 0.02, RELU: 0.02, CENTERED: 0.02, normed: 0.03, elu_normed: 0.06})
+    )
     for name in ("batch-norm-elu", "batch-norm-centered", "batch-norm-helps"):
-        assert row(found, name)["verdict"] == "not supported"
+        assert row(verdicts, name)["verdict"] == "not supported"
     assert 8 not in set(claims(sweep(GAP))["number"])
 
 
@@ -261,23 +264,22 @@ GRID = {
 
 
 def test_every_cell_is_judged_at_its_best_rate_and_the_paper_at_one_for_all():
-    found = claims(rated(GRID))
-    assert row(found, "speed-0.5")["effect"] == pytest.approx(
-        -math.log(2)
-    )  # 0.1 for ReLU against 1 for ELU
-    caveat = row(found, "speed-0.5")["caveat"]
+    verdicts = claims(rated(GRID))
+    # 0.1 for ReLU against 1 for ELU
+    assert row(verdicts, "speed-0.5")["effect"] == pytest.approx(-math.log(2))
+    caveat = row(verdicts, "speed-0.5")["caveat"]
     assert (
         "(1 for ELU, 0.1 for ReLU)" in caveat
         and "edge of the rates tried: ELU (1)" in caveat
         and "fewest runs that stopped" in caveat
     )
-    assert "At learning rate 0.1 for all" in row(found, "means")["caveat"]
+    assert "At learning rate 0.1 for all" in row(verdicts, "means")["caveat"]
 
 
 def test_a_rate_at_which_some_runs_diverge_is_not_chosen_for_the_survivors():
-    runs = pd.concat([rated({("elu", "plain", 0.1): 0.02}), *(
-        Planted("elu", s, rate=0.05, finished=s < 5, settings={"update": "plain", "lr": 1.0}).rows() for s in SEEDS
-    )])  # fmt: skip
+    quick = {"rate": 0.05, "settings": {"update": "plain", "lr": 1.0}}
+    survivors = table(Planted("elu", s, finished=s < 5, **quick) for s in SEEDS)
+    runs = pd.concat([rated({("elu", "plain", 0.1): 0.02}), survivors])
     assert best_rate(per_run(runs)) == 0.1
 
 
@@ -346,8 +348,8 @@ def test_unequal_grids_are_refused_by_name():
 
 def test_without_a_plain_run_there_is_nothing_to_say_about_plain_runs():
     runs = rated({(name, "centered", lr): 0.02 for name in ("elu", "relu") for lr in (0.1, 1.0)})
-    found = claims(runs)
-    assert set(found["verdict"]) == {"undecided"} and set(found["n"]) == {0}
+    verdicts = claims(runs)
+    assert set(verdicts["verdict"]) == {"undecided"} and set(verdicts["n"]) == {0}
 
 
 def test_cells_with_a_constant_may_have_fewer_rates_and_are_compared_at_those():
@@ -360,10 +362,9 @@ def test_cells_with_a_constant_may_have_fewer_rates_and_are_compared_at_those():
         )
         for s in SEEDS
     ]
-    found = claims(pd.concat([rated(GRID), table(few)]))
-    assert row(found, "constant-0.5")["effect"] == pytest.approx(
-        math.log(2.5)
-    )  # against 0.1, not against the best
+    verdicts = claims(pd.concat([rated(GRID), table(few)]))
+    # Against 0.1, not against the best.
+    assert row(verdicts, "constant-0.5")["effect"] == pytest.approx(math.log(2.5))
 
 
 def test_two_runs_of_one_kind_are_refused_with_its_name():
@@ -381,9 +382,10 @@ def test_old_runs_are_plain():
             ]
         )
     )
-    assert [Cell(*values) for values in cells[["activation", "update", "constant", "batch_norm"]].to_numpy()] == [
-        Cell("elu"), Cell("elu", "full", 1.0),
-    ]  # fmt: skip
+    assert [Cell(*values) for values in cells[list(Cell._fields)].to_numpy()] == [
+        Cell("elu"),
+        Cell("elu", "full", 1.0),
+    ]
     assert cells_of(Planted("elu", 0).rows().drop(columns="lr"))["lr"].tolist() == [0.0]
 
 
@@ -446,23 +448,27 @@ def linked(sign: int, other: int = 1):
     return point
 
 
-@pytest.mark.parametrize(("sign", "other", "expected"), [
-    (1, 1, ("supported", "supported")), (-1, 1, ("not supported", "supported")), (1, -1, ("supported", "not supported")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sign", "other", "expected"),
+    [
+        (1, 1, ("supported", "supported")),
+        (-1, 1, ("not supported", "supported")),
+        (1, -1, ("supported", "not supported")),
+    ],
+)
 def test_coupling_follows_means_and_the_gap_follows_coupling(sign, other, expected):
-    found = claims(along(linked(sign, other)))
+    verdicts = claims(along(linked(sign, other)))
     for where in ("layers", "steps", "activations", "all"):
-        assert row(found, f"mean-coupling-{where}")["effect"] == pytest.approx(
-            sign, abs=1e-3
-        )  # rounding parts ties
+        # Rounding parts ties.
+        assert row(verdicts, f"mean-coupling-{where}")["effect"] == pytest.approx(sign, abs=1e-3)
     for link, verdict in zip(("mean-coupling", "coupling-gap"), expected, strict=True):
-        assert row(found, f"{link}-layers")["verdict"] == verdict
+        assert row(verdicts, f"{link}-layers")["verdict"] == verdict
         for where, why in (
             ("steps", "Not repeated"),
             ("activations", "whose order is one observation"),
             ("all", "described, not decided"),
         ):
-            judged = row(found, f"{link}-{where}")
+            judged = row(verdicts, f"{link}-{where}")
             assert (
                 judged["verdict"] == "undecided"
                 and why in judged["caveat"]
@@ -472,9 +478,8 @@ def test_coupling_follows_means_and_the_gap_follows_coupling(sign, other, expect
     assert row(unexamined, "mean-coupling-layers")["verdict"] == "undecided"
 
 
-NOISE = np.random.default_rng(5).normal(
-    size=(2, 4, 6, 5, 4)
-)  # cause or effect, activation, seed, quarter of the run, layer
+# Cause or effect, activation, seed, quarter of the run, layer.
+NOISE = np.random.default_rng(5).normal(size=(2, 4, 6, 5, 4))
 
 
 @pytest.mark.parametrize(
@@ -495,15 +500,15 @@ def test_from_seed_to_seed_neither_depth_nor_time_makes_a_correlation(link, expe
             "gap": 40 + 50 * common + effect,
         }
 
-    found = claims(along(point))
-    assert row(found, "mean-coupling-seeds")["verdict"] == expected
+    verdicts = claims(along(point))
+    assert row(verdicts, "mean-coupling-seeds")["verdict"] == expected
     if not link:
         assert (
-            row(found, "mean-coupling-all")["effect"] > 0.9
-            and row(found, "mean-coupling-layers")["effect"] > 0.8
+            row(verdicts, "mean-coupling-all")["effect"] > 0.9
+            and row(verdicts, "mean-coupling-layers")["effect"] > 0.8
         )
     else:
-        assert row(found, "coupling-gap-seeds")["verdict"] == "supported"
+        assert row(verdicts, "coupling-gap-seeds")["verdict"] == "supported"
 
 
 def test_activations_that_differ_by_chance_decide_nothing():
@@ -519,19 +524,21 @@ def test_activations_that_differ_by_chance_decide_nothing():
                 "coupling": 0.5 + 0.1 * chance[1, i] - seed / 1e3,
             }
 
-        found = claims(along(point, ("elu", "relu", "lrelu", "srelu")))
+        verdicts = claims(along(point, ("elu", "relu", "lrelu", "srelu")))
         assert {
-            row(found, f"mean-coupling-{where}")["verdict"] for where in ("activations", "all")
+            row(verdicts, f"mean-coupling-{where}")["verdict"] for where in ("activations", "all")
         } == {"undecided"}
 
 
 def test_a_link_that_points_now_here_now_there_decides_nothing():
-    found = claims(along(lambda i, seed, step, layer: linked((-1) ** seed)(i, seed, step, layer)))
-    assert row(found, "mean-coupling-layers")[["n", "verdict"]].tolist() == [6, "undecided"]
+    verdicts = claims(
+        along(lambda i, seed, step, layer: linked((-1) ** seed)(i, seed, step, layer))
+    )
+    assert row(verdicts, "mean-coupling-layers")[["n", "verdict"]].tolist() == [6, "undecided"]
 
 
 def test_layers_with_too_few_samples_carry_no_claim():
-    found = claims(along(lambda *at: linked(1)(*at) | {"samples": 29.0}, equal_step=None))
+    verdicts = claims(along(lambda *at: linked(1)(*at) | {"samples": 29.0}, equal_step=None))
     for name in (
         "mean-coupling-all",
         "coupling-gap-all",
@@ -539,8 +546,8 @@ def test_layers_with_too_few_samples_carry_no_claim():
         "gap-steps",
         "correction-steps",
     ):
-        assert row(found, name)[["n", "verdict"]].tolist() == [0, "undecided"]
-        assert "enough effective samples" in row(found, name)["caveat"]
+        assert row(verdicts, name)[["n", "verdict"]].tolist() == [0, "undecided"]
+        assert "enough effective samples" in row(verdicts, name)["caveat"]
 
 
 def test_a_coupling_that_only_few_samples_make_decides_nothing():
@@ -573,10 +580,14 @@ def test_at_equal_steps_and_where_the_examination_disagrees():
         return {"gap": 50 + 10 * i + seed / 10, "coupling": 0.5 + i / 10}
 
     for sign, expected in ((1, "supported"), (-1, "not supported")):
-        found = claims(along(lambda i, *at: point(i if sign > 0 else 1 - i, *at), ("elu", "relu")))  # noqa: B023
-        assert row(found, "gap-steps")["effect"] == pytest.approx(-10 * sign)
+
+        def signed(i, *at, sign=sign):
+            return point(i if sign > 0 else 1 - i, *at)
+
+        verdicts = claims(along(signed, ("elu", "relu")))
+        assert row(verdicts, "gap-steps")["effect"] == pytest.approx(-10 * sign)
         assert {
-            row(found, name)["verdict"]
+            row(verdicts, name)["verdict"]
             for name in ("gap-steps", "coupling-steps", "gap", "coupling")
         } == {expected}
     elu = along(point, ("elu",), exam=lambda probe, damping: {"gap_degrees": 70.0})
@@ -590,12 +601,12 @@ def test_a_point_is_a_layer_at_a_step():
         0,
         along=lambda step, layer: {"gap": 30.0, "coupling": 0.4, "smaller": 0.5, "incoming": 0.7},
     ).rows()
-    found = points_of(run)
-    assert len(found) == 3 * 2 and found["gap"].tolist() == pytest.approx([30.0] * 6)
+    points = points_of(run)
+    assert len(points) == 3 * 2 and points["gap"].tolist() == pytest.approx([30.0] * 6)
     assert (
-        set(found["coupling"]) == {0.4}
-        and set(found["smaller"]) == {0.5}
-        and set(found["incoming"]) == {0.7}
+        set(points["coupling"]) == {0.4}
+        and set(points["smaller"]) == {0.5}
+        and set(points["incoming"]) == {0.7}
     )
     assert len(points_of(run.drop(columns="coupling"))) == 0
 
@@ -604,11 +615,11 @@ def test_the_gap_of_a_layer_counts_where_all_of_its_units_have_enough_samples():
     run = Planted("elu", 0, along=lambda step, layer: {"gap": 30.0}).rows()
     few = (run["unit"] == 1) & run["effective_samples"].notna() & (run["layer"] == "4")
     run.loc[few, "effective_samples"] = 29.0
-    found = points_of(run).set_index("layer")
+    points = points_of(run).set_index("layer")
     assert (
-        found.loc["4", "gap"].isna().all()
-        and found.loc["4", "coupling"].notna().all()
-        and found.loc["2", "gap"].notna().all()
+        points.loc["4", "gap"].isna().all()
+        and points.loc["4", "coupling"].notna().all()
+        and points.loc["2", "gap"].notna().all()
     )
 
 
@@ -621,9 +632,8 @@ def test_units_without_a_bias_are_no_failures_of_the_correction():
 
 
 def test_rank_correlations_are_within_groups_and_averaged():
-    points = pd.DataFrame({
-        "seed": 0, "layer": [*"aaabbbc"], "x": [1.0, 2, 3, 11, 12, 13, 9], "y": [30.0, 20, 10, 1, 3, 2, 5],
-    })  # fmt: skip
+    x, y = [1.0, 2, 3, 11, 12, 13, 9], [30.0, 20, 10, 1, 3, 2, 5]
+    points = pd.DataFrame({"seed": 0, "layer": [*"aaabbbc"], "x": x, "y": y})
     assert rank_correlations(points, "x", "y", ["layer"]).tolist() == pytest.approx(
         [(-1 + 0.5) / 2]
     )
@@ -643,12 +653,12 @@ def test_means_are_compared_at_equal_loss_too():
         else Planted(run.activation, 0, unit_mean=run.unit_mean + 0.01, means=run.means)
         for run in runs
     ]
-    found = claims(table(runs))
+    verdicts = claims(table(runs))
     assert (
-        row(found, "means")["verdict"] == "supported"
-        and row(found, "means-loss")["verdict"] == "not supported"
+        row(verdicts, "means")["verdict"] == "supported"
+        and row(verdicts, "means-loss")["verdict"] == "not supported"
     )
-    assert row(found, "means-loss")["effect"] == pytest.approx(0.4)
+    assert row(verdicts, "means-loss")["effect"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("swing", "expected"), [(0.5, "supported"), (2.0, "not supported")])
@@ -670,11 +680,11 @@ def test_figure_7(swing, expected):
         for name, size in (("elu", 0.1 * swing), ("relu", 0.1))
         for s in SEEDS
     )
-    found = claims(runs)
+    verdicts = claims(runs)
     for name in ("drift", "drift-median"):
         assert (
-            row(found, name)["effect"] == pytest.approx(2 * math.log(swing), abs=0.06)
-            and row(found, name)["verdict"] == expected
+            row(verdicts, name)["effect"] == pytest.approx(2 * math.log(swing), abs=0.06)
+            and row(verdicts, name)["verdict"] == expected
         )
 
 
@@ -687,9 +697,9 @@ def test_drifts_by_hand():
             for s in steps
         ]
     )
-    found = drifts(means)
-    assert found["drift_units"] == np.median([9.0, 0.0, 4.0])
-    assert found["drift_median"] == np.var([1.0, 3.0, 6.0], ddof=1)
+    variances = drifts(means)
+    assert variances["drift_units"] == np.median([9.0, 0.0, 4.0])
+    assert variances["drift_median"] == np.var([1.0, 3.0, 6.0], ddof=1)
     assert np.isnan(drifts(means.query("step < 3"))["drift_units"])
 
 
@@ -719,16 +729,11 @@ def test_inheriting_more_forecasts_slower_learning_from_seed_to_seed(sign, expec
     """A seed's own share, around that of its activation function, makes it slower, quicker, or does
     nothing.
     """
-    draws, others, runs = (
-        np.random.default_rng(7).normal(size=(2, 6, 4)),
-        np.random.default_rng(8).normal(size=(6, 4)),
-        [],
-    )
+    draws = np.random.default_rng(7).normal(size=(2, 6, 4))
+    others, runs = np.random.default_rng(8).normal(size=(6, 4)), []
     for s, (i, name) in itertools.product(SEEDS, enumerate(("elu", "srelu", "lrelu", "relu"))):
-        share, slow = (
-            0.3 + 0.05 * i + 0.01 * draws[0, s, i],
-            sign * draws[0, s, i] if sign else others[s, i],
-        )
+        share = 0.3 + 0.05 * i + 0.01 * draws[0, s, i]
+        slow = sign * draws[0, s, i] if sign else others[s, i]
         runs.append(
             Planted(
                 name,

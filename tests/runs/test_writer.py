@@ -56,9 +56,8 @@ def test_what_is_appended_is_read_back(tmp_path):
     expected = pd.concat([rows(step) for step in range(3)], ignore_index=True)
     read = table[expected.columns].astype({"layer": "str"})
     pd.testing.assert_frame_equal(read, expected, check_dtype=False, rtol=1e-7)
-    assert (
-        table["coupling"].max() == 1 - 1e-9
-    )  # float32 would make it 1, and 1/(1 - coupling) infinite
+    # float32 would make it 1, and 1/(1 - coupling) infinite.
+    assert table["coupling"].max() == 1 - 1e-9
     assert (table["run"] == "elu-0").all() and (table["activation"] == "elu").all()
     assert (table["seed"] == 0).all() and (table["lr"] == 0.01).all()
     assert "sizes" not in table  # only scalars become columns
@@ -244,7 +243,7 @@ def test_temporary_files_of_a_killed_run_are_ignored(tmp_path):
     assert sorted(os.listdir(folder)) == ["config.json", "provenance.json", "state.json"]
 
 
-def test_only_temporary_files_are_no_hindrance(tmp_path):
+def test_temporary_files_alone_do_not_hinder_a_run(tmp_path):
     (tmp_path / ".config.json.tmp").write_text("{")
     with Run.create(tmp_path, {}):
         pass
@@ -281,7 +280,7 @@ def test_files_of_something_else_are_never_touched(tmp_path, name, exist):
     )
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_run_folder(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         Run.create(tmp_path / "run", {})
@@ -438,7 +437,7 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path):
     assert len(read_runs(runs / "linked")) == 15  # named by the user, it is no surprise
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_a_pipe_is_not_an_ordinary_file(tmp_path):
     folder = record(tmp_path / "run", seed=0)
     os.mkfifo(folder / "segment-00001.parquet")
     with pytest.raises(ValueError, match="not an ordinary file"):
@@ -462,7 +461,7 @@ def test_a_key_of_one_run_measured_in_another_is_refused(tmp_path):
         read_runs(tmp_path)
 
 
-# -- going on with a run ---------------------------------------------------------------------------
+# -- resuming a run --------------------------------------------------------------------------------
 
 
 def interrupted(folder: Path) -> Path:
@@ -482,7 +481,7 @@ CONFIG = {"seed": 0, "lr": 0.5, "out": "runs"}
 
 
 @pytest.mark.parametrize("segments", [0, 1, 3])
-def test_a_run_is_gone_on_with_behind_its_first_segments(tmp_path, segments):
+def test_a_run_resumes_behind_its_first_segments(tmp_path, segments):
     """What was written after them is written again, once."""
     folder = interrupted(tmp_path / "run")
     provenance = (folder / "provenance.json").read_bytes()
@@ -510,7 +509,7 @@ def test_a_run_is_gone_on_with_behind_its_first_segments(tmp_path, segments):
         ({"lr": "0.5"}, "with lr = 0.5, and this"),
     ],
 )
-def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, change, says):
+def test_a_run_of_another_configuration_cannot_be_resumed(tmp_path, change, says):
     folder = interrupted(tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for call in (
@@ -524,7 +523,7 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, change, sa
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_that_lacks_a_segment_is_not_gone_on_with(tmp_path):
+def test_a_run_that_lacks_a_segment_cannot_be_resumed(tmp_path):
     folder = interrupted(tmp_path / "run")
     (folder / "segment-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"has lost segment 1\. Give --replace"):

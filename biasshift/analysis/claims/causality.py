@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from biasshift.analysis.claim import Claim
-from biasshift.analysis.claims.speed import LEVELS, describe_rates
+from biasshift.analysis.claims.speed import describe_rates
 from biasshift.analysis.evidence import Evidence, Speed
 from biasshift.analysis.grid import Cell
 from biasshift.analysis.statistics import paired, share
@@ -159,7 +159,7 @@ def _speeds(evidence: Evidence, cells: list[Cell]) -> Iterator[tuple[str, Speed]
     """How fast cells learn by every measure, with the suffix of its claims: none for the steps or
     seconds to the lowest loss.
     """
-    speeds = evidence.speeds(cells, LEVELS)
+    speeds = evidence.speeds(cells)
     lowest = min((speed.level for speed in speeds if speed.level), default=None)
     for speed in speeds:
         level = "loss" if speed.level is None else f"{speed.level:g}"

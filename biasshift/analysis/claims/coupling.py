@@ -128,46 +128,56 @@ def correction_claims(evidence: Evidence) -> Iterator[Claim]:
     There are no pairs: the effect is one half minus the share of units that the correction helps,
     at equal loss (all together, in ELU and in ReLU networks) and along the runs.
     """
-    at_loss, along = evidence.reference, evidence.points
-    missing = NO_UNITS if len(evidence.exam_points) else NO_EXAM
-    along_caveat = f"{EQUAL_STEPS} {POINTS} {ONE_PROBE}"
-    variants = [
-        ("", "", "", at_loss, (), EQUAL_LOSS + " {}", missing),
-        *(
-            (
-                f"-{activation}",
-                "-activations",
-                f" in {NAMES[activation]} networks",
-                at_loss,
-                (activation,),
-                EQUAL_LOSS + " {}",
-                missing,
-            )
-            for activation in ("elu", "relu")
-            if evidence.has(activation)
-        ),
-        ("-steps", "", ", along the runs", along, (), along_caveat, NO_POINTS),
-    ]
-    for suffix, group, where, points, activations, caveat, no_estimate in variants:
+    at_loss = {
+        "points": evidence.reference,
+        "caveat": f"{EQUAL_LOSS} {{}}",
+        "missing": NO_UNITS if len(evidence.exam_points) else NO_EXAM,
+    }
+    yield _correction(evidence, **at_loss)
+    for activation in filter(evidence.has, ("elu", "relu")):
+        yield _correction(evidence, activation, f" in {NAMES[activation]} networks", **at_loss)
+    yield _correction(
+        evidence,
+        where=", along the runs",
+        suffix="-steps",
+        points=evidence.points,
+        caveat=f"{EQUAL_STEPS} {POINTS} {ONE_PROBE}",
+        missing=NO_POINTS,
+    )
 
-        def effects(points: pd.DataFrame, activations: tuple[str, ...] = activations) -> pd.Series:
-            if activations:
-                points = points[points["activation"].isin(activations)]
-            # Units without a corrected mean, as those without a bias, do not count.
-            shares = points.groupby("seed")["smaller"].mean() if len(points) else pd.Series()
-            return 0.5 - shares.dropna().astype(float)
 
-        estimate = paired(effects(points).reindex(evidence.seeds(*activations)))
-        repetition = repeated(evidence.exam_points, effects, estimate.effect)
-        yield Claim(
-            number=3,
-            name=f"correction{suffix}",
-            family=f"correction{group}",
-            statement=f"{CORRECTION}{where}",
-            source="Theorem 2",
-            statistic="½ − share of units with |μ − k m| < |μ|",
-            estimate=estimate,
-            caveat=caveat.format(repetition.sentence),
-            missing=no_estimate,
-            decidable=repetition.holds,
-        )
+def _correction(
+    evidence: Evidence,
+    activation: str = "",
+    where: str = "",
+    suffix: str = "",
+    *,
+    points: pd.DataFrame,
+    caveat: str,
+    missing: str,
+) -> Claim:
+    """Of the networks of one activation function, or of all."""
+    activations = [activation] if activation else []
+
+    def effects(points: pd.DataFrame) -> pd.Series:
+        if activation:
+            points = points[points["activation"] == activation]
+        if not len(points):
+            return pd.Series(dtype=float)
+        # Units without a corrected mean, as those without a bias, do not count.
+        return 0.5 - points.groupby("seed")["smaller"].mean().dropna()
+
+    estimate = paired(effects(points).reindex(evidence.seeds(*activations)))
+    repetition = repeated(evidence.exam_points, effects, estimate.effect)
+    return Claim(
+        number=3,
+        name="-".join(["correction", *activations]) + suffix,
+        family="correction-activations" if activation else "correction",
+        statement=CORRECTION + where,
+        source="Theorem 2",
+        statistic="½ − share of units with |μ − k m| < |μ|",
+        estimate=estimate,
+        caveat=caveat.format(repetition.sentence),
+        missing=missing,
+        decidable=repetition.holds,
+    )

@@ -15,7 +15,6 @@ from biasshift.analysis.statistics import paired
 FASTER = "ELU networks learn faster than {} networks"
 LOWER = "ELU networks end at a lower training loss than {} networks"
 FIGURE = "section 4.1, Figure 2b"
-LEVELS = 2  # losses that both reach, besides the equal loss of the examination
 BETWEEN = "Between two scores the logarithm of the loss is a straight line."
 NO_LEVEL = "No loss was reached by all runs."
 NEVER = (
@@ -69,7 +68,7 @@ def _against(evidence: Evidence, activation: str, cells: list[Cell]) -> Iterator
         caveat=f"{NEVER.format(never)} {rates}" if never else rates,
         missing=NO_EXAM,
     )
-    for speed in evidence.speeds(cells, LEVELS):
+    for speed in evidence.speeds(cells):
         estimate = paired(speed.table[elu] - speed.table[other])
         if speed.level and not speed.in_time:
             yield Claim(
