@@ -72,8 +72,11 @@ class Autoencoder(Experiment):
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activation functions; each gets all seeds and learning rates."""
     seeds: int = SEEDS
+    """Runs per activation function and learning rate."""
     epochs: int = EPOCHS
+    """Passes over the training data."""
     lr: tuple[float, ...] = LEARNING_RATES
+    """Learning rates; each activation function gets all of them."""
     data: Path | None = None
     """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
     missing.
@@ -81,13 +84,17 @@ class Autoencoder(Experiment):
     out: Path = Path("runs/autoencoder")
     """Run folders are written below."""
     batch_size: int = BATCH_SIZE
+    """Training examples per minibatch."""
     momentum: float = MOMENTUM
+    """Momentum of gradient descent; 0 is none."""
     loss: Literal["cross-entropy", "squared"] = LOSS
     """Of the logistic outputs, summed over pixels. The errors recorded are squared, means over
     pixels, whatever this is.
     """
     code: Literal["linear", "activation"] = CODE
+    """Output of the code layer: linear, or through the activation function."""
     init: Literal["normal", "uniform"] = "normal"
+    """Distribution of the initial weights."""
     instrument: tuple[Quantity, ...] = ("activations", "bias_shift")
     """What is measured along the run, in every layer."""
     every: int = 1
@@ -99,6 +106,7 @@ class Autoencoder(Experiment):
     sampled, for 784 outputs would take 784 backward passes.
     """
     damping: float = 1e-3
+    """Damping of the measured unit Fisher matrices."""
 
     name: ClassVar[str] = "autoencoder"
     small: ClassVar[bool] = True

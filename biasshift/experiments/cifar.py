@@ -89,24 +89,31 @@ class Cifar(Experiment):
     activation: tuple[Activation, ...]
     """Activation functions; each gets all seeds."""
     seeds: int
+    """Runs per activation function."""
     steps: int
     batch_norm: bool = False
     """Normalize every hidden layer before its activation."""
     dataset: Literal["cifar10", "cifar100"] = "cifar100"
+    """Data set that the networks train on."""
     data: Path | None = None
     """Folder that holds the data set in torchvision's layout. Default: $BIASSHIFT_DATA, else
     ./data; downloaded where it is missing.
     """
     lr: float = LEARNING_RATE
+    """Learning rate."""
     batch_size: int = BATCH_SIZE
+    """Training examples per minibatch."""
     momentum: float = MOMENTUM
+    """Momentum of gradient descent; 0 is none."""
     weight_decay: float = WEIGHT_DECAY
+    """Weight decay, as in PyTorch's SGD."""
     geometry: Geometry = GEOMETRY
     preprocessing: Literal["gcn-zca", "mean"] = PREPROCESSING
     """Global contrast normalization and ZCA whitening; or pixels in [0, 1] less their mean."""
     augment: bool = True
     """Random crops of the images with a frame of four zeros, and horizontal flips."""
     init: Literal["normal", "uniform"] = "normal"
+    """Distribution of the initial weights."""
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 500
@@ -124,6 +131,7 @@ class Cifar(Experiment):
     units: int = 4
     """Units of every layer in the unit Fisher matrices."""
     damping: float = 1e-3
+    """Damping of the measured unit Fisher matrices."""
 
     network: ClassVar[Callable[..., nn.Module]]  # as in `biasshift.nets.convnets`
     ranges: ClassVar[dict[str, Range]] = RANGES | {"width": POSITIVE}

@@ -113,6 +113,7 @@ class Imagenet(Experiment):
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activation functions; each gets all seeds."""
     seeds: int = SEEDS
+    """Runs per activation function."""
     steps: int = STEPS
     """Updates. The learning rate's schedule is shortened or stretched with them."""
     data: Path | None = None
@@ -124,19 +125,25 @@ class Imagenet(Experiment):
     loaders: int = 4
     """Processes that decode images."""
     lr: float = LEARNING_RATE
+    """Learning rate."""
     batch_size: int = BATCH_SIZE
+    """Training examples per minibatch."""
     momentum: float = MOMENTUM
+    """Momentum of gradient descent; 0 is none."""
     weight_decay: float = WEIGHT_DECAY
+    """Weight decay, as in PyTorch's SGD."""
     dropout: float = DROPOUT
     """In the two layers of 4096 units."""
     stride: int = STRIDE
     """Of the 6×6 layer."""
     batch_norm: bool = False
+    """Normalize every hidden layer before its activation."""
     mean: Literal["pixel", "channel"] = "pixel"
     """What is subtracted from the images: the training images' mean at every pixel, or of every
     channel.
     """
     init: Literal["normal", "uniform"] = "normal"
+    """Distribution of the initial weights."""
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 1_000
@@ -152,6 +159,7 @@ class Imagenet(Experiment):
     units: int = 2
     """Units of every layer in the unit Fisher matrices, whose labels are sampled."""
     damping: float = 1e-3
+    """Damping of the measured unit Fisher matrices."""
 
     name: ClassVar[str] = "imagenet"
     ranges: ClassVar[dict[str, Range]] = RANGES | {"width": POSITIVE}

@@ -38,6 +38,7 @@ class Mnist(MlpExperiment):
     same batches.
     """
     epochs: int = EPOCHS
+    """Passes over the training data."""
     data: Path | None = None
     """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
     missing.
@@ -45,11 +46,17 @@ class Mnist(MlpExperiment):
     out: Path = Path("runs/mnist")
     """Run folders are written below."""
     lr: float = LEARNING_RATE
+    """Learning rate."""
     batch_size: int = BATCH_SIZE
+    """Training examples per minibatch."""
     momentum: float = MOMENTUM
+    """Momentum of gradient descent; 0 is none."""
     depth: int = DEPTH
+    """Number of hidden layers."""
     width: int = WIDTH
+    """Units of every hidden layer."""
     init: Literal["normal", "uniform"] = INIT
+    """Distribution of the initial weights."""
     probe: int = PROBE
     """Training examples that everything is measured on along the run. With 50,000, most units have
     enough effective samples for their unit Fisher matrices after the first epoch.
@@ -67,6 +74,7 @@ class Mnist(MlpExperiment):
     units: int = 16
     """Measured units of every hidden layer, evenly spaced."""
     damping: float = 1e-3
+    """Damping of the measured unit Fisher matrices."""
 
     name: ClassVar[str] = "mnist"
     figures: ClassVar[tuple[str, ...]] = ("2", "gap")

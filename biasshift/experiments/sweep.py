@@ -42,6 +42,7 @@ class Sweep(MlpExperiment):
     """
 
     activation: tuple[Activation, ...] = ACTIVATIONS
+    """Activation functions; each gets all updates, learning rates and seeds."""
     update: tuple[Update, ...] = UPDATES
     """plain (gradient descent), centered and centered-p (bias shift taken out), quasi-diagonal,
     full (unit natural gradient).
@@ -53,9 +54,13 @@ class Sweep(MlpExperiment):
     batch_norm: bool = True
     """Further plain runs of the ELU and ReLU networks, with batch normalization."""
     seeds: int = SEEDS
+    """Runs per activation function, update and learning rate."""
     epochs: int = EPOCHS
+    """Passes over the training data."""
     depth: int = DEPTH
+    """Number of hidden layers."""
     width: int = WIDTH
+    """Units of every hidden layer."""
     data: Path | None = None
     """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
     missing.

@@ -120,6 +120,17 @@ def test_help(here, capsys, arguments, words):
     assert max(map(len, shown.splitlines())) < 130 and "__" not in shown
 
 
+@pytest.mark.parametrize(
+    "command", ["demo", *(f"train {name}" for name in cli.EXPERIMENTS), "sweep", *cli.COMMANDS]
+)
+def test_every_option_has_a_help_text(here, capsys, monkeypatch, command):
+    """Between the option and its default."""
+    monkeypatch.setenv("COLUMNS", "600")
+    shown = call(capsys, *command.split(), "--help")[1]
+    assert "(default" in shown
+    assert not re.findall(r"^│ +(?:--\S+(?: \S+)*  +)?\(default.*", shown, re.MULTILINE)
+
+
 def test_help_needs_no_tables_and_no_charts():
     """What takes long to import is imported by the commands that need it."""
     heavy = ["pandas", "pyarrow", "matplotlib", "altair", "torchvision", "sklearn"]
