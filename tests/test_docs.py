@@ -118,7 +118,7 @@ def test_every_public_name_is_in_the_reference(site, page, names):
 def test_docstrings_become_markdown(site):
     optimizer = (site / "api" / "optim.html").read_text(encoding="utf-8")
     # The table of updates is a table.
-    assert "<td>quasi-diagonal natural gradient</td>" in optimizer
+    assert "<td>quasi-diagonal gradient</td>" in optimizer
     for page in (site / "api").glob("*.html"):
         # No doctest is taken for a quotation.
         assert "<blockquote>" not in page.read_text(encoding="utf-8")
