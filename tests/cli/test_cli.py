@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def write_run(folder: Path, rows: pd.DataFrame) -> None:
     names = ["activation", "seed", "experiment", "epochs", "lr"]
-    config = dict(zip(names, rows[names].iloc[0].tolist(), strict=True))
+    config = {name: rows[name].tolist()[0] for name in names}
     with Run.create(folder, config) as record:
         record.append(rows.drop(columns=["run", *config]))
 
