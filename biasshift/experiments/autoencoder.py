@@ -78,9 +78,7 @@ class Autoencoder(Experiment):
     lr: tuple[float, ...] = LEARNING_RATES
     """Learning rates; each activation function gets all of them."""
     data: Path | None = None
-    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
-    missing.
-    """
+    """Folder with MNIST/raw; by default $BIASSHIFT_DATA, else ./data. Downloaded if missing."""
     out: Path = Path("runs/autoencoder")
     """Run folders are written below."""
     batch_size: int = BATCH_SIZE
@@ -88,9 +86,7 @@ class Autoencoder(Experiment):
     momentum: float = MOMENTUM
     """Momentum of gradient descent; 0 is none."""
     loss: Literal["cross-entropy", "squared"] = LOSS
-    """Of the logistic outputs, summed over pixels. The errors recorded are squared, means over
-    pixels, whatever this is.
-    """
+    """Loss of the logistic outputs, summed over pixels. Recorded errors are squared means."""
     code: Literal["linear", "activation"] = CODE
     """Output of the code layer: linear, or through the activation function."""
     init: Literal["normal", "uniform"] = "normal"
@@ -101,10 +97,9 @@ class Autoencoder(Experiment):
     """Epochs between two measurements."""
     probe: int = 2_000
     """Training examples that it is measured on."""
+    # Bernoulli pixels: labels are sampled, for 784 outputs would take 784 backward passes.
     units: int = 8
-    """Units of every layer in the unit Fisher matrices: those of Bernoulli pixels, whose labels are
-    sampled, for 784 outputs would take 784 backward passes.
-    """
+    """Units of every layer in the unit Fisher matrices."""
     damping: float = 1e-3
     """Damping of the measured unit Fisher matrices."""
 

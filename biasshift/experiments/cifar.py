@@ -96,9 +96,7 @@ class Cifar(Experiment):
     dataset: Literal["cifar10", "cifar100"] = "cifar100"
     """Data set that the networks train on."""
     data: Path | None = None
-    """Folder that holds the data set in torchvision's layout. Default: $BIASSHIFT_DATA, else
-    ./data; downloaded where it is missing.
-    """
+    """Data folder; by default $BIASSHIFT_DATA, else ./data. Downloaded if missing."""
     lr: float = LEARNING_RATE
     """Learning rate."""
     batch_size: int = BATCH_SIZE
@@ -117,9 +115,7 @@ class Cifar(Experiment):
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 500
-    """Updates between two measurements of the test error; the training loss is the mean over the
-    minibatches in between.
-    """
+    """Updates between two test errors; training losses are means over the minibatches between."""
     test_images: int = 10_000
     """Of the test set, the first ones, that it is measured on."""
     instrument: tuple[Quantity, ...] = ("activations", "bias_shift")

@@ -40,9 +40,7 @@ class Demo(MlpExperiment):
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
     out: Path = Path("runs/demo")
-    """Run folders and figures are written here, by default those of --quick and --smoke below it;
-    runs of an earlier demo are replaced.
-    """
+    """Folder for runs and figures; --quick and --smoke use one below. Runs are replaced."""
     replace: bool = True
     """Replace runs that are already there."""
 

@@ -82,15 +82,11 @@ class Experiment:
     replace: bool = False
     """Replace runs that are already there."""
     resume: bool = False
-    """Resume an interrupted command: finished runs stay, the others continue from their last
-    checkpoint.
-    """
+    """Continue an interrupted command: finished runs stay, others go on from their checkpoint."""
     workers: int | None = None
     """Processes, of small networks alone: by default one per core. Results do not depend on it."""
     ensemble: bool = False
-    """Train all seeds of a configuration at once, as one vmapped program: nearly free on a GPU,
-    for small networks.
-    """
+    """Train all seeds at once as one vmapped program: nearly free on a GPU, for small networks."""
     device: str = "auto"
     """"auto" is the GPU where there is one; or cpu, cuda, cuda:1, …"""
     precision: Precision = "float32"
@@ -98,13 +94,9 @@ class Experiment:
     compile: bool = False
     """Train through torch.compile."""
     graph: bool = False
-    """Record training steps as CUDA graphs and replay them: for small networks on a GPU, by plain
-    gradient descent.
-    """
+    """Replay training steps as CUDA graphs: for small networks on a GPU, by gradient descent."""
     channels_last: bool = False
-    """Keep the maps of convolutions with their channels innermost: faster on GPUs with Tensor
-    Cores.
-    """
+    """Keep the channels of feature maps innermost: faster on GPUs with Tensor Cores."""
     keep_weights: bool = False
     """Leave a finished run's last checkpoint in its folder."""
     checkpoint_seconds: float = 30.0
@@ -192,7 +184,7 @@ class Experiment:
             raise ValueError(f"--device must be auto, cpu or cuda, got '{name}'.") from None
         if device.type == "cuda" and (device.index or 0) >= gpus:
             raise ValueError(
-                f"--device {name} must be one of the {gpus} GPUs that PyTorch finds on this "
+                f"--device {name} must be a GPU, and PyTorch finds {gpus} of them on this "
                 "machine. Leave the option out."
             )
         return local_device(device)

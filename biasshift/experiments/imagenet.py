@@ -117,9 +117,7 @@ class Imagenet(Experiment):
     steps: int = STEPS
     """Updates. The learning rate's schedule is shortened or stretched with them."""
     data: Path | None = None
-    """Folder that holds train/ and val/ with a folder per class. Default: imagenet/ in
-    $BIASSHIFT_DATA, else in ./data.
-    """
+    """Folder with train/ and val/; by default imagenet/ in $BIASSHIFT_DATA, else in ./data."""
     out: Path = Path("runs/imagenet")
     """Run folders are written below."""
     loaders: int = 4
@@ -139,9 +137,7 @@ class Imagenet(Experiment):
     batch_norm: bool = False
     """Normalize every hidden layer before its activation."""
     mean: Literal["pixel", "channel"] = "pixel"
-    """What is subtracted from the images: the training images' mean at every pixel, or of every
-    channel.
-    """
+    """What is subtracted from images: the training mean of every pixel, or of every channel."""
     init: Literal["normal", "uniform"] = "normal"
     """Distribution of the initial weights."""
     width: float = 1.0

@@ -34,15 +34,11 @@ class Mnist(MlpExperiment):
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activation functions; each gets all seeds."""
     seeds: int = SEEDS
-    """Runs per activation function. Run i of all of them starts from the same weights and sees the
-    same batches.
-    """
+    """Runs per activation function. Equal seeds start from equal weights and see equal batches."""
     epochs: int = EPOCHS
     """Passes over the training data."""
     data: Path | None = None
-    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
-    missing.
-    """
+    """Folder with MNIST/raw; by default $BIASSHIFT_DATA, else ./data. Downloaded if missing."""
     out: Path = Path("runs/mnist")
     """Run folders are written below."""
     lr: float = LEARNING_RATE
@@ -57,20 +53,18 @@ class Mnist(MlpExperiment):
     """Units of every hidden layer."""
     init: Literal["normal", "uniform"] = INIT
     """Distribution of the initial weights."""
+    # With 50,000, most units have enough effective samples after the first epoch.
     probe: int = PROBE
-    """Training examples that everything is measured on along the run. With 50,000, most units have
-    enough effective samples for their unit Fisher matrices after the first epoch.
-    """
+    """Training examples that everything is measured on along the run."""
     exam_probe: int = EXAM_PROBE
     """Training examples in each of the two disjoint probes of the examination at equal loss."""
     means_every: int = 1
     """Epochs between two measurements of activation means and bias shifts."""
     fisher_every: int = 5
     """Epochs between two measurements of unit Fisher matrices and gradient gaps; 0: none."""
+    # It leaves most units enough effective samples.
     equal_loss: float = EQUAL_LOSS
-    """Training loss (nats) at which activations are compared: it leaves most units enough effective
-    samples.
-    """
+    """Training loss (nats) at which activations are compared."""
     units: int = 16
     """Measured units of every hidden layer, evenly spaced."""
     damping: float = 1e-3

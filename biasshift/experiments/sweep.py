@@ -44,9 +44,7 @@ class Sweep(MlpExperiment):
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activation functions; each gets all updates, learning rates and seeds."""
     update: tuple[Update, ...] = UPDATES
-    """plain (gradient descent), centered and centered-p (bias shift taken out), quasi-diagonal,
-    full (unit natural gradient).
-    """
+    """Gradient descent, centered (bias shift removed), quasi-diagonal or full natural gradient."""
     lr: tuple[float, ...] = LEARNING_RATES
     """Learning rates; every cell gets all of them."""
     constant: float = CONSTANT
@@ -62,43 +60,33 @@ class Sweep(MlpExperiment):
     width: int = WIDTH
     """Units of every hidden layer."""
     data: Path | None = None
-    """Folder that holds MNIST/raw. Default: $BIASSHIFT_DATA, else ./data; downloaded where it is
-    missing.
-    """
+    """Folder with MNIST/raw; by default $BIASSHIFT_DATA, else ./data. Downloaded if missing."""
     out: Path = Path("runs/sweep")
     """Run folders are written below."""
     resume: bool = True
     """Skip the runs that are finished, and resume those that are not."""
     part: tuple[int, int] = (1, 1)
-    """The runs of one job out of several, such as 3 of 16: --part $SLURM_ARRAY_TASK_ID 16 for an
-    array 1-16.
-    """
+    """One job's share of the runs: --part $SLURM_ARRAY_TASK_ID 16 for a Slurm array 1-16."""
     scores_per_epoch: int = 16
     """Times an epoch that the losses are measured, from which the steps to a loss are read."""
     scored: int = 5_000
     """Training images that the training loss is measured on."""
     exam_probe: int = 8_000
-    """Training examples in each of the two disjoint probes of the examination at equal loss, of
-    plain runs.
-    """
+    """Training examples in each of the two probes of the examination at equal loss (plain runs)."""
     equal_loss: float = 0.6
     """Training loss (nats) at which plain runs are examined."""
     units: int = 8
     """Measured units of every hidden layer, evenly spaced."""
     damping: float = 0.1
     """Of the updates that have a scale."""
+    # Without it ReLU units that are hardly ever active take unbounded steps, and the runs diverge.
     unit_damping: float = 1.0
-    """Of their c: without it ReLU units that are hardly ever active take unbounded steps, and the
-    runs diverge.
-    """
+    """Damping of c, for updates that have a scale."""
+    # It, and the two dampings, were set on single runs of 300 steps and are the same for all.
     kl_clip: float = 1e-3
-    """Their trust region. It, and the two dampings, were set on single runs of 300 steps of ELU and
-    ReLU and are the same for all.
-    """
+    """Trust region of the updates that have a scale."""
     update_every: int = 50
-    """Steps between two measurements of the curvature by the full update; the others measure it at
-    every step.
-    """
+    """Steps between two curvature updates of the full update; the others update at every step."""
 
     name: ClassVar[str] = "sweep"
     figures: ClassVar[tuple[str, ...]] = ("theory4",)

@@ -379,7 +379,7 @@ def test_an_option_out_of_its_range_is_named(options, message):
         ({"device": "nonsense"}, "--device must be auto, cpu or cuda, got 'nonsense'"),
         (
             {"device": "cuda:99"},
-            r"--device cuda:99 must be one of the \d GPUs .* Leave the option out",
+            r"--device cuda:99 must be a GPU, and PyTorch finds \d of them .* Leave the option out",
         ),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"ensemble": True, "precision": "bfloat16"}, "--ensemble trains in float32"),
