@@ -1,6 +1,7 @@
 """One row per module of a model: is it covered, why not, and are the covered layers right?"""
 
 import copy
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +18,7 @@ from biasshift.measure.coverage import (
     unmeasurable,
 )
 from biasshift.measure.hooks import call_counts, traced, underlying
-from biasshift.measure.likelihoods import Likelihood
+from biasshift.measure.likelihoods import Likelihood, refuse_unreadable
 from biasshift.measure.options import Options
 from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import undisturbed
@@ -30,7 +31,7 @@ WITHOUT_UNITS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 def check(
     model: nn.Module,
     x: Probe,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     likelihood: Likelihood = "categorical",
     weight_sharing: str = "per_example",
@@ -74,7 +75,7 @@ def check(
     model = underlying(model)
     with torch.inference_mode(False):
         first_x, first_y = next(batches(model, x, y))
-        y = None if first_y is None else first_y[:examples]
+        y = None if first_y is None else refuse_unreadable(first_y)[:examples]
         copied, x, why = _double(model, first_x[:examples])
         with undisturbed(copied), call_counts(copied) as calls:
             copied(x)

@@ -93,8 +93,13 @@ def _plain(layer: nn.Module) -> WeightLayer:
     """The layer with its weight as an ordinary parameter, and with a bias, which may be 0."""
     assert layer_types.is_covered(layer)
     if parametrize.is_parametrized(layer):
-        for name in list(layer.parametrizations):  # pyright: ignore[reportArgumentType]
-            parametrize.remove_parametrizations(layer, name)
+        # remove_parametrizations would delete the property from a class that copies share.
+        names = list(layer.parametrizations)  # pyright: ignore[reportArgumentType]
+        values = {name: getattr(layer, name).detach().clone() for name in names}
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
     if "weight" not in layer._parameters:
         # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
         value = layer.weight.detach().clone()

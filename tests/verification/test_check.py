@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import BY_NAME, CASES, Case, Checkpointed, SequenceFirst, Windows, pristine
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import biasshift as bs
 from biasshift.measure import layer_types, likelihoods
@@ -427,3 +427,89 @@ def test_the_model_is_left_as_found(weight_sharing: str) -> None:
     assert modes == [m.training for m in model.modules()]
     assert torch.equal(torch.get_rng_state(), state)
     pristine(model)
+
+
+class Doubled(nn.Module):
+    """A parametrization of one's own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def spectral(model: nn.Module) -> None:
+    parametrizations.spectral_norm(model[0])
+
+
+def doubled(model: nn.Module) -> None:
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    parametrize.register_parametrization(model[0], "bias", Doubled())
+    parametrize.register_parametrization(model[4], "bias", Doubled())
+
+
+def small_convolution() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(1, 4, 2), nn.ELU(), nn.Conv1d(4, 3, 2, bias=False), nn.Flatten(), nn.Linear(9, 3)
+    ).double()
+
+
+@pytest.mark.parametrize("change", [parametrized, spectral, doubled])
+@pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_parametrized_models_and_their_copies_run_and_train_as_before(
+    change: Any, weight_sharing: str, training: bool, kind: str
+) -> None:
+    """The class of a parametrized layer belongs to all copies of the model."""
+    model, x, y = (
+        (mlp() if kind == "linear" else small_convolution()),
+        inputs(),
+        torch.arange(9) % 3,
+    )
+    x = x if kind == "linear" else x[:, None]
+    change(model)
+    model.train(training)
+    never_checked = copy.deepcopy(model)
+    earlier, classes = copy.deepcopy(model), [type(module) for module in model.modules()]
+    members = [dict(vars(cls)) for cls in classes]
+    table = rows(model, x, weight_sharing=weight_sharing)
+    assert all(row["error"] < 1e-12 for row in table.values() if row["units"])
+    assert [type(module) for module in model.modules()] == classes
+    assert [dict(vars(cls)) for cls in classes] == members
+    later = copy.deepcopy(model)
+    rows(later, x, weight_sharing=weight_sharing)
+    trained = []
+    for network in (never_checked, model, earlier, later):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+        trained.append(network.state_dict())
+    for state in trained[1:]:
+        assert list(state) == list(trained[0])
+        assert all(torch.equal(value, trained[0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("change", [parametrized, spectral, doubled])
+@pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
+def test_the_second_opinion_of_parametrized_weights_is_the_oracle(
+    change: Any, weight_sharing: str
+) -> None:
+    model, plain, x = mlp(), mlp(), inputs(3)
+    change(model)
+    model.eval()
+    with torch.no_grad():
+        for layer, parametrized_layer in zip(plain[::2], model[::2], strict=True):
+            layer.weight.copy_(parametrized_layer.weight)
+            layer.bias.copy_(parametrized_layer.bias)
+    blocks = oracles.unit_fishers(plain, x, weight_sharing=weight_sharing)
+    units = {name: torch.arange(len(block.F)) for name, block in blocks.items()}
+    vectors = {n: torch.eye(b.F.shape[-1], dtype=DOUBLE).expand_as(b.F) for n, b in blocks.items()}
+    products = reference.products(
+        copy.deepcopy(model), units, vectors, x, "categorical", weight_sharing
+    )
+    for name, block in blocks.items():
+        tolerance = 1e-12 * float(block.F.abs().max())
+        torch.testing.assert_close(products[name], block.F, rtol=0, atol=tolerance)
