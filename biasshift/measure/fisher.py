@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from biasshift.measure.sandbox import undisturbed
 def unit_fisher(
     model: nn.Module,
     x: ProbeSource,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     labels: Labels = "expected",
     likelihood: Likelihood = "categorical",
@@ -125,7 +126,7 @@ def unit_fisher(
 
 
 def measure(
-    model: nn.Module, x: ProbeSource, y: Tensor | None, options: Options, gradient: bool = False
+    model: nn.Module, x: ProbeSource, y: Any, options: Options, gradient: bool = False
 ) -> dict[str, Measured]:
     """Measures every layer of a model on a probe, by module name.
 
@@ -195,7 +196,7 @@ def _add_batch(
     model: nn.Module,
     modules: Mapping[str, WeightLayer],
     x: Tensor,
-    y: Tensor | None,
+    y: Any,
     options: Options,
     states: LayerStates | Mapping[str, Collector],
     gradient: bool = False,

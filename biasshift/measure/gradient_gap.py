@@ -4,6 +4,7 @@ Also the bias shift that a step along each of them would cause.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ NAN = float("nan")
 def gradient_gap(
     model: nn.Module,
     x: Probe,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     labels: Labels = "expected",
     likelihood: Likelihood = "categorical",

@@ -7,7 +7,7 @@ and the squares of these errors sum to ``E_y δ²`` exactly.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ def seeds(
     outputs: Outputs,
     likelihood: Likelihood,
     labels: Labels,
-    y: Tensor | None,
+    y: Any,
     generator: torch.Generator | None,
     draws: int = 1,
 ) -> SeedRule:
@@ -85,7 +85,7 @@ def seeds(
     )
 
 
-def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
+def error(outputs: Outputs, likelihood: Likelihood, y: Any) -> Outputs:
     """Returns ``∂ ln p(y | f) / ∂f`` at the outputs: target minus prediction, for all likelihoods.
 
     Args:
@@ -93,11 +93,13 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
             shape.
 
     Raises:
-        ValueError: for labels of another shape or dtype, or outside 0 … classes − 1.
+        ValueError: for labels that are not a tensor, of another shape or dtype, or outside
+            0 … classes − 1.
 
     >>> error(torch.zeros(1, 2), "categorical", torch.tensor([1]))
     tensor([[-0.5000,  0.5000]])
     """
+    y = refuse_unreadable(y)
     if likelihood != "categorical":
         if y.shape != outputs.shape:
             raise ValueError(
@@ -118,6 +120,20 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
         )
     target = torch.zeros_like(outputs).scatter_(-1, y.to(outputs.device).long().unsqueeze(-1), 1.0)
     return target - outputs.softmax(-1)
+
+
+def refuse_unreadable(y: Any) -> Tensor:
+    """Returns labels that are a tensor, which `biasshift.measure.probe` makes of lists and arrays.
+
+    Raises:
+        ValueError: for labels of which it could not make one with a label per example.
+    """
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"'y' must be a tensor with one label per example, got {type(y).__name__}. Convert "
+            "the labels first."
+        )
+    return y
 
 
 def _draw(outputs: Outputs, likelihood: Likelihood, generator: torch.Generator | None) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -261,7 +262,7 @@ class ImplicitState(LayerState):
 # -- reading the probe again -----------------------------------------------------------------------
 
 AddBatch = Callable[
-    [nn.Module, Mapping[str, WeightLayer], Tensor, Tensor | None, Options, Mapping[str, Collector]],
+    [nn.Module, Mapping[str, WeightLayer], Tensor, Any, Options, Mapping[str, Collector]],
     None,
 ]
 
@@ -286,7 +287,7 @@ class ProbeReader:
         model: nn.Module,
         modules: Mapping[str, WeightLayer],
         x: ProbeSource,
-        y: Tensor | None,
+        y: Any,
         options: Options,
     ):
         self.add_batch, self.model, self.modules = add_batch, model, modules

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -119,7 +120,7 @@ class ProbeLog(Log):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         x: Probe,
-        y: Tensor | None,
+        y: Any,
         every: int,
         quantities: tuple[str, ...],
         options: Options,
