@@ -1,10 +1,12 @@
 """Measurements during a training loop: hooks on a model and its optimizer, and one tidy table."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from biasshift.measure.hooks import underlying
 from biasshift.measure.layer_types import Selection
 from biasshift.measure.likelihoods import Labels, Likelihood
 from biasshift.measure.options import Options, Units
@@ -16,7 +18,7 @@ QUANTITIES = ("activations", "bias_shift", "fisher", "gap")
 
 def instrument(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Any = None,  # or a wrapper of one, whose class is not ours to know
     probe: Probe | None = None,
     every: int = 100,
     *,
@@ -43,7 +45,8 @@ def instrument(
 
     Args:
         model: The model, in training by the loop.
-        optimizer: The optimizer whose steps are counted. A probe needs one.
+        optimizer: The optimizer whose steps are counted. A probe needs one. In place of a wrapper
+            whose own steps cannot be counted, its ``.optimizer`` is taken.
         probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels
             need y.
         every: Steps between two measurements on the probe.
@@ -63,7 +66,11 @@ def instrument(
         model and the optimizer. The table stays readable.
 
     Raises:
-        ValueError: If arguments do not fit, or a layer cannot be measured.
+        ValueError: If arguments do not fit, the optimizer has no parameter of the model, or a layer
+            cannot be measured.
+
+    Warns:
+        RuntimeWarning: If the log ends after training of which it has not seen a single step.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -78,11 +85,8 @@ def instrument(
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"'every' must be a whole number of steps ≥ 1, got {every!r}.")
-    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-        raise ValueError(
-            "'optimizer' must be a torch.optim.Optimizer, whose steps are counted, got "
-            f"{type(optimizer).__name__}."
-        )
+    if optimizer is not None:
+        optimizer = _counted(optimizer, model)
     wanted = _quantities(quantities, probe is not None)
     if probe is None:
         return TrainingLog(model, optimizer, layers)
@@ -102,6 +106,45 @@ def instrument(
         labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator
     )
     return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed)
+
+
+def _counted(optimizer: object, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer to put hooks on: the given one, or the one inside of a wrapper.
+
+    Wrappers are often subclasses that skip ``Optimizer.__init__``, and so have nowhere to keep a
+    hook.
+    """
+    given, passed = type(optimizer).__name__, []
+    while not _takes_hooks(optimizer):
+        passed.append(optimizer)
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None or any(optimizer is wrapper for wrapper in passed):
+            raise ValueError(
+                f"'optimizer' must be a torch.optim.Optimizer, whose steps are counted, got {given}"
+                ". Of a wrapper, give the optimizer inside."
+            )
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = list(underlying(model).parameters())
+    # Members of an ensemble are views into what its optimizer holds.
+    if not {id(p) for p in own} & {id(p) for p in held} and not _storages(own) & _storages(held):
+        raise ValueError(
+            f"'optimizer' must train the model, but {given} holds none of its parameters. Give the "
+            "optimizer that was made of this model's parameters."
+        )
+    return optimizer
+
+
+def _takes_hooks(optimizer: object) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and hasattr(
+        optimizer, "_optimizer_step_post_hooks"
+    )
+
+
+def _storages(parameters: Iterable[Tensor]) -> set[int]:
+    """Addresses of the memory behind the parameters; those on the meta device have none."""
+    addresses = {p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided}
+    return addresses - {0}
 
 
 def _quantities(chosen: Iterable[str] | None, probe: bool) -> tuple[str, ...]:

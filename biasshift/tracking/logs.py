@@ -61,6 +61,8 @@ class Log:
         self.model, self.optimizer = underlying(model), optimizer
         self.weights, self.activations = _split(self.model, layers, measure_weights)
         self.step = 0
+        self._saw_step = False  # counted or not
+        self._trained_from = _signature(self.model)
         self._graph = LayerGraph()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -68,16 +70,44 @@ class Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        if all(part is None for part in exception):
+            self._warn_of_unseen_steps(stacklevel=3)
+        self._take_off()
 
     def remove(self) -> None:
         """Takes all hooks off the model and the optimizer.
 
         The table stays readable. Leaving the ``with`` block does the same, and calling it again
         does nothing.
+
+        Warns:
+            RuntimeWarning: If the model was trained, and no step of the optimizer was seen.
         """
+        self._warn_of_unseen_steps(stacklevel=3)
+        self._take_off()
+
+    def _take_off(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+    def _warn_of_unseen_steps(self, stacklevel: int) -> None:
+        unseen = self.optimizer is not None and not self._saw_step and self._was_trained()
+        if self._handles and unseen:
+            warnings.warn(
+                f"The model was trained, and no step of {type(self.optimizer).__name__} was seen. "
+                "Another optimizer took the steps, a gradient scaler skipped all, or they do not "
+                "go through step(), as first_step and second_step of SAM. Give the optimizer whose "
+                "step() runs.",
+                RuntimeWarning,
+                stacklevel=stacklevel,
+            )
+
+    def _was_trained(self) -> bool:
+        """Whether gradients or parameters have changed since the log was made.
+
+        They tell it without a hook on the model, which its copies and compilations would meet.
+        """
+        return _signature(self.model) != self._trained_from
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -187,6 +217,7 @@ class ProbeLog(Log):
             self._predicted = self._predict(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._saw_step = True
         if _skipped(optimizer):
             return
         due, self.step = self.due, self.step + 1
@@ -380,7 +411,11 @@ class TrainingLog(Log):
         self._recording = False  # a checkpoint's recomputation in the backward pass does not count
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self._saw_step = True
         self.step += not _skipped(optimizer)
+
+    def _was_trained(self) -> bool:
+        return self._has_recorded
 
     def _moments(self) -> dict[str, ActivationMoments]:
         return self._watcher.moments()
@@ -409,6 +444,17 @@ def _split(
     activations = {name: modules[name] for name in names if name in modules}
     others = [name for name in names if name not in modules]
     return (weight_layers(model, others) if others else {}), activations
+
+
+def _signature(model: nn.Module) -> list[tuple[int, ...]]:
+    """Changes with every in-place change of a parameter, and with every backward pass.
+
+    Values are not compared: that would take a copy of the model.
+    """
+    return [
+        (p._version, *(() if p.grad is None else (id(p.grad), p.grad._version)))
+        for p in model.parameters()
+    ]
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -614,3 +614,210 @@ def test_bad_arguments_are_refused_on_entry(options: dict[str, Any], words: str)
     with pytest.raises((ValueError, TypeError), match=words):
         bs.instrument(model, **{"optimizer": optimizer, "probe": (x, y), **options}).__enter__()
     nothing_left(model, optimizer)
+
+
+# -- optimizers inside of others, and steps that are not seen --------------------------------------
+
+
+class Delegating:
+    """A wrapper that is no optimizer of PyTorch, as those of warm-up schedules are."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+class Uninitialized(torch.optim.Optimizer):
+    """A subclass that skips ``Optimizer.__init__``, as Lookahead and accelerate's do."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.param_groups = optimizer, getattr(optimizer, "param_groups", [])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper with hooks of its own, whose step does more than the optimizer inside does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.9)
+
+
+WRAPPERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "no optimizer": Delegating,
+    "without __init__": Uninitialized,
+    "twice": lambda optimizer: Delegating(Uninitialized(optimizer)),
+    "with hooks": Lookahead,
+}
+
+
+@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_steps_of_wrapped_optimizers_are_measured(kind: str, probed: bool) -> None:
+    """The own shift, against mean net inputs before and after the step."""
+    model, x, y = mlp()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = WRAPPERS[kind](inner)
+    with torch.no_grad():
+        before = model[0](x).mean(0)
+    options = {"probe": (x, y), "every": 1} if probed else {}
+    with bs.instrument(model, optimizer, **options) as log:
+        train(model, optimizer, 1)
+        assert log.step == 1
+        if probed:
+            with torch.no_grad():
+                equal(row(log.table(), 1, "0")["total"], model[0](x).mean(0) - before)
+        train(model, optimizer, 2)
+    assert log.step == 3
+    nothing_left(model, inner)
+
+
+def loop(wrapper: type) -> Any:
+    """A wrapper of itself."""
+    optimizer = wrapper(None)
+    optimizer.optimizer = optimizer
+    return optimizer
+
+
+@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda model: model, r"must be a torch\.optim\.Optimizer.*got Sequential"),
+        (lambda model: torch.optim.SGD, r"must be a torch\.optim\.Optimizer.*got type"),
+        (lambda model: list(model.parameters()), "got list"),
+        (lambda model: "sgd", "got str"),
+        (lambda model: Delegating(None), "got Delegating.*Of a wrapper, give the optimizer inside"),
+        (lambda model: Uninitialized("sgd"), "got Uninitialized.*give the optimizer inside"),
+        (lambda model: loop(Delegating), "got Delegating"),
+        (lambda model: loop(Uninitialized), "got Uninitialized"),
+        (
+            lambda model: torch.optim.SGD(copy.deepcopy(model).parameters(), 0.1),
+            "SGD holds none of its parameters",
+        ),
+        (
+            lambda model: Delegating(torch.optim.Adam(copy.deepcopy(model).parameters())),
+            "Delegating holds none of its parameters",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(
+    make: Callable[[nn.Module], Any], words: str, probed: bool
+) -> None:
+    model, x, y = mlp()
+    with pytest.raises(ValueError, match=words):
+        bs.instrument(model, make(model), probe=(x, y) if probed else None)
+    nothing_left(model)
+
+
+@pytest.mark.parametrize("part", ["head", "views", "wrapped"])
+def test_an_optimizer_of_a_part_of_the_model_counts(part: str) -> None:
+    """One layer of it, or tensors that its parameters are views into, as an ensemble's are."""
+    model, x, y = mlp()
+    if part == "views":
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        sizes = [p.numel() for p in model.parameters()]
+        for p, view in zip(model.parameters(), flat.data.split(sizes), strict=True):
+            p.data = view.view_as(p)
+        optimizer = torch.optim.SGD([flat], lr=0.1)
+    else:
+        optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    measured = nn.DataParallel(model) if part == "wrapped" else model
+    with bs.instrument(measured, optimizer, probe=(x, y), every=1) as log:
+        optimizer.step()
+    assert log.step == 1
+
+
+class Sharpness(torch.optim.Optimizer):
+    """SAM, as it is widely written: two half steps, and an optimizer inside under another name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups)
+
+    def first_step(self) -> None:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.01 * p.grad)
+
+    def second_step(self) -> None:
+        self.base.step()
+
+
+def unseen(kind: str, model: nn.Module, optimizer: Any) -> None:
+    """One step of training that the hooks of the optimizer do not see."""
+    (x, y), *_ = batches(1)
+    F.cross_entropy(model(x), y).backward()
+    if kind == "sam":
+        optimizer.first_step()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.second_step()
+        optimizer.zero_grad()
+    elif kind == "another":
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    elif kind == "by hand":
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("probed", [True, False])
+@pytest.mark.parametrize("leaves", ["block", "remove"])
+@pytest.mark.parametrize("kind", ["sam", "another", "by hand", "never"])
+def test_training_without_a_step_seen_is_warned_of_once(
+    kind: str, leaves: str, probed: bool
+) -> None:
+    model, x, y = mlp()
+    optimizer = Sharpness(model) if kind == "sam" else torch.optim.SGD(model.parameters(), lr=0.1)
+    log = bs.instrument(model, optimizer, probe=(x, y) if probed else None, every=1)
+    unseen(kind, model, optimizer)
+    with pytest.warns(RuntimeWarning, match=r"no step of S\w+ was seen.*SAM.*Give the") as caught:
+        if leaves == "remove":
+            log.remove()
+        else:
+            with log:
+                pass
+        log.remove()
+    assert len(caught) == 1
+    nothing_left(model, optimizer)
+
+
+def test_no_warning_without_training_without_an_optimizer_and_after_an_exception() -> None:
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bs.instrument(model, optimizer, probe=(x, y)):
+        bs.unit_fisher(model, x)
+        bs.gradient_gap(model, x, y)
+        model.eval()(x)
+        model.train()
+    with bs.instrument(model):
+        unseen("by hand", model, None)
+    with pytest.raises(KeyError), bs.instrument(model, optimizer, probe=(x, y)):
+        unseen("by hand", model, None)
+        raise KeyError("mine")
+    model, x = model.float(), x.float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with bs.instrument(model, optimizer, probe=(x, y), every=1) as log:
+        scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
+        scaler.step(optimizer)  # seen, and skipped inside
+    assert log.step == 0
