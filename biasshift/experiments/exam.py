@@ -139,7 +139,7 @@ def _identities(layer: Measured) -> dict[str, float]:
     assert g is not None and g0 is not None
     update = fisher.natural_gradient(g, g0)
     assert update[1] is not None
-    ok = ~(fisher.dead | fisher.singular)
+    ok = ~(fisher.dead | fisher.singular | fisher.bias_inert)
     c, m, g, g0 = fisher.c[ok], fisher.mean_q[ok], g[ok], g0[ok]
     A, b = _damped_blocks(fisher, ok)
     dw, dw0 = update[0][ok], update[1][ok]

@@ -65,7 +65,7 @@ def _merged(
     sums: WeightedSums | ImplicitSums, group: "dist.ProcessGroup | None"
 ) -> WeightedSums | ImplicitSums:
     """Sums that are about the same reference everywhere. Spoils the memory of ``sums``."""
-    names = ["total", "weight", "weight_squares", "first"]
+    names = ["total", "weight", "weight_squares", "weight_rounding", "first"]
     if isinstance(sums, ImplicitSums):
         names.append("squares")
         sums = replace(sums, parts=_gathered(sums, group))

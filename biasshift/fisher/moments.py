@@ -19,6 +19,30 @@ from biasshift.theory import Vectors
 AnySums = TypeVar("AnySums", bound="Sums")
 
 
+def sum_rounding(delta: Float[Tensor, "passes batch positions units"]) -> Tensor:
+    """Returns what ``Σ (Σ_t δ_t)²`` may be of rounding alone, (units,), in float64.
+
+    A bias has no influence where its unit's errors cancel over the positions t of every example.
+    What is summed of them is then rounding, in proportion to the errors themselves: it is at most
+    the share ``ρ²`` of ``Σ δ_t²``. Inputs do not enter, however large or far from 0 they are.
+
+    Args:
+        delta: the errors of some labels, in the dtype they were computed in, which sets ρ.
+
+    >>> sum_rounding(torch.ones(1, 1, 4, 1)) < 1e-7
+    tensor([True])
+    """
+    # The errors of a softmax or a norm are differences of numbers that may be some hundred times as
+    # large, and adding them up rounds again: ρ is 1000 ε. Half precision allows no more than 1e-2,
+    # since errors that do not cancel exactly may well add up to a tenth of themselves.
+    share = min(1000 * torch.finfo(delta.dtype).eps, 1e-2)
+    work = torch.promote_types(delta.dtype, torch.float32)
+    most = packed.TEMPORARY.get(delta.device.type, packed.TEMPORARY["cuda"])
+    pieces = delta.flatten(0, 1).split(max(1, most // (delta.shape[2] * delta.shape[3])))
+    squares = [x.to(work).square().sum(1).sum(0, dtype=torch.float64) for x in pieces]
+    return share**2 * torch.stack(squares).sum(0)
+
+
 @dataclass(frozen=True)
 class Sums:
     """Moments of the incoming activations under p and under δ², up to first order.
@@ -34,6 +58,7 @@ class Sums:
     total: Tensor  # Σ (a − reference)
     weight: Float[Tensor, " units"]  # Σ δ²
     weight_squares: Float[Tensor, " units"]  # Σ δ⁴
+    weight_rounding: Float[Tensor, " units"]  # what Σ δ² may be of rounding; see `sum_rounding`
     first: Float[Tensor, "units inputs"]  # Σ δ² (a − reference)
 
     def with_inputs(self: AnySums, examples: int, positions: int, total: Tensor) -> AnySums:
@@ -76,8 +101,45 @@ class Sums:
             total=self.total + other.total,
             weight=self.weight + other.weight,
             weight_squares=self.weight_squares + other.weight_squares,
+            weight_rounding=self.weight_rounding + other.weight_rounding,
             first=self.first + other.first,
         )
+
+    def without_inert_biases(self: AnySums) -> AnySums:
+        """Returns sums to solve with, in which units with an inert bias have their weights alone.
+
+        The errors of such a unit add up to 0 in every example. Hence its second moments are the
+        same about every reference, and its first moments are 0. About 0 it has ``c = 1``, ``m =
+        0``, and A in place of V. Other units stay as they are, and so does everything where no bias
+        is inert.
+        """
+        inert = self.bias_inert
+        if not inert.any():
+            return self
+        return replace(
+            self,
+            reference=self.reference.expand_as(self.first).where(~inert[:, None], 0),
+            total=self.total.expand_as(self.first),
+            weight=self.weight.where(~inert, self.examples),
+            weight_squares=self.weight_squares.where(~inert, self.examples),
+            weight_rounding=self.weight_rounding.where(~inert, 0),
+            first=self.first.where(~inert[:, None], 0),
+        )
+
+    # -- what units there are ----------------------------------------------------------------------
+
+    @property
+    def bias_inert(self) -> Tensor:
+        """The units whose errors cancel over the positions of every example, (units,) bool."""
+        return (self.weight_rounding > 0) & (self.weight <= self.weight_rounding)
+
+    @property
+    def dead(self) -> Tensor:
+        """The units whose error is 0 everywhere, (units,) bool.
+
+        Where errors cancel to exactly 0 there are errors, and the unit is not dead.
+        """
+        return (self.weight == 0) & (self.weight_rounding == 0)
 
     # -- expectations, float64 ---------------------------------------------------------------------
 
@@ -93,13 +155,19 @@ class Sums:
 
     @property
     def offset_q(self) -> Tensor:
-        """``m − reference``, (units, inputs); NaN for a dead unit, whose weight is 0."""
-        return self.first / self.weight[:, None]
+        """``m − reference``, (units, inputs); NaN where Σ δ² is 0, or rounding."""
+        return self.first / self.weight.where(~self.bias_inert, torch.nan)[:, None]
 
     @property
     def mean_q(self) -> Tensor:
-        """``m = E_q(a)``, (units, inputs); NaN for a dead unit."""
+        """``m = E_q(a)``, (units, inputs); NaN for a dead unit, or one with an inert bias."""
         return self.reference + self.offset_q
+
+    @property
+    def b(self) -> Tensor:
+        """``b = E_p(δ² a) = c m``, (units, inputs); as summed where no m is defined."""
+        summed = (self.first + self.weight[:, None] * self.reference) / self.examples
+        return summed.where(self.offset_q.isnan(), self.mean_q * self.mean_delta2[:, None])
 
     @property
     def offset_pq(self) -> Tensor:
@@ -153,6 +221,7 @@ class WeightedSums(Sums):
             total=torch.zeros_like(wide),
             weight=wide.new_zeros(units),
             weight_squares=wide.new_zeros(units),
+            weight_rounding=wide.new_zeros(units),
             first=wide.new_zeros(units, inputs),
             second=packed.zeros(units, inputs, reference.device),
         )
@@ -241,6 +310,7 @@ class WeightedSums(Sums):
             total=torch.cat([part.total.expand_as(part.first) for part in parts]),
             weight=torch.cat([part.weight for part in parts]),
             weight_squares=torch.cat([part.weight_squares for part in parts]),
+            weight_rounding=torch.cat([part.weight_rounding for part in parts]),
             first=torch.cat([part.first for part in parts]),
             second=packed.stack([part.second for part in parts]),
         )

@@ -266,6 +266,7 @@ class ImplicitSums(Sums):
             total=torch.zeros_like(wide),
             weight=wide.new_zeros(units),
             weight_squares=wide.new_zeros(units),
+            weight_rounding=wide.new_zeros(units),
             first=wide.new_zeros(units, wide.shape[-1]),
             squares=wide.new_zeros(units, wide.shape[-1]),
             parts=(),
@@ -319,7 +320,7 @@ class ImplicitSums(Sums):
         Args:
             units: their indices, in any order; results then come in this order.
         """
-        names = ["weight", "weight_squares", "first", "squares"]
+        names = ["weight", "weight_squares", "weight_rounding", "first", "squares"]
         names += ["reference", "total"] if self.reference.dim() == 2 else []
         return replace(
             self,

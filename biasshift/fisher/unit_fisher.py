@@ -32,7 +32,8 @@ class UnitFisher:
 
     A unit with ``c = 0`` is ``dead``, a live one with ``V = 0`` is ``singular``: both have NaN
     where their numbers are undefined. Where V is singular otherwise, reading an inverse quantity
-    with ``damping = 0`` raises ValueError.
+    with ``damping = 0`` raises ValueError. A bias without influence is ``bias_inert``: its unit has
+    no m, and the natural gradient of its weights alone.
 
     Source: section 3 and appendix of the ELU paper.
     """
@@ -206,7 +207,8 @@ class UnitFisher:
     def mean_q(self) -> Vectors:
         """``m = E_q(a)``: the mean over the examples that a unit still has an error on.
 
-        Every example counts by its δ², so that each unit has a mean of its own; NaN for dead units.
+        Every example counts by its δ², so that each unit has a mean of its own. It is NaN for dead
+        units, and where the bias is inert.
         """
         return self._out(self.sums.mean_q)
 
@@ -215,9 +217,9 @@ class UnitFisher:
         """``V = Var_q(a)``, undamped: the covariance of the incoming activations under q.
 
         Like `A` and `matrix` it raises ValueError where the storage is implicit and the blocks of
-        all units pass the memory budget. It is NaN for dead units.
+        all units pass the memory budget. It is NaN for dead units, and where the bias is inert.
         """
-        return self._out(self._blocks())
+        return self._out(self._blocks(self.sums))
 
     @property
     def cov_p(self) -> Vectors:
@@ -230,9 +232,9 @@ class UnitFisher:
     @property
     def A(self) -> Float[Tensor, "units inputs inputs"]:
         """``A = E_p(δ² a aᵀ) = c (V + m mᵀ)``, the weights' block of F; 0 for a dead unit."""
-        m = self.sums.mean_q
-        outer = torch.baddbmm(self._blocks(), m[:, :, None], m[:, None, :])
-        return self._out((outer * self.sums.mean_delta2[:, None, None]).nan_to_num(nan=0.0))
+        m, c = self._solvable.mean_q, self._solvable.mean_delta2
+        outer = torch.baddbmm(self._blocks(self._solvable), m[:, :, None], m[:, None, :])
+        return self._out((outer * c[:, None, None]).nan_to_num(nan=0.0))
 
     @property
     def b(self) -> Vectors:
@@ -240,7 +242,7 @@ class UnitFisher:
 
         Where it is 0, the natural gradients of bias and weights do not interact.
         """
-        return self._out((self.sums.mean_q * self.sums.mean_delta2[:, None]).nan_to_num(nan=0.0))
+        return self._out(self.sums.b)
 
     def matrix(self) -> Float[Tensor, "units params params"]:
         """Returns ``F = [[A, b], [bᵀ, c]]`` of every unit, bias last; without a bias it is A.
@@ -271,19 +273,36 @@ class UnitFisher:
             ValueError: when shapes do not fit the layer.
         """
         v, v0 = self._arguments(v, v0)
-        m, c, wide = self.sums.mean_q.nan_to_num(nan=0.0), self.sums.mean_delta2, v.double()
-        Av = c[:, None] * (
-            self.sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None]
+        sums, wide = self._solvable, v.double()
+        m = sums.mean_q.nan_to_num(nan=0.0)
+        Av = sums.mean_delta2[:, None] * (
+            sums.times(v.to(self.dtype)).nan_to_num(nan=0.0) + m * dot(m, wide)[:, None]
         )
         if v0 is None:
             return self._out(Av), None
-        c_v0 = c * v0.double()
-        return self._out(Av + m * c_v0[:, None]), self._out(c * dot(m, wide) + c_v0)
+        c_v0 = self.sums.mean_delta2 * v0.double()
+        b_v0, b_v = m * c_v0[:, None], self.sums.mean_delta2 * dot(m, wide)
+        if self.bias_inert.any():
+            b = self.sums.b
+            b_v0 = torch.where(self.bias_inert[:, None], b * v0.double()[:, None], b_v0)
+            b_v = torch.where(self.bias_inert, dot(b, wide), b_v)
+        return self._out(Av + b_v0), self._out(b_v + c_v0)
 
     @property
     def dead(self) -> Bool[Tensor, " units"]:
         """The units whose error is 0 on every example: for them q is undefined."""
-        return self.sums.weight == 0
+        return self.sums.dead
+
+    @property
+    def bias_inert(self) -> Bool[Tensor, " units"]:
+        """The units whose bias has no influence: what is measured of c is rounding.
+
+        That is a bias before a softmax or a norm over positions, such as those of the keys of
+        attention, with ``weight_sharing="per_example"``. The errors of an example then cancel, and
+        c is rounding beside A. In the natural gradient ``Δw = A⁻¹g``, with ``A + λ mean(diag A) I``
+        for A, and ``Δw₀ = 0``. NaN stand for m, V, s, k, k0, the coupling and the corrected mean.
+        """
+        return self.sums.bias_inert
 
     @cached_property
     def singular(self) -> Bool[Tensor, " units"]:
@@ -306,7 +325,7 @@ class UnitFisher:
         """
         if isinstance(self.sums, WeightedSums):
             return torch.ones_like(self.dead)
-        return ~(self._factors.usable & self._whitened_mean[0].isnan())
+        return ~(self._factors.usable & ~self.bias_inert & self._whitened_mean[0].isnan())
 
     @property
     def effective_samples(self) -> Scalars:
@@ -396,7 +415,8 @@ class UnitFisher:
 
         Returns:
             Δw (units, inputs) and Δw₀ (units,). Dead and singular units have NaN; so have, with a
-            RuntimeWarning, those for which the iteration did not converge.
+            RuntimeWarning, those for which the iteration did not converge. Units with an inert bias
+            have ``A⁻¹g`` and 0.
 
         Raises:
             ValueError: when shapes do not fit, or V has no inverse and damping is 0.
@@ -405,32 +425,37 @@ class UnitFisher:
         """
         g, g0 = self._arguments(g, g0)
         effort = (tolerance or self.tolerance, max_iterations or self.max_iterations)
-        c = self.sums.mean_delta2
+        c = self._solvable.mean_delta2
         if g0 is None:
             return self._out(self._solve_uncentered(g.double(), effort) / c[:, None]), None
-        m, wide0 = self.sums.mean_q, g0.double()
+        m, wide0 = self._solvable.mean_q, g0.double()
         dw = self._solve(g.double() - wide0[:, None] * m, self._factors, effort) / c[:, None]
-        return self._out(dw), self._out(wide0 / c - dot(m, dw))
+        inert = self.bias_inert & self._factors.usable
+        return self._out(dw), self._out((wide0 / c - dot(m, dw)).where(~inert, 0))
 
     # -- inside ------------------------------------------------------------------------------------
 
     @cached_property
+    def _solvable(self) -> WeightedSums | ImplicitSums:
+        return self.sums.without_inert_biases()
+
+    @cached_property
     def _factors(self) -> Factors | Solver:
-        if isinstance(self.sums, ImplicitSums):
-            return Solver(self.sums, self.damping, self.dtype)
-        return Factors(self.sums, self.damping, self.dtype)
+        if isinstance(self._solvable, ImplicitSums):
+            return Solver(self._solvable, self.damping, self.dtype)
+        return Factors(self._solvable, self.damping, self.dtype)
 
     @cached_property
     def _uncentered_factors(self) -> Factors:
-        assert isinstance(self.sums, WeightedSums)
-        return Factors(self.sums, self.damping, self.dtype, centered=False)
+        assert isinstance(self._solvable, WeightedSums)
+        return Factors(self._solvable, self.damping, self.dtype, centered=False)
 
     @cached_property
     def _whitened_mean(self) -> tuple[Tensor, Tensor]:
         """``mᵀV⁻¹m`` and ``(m − μ)ᵀV⁻¹m``, the only two numbers of a unit that s, k and h need."""
         m = self.sums.mean_q
         x = self._solve(m, self._factors, (self.tolerance, self.max_iterations))
-        return dot(m, x), dot(self.sums.offset_pq, x)
+        return dot(m, x), dot(self.sums.offset_pq, x)  # NaN where the bias is inert, since m is
 
     @property
     def _k(self) -> Tensor:
@@ -466,12 +491,12 @@ class UnitFisher:
         if isinstance(self.sums, WeightedSums):
             return self._solve(g, self._uncentered_factors, effort)
         return sherman_morrison(
-            lambda rhs: self._solve(rhs, self._factors, effort), g, self.sums.mean_q
+            lambda rhs: self._solve(rhs, self._factors, effort), g, self._solvable.mean_q
         )
 
-    def _blocks(self) -> Tensor:
+    def _blocks(self, sums: WeightedSums | ImplicitSums) -> Tensor:
         try:
-            return self.sums.var_q()
+            return sums.var_q()
         except TooLarge as large:
             raise ValueError(
                 f"Layer '{self.name}': the blocks of {large.units} units take "

@@ -1,12 +1,12 @@
 """The running sums of every layer, and what one batch's calls and errors add to them."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from biasshift.fisher.moments import WeightedSums
+from biasshift.fisher.moments import WeightedSums, sum_rounding
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types
@@ -124,6 +124,9 @@ class LayerState:
         self.g: Tensor | None = None
         self.g0: Tensor | None = None
         self.label_variance = LabelVariance()
+        self.weight_rounding = torch.zeros(
+            len(layer.units), dtype=torch.float64, device=layer.units.device
+        )
 
     def start_batch(self, layer: LayerBatch) -> None:
         """Adds the batch's incoming activations, in float64.
@@ -149,6 +152,7 @@ class LayerState:
         once. With it the gradient of every example, ``Σ δ a`` over its positions, is formed.
         """
         self.add_draws(layer, delta)
+        self.add_rounding(layer, delta)
         if layer.shares_weights:
             a = layer.patches(self.reference)
             # (batch, passes, units, positions): as it lies in memory, behind a convolution
@@ -171,6 +175,11 @@ class LayerState:
             own = delta[..., layer.units].double()
             delta2 = own.sum(2).square() if layer.shares_weights else own.square().sum(2)
             self.label_variance.add(delta2)
+
+    def add_rounding(self, layer: LayerBatch, delta: Tensor) -> None:
+        """Adds what Σ δ² may be of rounding alone, where errors of several positions add up."""
+        if layer.shares_weights:
+            self.weight_rounding = self.weight_rounding + sum_rounding(delta)[layer.units]
 
     def finish_batch(self, layer: LayerBatch) -> None:
         """Adds what needs ``δ̄²``, when the errors of all seeds are in."""
@@ -219,7 +228,8 @@ class LayerState:
 
         The gradient is divided by the number of examples: that of the mean over them.
         """
-        sums, bias = self.total(), self.module.bias is not None
+        sums = replace(self.total(), weight_rounding=self.weight_rounding)
+        bias = self.module.bias is not None
         fisher = UnitFisher(
             sums,
             damping=options.damping,

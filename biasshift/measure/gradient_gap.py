@@ -42,10 +42,10 @@ def gradient_gap(
     """Returns cosines between gradient and unit natural gradient, one row per layer.
 
     The gradient is that of the mean negative log-likelihood on the probe. Cosines are Euclidean,
-    over the stacked ``(w, w₀)`` of all units that are neither dead nor singular. Two cheap
-    corrections of the gradient stand beside it. What the centered gradient gains over the plain one
-    is the part of the gap that bias shift explains. What the quasi-diagonal one gains beyond that
-    is the scale of the inputs.
+    over the stacked ``(w, w₀)`` of all units that are neither dead nor singular and whose bias is
+    not inert. Two cheap corrections of the gradient stand beside it. What the centered gradient
+    gains over the plain one is the part of the gap that bias shift explains. What the
+    quasi-diagonal one gains beyond that is the scale of the inputs.
 
     Args:
         x: a tensor of examples with labels ``y``, or an iterable of batches (x, y).
@@ -55,7 +55,7 @@ def gradient_gap(
     Returns:
         Columns ``layer``, ``cos_gradient``, ``cos_centered``, ``cos_diagonal``, ``norm_ratio``
         (‖gradient‖ / ‖unit natural gradient‖), ``mean_in_abs`` (the mean of \\|E_p(a)\\| over
-        inputs), ``units`` (in the cosines), ``excluded`` (dead or singular), ``effective_samples``
+        inputs), ``units`` (in the cosines), ``excluded`` (all others), ``effective_samples``
         (their median), ``inputs``, ``labels``, ``norm_ratio_centered``, ``norm_ratio_diagonal`` (as
         ``norm_ratio``), and ``gap_explained``. The last is the gain of the centered gradient as a
         share of 1 − ``cos_gradient``: what bias shift explains of the gap. It is negative where
@@ -111,14 +111,14 @@ class Directions:
 def gap(layer: Measured) -> dict[str, float | str]:
     """Returns the row of one layer, with the columns of `gradient_gap` but ``layer``.
 
-    Cosines and norms are over all units that are neither dead nor singular, stacked; NaN where
-    there are none.
+    Cosines and norms are over all units that are neither dead nor singular and whose bias is not
+    inert, stacked; NaN where there are none.
 
     Args:
         layer: measured with its gradient.
     """
     fisher, updates = layer.fisher, Directions.of(layer)
-    used = ~(fisher.dead | fisher.singular)
+    used = ~(fisher.dead | fisher.singular | fisher.bias_inert)
     plain, natural, diagonal = (
         _stacked(*update)[used] for update in (updates.plain, updates.natural, updates.diagonal)
     )

@@ -215,6 +215,7 @@ class ImplicitState(LayerState):
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds the errors of a stack of seeds, (passes, batch, positions, units)."""
         self.add_draws(layer, delta)
+        self.add_rounding(layer, delta)
         self.collector.add_errors(layer, delta)
 
     def finish_batch(self, layer: LayerBatch) -> None:

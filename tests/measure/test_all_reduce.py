@@ -65,6 +65,29 @@ def numbers(fisher: bs.UnitFisher) -> dict[str, torch.Tensor]:
     }
 
 
+def keys(share: slice) -> bs.UnitFisher:
+    """A score that a softmax over positions follows: its bias has no influence."""
+
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.score(x).softmax(1) * x).sum(1)
+
+    torch.manual_seed(2)
+    model, x = Pooling().double(), torch.randn(20, 5, 4, dtype=torch.float64)
+    return bs.unit_fisher(model, x[share], damping=0.1)["score"]
+
+
+def inert_numbers(fisher: bs.UnitFisher) -> dict[str, torch.Tensor]:
+    g, g0 = torch.arange(4.0, dtype=torch.float64)[None], torch.ones(1, dtype=torch.float64)
+    dw, dw0 = fisher.natural_gradient(g, g0)
+    assert dw0 is not None
+    return {"A": fisher.A, "dw": dw, "dw0": dw0, "bias_inert": fisher.bias_inert}
+
+
 def work(rank: int, folder: Path) -> None:
     """What each process does: it merges, and writes the numbers into a file."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -74,6 +97,7 @@ def work(rank: int, folder: Path) -> None:
     mine = measured(SHARES[rank])
     merged: dict = {name: numbers(fisher.all_reduce()) for name, fisher in mine.items()}
     merged["untouched"] = numbers(mine["samples"])
+    merged["inert"] = inert_numbers(keys(SHARES[rank]).all_reduce())
     nothing = replace(mine["samples"], sums=WeightedSums.empty(4, torch.full((19,), 5.0)))
     merged["nobody but 1"] = numbers((mine["samples"] if rank == 1 else nothing).all_reduce())
     try:
@@ -133,6 +157,14 @@ def test_a_process_may_have_no_samples(merged):
     expected = numbers(measured(SHARES[1])["samples"])
     for rank in range(WORLD):
         for quantity, value in merged[rank]["nobody but 1"].items():
+            torch.testing.assert_close(value, expected[quantity], rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_without_influence_has_none_in_the_merged_layer(merged):
+    expected = inert_numbers(keys(slice(0, 20)))
+    assert expected["bias_inert"].all() and expected["dw"].isfinite().all()
+    for rank in range(WORLD):
+        for quantity, value in merged[rank]["inert"].items():
             torch.testing.assert_close(value, expected[quantity], rtol=1e-12, atol=1e-12)
 
 
