@@ -5,11 +5,13 @@ files, which may come from anywhere: each is checked, and one that is not an ima
 """
 
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -26,6 +28,10 @@ MAPPING = "LOC_synset_mapping.txt"
 MAPPING_BYTES = 2**20
 # A few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million.
 MAX_PIXELS = 100_000_000
+# First column and row of each pass of an interlaced PNG, and the steps from there.
+INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+INTERLACED += ((0, 1, 1, 2),)
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its color type
 WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -193,7 +199,7 @@ def _images(folder: Path, number: dict[str, int]) -> Images:
 def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     """Returns the image in red, green and blue, squeezed to `side` × `side` pixels.
 
-    Gray images have three equal channels. Only JPEG and PNG are decoded, by Pillow, and only images
+    Gray images have three equal channels, and those of 16 bits are scaled to 8. Only JPEG and PNG are decoded, by Pillow, and only images
     of at most `MAX_PIXELS` pixels.
 
     Raises:
@@ -213,9 +219,15 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
                         f"'{path}' is an image of {image.width} × {image.height} pixels, more than "
                         "is safe to unpack."
                     )
-                pixels = np.array(
-                    image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-                )
+                if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                    image.load()
+                    bytes_ = np.rint(np.asarray(image) / 257).astype(np.uint8)
+                    colored = Image.fromarray(bytes_).convert("RGB")
+                else:
+                    colored = image.convert("RGB")
+                if image.format == "PNG" and not _has_all_rows(file):
+                    raise ValueError("Rows are missing.")  # which Pillow leaves black
+                pixels = np.array(colored.resize((side, side), Image.Resampling.BILINEAR))
     except RuntimeError:
         raise
     except Exception as error:  # which one depends on the byte that is wrong
@@ -224,6 +236,34 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
             f"'{path}' cannot be read as an image ({reason}). Delete the file or copy it anew."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _has_all_rows(file: BinaryIO) -> bool:
+    """Whether the compressed pixels of a PNG are as many as its header says."""
+    file.seek(8)
+    unpacked, needed, stream = 0, 0, zlib.decompressobj()
+    while len(start := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", start)
+        content = file.read(length)
+        file.seek(4, os.SEEK_CUR)
+        if kind == b"IHDR":
+            needed = _unpacked_size(*struct.unpack(">IIBBxxB", content))
+        while kind == b"IDAT" and not stream.eof and unpacked < needed:
+            piece = stream.decompress(content, 2**20)
+            unpacked, content = unpacked + len(piece), stream.unconsumed_tail
+            if not piece and not content:
+                break
+    return unpacked >= needed
+
+
+def _unpacked_size(width: int, height: int, bits: int, color: int, interlaced: int) -> int:
+    """The bytes of all rows of a PNG, each with the byte for its filter."""
+    size = 0
+    for column, row, right, down in INTERLACED if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((column - width) // right), -((row - height) // down)
+        if columns > 0 and rows > 0:
+            size += rows * (1 + (columns * bits * CHANNELS[color] + 7) // 8)
+    return size
 
 
 class _Files(Dataset):

@@ -233,16 +233,67 @@ def test_other_kinds_of_jpeg_and_png_are_color_images_too(tmp_path, content):
     assert read_photograph(written(tmp_path, content), 9).shape == (3, 9, 9)
 
 
-def large_png(side: int) -> bytes:
-    """A few bytes that unpack to side² pixels."""
+def raw_png(width, height, bits, color, rows: bytes, interlaced=0) -> bytes:
+    """The PNG format by hand: signature, header, packed rows, end."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + checksum
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(b""))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlaced))
+    pixels = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def large_png(side: int) -> bytes:
+    """A few bytes that unpack to side² pixels."""
+    return raw_png(side, side, 1, 0, b"")
+
+
+@pytest.mark.parametrize("low", [0, 30_000, 65_000])
+def test_gray_images_of_16_bits_keep_their_brightness(tmp_path, low):
+    """Written byte by byte, without Pillow; 65,535 is white, as 255 is in 8 bits."""
+    high = min(low + 20_000, 65_536)
+    gray = np.random.default_rng(0).integers(low, high, (20, 30)).astype(">u2")
+    gray[0, 0], gray[0, 1] = 0, 65_535
+    rows = b"".join(b"\0" + row.tobytes() for row in gray)
+    image = read_photograph(written(tmp_path, raw_png(30, 20, 16, 0, rows)), 20)
+    whole = Image.fromarray(np.rint(gray / 257).astype(np.uint8))
+    expected = np.asarray(whole.resize((20, 20), Image.Resampling.BILINEAR))
+    assert all(np.array_equal(channel, expected) for channel in image.numpy())
+    assert abs(image.float().mean() - gray.mean() / 257) < 2
+    square = raw_png(2, 2, 16, 0, b"\0" + gray[0, :2].tobytes() + b"\0" + gray[0, 1::-1].tobytes())
+    assert read_photograph(written(tmp_path, square), 2)[0].tolist() == [[0, 255], [255, 0]]
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(
+    ("bits", "color", "pixel_bits"),
+    [(1, 0, 1), (2, 0, 2), (8, 0, 8), (16, 0, 16), (8, 2, 24), (16, 2, 48), (8, 4, 16), (8, 6, 32)],
+)
+def test_a_png_without_some_of_its_rows_is_one_message(
+    tmp_path, bits, color, pixel_bits, interlaced
+):
+    """All chunks are there, and their checksums are right: fewer rows are packed in them."""
+    side = 8
+    passes = [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)] if interlaced else [(8, 8)]
+    rows = [b"\0" * (1 + (width * pixel_bits + 7) // 8) for width, n in passes for _ in range(n)]
+    whole = raw_png(side, side, bits, color, b"".join(rows), interlaced)
+    assert read_photograph(written(tmp_path, whole), 9).max() == 0
+    for kept in (len(rows) - 1, len(rows) // 2, 1, 0):
+        half = raw_png(side, side, bits, color, b"".join(rows[:kept]), interlaced)
+        path = written(tmp_path, half)
+        with pytest.raises(RuntimeError, match="cannot be read as an image") as caught:
+            read_photograph(path, 9)
+        assert f"'{path}'" in one_message(caught.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 2), (33, 17)])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_whole_pngs_of_any_size_are_read(tmp_path, mode, size):
+    content = io.BytesIO()
+    Image.new(mode, size).save(content, "PNG")
+    assert read_photograph(written(tmp_path, content.getvalue()), 4).shape == (3, 4, 4)
 
 
 BROKEN = {
