@@ -1,5 +1,9 @@
 """Handwritten digits: scikit-learn's 1,797 small ones, shifted copies of them, and MNIST."""
 
+import gzip
+import math
+import tempfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +11,11 @@ import torch
 from torch import Tensor
 
 from biasshift.data.augmentation import Scale
-from biasshift.data.dataset import DataSet, obtain, split
+from biasshift.data.dataset import DataSet, data_root, obtain, split
 
 DIGITS_TRAIN, DIGITS_VALID = 1_437, 180  # of 1,797 images; the remaining 180 test
-# Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them.
+# Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them, or with
+# .gz as they are published.
 MNIST_FILES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
     "train-labels-idx1-ubyte": (60_000,),
@@ -74,8 +79,8 @@ def mnist(
     open.
 
     Args:
-        root: the folder that holds `MNIST/raw/`, torchvision's layout. Default: `$BIASSHIFT_DATA`,
-            else `./data`.
+        root: the folder that holds `MNIST/raw/`, torchvision's layout, with the four files unpacked
+            or as `.gz`. Default: `$BIASSHIFT_DATA`, else `./data`.
         download: fetch the files that are missing. They appear under their names only when all of
             them are complete.
         as_bytes: leave the pixels as stored, in uint8, a quarter of the memory; ``Scale()`` makes
@@ -85,8 +90,17 @@ def mnist(
         FileNotFoundError: files are missing, and downloading them was not allowed or failed.
         RuntimeError: a file is damaged, or is not what its name says.
     """
-    raw = obtain("MNIST", root, "MNIST/raw", list(MNIST_FILES), download)
-    x, y, x_test, y_test = (_read_idx(raw / name, shape) for name, shape in MNIST_FILES.items())
+    raw = data_root(root) / "MNIST/raw"
+    packed = {name for name in MNIST_FILES if not (raw / name).exists()}
+    files = [
+        f"{name}.gz" if name in packed and (raw / f"{name}.gz").exists() else name
+        for name in MNIST_FILES
+    ]
+    obtain("MNIST", root, "MNIST/raw", files, download)
+    shapes = MNIST_FILES.values()
+    x, y, x_test, y_test = (
+        _read_idx(raw / file, shape) for file, shape in zip(files, shapes, strict=True)
+    )
     x, x_test = x.flatten(1), x_test.flatten(1)
     if not as_bytes:
         x, x_test = Scale()(x), Scale()(x_test)
@@ -102,8 +116,18 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
         "It is damaged or a file of another data set: delete it and run again with a network, or "
         "copy it anew"
     )
+    read = read_image_file if len(shape) == 3 else read_label_file
     try:
-        values = read_image_file(str(path)) if len(shape) == 3 else read_label_file(str(path))
+        if path.suffix == ".gz":
+            with gzip.open(path) as packed, tempfile.NamedTemporaryFile() as unpacked:
+                # a byte more than there should be, after a header of at most 16
+                unpacked.write(packed.read(math.prod(shape) + 17))
+                unpacked.flush()
+                values = read(unpacked.name)
+        else:
+            values = read(str(path))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RuntimeError(f"'{path}' is not a complete gzip file. {remedy}.") from error
     except OSError as error:
         raise RuntimeError(f"'{path}' cannot be read ({error.strerror}). {remedy}.") from error
     except Exception as error:

@@ -1,5 +1,6 @@
 """Digits and MNIST: their files, their splits, and shifted copies of their images."""
 
+import gzip
 import struct
 from itertools import product
 from pathlib import Path
@@ -212,6 +213,77 @@ def test_a_damaged_file_is_one_message_that_names_it(small_mnist, tmp_path, name
 def test_other_data_under_mnists_names_is_refused(small_mnist, tmp_path):
     labels = small_mnist / "train-labels-idx1-ubyte"
     labels.write_bytes(idx(torch.full((12,), 10)))
+    with pytest.raises(RuntimeError, match="must hold labels from 0 to 9, got 10"):
+        data.mnist(tmp_path)
+    labels.unlink()
+    labels.mkdir()
+    with pytest.raises(RuntimeError, match=r"cannot be read \(Is a directory\)"):
+        data.mnist(tmp_path)
+
+
+# -- MNIST as it is published ----------------------------------------------------------------------
+
+
+def pack(raw: Path, names=tuple(SMALL)) -> None:
+    for name in names:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("download", [False, True])
+def test_packed_files_are_read_without_a_network(small_mnist, tmp_path, count, download):
+    unpacked = data.mnist(tmp_path, download=False)
+    pack(small_mnist, list(SMALL)[-count:])
+    present = sorted(small_mnist.iterdir())
+    packed = data.mnist(tmp_path, download=download)
+    for name in ("x_train", "y_train", "x_valid", "y_valid", "x_test", "y_test"):
+        assert torch.equal(getattr(packed, name), getattr(unpacked, name))
+    assert sorted(small_mnist.iterdir()) == present  # nothing is unpacked into the folder
+
+
+def test_an_unpacked_file_is_preferred_to_the_packed_one(small_mnist, tmp_path):
+    expected = data.mnist(tmp_path).y_train
+    (small_mnist / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    assert torch.equal(data.mnist(tmp_path).y_train, expected)
+
+
+def test_a_missing_file_is_named_where_the_others_are_packed(small_mnist, tmp_path):
+    pack(small_mnist)
+    (small_mnist / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks t10k-labels-idx1-ubyte of MNIST"):
+        data.mnist(tmp_path, download=False)
+
+
+def wrongly_packed(values: torch.Tensor) -> dict[str, bytes]:
+    """Ways in which a packed file can be broken: what is in it, and the packing."""
+    good = gzip.compress(idx(values))
+    contents_wrong = {f"{fault} in it": gzip.compress(b) for fault, b in wrong(values).items()}
+    return contents_wrong | {
+        "empty": b"",
+        "truncated": good[:-9],
+        "without its checksum": good[:-8],
+        "wrong checksum": good[:-8] + bytes(8),
+        "not packed": idx(values),
+        "html": b"<!DOCTYPE html><title>404</title>",
+        "bytes turned": good[:20] + bytes(255 - byte for byte in good[20:30]) + good[30:],
+    }
+
+
+@pytest.mark.parametrize("fault", wrongly_packed(torch.zeros(1, 1, 1, dtype=torch.int64)))
+@pytest.mark.parametrize("name", SMALL)
+def test_a_damaged_packed_file_is_one_message_that_names_it(small_mnist, tmp_path, name, fault):
+    pack(small_mnist)
+    (small_mnist / f"{name}.gz").write_bytes(wrongly_packed(contents()[name])[fault])
+    with pytest.raises(RuntimeError) as caught:
+        data.mnist(tmp_path)
+    assert str(small_mnist / f"{name}.gz") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_data_in_packed_files_is_refused(small_mnist, tmp_path):
+    pack(small_mnist)
+    labels = small_mnist / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(torch.full((12,), 10))))
     with pytest.raises(RuntimeError, match="must hold labels from 0 to 9, got 10"):
         data.mnist(tmp_path)
     labels.unlink()
