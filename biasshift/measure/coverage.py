@@ -9,6 +9,7 @@ whole model is raised.
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -311,18 +312,20 @@ def _batch_dependent(
     """
     random_states = _random_states(x)
     examples, alone, rows, reasons = _run_alone(model, modules, x)
+    runs = [(torch.arange(examples), alone), *_run_among_others(model, x, examples)]
     if not all(map(torch.equal, random_states, _random_states(x))):
-        where = _first_difference(model, x, examples)
+        where = _first_difference(model, x, runs[0][0])
         raise ValueError(
             f"The model draws random numbers{where}: no example has an error of its own. Call "
             "model.eval() first."
         )
-    if not _agree(outputs[:examples].detach(), alone):
-        where = _first_difference(model, x, examples)
-        raise ValueError(
-            f"An example's outputs change with the rest of its batch, or by the call{where}: it "
-            "has no error of its own."
-        )
+    for chosen, returned in runs:
+        if not _agree(outputs[chosen].detach(), returned):
+            where = _first_difference(model, x, chosen)
+            raise ValueError(
+                f"An example's outputs change with the rest of its batch, or by the call{where}: "
+                "it has no error of its own."
+            )
     for name in tape.calls:
         row_counts = rows.get(name, set())
         if not expand and not row_counts:
@@ -361,25 +364,48 @@ def _run_alone(
     raise AssertionError("x is not empty")
 
 
+def _run_among_others(model: nn.Module, x: Tensor, examples: int) -> list[tuple[Tensor, Tensor]]:
+    """Which examples ran in other batches, as indices, and their outputs.
+
+    The last ones alone show what depends on earlier examples, and a few in reverse order what
+    depends on places in between. A model for one size of batch runs on all in reverse order, and on
+    batches that hold nothing but the first example, or the last.
+    """
+    every, last = torch.arange(len(x)), len(x) - 1
+    few = torch.tensor(sorted({0, last // 2, last}, reverse=True))
+    filled = (torch.full_like(every, i) for i in (0, last))
+
+    def run(batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        outputs = []
+        for chosen in batches:
+            with suppress(Exception), torch.no_grad():  # a model for some sizes of batch
+                outputs.append((chosen, model(x[chosen])))
+        return outputs
+
+    runs = run([every[-examples:], few]) if examples <= last else []
+    return runs if len(runs) == 2 or not last else runs + run([every.flip(0), *filled])
+
+
 def _random_states(x: Tensor) -> list[Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
 
 
-def _first_difference(model: nn.Module, x: Tensor, examples: int) -> str:
-    """The first module whose output for the first examples differs between two runs, in words."""
-    runs: list[list[tuple[str, Tensor]]] = []
+def _first_difference(model: nn.Module, x: Tensor, chosen: Tensor) -> str:
+    """The first module whose output for the chosen examples differs between two runs, in words."""
+    runs: list[list[tuple[str, Tensor | None]]] = []
 
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if output.dim() > 0:
-            runs[-1].append((name, output[:examples].clone()))
+        has_rows = output.dim() > 0 and len(output) == len(part)
+        runs[-1].append((name, output.clone() if has_rows else None))
 
     with torch.no_grad(), output_hooks(dict(model.named_modules()), record):
-        for part in (x, x[:examples]):
+        for part in (x, x[chosen]):
             runs.append([])
             model(part)
     for (name, in_batch), (_, alone) in zip(*runs, strict=False):
-        if name and in_batch.is_floating_point() and not _agree(in_batch, alone):
-            return f", first seen at '{name}'"
+        if name and in_batch is not None and alone is not None and in_batch.is_floating_point():
+            if not _agree(in_batch[chosen], alone):
+                return f", first seen at '{name}'"
     return ""
 
 

@@ -714,6 +714,187 @@ def test_coupled_or_random_functions_are_refused(kind: type[nn.Module], words: s
     assert all(float(buffer) == 0 for buffer in model.buffers())
 
 
+class Cumulative(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.elu(self.stem(x)).cumsum(0))
+
+
+class FromTheEnd(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.elu(self.stem(x)).flip(0).cumsum(0).flip(0))
+
+
+class RelativeToTheFirst(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        return self.head(h - h[:1])
+
+
+class RelativeToTheLast(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        return self.head(h - h[-1:])
+
+
+class RelativeToTheOneBefore(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        return self.head(torch.cat([h[:1], h[1:] - h[:-1]]))
+
+
+class BetweenTheEnds(TwoLayers):
+    """The first and the last example are right, those in between are mixed with one another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x))
+        return self.head(torch.cat([h[:1], h[1:-1] - h[1:-1].mean(0), h[-1:]]) if len(h) > 4 else h)
+
+
+class SmoothedOverExamples(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = x.new_tensor([[[0.0, 1.0, 0.5]]])
+        return self.head(F.conv1d(F.elu(self.stem(x)).T[:, None], kernel, padding=1)[:, 0].T)
+
+
+class Recurrent(TwoLayers):
+    """PyTorch's recurrent layers have time in front, by default."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, **options: Any) -> None:
+        super().__init__()
+        self.recurrent = kind(6, 6, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(F.elu(self.stem(x)))[0])
+
+
+class Causal(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.stem(x)).transpose(0, 1)
+        return self.head(F.scaled_dot_product_attention(h, h, h, is_causal=True).transpose(0, 1))
+
+
+class Even(TwoLayers):
+    """Runs on an even number of examples only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixed(F.elu(self.stem(x)).unflatten(0, (-1, 2))).flatten(0, 1))
+
+    def mixed(self, pairs: Tensor) -> Tensor:
+        return pairs
+
+
+class Pairs(Even):
+    def mixed(self, pairs: Tensor) -> Tensor:
+        return pairs - pairs.mean(1, keepdim=True) / 2
+
+
+class Siamese(Even):
+    """The product with the example half a batch away, which reversing the batch does not change."""
+
+    def mixed(self, pairs: Tensor) -> Tensor:
+        h = pairs.flatten(0, 1)
+        return (h * h.roll(len(h) // 2, 0)).unflatten(0, (-1, 2))
+
+
+class Neighbors(TwoLayers):
+    """A graph's nodes for examples: one size, as its neighborhoods are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("neighborhoods", torch.eye(8) + torch.eye(8).roll(1, 0) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neighborhoods @ F.elu(self.stem(x)))
+
+
+class OnlyEight(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixed(F.elu(self.stem(x)).reshape(8, 6)))
+
+    def mixed(self, h: Tensor) -> Tensor:
+        return h
+
+
+class OnlyEightAveraged(OnlyEight):
+    def mixed(self, h: Tensor) -> Tensor:
+        return h - h.mean(0)
+
+
+class OnlyEightCumulative(OnlyEight):
+    def mixed(self, h: Tensor) -> Tensor:
+        return h.cumsum(0)
+
+
+def depend_on_each_other(model: nn.Module, x: Tensor) -> bool:
+    """Whether some example's outputs have a derivative by another example's input."""
+    jacobian = torch.autograd.functional.jacobian(model, x)
+    examples = jacobian.dim() - x.dim()
+    axes = [axis for axis in range(jacobian.dim()) if axis not in (0, examples)]
+    influences = jacobian.abs().amax(axes)
+    return bool((influences - influences.diag().diag()).any())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (Cumulative, (8, 5)),
+        (Cumulative, (2, 5)),
+        (FromTheEnd, (8, 5)),
+        (RelativeToTheFirst, (8, 5)),
+        (RelativeToTheFirst, (2, 5)),
+        (RelativeToTheLast, (8, 5)),
+        (RelativeToTheOneBefore, (8, 5)),
+        (BetweenTheEnds, (8, 5)),
+        (SmoothedOverExamples, (8, 5)),
+        (Recurrent, (8, 4, 5)),
+        (lambda: Recurrent(nn.GRU, bidirectional=False), (8, 8, 5)),
+        (lambda: Recurrent(nn.RNN, num_layers=2), (5, 6, 5)),
+        (Causal, (5, 6, 5)),
+        (Causal, (8, 8, 5)),
+        (Pairs, (8, 5)),
+        (Siamese, (8, 5)),
+        (Neighbors, (8, 5)),
+        (OnlyEightAveraged, (8, 5)),
+        (OnlyEightCumulative, (8, 5)),
+    ],
+)
+@sharing
+def test_examples_that_depend_on_some_of_their_batch_are_refused(
+    kind: Callable[[], nn.Module], shape: tuple[int, ...], weight_sharing: str
+) -> None:
+    model, x = two_layers(kind), inputs(*shape)
+    assert depend_on_each_other(model, x)
+    options = {"layers": ["stem", "head"], "weight_sharing": weight_sharing}
+    refused(model, x, "change with the rest of its batch", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (Even, (8, 5)),
+        (OnlyEight, (8, 5)),
+        (TwoLayers, (1, 5)),
+        (TwoLayers, (2, 5)),
+        (TwoLayers, (3, 5)),
+        (TwoLayers, (3, 4, 5)),
+    ],
+)
+def test_independent_examples_of_any_size_of_batch_are_measured(
+    kind: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = two_layers(kind), inputs(*shape)
+    assert not depend_on_each_other(model, x)
+    right(model, x, two_layers())
+
+
+def test_a_recurrent_model_with_its_examples_in_front_is_right() -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(nn.LSTM, batch_first=True).double(), inputs(5, 4, 5)
+    assert not depend_on_each_other(model, x)
+    table = bs.check(model, x, examples=5).set_index("module")
+    assert table.covered[["stem", "head"]].all() and table.error[["stem", "head"]].max() < 1e-12
+
+
 class Experts(nn.Module):
     """Every example goes to one of two layers."""
 
