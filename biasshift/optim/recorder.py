@@ -61,6 +61,11 @@ class Recorder:
             ),
         ]
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether the hooks are still on the model."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Takes all hooks off the model. Calling it again does nothing."""
         while self._handles:

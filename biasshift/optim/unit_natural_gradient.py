@@ -22,7 +22,7 @@ from biasshift.measure.hooks import underlying
 from biasshift.optim.curvature import Curvature
 from biasshift.optim.recorder import Recorder
 from biasshift.optim.running_sums import RunningSums
-from biasshift.optim.update_rule import UpdateRule, check, covered, refuse_large
+from biasshift.optim.update_rule import CHOICES, UpdateRule, check, covered, refuse_large
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -150,13 +150,13 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             "unit_damping": unit_damping,
         }
         self.update_every, self.decay = update_every, decay
-        check(
-            model,
-            update_every=update_every,
-            decay=decay,
-            max_dense_inputs=max_dense_inputs,
+        numbers = {
             **defaults,
-        )
+            "update_every": update_every,
+            "decay": decay,
+            "max_dense_inputs": max_dense_inputs,
+        }
+        check(model, **numbers)
         root = underlying(model)
         self._layers = covered(root) if self.rule.needs_sums else {}
         distributed = (
@@ -168,9 +168,38 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         self.generator = generator or torch.Generator(next(model.parameters()).device).manual_seed(
             dist.get_rank() if distributed else 0
         )
+        self._model, self._distributed = model, distributed
+        self._options = {**{name: getattr(self.rule, name) for name in CHOICES}, **numbers}
         self._steps = 0
         self._curvatures: dict[str, Curvature] = {}
         self._recorder = Recorder(root, self._layers, self.rule, self.generator, distributed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: the model, the arguments, and the ``state_dict``.
+
+        A copy records the copy of the model that is made with it. What it does not have are the
+        passes since the last step.
+        """
+        if self._distributed:
+            raise RuntimeError(
+                "An optimizer that shares its sums with other processes cannot be copied. Make a "
+                "new one of the copied model, and give it this one's state_dict."
+            )
+        return {
+            "model": self._model,
+            "options": self._options,
+            "state_dict": self.state_dict(),
+            "is_recording": self._recorder.is_recording,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "model" not in state:  # PyTorch's own, as its load_state_dict gives
+            super().__setstate__(state)
+            return
+        UnitNaturalGradient.__init__(self, state["model"], **state["options"])
+        self.load_state_dict(state["state_dict"])
+        if not state["is_recording"]:
+            self.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the model's parameters, as the only group; PyTorch calls it once.

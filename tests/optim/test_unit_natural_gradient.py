@@ -570,6 +570,77 @@ def test_a_saved_state_goes_on_to_the_same_numbers(center, scale):
     )
 
 
+def saved_and_loaded(pair):
+    file = BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def alone(optimizer):
+    return optimizer._recorder.root, optimizer
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "torch.save": saved_and_loaded,
+    "twice": lambda pair: copy.deepcopy(copy.deepcopy(pair)),
+    "optimizer first": lambda pair: copy.deepcopy(pair[::-1])[::-1],
+    "optimizer alone": lambda pair: alone(copy.deepcopy(pair[1])),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9, "update_every": 2, "damping": 0.3},
+        {"center": "p", "scale": "none", "weight_decay": 0.1},
+        {"center": "none", "scale": "none"},
+        {"labels": "empirical", "max_dense_inputs": 4, "kl_clip": 1e-3, "unit_damping": 0.1},
+    ],
+)
+def test_a_copy_goes_on_to_the_same_numbers_and_leaves_the_original_alone(options, way, steps):
+    model, x, y = BY_NAME["mlp-elu"].build()
+    optimizer = UnitNaturalGradient(model, 0.02, **options)
+    train(model, optimizer, x, y, steps)
+    optimizer.param_groups[0]["lr"] = 0.03  # as a schedule would
+    twin, copied = COPIES[way]((model, optimizer))
+    assert copied.param_groups[0]["params"][0] is next(twin.parameters())
+    before = flat(model)
+    train(twin, copied, x, y, 4)
+    assert torch.equal(flat(model), before)
+    train(model, optimizer, x, y, 4)
+    assert torch.equal(flat(model), flat(twin)) and not torch.equal(flat(model), before)
+    copied.remove()
+    take_step(model, optimizer, x, y)  # whose hooks are its own
+
+
+def test_a_copy_of_an_optimizer_whose_hooks_were_removed_has_none():
+    model, x, y = BY_NAME["mlp-elu"].build()
+    optimizer = UnitNaturalGradient(model, 0.1)
+    take_step(model, optimizer, x, y)
+    optimizer.remove()
+    twin, copied = copy.deepcopy((model, optimizer))
+    pristine(twin)
+    for net, of_net in ((model, optimizer), (twin, copied)):
+        take_step(net, of_net, x, y)
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_a_copied_generator_draws_the_same_labels_and_is_another_one():
+    model, x, y = BY_NAME["mlp-elu"].build()
+    optimizer = UnitNaturalGradient(model, 0.1, generator=torch.Generator().manual_seed(5))
+    take_step(model, optimizer, x, y)
+    twin, copied = copy.deepcopy((model, optimizer))
+    drawn = optimizer.generator.get_state()
+    assert torch.equal(copied.generator.get_state(), drawn)
+    take_step(twin, copied, x, y)
+    assert torch.equal(optimizer.generator.get_state(), drawn)
+
+
 def test_the_state_of_another_rule_is_refused():
     model, x, y = BY_NAME["mlp-elu"].build()
     optimizer = UnitNaturalGradient(model, 0.1)
@@ -1087,6 +1158,8 @@ def _part(rank: int, folder: str) -> None:
     model, x, y = BY_NAME["mlp-elu"].build()
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = UnitNaturalGradient(wrapped, 0.05, labels="empirical")
+    with pytest.raises(RuntimeError, match=r"cannot be copied.*copied model.*state_dict"):
+        copy.deepcopy(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         F.cross_entropy(wrapped(x[20 * rank :][:20]), y[20 * rank :][:20]).backward()
