@@ -199,8 +199,8 @@ def _images(folder: Path, number: dict[str, int]) -> Images:
 def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     """Returns the image in red, green and blue, squeezed to `side` × `side` pixels.
 
-    Gray images have three equal channels, and those of 16 bits are scaled to 8. Only JPEG and PNG are decoded, by Pillow, and only images
-    of at most `MAX_PIXELS` pixels.
+    Gray images have three equal channels, and those of 16 bits are scaled to 8. Only JPEG and PNG
+    are decoded, by Pillow, and only images of at most `MAX_PIXELS` pixels.
 
     Raises:
         RuntimeError: the file cannot be read, or is not a whole JPEG or PNG image.

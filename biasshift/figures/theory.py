@@ -97,7 +97,8 @@ def effective_means(table: pd.DataFrame) -> pd.DataFrame:
 
     Units of layers fed by the data are left out. So are those with fewer than ten effective samples
     per incoming activation: their k is biased. `enough` is the share of units that are left, and
-    `smaller` the share of those whose corrected mean is the smaller one.
+    `smaller` the share of those whose corrected mean is the smaller one. Where no unit is left,
+    `enough` is 0 and the others are NaN.
     """
     plots.need(table, [*MEANS, "effective_samples", "inputs", "activation"], "theory2")
     units, step = _measured_units(table), ["run", "step"]
@@ -106,8 +107,8 @@ def effective_means(table: pd.DataFrame) -> pd.DataFrame:
     sure = units.loc[units["enough"] > 0]
     sure = sure.assign(smaller=(sure["norm_corrected_mean"] < sure["norm_mean_p"]).astype(float))
     by_step = sure.groupby(step)
-    rows = by_step[list(MEANS)].median().join(by_step["smaller"].mean())
-    rows = rows.join(units.groupby(step)["enough"].mean()).reset_index()
+    rows = units.groupby(step)[["enough"]].mean().join(by_step[list(MEANS)].median())
+    rows = rows.join(by_step["smaller"].mean()).reset_index()
     return _with_epochs(rows.assign(layer="", unit=-1), table)
 
 
@@ -149,7 +150,8 @@ def numbers2(table: pd.DataFrame) -> list[Number]:
     """Returns k and the means at the last step at which most units have enough samples.
 
     Then the shares of units with |μ − k m| < |μ| before training, after the first epoch, and at the
-    end. Only units with enough samples count. Tables of earlier versions do not have these shares.
+    end. Only units with enough samples count; where no run has any at the end, that is said. Tables
+    of earlier versions do not have these shares.
     """
     enough = table.loc[table["enough"] >= ENOUGH_UNITS]
     numbers = [
@@ -166,6 +168,12 @@ def numbers2(table: pd.DataFrame) -> list[Number]:
         for moment, rows in moments.items():
             name = f"units with |μ − k m| < |μ| {moment}"
             numbers += final_values(table.loc[rows], "smaller", {}, name, percent=True)
+        ends = table.loc[moments["at the end"]]
+        numbers += [
+            Number(f"{name}, {label}", "none: no unit has enough samples")
+            for _, label, rows in by_activation(ends)
+            if rows["smaller"].isna().all()
+        ]
     return numbers
 
 

@@ -385,6 +385,42 @@ def test_theory2_counts_the_units_whose_mean_the_correction_makes_smaller():
     assert len(numbers("theory2", small.drop(columns="smaller"))) == 3  # of a table from before
 
 
+@pytest.mark.parametrize("last", [0, 25, 75])
+@pytest.mark.parametrize("activations", [["elu"], ["elu", "relu"]])
+def test_theory2_says_that_there_is_nothing_at_the_end_where_no_unit_qualifies(activations, last):
+    """Units of "elu" have too few samples behind step `last`; those of "relu" always enough."""
+    planted = table(
+        Planted(activation, seed, every=25, along=lambda step, layer: {"smaller": 1.0})
+        for activation in activations
+        for seed in range(2)
+    )
+    units = (planted["unit"] >= 0) & planted["coupling"].notna()
+    planted.loc[units, "k"] = 0.5
+    few = units & (planted["activation"] == "elu") & (planted["step"] > last)
+    planted.loc[few, "effective_samples"] = 1.0
+    figure, small = drawn("theory2", planted)
+    here = {number.quantity: number.here for number in numbers("theory2", small)}
+    at_the_end = {quantity: text for quantity, text in here.items() if "at the end" in quantity}
+    name = "units with |μ − k m| < |μ| at the end"
+    assert at_the_end.pop(f"{name}, ELU") == "none: no unit has enough samples"
+    assert list(at_the_end.values()) == ["100 ± 0 % (n = 2)"] * (len(activations) - 1)
+    assert here["units with |μ − k m| < |μ| at initialization, ELU"] == "100 ± 0 % (n = 2)"
+    assert here["k, as long as most units have enough samples, ELU"] == "0.500 ± 0.000 (n = 2)"
+    share = line(figure.axes[2], "elu").get_data()
+    np.testing.assert_allclose(share, [range(5), [float(25 * e <= last) for e in range(5)]])
+
+
+def test_theory2_counts_at_the_end_the_runs_that_have_units():
+    planted = table(Planted("elu", seed, every=25, along=lambda *_: {}) for seed in range(3))
+    units = (planted["unit"] >= 0) & planted["coupling"].notna()
+    planted.loc[units, "k"] = 0.5
+    few = units & (planted["seed"] == 1) & (planted["step"] > 0)
+    planted.loc[few, "effective_samples"] = 1.0
+    here = {n.quantity: n.here for n in numbers("theory2", condensed("theory2", planted))}
+    assert here["units with |μ − k m| < |μ| at the end, ELU"].endswith("(n = 2)")
+    assert here["units with |μ − k m| < |μ| at initialization, ELU"].endswith("(n = 3)")
+
+
 def test_theory3_adds_up_absolute_parts_behind_the_first_layer(runs):
     figure, small = drawn("theory3", runs)
     whole, along, layers = figure.axes
