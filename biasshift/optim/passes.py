@@ -59,6 +59,8 @@ class Pass:
     sums: dict[str, RunningSums] = field(default_factory=dict)
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient
+    bypassed: list[str] = field(default_factory=list)  # layers whose errors cannot come back
+    without_gradients: set[str] = field(default_factory=set)  # layers that ran in torch.no_grad
 
 
 # -- hooks -----------------------------------------------------------------------------------------

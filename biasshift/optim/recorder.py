@@ -49,6 +49,7 @@ class Recorder:
         self.references: dict[str, Tensor] = {}
         self._passes: list[Pass] = []
         self._tape: Tape | None = None
+        self._called_apart: set[str] = set()  # layers that ran outside of a pass, with gradients
         self._divisor = Divisor(rule)
         # The last to register runs first, so that a layer that is the whole model is recorded
         # before its pass ends.
@@ -74,9 +75,13 @@ class Recorder:
     def forget(self) -> None:
         """Drops the passes of gradients that were dropped, as by ``zero_grad``."""
         self._passes.clear()
+        self._called_apart.clear()
 
     def take(self) -> tuple[float, dict[str, RunningSums]]:
         """Returns what the passes since the last call have recorded, and forgets it.
+
+        Raises:
+            ValueError: If a layer has a gradient that its errors cannot have made.
 
         Returns:
             How many examples the gradients are of, the mean over the processes where gradients are
@@ -84,6 +89,8 @@ class Recorder:
             where a pass has overflowed.
         """
         passes, self._passes = self._passes, []
+        called_apart, self._called_apart = self._called_apart, set()
+        self._check_errors(passes, called_apart)
         with_calls = [forward_pass for forward_pass in passes if forward_pass.calls]
         if with_calls:  # they have waited for the errors of the user's losses
             factor = self._divisor.of(with_calls)
@@ -118,8 +125,11 @@ class Recorder:
         in-place change would not replace.
         """
         layer = self.layers[name]
-        learns = layer.weight.requires_grad and output.requires_grad
-        if self._tape is None or not self.due or module is not layer or not learns:
+        if not self.due or module is not layer or not layer.weight.requires_grad:
+            return None
+        if self._tape is None:
+            if output.requires_grad:
+                self._called_apart.add(name)
             return None
         return self._tape.record(name, module, a, output)
 
@@ -130,6 +140,7 @@ class Recorder:
         if tape is None or module is not self.root or not learns:
             return
         forward_pass = Pass(len(output) if output.dim() else 1)
+        forward_pass.without_gradients = set(tape.refused)
         if tape.calls:
             with torch.autocast(output.device.type, enabled=False):
                 self._take_calls(forward_pass, tape.calls, output)
@@ -160,6 +171,7 @@ class Recorder:
             self._check_outputs(output, calls)
             if self.rule.labels == "empirical":
                 forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
+                forward_pass.bypassed = self._bypassed(output, calls)
                 for edge, call in zip(edges, recorded, strict=True):
                     edge.node.register_prehook(partial(call.keep, edge.output_nr))
                 return
@@ -173,7 +185,29 @@ class Recorder:
             )
             for call, delta in zip(recorded, deltas, strict=True):
                 call.delta = delta
+            if any(delta is None for delta in deltas):
+                forward_pass.bypassed = self._bypassed(output, calls)
         self._form_sums(forward_pass, 1.0)
+
+    def _bypassed(self, output: Tensor, calls: Mapping[str, list[Call]]) -> list[str]:
+        """Layers whose weights the outputs depend on, by another way than their net inputs.
+
+        Without such a way a layer has no influence on the outputs, and δ² is 0.
+        """
+        start = get_gradient_edge(output).node
+        reached, ahead, leaves = {start}, [start], set()
+        while ahead:
+            node = ahead.pop()
+            leaves.add(id(getattr(node, "variable", None)))
+            new = {n for n, _ in node.next_functions if n is not None} - reached
+            reached |= new
+            ahead += new
+        return [
+            name
+            for name, of_layer in calls.items()
+            if id(self.layers[name].weight) in leaves
+            and not any(call.edge.node in reached for call in of_layer)
+        ]
 
     # -- from calls to sums ------------------------------------------------------------------------
 
@@ -211,6 +245,29 @@ class Recorder:
         return self.references[name]
 
     # -- refusals ----------------------------------------------------------------------------------
+
+    def _check_errors(self, passes: list[Pass], called_apart: set[str]) -> None:
+        """Refuses layers that δ² = 0 would give the plain gradient, though they have errors."""
+
+        def has_gradient(name: str) -> bool:
+            gradient = self.layers[name].weight.grad
+            return gradient is not None and bool(gradient.any())
+
+        recorded = {name for of_pass in passes for name in (*of_pass.calls, *of_pass.sums)}
+        for forward_pass in passes:
+            for name in filter(has_gradient, forward_pass.bypassed):
+                raise ValueError(
+                    f"Layer '{name}' has a gradient, but no error came back to its net inputs: a "
+                    "hook has replaced them, or a function uses its weights. Let the model go on "
+                    "with what the layer returns."
+                )
+            apart = (forward_pass.without_gradients & called_apart) - recorded
+            for name in filter(has_gradient, sorted(apart)):
+                raise ValueError(
+                    f"Layer '{name}' has a gradient, but ran without gradients in the forward pass,"
+                    " so that no error came back to it. Use checkpoint(…, use_reentrant=False), or "
+                    "no function that computes the layer again."
+                )
 
     def _check_outputs(self, output: Tensor, calls: Mapping[str, list[Call]]) -> None:
         if output.dim() < 2 or not output.is_floating_point():

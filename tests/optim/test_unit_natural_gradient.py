@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import biasshift as bs
 from biasshift.measure import layer_types
+from biasshift.measure.hooks import Call
 from biasshift.optim import UnitNaturalGradient
 
 DAMPING = 0.03
@@ -884,6 +885,168 @@ def test_a_checkpointed_block_is_recorded_once(labels):
         train(net, optimizer, x, y, 3)
         ends.append(flat(net))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+# -- errors that cannot come back ------------------------------------------------------------------
+
+
+class Recomputed(torch.autograd.Function):
+    """A block whose activations are computed again in the backward pass, as reversible nets do."""
+
+    @staticmethod
+    def forward(ctx, block, x, *parameters):
+        ctx.block, ctx.parameters = block, parameters
+        ctx.save_for_backward(x)
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.block(x)
+        return None, *torch.autograd.grad(out, (x, *ctx.parameters), gradient)
+
+
+class Bypassed(nn.Module):
+    """Three layers, the second of which is ``inner``, called in one of several ways."""
+
+    def __init__(self, way: str, dims: int) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.way, self.dims = way, dims
+        if way == "replaced by a hook":
+            self.inner.register_forward_hook(lambda m, args, out: self.functional(args[0]))
+
+    def functional(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.inner.weight, self.inner.bias)
+
+    def middle(self, h: Tensor) -> Tensor:
+        if self.way == "functional too":
+            self.inner(h)  # for a statistic, say
+            return self.functional(h)
+        if self.way == "reentrant":
+            return checkpoint(self.inner, h, use_reentrant=True)
+        if self.way == "recomputed":
+            return Recomputed.apply(self.inner, h, *self.inner.parameters())
+        return self.inner(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.middle(F.elu(self.first(x))))
+        return self.last(h.mean(1) if self.dims == 3 else h)
+
+
+def bypassed(way: str, dims: int) -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Bypassed(way, dims).double()
+        x = torch.randn(*((20, 4, 5) if dims == 3 else (20, 5)), dtype=torch.float64)
+    return model, x, torch.arange(20) % 3
+
+
+BYPASSES = ("replaced by a hook", "functional too", "reentrant", "recomputed")
+READ_ERRORS = [("q", "full"), ("q", "none"), ("p", "full"), ("none", "diagonal")]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("rule", READ_ERRORS)
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+@pytest.mark.parametrize("way", BYPASSES)
+def test_a_layer_whose_errors_cannot_come_back_is_refused(way, labels, rule, dims):
+    """And takes the step that it is due when called as the others are."""
+    model, x, y = bypassed(way, dims)
+    before = parameters(model)
+    optimizer = UnitNaturalGradient(model, 0.1, *rule, labels=labels)
+    error, words = ValueError, r"Layer 'inner' has a gradient, .* no error came"
+    if (way, labels) == ("reentrant", "sampled"):  # PyTorch lets nobody else differentiate it
+        error, words = RuntimeError, "use_reentrant=False"
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            take_step(model, optimizer, x, y)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    model, x, y = bypassed("called", dims)
+    expected = definitions(model, x, y, rule)
+    optimizer = UnitNaturalGradient(model, 1.0, *rule, damping=DAMPING, labels="empirical")
+    take_step(model, optimizer, x, y)
+    assert_same(updates(model, before), expected)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_net_inputs_of_another_node_are_refused(monkeypatch, labels):
+    """A change in place gives a view another node, where the hook does not return a copy."""
+
+    def record(tape, name, module, a, output):
+        edge = torch.autograd.graph.get_gradient_edge(output)
+        call = Call(a.detach(), a._version, edge, output.shape)
+        tape.calls.setdefault(name, []).append(call)
+
+    monkeypatch.setattr("biasshift.optim.recorder.Tape.record", record)
+    model = nn.Sequential(
+        nn.Linear(5, 12), nn.Unflatten(1, (3, 4)), nn.ELU(inplace=True), nn.Flatten()
+    ).double()
+    viewed = nn.Sequential(nn.Linear(5, 4), nn.ELU(inplace=True), nn.Linear(4, 3)).double()
+    viewed[0].forward = lambda x: F.linear(x, viewed[0].weight, viewed[0].bias).view(len(x), 4)
+    for net, refused in ((model, False), (viewed, True)):
+        optimizer = UnitNaturalGradient(net, 0.1, labels=labels)
+        x, y = torch.ones(6, 5, dtype=torch.float64), torch.arange(6) % 3
+        if refused:
+            with pytest.raises(ValueError, match="Layer '0' has a gradient"):
+                take_step(net, optimizer, x, y)
+        else:
+            take_step(net, optimizer, x, y)
+
+
+class Branching(nn.Module):
+    """A trunk, and a head beside it that the outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head, self.beside = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.fixed = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.elu(self.trunk(x))
+        self.aside = self.beside(h)
+        with torch.no_grad():
+            h = h + self.fixed(x)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+@pytest.mark.parametrize("loss", ["outputs", "penalty", "auxiliary", "zeros"])
+def test_layers_without_influence_on_the_outputs_are_left_alone(loss, labels, rule):
+    """Whether the loss does not read them, decays their weights, or reads a head beside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Branching().double(), torch.randn(20, 5, dtype=torch.float64)
+    y, before = torch.arange(20) % 3, parameters(model)
+    optimizer = UnitNaturalGradient(model, 0.1, *rule, labels=labels, update_every=2)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=loss != "zeros")
+        total = F.cross_entropy(model(x), y)
+        if loss == "penalty":
+            total = total + 0.1 * sum(p.square().sum() for p in model.parameters())
+        if loss == "auxiliary":
+            total = total + F.cross_entropy(model.aside, y)
+        total.backward()
+        optimizer.step()
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    moved = not torch.equal(model.beside.weight, before["beside.weight"])
+    assert moved == (loss in ("penalty", "auxiliary"))
+
+
+def test_a_block_that_is_recomputed_may_run_where_nothing_is_recorded():
+    """Between two updates of the curvature, where no curvature is read, and where it is frozen."""
+    for way in ("reentrant", "recomputed"):
+        for options in ({"update_every": 2}, {"center": "none", "scale": "none"}, {}):
+            model, x, y = bypassed("called", 2)
+            model.inner.requires_grad_(options != {})
+            optimizer = UnitNaturalGradient(model, 0.1, **options)
+            if options:
+                take_step(model, optimizer, x, y)
+                model.way = way
+            take_step(model, optimizer, x, y)
 
 
 @pytest.mark.parametrize("labels", ["sampled", "empirical"])
