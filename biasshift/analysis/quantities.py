@@ -8,13 +8,12 @@ import pandas as pd
 
 from biasshift.analysis.formatting import QUANTITIES
 from biasshift.analysis.grid import cells_of, mixed_option
+from biasshift.fisher.unit_fisher import SAMPLES_PER_INPUT
 
 REFERENCE_DAMPING = 1e-2  # of the examinations at equal loss, the one whose numbers are shown
 EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
-# Effective samples per incoming activation, below which a unit's coupling and gap say little.
-SAMPLES_PER_INPUT = 10
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 AT_THE_END = (
     "unit_mean", "unit_mean_abs", "inherited", "train_loss", "drift_units", "drift_median",

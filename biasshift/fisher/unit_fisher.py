@@ -19,6 +19,8 @@ from biasshift.theory import Scalars, Vectors, dot
 
 TOLERANCE = {torch.float64: 1e-8}  # of the relative residuals; else
 SINGLE_TOLERANCE = 1e-5
+# Effective samples per incoming activation, below which a unit's coupling and gap say little.
+SAMPLES_PER_INPUT = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,9 +334,22 @@ class UnitFisher:
         """``(Σ δ²)² / Σ δ⁴``: how many equally weighted examples q is worth; 0 for a dead unit.
 
         The bias of s, k and the coupling is of order inputs / effective_samples. Below
-        10 × inputs they should carry no claim.
+        10 × inputs they should carry no claim; see `reliable`.
         """
         return self._out(self.sums.effective_samples)
+
+    @property
+    def reliable(self) -> Bool[Tensor, " units"]:
+        """The units whose inverse quantities can carry a claim.
+
+        They are alive, not singular, without an inert bias, and have ten effective samples per
+        input or more. F is estimated without bias, but s, k, the coupling and the natural gradient
+        take its inverse: of few samples, coupling and gap look larger than they are. Select with it
+        before units are averaged, compared or counted, as in ``fisher.coupling[fisher.reliable]``,
+        and report the share that is left out. Damping does not enter the count of samples.
+        """
+        enough = self.effective_samples >= SAMPLES_PER_INPUT * self.sums.first.shape[1]
+        return enough & ~(self.dead | self.singular | self.bias_inert)
 
     @property
     def standard_error(self) -> Scalars:

@@ -330,3 +330,11 @@ def test_the_loss_does_not_move_with_an_inert_bias() -> None:
     F.cross_entropy(model(x), torch.arange(EXAMPLES) % 3).backward()
     keys = model.get_submodule("k")
     assert bool(keys.bias.grad.abs().max() < 1e-15 < 1e-6 < keys.weight.grad.abs().max())
+
+
+def test_a_unit_with_an_inert_bias_is_not_reliable() -> None:
+    model, _ = built(CASES[1])
+    x = torch.randn(4000, POSITIONS, WIDTH, dtype=DOUBLE)
+    fisher = bs.unit_fisher(model, x, damping=DAMPING)["qkv"]
+    assert bool((fisher.effective_samples >= 10 * WIDTH).all())
+    assert torch.equal(fisher.reliable, ~fisher.bias_inert)

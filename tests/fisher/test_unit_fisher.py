@@ -662,3 +662,43 @@ def test_few_samples_inflate_the_coupling() -> None:
     a = torch.randn(512, 128, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     h = bs.UnitFisher.from_samples(a, torch.ones(512, 1, dtype=DOUBLE)).coupling
     assert float(h) == pytest.approx(0.26, abs=0.05)
+
+
+# -- what can carry a claim ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["dense", "implicit"])
+def test_a_reliable_unit_has_ten_effective_samples_per_input(storage: str) -> None:
+    """Units that weigh chosen numbers of samples equally, and so have as many effective ones."""
+    inputs, counts = 3, (29, 30, 31, 100, 0, 100)
+    a = normal(100, inputs)
+    delta2 = torch.zeros(100, len(counts), dtype=DOUBLE)
+    for unit, count in enumerate(counts):
+        delta2[:count, unit] = 2.0  # whose squares and sums are exact
+    a[:50, :] += 0.5
+    fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-3, storage=storage)
+    assert fisher.effective_samples.tolist() == [float(count) for count in counts]
+    assert fisher.reliable.tolist() == [False, True, True, True, False, True]
+    assert torch.equal(fisher.damped(10.0).reliable, fisher.reliable)
+    assert (fisher + fisher).reliable.tolist() == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("storage", ["dense", "implicit"])
+def test_units_without_variance_are_not_reliable_however_many_samples_they_have(
+    storage: str,
+) -> None:
+    a, delta2 = samples(n=200)
+    a[:100] = a[0]  # where the first unit has all of its error
+    delta2[:100, 0], delta2[100:, 0] = 1.0, 0.0
+    delta2[:, 1] = 1.0
+    fisher = bs.UnitFisher.from_samples(a, delta2, damping=1e-3, storage=storage)
+    assert fisher.singular.tolist() == [True, False, False]
+    assert float(fisher.effective_samples[0]) > 10 * a.shape[1]
+    assert fisher.reliable.tolist()[:2] == [False, True]
+
+
+def test_the_factor_of_reliable_units_is_that_of_the_claims() -> None:
+    from biasshift.analysis import SAMPLES_PER_INPUT
+    from biasshift.fisher import unit_fisher
+
+    assert SAMPLES_PER_INPUT == unit_fisher.SAMPLES_PER_INPUT == 10
