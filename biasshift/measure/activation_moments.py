@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from biasshift.measure.hooks import output_hooks, underlying
 from biasshift.measure.layer_types import Selection, selected_modules
 from biasshift.measure.probe import Probe, batches
-from biasshift.measure.sandbox import undisturbed
+from biasshift.measure.sandbox import forward, undisturbed
 
 UnitAxis = int | Mapping[str, int] | None
 # Units on axis 1, behind the examples; and on the last axis.
@@ -116,7 +116,7 @@ def activation_moments(
     with undisturbed(model), output_hooks(recorder.modules, recorder.record):
         for a, _ in batches(model, x, None, batch_size):
             recorder.start_forward()
-            model(a)
+            forward(model, a, recorder.restart_forward)
     return recorder.moments()
 
 
@@ -165,9 +165,15 @@ class ActivationRecorder:
 
         Calls are counted from 0 again, and no weight or norm module has set the unit axis yet.
         """
+        self.before = dict(self.sums)
         self.called: dict[str, int] = {}
         self.axis: int | None = None
         self.units = 0
+
+    def restart_forward(self) -> None:
+        """Forgets what was recorded since `start_forward`, for the forward pass to run again."""
+        self.sums = self.before
+        self.start_forward()
 
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         """Adds one output of an activation module, or notes the unit axis of any other module.

@@ -18,7 +18,7 @@ from biasshift.measure.coverage import refuse, why_not_affine
 from biasshift.measure.hooks import output_hooks, underlying
 from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
 from biasshift.measure.probe import Probe, batches, rereadable
-from biasshift.measure.sandbox import undisturbed
+from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.theory import shift_parts
 
 
@@ -132,7 +132,7 @@ def net_means(
     sums: dict[str, tuple[Tensor, Tensor, int, torch.dtype]] = {}
 
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        layer = modules[name]
+        layer, a, output = modules[name], a.detach(), output.detach()
         if why := why_not_affine(layer, a, output):
             refuse(modules, {name: why})
         incoming, net, positions, _ = sums.get(name, (0.0, 0.0, 0, None))
@@ -145,7 +145,8 @@ def net_means(
 
     with undisturbed(model, evaluate=True), output_hooks(modules, record, raw=True):
         for a, _ in batches(model, x, None, batch_size):
-            model(a)
+            before = dict(sums)
+            forward(model, a, lambda before=before: (sums.clear(), sums.update(before)))
         means = {}
         for name in (name for name in modules if name in sums):
             incoming, net, positions, dtype = sums[name]

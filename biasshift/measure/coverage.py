@@ -19,6 +19,7 @@ from biasshift.measure import layer_types
 from biasshift.measure.hooks import Call, Tape, output_hooks
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
+from biasshift.measure.sandbox import forward
 
 Layers = Mapping[str, WeightLayer]
 Reasons = dict[str, str]  # why a layer cannot be measured, by name
@@ -265,8 +266,8 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
             reasons[name] = "it is not called as a module: its weight is used inside a function"
         elif weight is not None and used > reached:
             reasons[name] = (
-                f"its weight is also used inside a function: {used} uses, but {reached} calls of "
-                "the module"
+                "its weight is also used inside a function, or in a gradient that the forward pass "
+                f"takes: {used} uses, but {reached} calls of the module"
             )
         elif weight is not None and used < reached:
             reasons[name] = "it runs with weights that are not its own (a functional call)"
@@ -357,7 +358,8 @@ def _run_alone(
         rows.clear()
         try:
             with torch.no_grad(), output_hooks(modules, record, raw=True):
-                return count, model(x[:count]), rows, reasons
+                alone = forward(model, x[:count])
+                return count, alone, rows, reasons
         except Exception:  # a model for one size of batch: what it raises depends on the model
             if count == len(x):
                 raise
@@ -379,7 +381,7 @@ def _run_among_others(model: nn.Module, x: Tensor, examples: int) -> list[tuple[
         outputs = []
         for chosen in batches:
             with suppress(Exception), torch.no_grad():  # a model for some sizes of batch
-                outputs.append((chosen, model(x[chosen])))
+                outputs.append((chosen, forward(model, x[chosen])))
         return outputs
 
     runs = run([every[-examples:], few]) if examples <= last else []
@@ -401,7 +403,7 @@ def _first_difference(model: nn.Module, x: Tensor, chosen: Tensor) -> str:
     with torch.no_grad(), output_hooks(dict(model.named_modules()), record):
         for part in (x, x[chosen]):
             runs.append([])
-            model(part)
+            forward(model, part, runs[-1].clear)
     for (name, in_batch), (_, alone) in zip(*runs, strict=False):
         if name and in_batch is not None and alone is not None and in_batch.is_floating_point():
             if not _agree(in_batch[chosen], alone):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from biasshift.measure.sandbox import forward
+
 # May return something else for the module to have returned.
 OutputHook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
@@ -166,11 +168,11 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tup
     """
     tape = Tape()
     with output_hooks(modules, tape.record, raw=True):
-        outputs = model(x)
+        outputs = forward(model, x)
     if tape.overwritten():
         tape = Tape()
         with _reading_copies(modules.values()), output_hooks(modules, tape.record, raw=True):
-            outputs = model(x)
+            outputs = forward(model, x)
     return tape, outputs
 
 

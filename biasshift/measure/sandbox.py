@@ -3,11 +3,12 @@
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from biasshift.precision import full_precision
 
@@ -54,6 +55,25 @@ def undisturbed(
         if evaluate:
             model.eval()
         yield
+
+
+def forward(model: nn.Module, x: Tensor, restart: Callable[[], object] = lambda: None) -> Any:
+    """Returns what the model returns for a copy of the examples, which it may write into.
+
+    A model that differentiates inside its forward pass cannot run without gradients. It is run
+    again with them.
+
+    Args:
+        restart: called before the model runs again, to forget what hooks have recorded so far.
+    """
+    try:
+        return model(x.clone())
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "grad" not in str(error):
+            raise
+    restart()
+    with torch.enable_grad():
+        return model(x.clone())
 
 
 @contextmanager

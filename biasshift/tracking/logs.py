@@ -31,7 +31,7 @@ from biasshift.measure.hooks import LayerGraph, add_output_hook, output_hooks, u
 from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
 from biasshift.measure.options import Options
 from biasshift.measure.probe import Probe, batches
-from biasshift.measure.sandbox import undisturbed
+from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.tracking.rows import (
     activation_columns,
     fisher_columns,
@@ -202,7 +202,7 @@ class ProbeLog(Log):
         modules: dict[str, nn.Module] = {**self.weights, **self.activations}
         with undisturbed(self.model, evaluate=True), output_hooks(modules, self._graph.record):
             first, _ = next(batches(self.model, self.x, None, batch_size))
-            self.model(first[:1])
+            forward(self.model, first[:1])
         self._graph.finish()
 
     # -- around a step -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from biasshift.measure import layer_types
 from biasshift.measure.fisher import measure
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
-from biasshift.measure.sandbox import undisturbed
+from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.verification.reference import has_bias_row, products
 
 Layers = Mapping[str, WeightLayer]
@@ -61,7 +61,7 @@ def compare_layers(
     if not layers:
         return result
     with undisturbed(model):
-        outputs = model(x)
+        outputs = forward(model, x)
     if outputs[0].numel() > OUTPUTS:
         matrix = _combinations(outputs)
         model.register_forward_hook(lambda module, args, outputs: outputs.flatten(1) @ matrix)

@@ -21,7 +21,7 @@ from biasshift.measure.hooks import call_counts, traced, underlying
 from biasshift.measure.likelihoods import Likelihood, refuse_unreadable
 from biasshift.measure.options import Options
 from biasshift.measure.probe import Probe, batches
-from biasshift.measure.sandbox import undisturbed
+from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.verification.agreement import Comparison, compare_layers
 
 # Modules with parameters of several axes, but without units.
@@ -78,7 +78,7 @@ def check(
         y = None if first_y is None else refuse_unreadable(first_y)[:examples]
         copied, x, why = _double(model, first_x[:examples])
         with undisturbed(copied), call_counts(copied) as calls:
-            copied(x)
+            forward(copied, x, calls.clear)
         reasons = _reasons(model, copied, x, options)
         layers = {
             name: module
@@ -132,7 +132,7 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
     wide_x = x.double() if x.is_floating_point() else x
     try:
         with undisturbed(wide):
-            wide(wide_x)
+            forward(wide, wide_x)
     except Exception:  # where precision is not the cause, the copy as it is raises it again
         return copied, x, ""
     return wide, wide_x, ""

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from biasshift.measure import layer_types
 from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.sandbox import forward
 
 Layers = Mapping[str, WeightLayer]
 Units = Mapping[str, Tensor]
@@ -121,7 +122,7 @@ def _by_weights(
 ) -> dict[str, Tensor]:
     """``Σ_y p_y (∇ln p) (∇ln p)ᵀ v`` of one example."""
     with torch.no_grad():
-        label_weights = terms(model(x))[1]
+        label_weights = terms(forward(model, x))[1]
     try:
         scores = _scores(model, layers, units, x, terms)
     except Exception:  # what torch.func does not support is raised as one thing or another
@@ -151,7 +152,7 @@ def _scores(
                 bias = layer.bias.index_copy(0, units[name], rows[name][:, -1])
                 changed[f"{prefix}bias"] = bias
         # untied: a module under two names is changed once
-        return terms(functional_call(model, changed, (x,), tie_weights=False))[0]
+        return terms(functional_call(model, changed, (x.clone(),), tie_weights=False))[0]
 
     at = {
         name: _with_bias(layer_types.weights(layer), layer.bias)[units[name]]
@@ -171,7 +172,7 @@ def _scores_one_by_one(
     for p in parameters:
         p.requires_grad_(True)
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for value in terms(model(x))[0]:
+    for value in terms(forward(model, x))[0]:
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         by_parameter = {
             id(p): torch.zeros_like(p) if d is None else d
@@ -202,7 +203,7 @@ def _by_offsets(
     """``Σ_t (Σ_y p_y δ_t²) ã_t ã_tᵀ v`` of one example."""
     with _Offsets(layers) as offsets:
         with torch.no_grad():
-            label_weights = terms(model(x))[1]
+            label_weights = terms(forward(model, x, offsets.calls.clear))[1]
         at = {
             f"{name} {i}": zero
             for name, calls in offsets.calls.items()
@@ -211,7 +212,7 @@ def _by_offsets(
 
         def log_likelihoods(zeros: dict[str, Tensor]) -> Tensor:
             offsets.start(zeros)
-            return terms(model(x))[0]
+            return terms(forward(model, x))[0]
 
         deltas = _jacobian(log_likelihoods, at)
     result = {name: torch.zeros_like(vectors[name]) for name in layers}

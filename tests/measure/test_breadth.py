@@ -6,11 +6,13 @@ Among them are the edge cases that break other libraries.
 import copy
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import oracles
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -936,6 +938,219 @@ def test_models_that_cannot_run_on_one_example(kind: type[nn.Module]) -> None:
     plain = two_layers()
     fishers = bs.unit_fisher(two_layers(kind), inputs())
     agree(fishers, oracles.unit_fishers(plain, inputs()))
+
+
+# -- models that write into their input ------------------------------------------------------------
+
+
+class Shifting(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5).div_(2.0))
+
+
+class ShiftingUnseen(TwoLayers):
+    """The version of a tensor does not count what happens to its ``data``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.data.sub_(0.5).div_(2.0)
+        return super().forward(x)
+
+
+class ShiftingAtTheEnd(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward((x - 0.5) / 2.0)
+        with torch.no_grad():
+            x.zero_()
+        return outputs
+
+
+class ShiftingByAHook(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(lambda module, args: args[0].sub_(0.5).div_(2.0))
+
+
+class InPlaceFirst(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.ELU(inplace=True), *mlp())
+
+
+writing = pytest.mark.parametrize(
+    "kind", [Shifting, ShiftingUnseen, ShiftingAtTheEnd, ShiftingByAHook, InPlaceFirst]
+)
+
+
+def written_to(kind: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """The model, and the same function of an input that stays what it is."""
+    if kind is InPlaceFirst:
+        return InPlaceFirst(), nn.Sequential(nn.ELU(), *mlp())
+
+    class Apart(TwoLayers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - 0.5) / 2.0)
+
+    return two_layers(kind), two_layers(Apart)
+
+
+@contextmanager
+def untouched(*tensors: Tensor) -> Iterator[None]:
+    before = [(tensor.clone(), tensor._version, tensor.requires_grad) for tensor in tensors]
+    yield
+    for tensor, (values, version, requires_grad) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, values)
+        assert (tensor._version, tensor.requires_grad) == (version, requires_grad)
+
+
+@writing
+def test_models_that_write_into_their_input_are_measured_on_the_probe_as_it_is(
+    kind: type[nn.Module],
+) -> None:
+    model, plain = written_to(kind)
+    x, y = inputs(), torch.arange(9) % 3
+    with untouched(x):
+        right(model, x, plain)
+        right(model, x, plain, batch_size=4)
+        assert bs.check(model, x)["error"].max() < 1e-12
+        assert bs.check(model, x, weight_sharing="expand")["error"].max() < 1e-12
+        agree(bs.unit_fisher(model, [x[:4], x[4:]]), oracles.unit_fishers(plain, x))
+        implicit = bs.unit_fisher(model, x, storage="implicit", memory_budget=1)
+        dense = bs.unit_fisher(plain, x)
+        for name, fisher in implicit.items():  # the probe is read again
+            torch.testing.assert_close(fisher.k, dense[name].k, rtol=1e-6, atol=1e-9)
+        pd.testing.assert_frame_equal(
+            bs.gradient_gap(model, x, y), bs.gradient_gap(plain, x, y), rtol=1e-9
+        )
+
+
+@writing
+def test_means_on_a_probe_that_the_model_writes_into(kind: type[nn.Module]) -> None:
+    model, plain = written_to(kind)
+    x = inputs()
+
+    def update(network: nn.Module) -> None:
+        with torch.no_grad():
+            for p in network.parameters():
+                p.mul_(1.1).add_(0.01)
+
+    parts = oracles.bias_shifts(copy.deepcopy(plain), x, update)
+    with untouched(x):
+        with bs.bias_shift(model, x) as shift:
+            pass
+        assert all(not change.total.any() for change in shift.values())
+        means = [bs.activation_moments(model, batch) for batch in (x, x, [x[:2], x[2:]])]
+        expected = bs.activation_moments(plain, x)
+        for moments in means:
+            for name, of_module in moments.items():
+                torch.testing.assert_close(of_module.mean, expected[name].mean)
+        with bs.bias_shift(model, x) as shift:
+            update(model)
+    for name, change in shift.items():
+        torch.testing.assert_close(change.total, parts[name]["total"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(change.incoming, parts[name]["incoming"], rtol=1e-9, atol=1e-12)
+
+
+@writing
+def test_a_log_s_probe_stays_what_it_is(kind: type[nn.Module]) -> None:
+    model, _ = written_to(kind)
+    x, y = inputs(), torch.arange(9) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with untouched(x, y), bs.instrument(model, optimizer, probe=(x, y), every=1) as log:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.clone()), y).backward()
+            optimizer.step()
+    table = log.table()
+    first = table[table.step == 1].drop(columns="step").reset_index(drop=True)
+    last = table[table.step == 3].drop(columns="step").reset_index(drop=True)
+    pd.testing.assert_frame_equal(first, last, check_exact=True)
+    assert not table["total"].dropna().any()
+
+
+# -- models that differentiate inside their forward pass -------------------------------------------
+
+
+class Forces(nn.Module):
+    """The negative gradient of an energy, which is that of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.energy = nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)
+        self.scale = nn.Linear(5, 3)
+
+    def forces(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(self.act(self.stem(x))).sum()
+        return -torch.autograd.grad(energy, x, create_graph=torch.is_grad_enabled())[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.forces(x))
+
+
+class ForcesByBackward(Forces):
+    def forces(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(self.act(self.stem(x))).sum()
+        energy.backward(inputs=[x])
+        return -x.grad
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", [Forces, ForcesByBackward])
+def test_models_that_differentiate_inside_their_forward_pass(
+    kind: type[Forces], frozen: bool
+) -> None:
+    model, x = two_layers(kind).requires_grad_(not frozen), inputs()
+    energy = nn.Sequential(model.stem, model.act, model.energy)
+    act = model.act(model.stem(x)).detach()
+    mean, var = oracles.activation_statistics(act, 1)
+    with torch.no_grad():
+        for moments in (
+            bs.activation_moments(model, x),
+            bs.activation_moments(model, x, batch_size=4),
+        ):
+            assert list(moments) == ["act"] and moments["act"].count == 9
+            torch.testing.assert_close(moments["act"].mean, mean)
+            torch.testing.assert_close(moments["act"].var, var)
+            assert not moments["act"].mean.requires_grad
+
+    def update(network: nn.Module) -> None:
+        with torch.no_grad():
+            for p in network.parameters():
+                p.mul_(1.1)
+
+    parts = oracles.bias_shifts(copy.deepcopy(energy), x, update)
+    # the layer behind the gradient sees it as its input
+    forces = model.forces(x).detach()
+    scale = nn.Sequential(model.scale)
+    agree(
+        {"0": bs.unit_fisher(model, x, layers=["scale"])["scale"]},
+        oracles.unit_fishers(scale, forces),
+    )
+    if kind is Forces:
+        refused(model, x, "'(stem|energy)'.*a gradient that the forward pass takes")
+    else:  # as if detached
+        assert bs.unit_fisher(model, x)["stem"].dead.all()
+    assert bs.check(model, x).set_index("module").error["scale"] < 1e-12
+    with bs.bias_shift(model, x, batch_size=5) as shift:
+        update(model)
+    for name, of_energy in (("stem", "0"), ("energy", "2")):
+        for part, value in parts[of_energy].items():
+            measured = getattr(shift[name], part)
+            torch.testing.assert_close(measured, value, rtol=1e-9, atol=1e-12)
+            assert not measured.requires_grad
+
+
+def test_an_error_of_the_model_s_own_is_raised_once() -> None:
+    class Fails(TwoLayers):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bs.activation_moments(two_layers(Fails), inputs())
+    assert Fails.calls == 1
 
 
 # -- the user's own flags, modes and hooks ---------------------------------------------------------
