@@ -54,7 +54,7 @@ def all_reduced(
             "memory_budget, or choose units=."
         )
     positions, reference = _summed(
-        [torch.tensor(float(sums.positions)), sums.reference * sums.positions], device, group
+        [_exact(sums.positions), sums.reference * sums.positions], device, group
     )
     reference = reference / positions.clamp(min=1)
     moved = sums.moved(reference) if isinstance(sums, WeightedSums) else sums.about(reference)
@@ -72,13 +72,17 @@ def _merged(
     else:
         for block in sums.second:
             dist.all_reduce(block, group=group)
-    counts = torch.tensor([float(sums.examples), float(sums.positions)])
-    tensors = [counts, *(getattr(sums, name) for name in names)]
+    tensors = [_exact(sums.examples, sums.positions), *(getattr(sums, name) for name in names)]
     counts, *moments = _summed(tensors, sums.first.device, group)
     examples, positions = (int(n) for n in counts)
     return replace(
         sums, examples=examples, positions=positions, **dict(zip(names, moments, strict=True))
     )
+
+
+def _exact(*counts: int) -> Tensor:
+    """Counts in float64, which holds them up to 2⁵³; the default dtype only to 2²⁴."""
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 def _summed(
