@@ -16,6 +16,8 @@ UnitAxis = int | Mapping[str, int] | None
 # Units on axis 1, behind the examples; and on the last axis.
 UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+# elements of feature maps that are shifted at a time: a processor's cache holds them
+PIECE = {"cpu": 2**17, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class ActivationMoments:
         """Returns the moments of one batch.
 
         Without positions everything is float64. Feature maps are summed over positions in their own
-        precision and over examples in float64, which costs a tenth of float64 throughout. Nothing
-        waits for the device.
+        precision and over examples in float64, which costs a tenth of float64 throughout. They are
+        shifted by the mean of the first example before, since squares of large means would drown
+        the variance. Nothing waits for the device.
 
         Args:
             x: examples first, units on ``unit_axis``; all other axes are positions.
@@ -65,9 +68,18 @@ class ActivationMoments:
             shifted = wide - reference
             return cls(len(x), reference, shifted.sum(0), shifted.square().sum(0), x.dtype)
         work = torch.promote_types(x.dtype, torch.float32)
-        total = x.sum(places, dtype=work).sum(0, dtype=torch.float64)
-        squares = torch.linalg.vector_norm(x, dim=places, dtype=work).double().square().sum(0)
-        return cls(x.numel() // x.shape[axis], torch.zeros_like(total), total, squares, x.dtype)
+        every, count = [0, *places], x.numel() // max(1, x.shape[axis])
+        per_example = x.numel() // max(1, len(x))
+        first = x[:1].sum(every, dtype=work, keepdim=True) / max(1, count // max(1, len(x)))
+        sums, norms = [], []
+        step = max(1, PIECE.get(x.device.type, PIECE["cuda"]) // max(1, per_example))
+        for piece in x.split(step):
+            shifted = piece - first
+            sums.append(shifted.sum(places))
+            norms.append(torch.linalg.vector_norm(shifted, dim=places))
+        total = torch.cat(sums).sum(0, dtype=torch.float64)
+        squares = torch.cat(norms).double().square().sum(0)
+        return cls(count, first.flatten().double(), total, squares, x.dtype)
 
     def __add__(self, other: "ActivationMoments") -> "ActivationMoments":
         d = other.reference - self.reference
