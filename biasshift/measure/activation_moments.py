@@ -1,21 +1,38 @@
 """Activation moments: the mean and variance of what every unit of an activation module returns."""
 
+import re
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.layer_types import Selection, selected_modules
+from biasshift.measure.layer_types import Selection, selected_modules, why_uncovered
 from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
 
 UnitAxis = int | Mapping[str, int] | None
+Axes = tuple[int, ...]  # those that may hold the units; none where nothing is known
 # Units on axis 1, behind the examples; and on the last axis.
 UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-UNITS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+UNITS_LAST = (nn.Linear, nn.Embedding)
+# Normalize the last axes, which are those of the units where it is one axis, as in transformers.
+NORMS_OF_LAST_AXES = (nn.LayerNorm, nn.RMSNorm)
+# What autograd calls operations that leave every axis where it is.
+AXES_STAY = frozenset(
+    "Abs Add Addcmul Alias AvgPool2D Celu Clamp ClampMax ClampMin Clone ConstantPadNd Cos "
+    "CudnnBatchNorm Div Elu Erf Exp Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log "
+    "LogSigmoid LogSoftmax MaskedFill MaxPool2DWithIndices Maximum Minimum Mish Mul "
+    "NativeBatchNorm NativeDropout NativeGroupNorm NativeLayerNorm Neg Pow Prelu Reciprocal Relu "
+    "RreluWithNoise Rsqrt Rsub Sigmoid Silu Sin Softmax Softplus Sqrt Sub Tanh Threshold ToCopy "
+    "Where".split()
+)
 # elements of feature maps that are shifted at a time: a processor's cache holds them
 PIECE = {"cpu": 2**17, "cuda": 2**26}
 
@@ -102,11 +119,14 @@ def activation_moments(
 ) -> dict[str, ActivationMoments]:
     """Returns the mean and variance of every unit of every activation module, by module name.
 
-    Every childless module without parameters that returns a floating tensor counts. The units lie
-    on the axis of the last weight or norm module that ran: the last axis behind linear layers, axis
-    1 behind convolutions. A module that is called several times has one entry per call,
-    ``"relu#0"``, ``"relu#1"``. Functional activations have no module: they appear as the incoming
-    mean of the next layer (`unit_fisher`). The model is run in its present mode and left as found.
+    Every childless module without parameters that returns a floating tensor counts, and activation
+    functions with parameters: ``nn.PReLU``, and modules whose parameters are single numbers. The
+    units of linear layers lie on the last axis, and those of convolutions on axis 1. From there
+    they are followed through modules, views and operations, by shapes and strides. A module where
+    two axes may be theirs is left out with a warning. A module that is called several times has one
+    entry per call, ``"relu#0"``, ``"relu#1"``. Functional activations have no module: they appear
+    as the incoming mean of the next layer (`unit_fisher`). The model is run in its present mode and
+    left as found.
 
     Args:
         x: a tensor of examples, or an iterable of batches x or (x, y).
@@ -116,7 +136,7 @@ def activation_moments(
         batch_size: examples per forward pass, for a probe that does not fit at once.
 
     Raises:
-        ValueError: where the axis of the units is ambiguous; the message names the module.
+        ValueError: where the axis of the units is ambiguous in a module that ``layers`` names.
 
     >>> import torch
     >>> moments = activation_moments(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(4, 2))
@@ -126,14 +146,18 @@ def activation_moments(
     model = underlying(model)
     recorder = ActivationRecorder(model, layers, unit_axis)
     with undisturbed(model), output_hooks(recorder.modules, recorder.record):
+        few: Tensor | None = None
         for a, _ in batches(model, x, None, batch_size):
+            few = a[:2] if few is None else few
             recorder.start_forward()
             forward(model, a, recorder.restart_forward)
-    return recorder.moments()
+    if few is not None and recorder.undecided:
+        recorder.decide(few)
+    return recorder.moments(required=layers is not None and not callable(layers))
 
 
 def activation_modules(model: nn.Module, select: Selection = None) -> dict[str, nn.Module]:
-    """Returns the childless modules without parameters, by name.
+    """Returns the childless modules without parameters, and activations with them, by name.
 
     Args:
         select: names, a predicate ``(name, module) → bool``, or None for all.
@@ -146,9 +170,100 @@ def activation_modules(model: nn.Module, select: Selection = None) -> dict[str, 
         for name, module in model.named_modules()
         if name
         and next(module.children(), None) is None
-        and next(module.parameters(), None) is None
+        and (next(module.parameters(), None) is None or _is_parametric_activation(module))
     }
     return selected_modules(model, candidates, select, "activation module", candidates)
+
+
+def _is_parametric_activation(module: nn.Module) -> bool:
+    """Learned slopes. A weight or a norm has a number per unit at least, except where it has one.
+
+    Layers with units and norms are known by their kinds.
+    """
+    if isinstance(module, nn.PReLU):
+        return True
+    known = (*UNITS_FIRST, *UNITS_LAST, *NORMS_OF_LAST_AXES, LazyModuleMixin)
+    if isinstance(module, known) or why_uncovered(module) is not None:
+        return False
+    return all(p.numel() == 1 for p in module.parameters())
+
+
+# -- the axis of the units -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """The last tensor whose axes of units are known, and the node of autograd that made it."""
+
+    tensor: Tensor
+    axes: Axes
+    node: Node | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, axes: Axes) -> "_Followed":
+        return cls(tensor.detach(), axes, tensor.grad_fn)
+
+    def axes_of(self, t: Tensor) -> Axes:
+        """The axes of a tensor that may hold the same units: one where only one reading is left.
+
+        The strides of a view tell where each axis went. Of a tensor that was computed, the sizes
+        tell, as long as it may be a permutation, or lost axes. Where several axes have the size of
+        the units, they have stayed if all operations on the way let axes stay.
+        """
+        if not self.axes:
+            return ()
+        units = self.tensor.shape[self.axes[0]]
+        if _storage(t) == _storage(self.tensor):
+            strides = {self.tensor.stride(axis) for axis in self.axes}
+            return tuple(
+                i for i in range(1, t.dim()) if t.shape[i] == units and t.stride(i) in strides
+            )
+        fitting = tuple(i for i in range(1, t.dim()) if t.shape[i] == units)
+        if t.dim() != self.tensor.dim():
+            return fitting if t.dim() < self.tensor.dim() else ()
+        stayed = tuple(i for i in self.axes if t.shape[i] == units)
+        if stayed:
+            return stayed if len(fitting) > 1 and self._axes_stay(t) else fitting
+        return fitting if sorted(t.shape) == sorted(self.tensor.shape) else ()
+
+    def _axes_stay(self, t: Tensor) -> bool:
+        """Whether a path of operations that let axes stay leads from this tensor to another."""
+        waiting, visited = [t.grad_fn], set[Node]()
+        while waiting and self.node is not None:
+            node = waiting.pop()
+            if node == self.node:
+                return True
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            if re.sub(r"Backward\d*$", "", node.name()) in AXES_STAY:
+                waiting += [before for before, _ in node.next_functions]
+        return False
+
+
+def _storage(t: Tensor) -> object:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform of torch.func
+        return t
+
+
+def _axes_behind(module: nn.Module, a: Tensor, output: Tensor, last: _Followed) -> Axes:
+    """The axes of a module's output that may hold the units."""
+    end = output.dim() - 1
+    if end == 1 or isinstance(module, UNITS_FIRST):
+        return (1,)
+    if isinstance(module, UNITS_LAST):
+        return (end,)
+    axes = last.axes_of(a)
+    if isinstance(module, NORMS_OF_LAST_AXES):
+        own = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+        if own and len(module.normalized_shape) == 1 and (not axes or end in axes):
+            return (end,)
+    # An activation, pooling or dropout of PyTorch, none of which moves axes.
+    if type(module).__module__.startswith("torch.nn.") and output.dim() == a.dim():
+        return tuple(i for i in axes if output.shape[i] == a.shape[i] or isinstance(module, nn.GLU))
+    return _Followed.of(a, axes).axes_of(output)
 
 
 @dataclass
@@ -162,25 +277,29 @@ class ActivationRecorder:
     model: nn.Module
     select: Selection = None
     unit_axis: UnitAxis = None
-    # by name and call within a forward pass
-    sums: dict[tuple[str, int], ActivationMoments] = field(default_factory=dict)
+    # By name and call within a forward pass, and by the axes that may hold the units.
+    sums: dict[tuple[str, int], dict[int, ActivationMoments]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.activations = activation_modules(self.model, self.select)
-        named = self.model.named_modules()
-        setters = {name: m for name, m in named if isinstance(m, UNITS_FIRST + UNITS_LAST)}
-        self.modules = {**setters, **self.activations}
+        self.modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if next(module.children(), None) is None
+        }
+        self.decided: dict[tuple[str, int], int] = {}
+        self.shapes: dict[str, Axes] = {}
+        self.reported: set[str] = set()
         self.start_forward()
 
     def start_forward(self) -> None:
         """Starts a new forward pass.
 
-        Calls are counted from 0 again, and no weight or norm module has set the unit axis yet.
+        Calls are counted from 0 again, and nothing is known of the units yet.
         """
         self.before = dict(self.sums)
         self.called: dict[str, int] = {}
-        self.axis: int | None = None
-        self.units = 0
+        self.last = _Followed(torch.empty(0), (), None)
 
     def restart_forward(self) -> None:
         """Forgets what was recorded since `start_forward`, for the forward pass to run again."""
@@ -188,54 +307,99 @@ class ActivationRecorder:
         self.start_forward()
 
     def record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        """Adds one output of an activation module, or notes the unit axis of any other module.
+        """Adds one output of an activation module, and follows the units through any module.
 
-        Outputs that are not floating, or have no unit axis behind the examples, are left out.
+        Outputs that are not floating, or have no axis behind the examples, are left out.
 
         Raises:
-            ValueError: where the axis of the units is ambiguous.
+            ValueError: for a ``unit_axis`` that the output does not have.
         """
-        if name not in self.activations:
-            self.axis = 1 if isinstance(module, UNITS_FIRST) else -1
-            self.units = output.shape[self.axis]
-        elif output.is_floating_point() and output.dim() >= 2:
-            call = self.called.get(name, 0)
-            self.called[name] = call + 1
-            axis, old = self._axis(name, module, output), self.sums.get((name, call))
-            batch = ActivationMoments.from_values(output.detach(), axis)
-            self.sums[name, call] = batch if old is None else old + batch
+        if not output.is_floating_point() or output.dim() < 2:
+            return
+        axes = _axes_behind(module, a, output, self.last)
+        if name in self.activations:
+            key = name, self.called.get(name, 0)
+            self.called[name] = key[1] + 1
+            self.shapes[name] = tuple(output.shape)
+            chosen = self._chosen_axis(name, output)
+            axes = axes if chosen is None else (chosen % output.dim(),)
+            if len(axes) > 1 and key in self.decided:
+                axes = (self.decided[key],)
+            old, x = self.sums.get(key), output.detach()
+            batch = {
+                axis: ActivationMoments.from_values(x, axis)
+                for axis in axes
+                if old is None or axis in old
+            }
+            self.sums[key] = batch if old is None else {i: old[i] + m for i, m in batch.items()}
+        self.last = _Followed.of(output, axes)
 
-    def _axis(self, name: str, module: nn.Module, output: Tensor) -> int:
+    def _chosen_axis(self, name: str, output: Tensor) -> int | None:
         chosen = self.unit_axis.get(name) if isinstance(self.unit_axis, Mapping) else self.unit_axis
-        if chosen is not None:
-            if not (0 < chosen % output.dim() and -output.dim() <= chosen < output.dim()):
-                raise ValueError(
-                    f"'unit_axis' must be an axis of units of '{name}', whose output is "
-                    f"{tuple(output.shape)}, got {chosen}."
-                )
-            return chosen
-        if output.dim() == 2:
-            return 1
-        if self.axis is None or output.shape[self.axis] != self.units:
-            before = (
-                "no weight or norm layer has run before it"
-                if self.axis is None
-                else f"the layer before it has {self.units} units"
-            )
+        if chosen is not None and not (
+            0 < chosen % output.dim() and -output.dim() <= chosen < output.dim()
+        ):
             raise ValueError(
-                f"Module '{name}' ({type(module).__name__}) returns {tuple(output.shape)}, and "
-                f"which axis holds the units is ambiguous: {before}. Give unit_axis={{'{name}': "
-                "axis}, or leave it out with layers=."
+                f"'unit_axis' must be an axis of units of '{name}', whose output is "
+                f"{tuple(output.shape)}, got {chosen}."
             )
-        return self.axis
+        return chosen
 
-    def moments(self) -> dict[str, ActivationMoments]:
+    @property
+    def undecided(self) -> list[tuple[str, int]]:
+        """The calls of modules in which several axes may hold the units."""
+        return [key for key, by_axis in self.sums.items() if len(by_axis) > 1]
+
+    def decide(self, x: Tensor) -> None:
+        """Runs the model on a few examples with gradients, which tell whether axes have moved."""
+        recorder = ActivationRecorder(self.model, list(self.activations), self.unit_axis)
+        # What a model raises that cannot run on few examples, or with gradients, is its own.
+        with (
+            suppress(Exception),
+            undisturbed(self.model, gradients=True),
+            output_hooks(recorder.modules, recorder.record),
+        ):
+            recorder.start_forward()
+            self.model(x)
+        for key in self.undecided:
+            axes = recorder.sums.get(key, {})
+            if len(axes) == 1:
+                self.decided |= dict.fromkeys([key], *axes)
+
+    def moments(self, required: bool = False) -> dict[str, ActivationMoments]:
         """Returns the moments so far, by module name.
 
-        Modules that were called several times in one pass are named ``name#call``.
+        Modules that were called several times in one pass are named ``name#call``. Those whose axis
+        of units is ambiguous are left out, with one warning.
+
+        Args:
+            required: whether such a module is an error.
+
+        Raises:
+            ValueError: where one is.
         """
         repeated = {name for name, call in self.sums if call > 0}
-        return {
-            f"{name}#{call}" if name in repeated else name: moments
-            for (name, call), moments in self.sums.items()
-        }
+        known: dict[str, ActivationMoments] = {}
+        ambiguous: dict[str, str] = {}
+        for (name, call), by_axis in self.sums.items():
+            axis = next(iter(by_axis)) if len(by_axis) == 1 else self.decided.get((name, call))
+            if axis in by_axis:
+                known[f"{name}#{call}" if name in repeated else name] = by_axis[axis]
+            elif name not in self.reported:
+                kind = type(self.activations[name]).__name__
+                ambiguous[name] = f"'{name}' ({kind}, which returns {self.shapes[name]})"
+        if ambiguous:
+            names = " and ".join(ambiguous.values())
+            remedy = f"Give unit_axis={{'{next(iter(ambiguous))}': axis}}"
+            if required:
+                raise ValueError(
+                    f"Which axis holds the units is ambiguous in {names}. {remedy}, or leave it "
+                    "out with layers=."
+                )
+            self.reported |= set(ambiguous)
+            warnings.warn(
+                f"Which axis holds the units is ambiguous in {names}, left out. {remedy} to have "
+                "its moments.",
+                stacklevel=3,
+            )
+        return known

@@ -164,6 +164,8 @@ class ProbeLog(Log):
         self._before: dict[str, NetMeans] | None = None
         self._predicted: dict[str, PredictedShift] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
+        self._calls = set(self.activations)
+        self._by_name = options.layers is not None and not callable(options.layers)
         self._run_one_example(options.batch_size)
         self.weights = {
             name: module for name, module in self.weights.items() if name in self._graph.kinds
@@ -272,11 +274,14 @@ class ProbeLog(Log):
                 moments = activation_moments(
                     self.model,
                     self.x,
-                    layers=list(self.activations),
+                    layers=list(self.activations) if self._by_name else self._is_measured,
                     batch_size=self.options.batch_size,
                 )
                 if self._merging:
                     moments = all_reduce.merged_moments(moments)
+                if not self._last_moments and not self._by_name:
+                    # The others are left out from now on, without another warning.
+                    self._calls = {call.split("#")[0] for call in moments}
                 self._last_moments = moments
                 frames += [
                     unit_rows(self.step, name, activation_columns(m)) for name, m in moments.items()
@@ -312,6 +317,9 @@ class ProbeLog(Log):
     def _net_means(self) -> dict[str, NetMeans]:
         means = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
         return all_reduce.merged_means(means) if self._merging else means
+
+    def _is_measured(self, name: str, module: nn.Module) -> bool:
+        return name in self._calls
 
     def _moments(self) -> dict[str, ActivationMoments]:
         return self._last_moments
@@ -408,6 +416,7 @@ class TrainingLog(Log):
                 self._graph.finish()
             self._has_recorded = True
             self.step += self.optimizer is None
+        self._watcher.start_forward()  # lets go of the last activation and its graph
         self._recording = False  # a checkpoint's recomputation in the backward pass does not count
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

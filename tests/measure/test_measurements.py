@@ -380,7 +380,7 @@ def test_sampled_labels_of_several_batches_are_independent(seed: int | None) -> 
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return bs.unit_fisher(model, data, labels="sampled", generator=generator)["2"].c
 
-    assert float((measure([x, x]) - measure(x)).abs().max()) > 1e-6
+    assert float((measure([(x,), (x,)]) - measure(x)).abs().max()) > 1e-6
 
 
 def test_a_double_model_under_a_single_default_and_a_single_model() -> None:
@@ -744,12 +744,14 @@ def test_a_module_called_twice_has_two_names() -> None:
     close(moments["relu#1"].mean, F.relu(model.second(h)).mean(0).detach(), 1e-12)
 
 
-def test_an_ambiguous_unit_axis_is_refused_and_unit_axis_decides() -> None:
+def test_an_ambiguous_unit_axis_is_left_out_or_refused_by_name_and_unit_axis_decides() -> None:
     """An activation before any weight or norm module: three axes, none known."""
     model = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
     x = torch.randn(10, 3, 4, dtype=DOUBLE)
     with pytest.raises(ValueError, match=r"[\"']0[\"'].*unit_axis"):
-        bs.activation_moments(model, x)
+        bs.activation_moments(model, x, layers=["0"])
+    with pytest.warns(UserWarning, match=r"[\"']0[\"'].*left out.*unit_axis"):
+        assert list(bs.activation_moments(model, x)) == ["1"]
     moments = bs.activation_moments(model, x, unit_axis=1)
     close(moments["0"].mean, x.tanh().mean((0, 2)), 1e-12)
     assert moments["0"].mean.shape == (3,)
