@@ -1,14 +1,21 @@
 """Measurements leave the model and the process as they found them, also after an exception."""
 
+import random
 import sys
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
+from functools import partial
+from operator import is_
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from biasshift.precision import full_precision
 
@@ -19,6 +26,10 @@ INTENDED = (
     "None of the inputs have requires_grad=True",
 )
 
+# Values of these types cannot change in place.
+CONSTANT = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
+OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+
 
 @contextmanager
 def undisturbed(
@@ -26,8 +37,10 @@ def undisturbed(
 ) -> Iterator[None]:
     """Restores the model and the process after the block.
 
-    Of the model these are modes, requires_grad, buffers and hooks; of the process the random state
-    and the precision flags.
+    Of the model these are modes, requires_grad, buffers, hooks and plain attributes: tensors,
+    numbers, lists, dicts and the like, such as a hidden state, a cache or a count of steps. Of the
+    process these are the random state and the precision flags. What a forward pass changes inside
+    objects of other classes, or in attributes of classes, stays changed.
 
     Args:
         evaluate: switch to eval mode inside the block.
@@ -48,6 +61,7 @@ def undisturbed(
         stack.enter_context(warnings.catch_warnings())
         for message in INTENDED:
             warnings.filterwarnings("ignore", message=message)
+        stack.enter_context(_same_attributes(model))
         stack.enter_context(_same_buffers(model))
         stack.enter_context(_same_modes(model))
         if gradients:
@@ -116,6 +130,107 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Hidden states, caches and counts: assigned anew, or changed in place.
+
+    Modules, parameters and buffers that a forward pass adds go too.
+    """
+    # Lazy modules become others in their first forward pass, for good.
+    modules = [
+        module
+        for module in model.modules()
+        if not any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
+    ]
+    members = [
+        (names, dict(names))
+        for module in modules
+        for names in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    restored: dict[int, tuple[object, Callable[[], object]]] = {}
+    for _, before in members[::4]:
+        for name, value in before.items():
+            if type(value) not in CONSTANT and name not in OWN:
+                _add_contents(value, restored)
+    try:
+        yield
+    finally:
+        for names, before in members:
+            _restore_dict(names, before)
+        for _, restore in restored.values():
+            restore()
+
+
+def _add_contents(value: Any, restored: dict[int, tuple[object, Callable[[], object]]]) -> None:
+    """Adds everything in a value that can change in place, and a function that changes it back."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        kind, restore = type(value), None
+        parts: Iterable = ()
+        if kind in CONSTANT or id(value) in restored:
+            continue
+        if kind is Tensor and value.layout == torch.strided:
+            if not (value.is_inference() or value.is_meta):
+                restore = partial(_restore_tensor, value, value.detach().clone())
+        elif kind is np.ndarray:
+            restore = partial(_restore_array, value, value.copy())
+        elif kind is torch.Generator:
+            restore = partial(value.set_state, value.get_state())
+        elif kind is np.random.Generator:
+            restore = partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif kind is random.Random:
+            restore = partial(value.setstate, value.getstate())
+        elif kind in (dict, OrderedDict, defaultdict, Counter):
+            restore, parts = partial(_restore_dict, value, dict(value)), value.values()
+        elif kind in (list, deque):
+            restore, parts = partial(_restore_list, value, list(value)), value
+        elif kind is set:
+            restore = partial(_restore_set, value, set(value))
+        elif isinstance(value, tuple):
+            parts = value
+        elif kind is SimpleNamespace or (is_dataclass(kind) and hasattr(value, "__dict__")):
+            parts = (vars(value),)
+        if restore is not None:
+            restored[id(value)] = value, restore
+        waiting += parts
+
+
+def _restore_tensor(value: Tensor, before: Tensor) -> None:
+    with torch.no_grad():
+        if value.shape != before.shape:
+            value.data = before
+        elif not torch.equal(value, before):
+            # NaN differs from itself, and a copy would invalidate graphs that hold the tensor.
+            changed = (value != before) & ~((value != value) & (before != before))
+            if changed.any():
+                value.copy_(before)
+
+
+def _restore_array(value: np.ndarray, before: np.ndarray) -> None:
+    if value.tobytes() != before.tobytes():
+        value[...] = before
+
+
+def _restore_dict(value: dict, before: dict) -> None:
+    same_names = list(value) == list(before)
+    if not (same_names and all(map(is_, value.values(), before.values()))):
+        value.clear()
+        value.update(before)
+
+
+def _restore_list(value: list | deque, before: list) -> None:
+    if len(value) != len(before) or not all(map(is_, value, before)):
+        value.clear()
+        value.extend(before)
+
+
+def _restore_set(value: set, before: set) -> None:
+    if value != before:
+        value.clear()
+        value.update(before)
 
 
 @contextmanager
