@@ -1,7 +1,7 @@
-"""A forward pass until its errors are there, hooks that keep nothing alive, and the loss's divisor.
+"""A forward pass until its errors are there, and hooks that keep nothing alive.
 
 `Pass` and `RecordedCall` are what is kept of a forward pass, without its graph. `WeakHook` calls a
-`Recorder` as long as there is one. `Divisor` finds out what a mean loss has divided its errors by.
+`Recorder` as long as there is one.
 """
 
 import weakref
@@ -13,10 +13,6 @@ import torch
 from torch import Tensor
 
 from biasshift.optim.running_sums import RunningSums
-from biasshift.optim.update_rule import UpdateRule
-
-# How far targets read off a gradient may leave [0, 1]: half precision gradients have two digits.
-SLACK = 0.05
 
 
 @dataclass(eq=False)
@@ -55,7 +51,7 @@ class Pass:
     for the backward pass, and for the optimizer's step to say what the loss has divided by.
     """
 
-    examples: int
+    examples: float
     sums: dict[str, RunningSums] = field(default_factory=dict)
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient
@@ -94,72 +90,3 @@ def _deaf_ear() -> Callable:
 
 def _hear_nothing(*args: object) -> None:
     pass
-
-
-# -- what a mean loss has divided by ---------------------------------------------------------------
-
-
-class Divisor:
-    """Finds out from the first passes what the user's mean loss divides by, and keeps to it.
-
-    Only the errors of the user's own backward pass need it: they are those of a mean, and the
-    curvature is made of the errors of single examples.
-    """
-
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
-        self._divides_by: str | None = None
-
-    def of(self, passes: list[Pass]) -> float:
-        """Returns the number that the loss divides by: 1 for a sum, else examples or labels.
-
-        Most losses of PyTorch divide by all labels of all examples. Which of the two it is shows in
-        the first step: the gradient of a negative log-likelihood by the outputs is prediction minus
-        target, divided by that number, and a target lies between 0 and 1. Targets of ``gaussian``
-        may be anything: there it is the examples.
-
-        Raises:
-            ValueError: If neither number leads to targets between 0 and 1.
-        """
-        outputs = [
-            forward_pass.outputs for forward_pass in passes if forward_pass.outputs is not None
-        ]
-        if self.rule.reduction == "sum":
-            divisors = {"examples": 1.0}
-        else:
-            divisors = {
-                "labels": float(sum(self._labels(output.a).numel() for output in outputs)),
-                "examples": float(sum(forward_pass.examples for forward_pass in passes)),
-            }
-        possible = (
-            name
-            for name, divisor in divisors.items()
-            if all(self._is_possible(output, divisor) for output in outputs)
-        )
-        if self._divides_by is None:
-            gaussian = self.rule.likelihood == "gaussian"
-            self._divides_by = "examples" if gaussian else next(possible, None)
-        if self._divides_by is None:
-            raise ValueError(
-                f"The loss is not a {self.rule.reduction} of {self.rule.likelihood} negative "
-                'log-likelihoods, as labels="empirical" needs: its gradient by the outputs leads '
-                "to targets outside 0 … 1. Give reduction= as in the loss, divide the losses of "
-                "accumulated batches by their number, do not scale it, or use "
-                'labels="sampled".'
-            )
-        return divisors[self._divides_by]
-
-    def _labels(self, outputs: Tensor) -> Tensor:
-        """One element per label."""
-        return outputs[..., 0] if self.rule.likelihood == "categorical" else outputs
-
-    def _is_possible(self, output: RecordedCall, divisor: float) -> bool:
-        """Whether the targets are probabilities, with this divisor."""
-        if output.delta is None or output.overwritten:
-            return True
-        categorical = self.rule.likelihood == "categorical"
-        logits = output.a.double()
-        p = logits.softmax(-1) if categorical else logits.sigmoid()
-        targets = p - divisor * output.delta.double()
-        in_range = ((targets > -SLACK) & (targets < 1 + SLACK)).all()
-        return bool(in_range and (not categorical or ((targets.sum(-1) - 1).abs() < SLACK).all()))

@@ -20,7 +20,8 @@ from biasshift.measure.coverage import refuse_maps
 from biasshift.measure.hooks import Call, Tape, add_output_hook
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
-from biasshift.optim.passes import Divisor, Pass, RecordedCall, WeakHook
+from biasshift.optim.divisor import Divisor, Share
+from biasshift.optim.passes import Pass, RecordedCall, WeakHook
 from biasshift.optim.running_sums import RunningSums, batch_sums
 from biasshift.optim.update_rule import UpdateRule
 
@@ -67,6 +68,11 @@ class Recorder:
         """Whether the hooks are still on the model."""
         return bool(self._handles)
 
+    @property
+    def _reads_labels(self) -> bool:
+        """Whether errors are those of the user's own backward pass."""
+        return self.rule.needs_errors and self.rule.labels == "empirical"
+
     def remove(self) -> None:
         """Takes all hooks off the model. Calling it again does nothing."""
         while self._handles:
@@ -91,12 +97,14 @@ class Recorder:
         passes, self._passes = self._passes, []
         called_apart, self._called_apart = self._called_apart, set()
         self._check_errors(passes, called_apart)
-        with_calls = [forward_pass for forward_pass in passes if forward_pass.calls]
-        if with_calls:  # they have waited for the errors of the user's losses
-            factor = self._divisor.of(with_calls)
-            for forward_pass in with_calls:
+        # These have waited for the errors of the user's losses.
+        waiting = [forward_pass for forward_pass in passes if forward_pass.outputs is not None]
+        if waiting:
+            for forward_pass, share in zip(waiting, self._divisor.of(waiting), strict=True):
+                if share.counted is not None:
+                    forward_pass.examples = share.examples
                 with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
-                    self._form_sums(forward_pass, factor)
+                    self._form_sums(forward_pass, share)
                 forward_pass.outputs = None
         sums: dict[str, RunningSums] = {}
         for forward_pass in passes:
@@ -139,11 +147,13 @@ class Recorder:
         learns = output.requires_grad and output.numel()
         if tape is None or module is not self.root or not learns:
             return
-        forward_pass = Pass(len(output) if output.dim() else 1)
+        forward_pass = Pass(float(len(output)) if output.dim() else 1.0)
         forward_pass.without_gradients = set(tape.refused)
         if tape.calls:
             with torch.autocast(output.device.type, enabled=False):
                 self._take_calls(forward_pass, tape.calls, output)
+        elif self._reads_labels and self.rule.reduction == "sum":  # how many examples it is of
+            forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
         edge = get_gradient_edge(output)
         edge.node.register_prehook(partial(self._count, forward_pass, edge.output_nr))
 
@@ -169,7 +179,7 @@ class Recorder:
             recorded += forward_pass.calls[name]
         if self.rule.needs_errors:
             self._check_outputs(output, calls)
-            if self.rule.labels == "empirical":
+            if self._reads_labels:
                 forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
                 forward_pass.bypassed = self._bypassed(output, calls)
                 for edge, call in zip(edges, recorded, strict=True):
@@ -187,7 +197,7 @@ class Recorder:
                 call.delta = delta
             if any(delta is None for delta in deltas):
                 forward_pass.bypassed = self._bypassed(output, calls)
-        self._form_sums(forward_pass, 1.0)
+        self._form_sums(forward_pass, Share(1.0, None))
 
     def _bypassed(self, output: Tensor, calls: Mapping[str, list[Call]]) -> list[str]:
         """Layers whose weights the outputs depend on, by another way than their net inputs.
@@ -212,11 +222,13 @@ class Recorder:
     # -- from calls to sums ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _form_sums(self, forward_pass: Pass, factor: float) -> None:
-        """``factor`` turns the errors that came back into those of a sum over the examples."""
+    def _form_sums(self, forward_pass: Pass, share: Share) -> None:
+        """Errors that came back, times the divisor, are those of a sum over the examples."""
+        factor, counted = share.divisor, share.counted
+        batch = forward_pass.examples if counted is None else len(counted)
         for name, calls in forward_pass.calls.items():
             module = self.layers[name]
-            self._check_calls(name, calls, forward_pass.examples)
+            self._check_calls(name, calls, int(batch))
             a = _side_by_side([layer_types.patches(module, call.a, call.shape) for call in calls])
             a = a.to(layer_types.dtype_of_sums(a))
             self._check_positions(name, a)
@@ -227,12 +239,14 @@ class Recorder:
                 ]
                 delta = _side_by_side([layer_types.errors(module, d[None])[0] for d in deltas])
                 delta = delta.to(a.dtype) if factor == 1 else factor * delta.to(a.dtype)
+            kept = None if delta is None or counted is None else _kept(counted, delta, len(calls))
             if self.rule.weight_sharing == "expand":
                 a = a.flatten(0, 1)[:, None]
                 delta = None if delta is None else delta.flatten(0, 1)[:, None]
+                kept = None if kept is None else kept.flatten()[:, None]
             reference = self._reference(name, a)
             forward_pass.sums[name] = batch_sums(
-                a, delta, reference, self.rule, forward_pass.examples
+                a, delta, reference, self.rule, forward_pass.examples, kept
             )
         forward_pass.calls = {}
 
@@ -317,6 +331,31 @@ def _are_finite(sums: Mapping[str, RunningSums]) -> bool:
         for part in layer.parts.get(name, ())
     ]
     return not checked or bool(torch.stack(checked).isfinite().all())
+
+
+def _of_examples(counted: Tensor) -> Tensor:
+    """Which examples have a label that counts."""
+    return counted if counted.dim() == 1 else counted.flatten(1).any(1)
+
+
+def _kept(counted: Tensor, delta: Tensor, calls: int) -> Tensor | None:
+    """The positions that have a part in a loss that leaves labels out, (samples, positions) bool.
+
+    Those of the labels left out have none, unless the error says that others depend on them.
+
+    Args:
+        counted: (batch, *positions), the labels that are not left out.
+        delta: (samples, positions, units), the positions of several calls behind each other.
+        calls: How many they are.
+    """
+    samples, positions = delta.shape[:2]
+    if samples * positions == counted.numel() * calls:
+        of_labels = counted.reshape(samples, -1).repeat(1, calls)
+    elif samples == len(counted):
+        of_labels = _of_examples(counted)[:, None].expand(-1, positions)
+    else:
+        return None
+    return of_labels | delta.any(-1)
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

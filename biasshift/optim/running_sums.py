@@ -90,7 +90,12 @@ class RunningSums:
 
 
 def batch_sums(
-    a: Tensor, delta: Tensor | None, reference: Tensor, rule: UpdateRule, examples: int
+    a: Tensor,
+    delta: Tensor | None,
+    reference: Tensor,
+    rule: UpdateRule,
+    examples: float,
+    kept: Tensor | None = None,
 ) -> RunningSums:
     """Returns the sums of one batch.
 
@@ -103,8 +108,13 @@ def batch_sums(
         reference: (groups, inputs), about which products are formed.
         rule: Which sums are wanted.
         examples: How many examples the samples are of.
+        kept: (samples, positions), bool, False where a position has no part in the loss: its errors
+            are 0. None where all have.
     """
     shifted = a - reference.to(a.dtype)
+    if kept is not None:
+        shifted = shifted * kept[..., None, None]
+    count = a.shape[0] * a.shape[1] if kept is None else int(kept.sum())
     parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if rule.center == "p" else {}
     if delta is not None:
         # (samples, positions, groups, units of a group)
@@ -114,11 +124,12 @@ def batch_sums(
         if rule.center != "p":
             parts["first"] = [_weighted(delta * whole[:, None], shifted)]
     if delta is not None and rule.keeps_examples(a.shape[3]):
-        parts["samples"] = [shifted[:, 0, 0], delta[:, 0, 0].square()]
+        rows = slice(None) if kept is None else kept[:, 0]
+        parts["samples"] = [shifted[rows, 0, 0], delta[rows, 0, 0].square()]
     elif rule.scale != "none":
         second = _shared_second if rule.center == "p" else _unit_second
         parts["second"] = second(shifted, delta, rule)
-    return RunningSums(float(examples), float(a.shape[0] * a.shape[1]), reference, parts)
+    return RunningSums(examples, float(count), reference, parts)
 
 
 def _weighted(weights: Tensor, x: Tensor) -> Tensor:

@@ -72,7 +72,10 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         labels: ``"sampled"`` takes one extra backward pass at labels drawn from the model.
             ``"empirical"`` takes the errors of the user's own backward pass, which make another
             matrix and keep the activations until the step. They must be those of the declared
-            likelihood, unscaled: no gradient scaler.
+            likelihood, unscaled: no gradient scaler. Every step finds out whether the mean is over
+            all labels, all examples, or those that ``ignore_index`` or a mask has not left out.
+            Examples that such a mean leaves out have no part in the curvature either. A
+            ``"gaussian"`` mean must be over all examples.
         likelihood: Of the labels given the outputs: ``"categorical"`` (logits, classes last),
             ``"gaussian"`` (unit variance: half the squared error, summed over the outputs) or
             ``"bernoulli"`` (logits).
