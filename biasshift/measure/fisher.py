@@ -126,7 +126,12 @@ def unit_fisher(
 
 
 def measure(
-    model: nn.Module, x: ProbeSource, y: Any, options: Options, gradient: bool = False
+    model: nn.Module,
+    x: ProbeSource,
+    y: Any,
+    options: Options,
+    gradient: bool = False,
+    warn: bool = True,
 ) -> dict[str, Measured]:
     """Measures every layer of a model on a probe, by module name.
 
@@ -134,6 +139,7 @@ def measure(
         x, y: the probe, as in `unit_fisher`.
         gradient: also measure the gradient of the mean negative log-likelihood at the data's
             labels, from the same traced pass.
+        warn: whether to warn where all outputs look like probabilities instead of logits.
 
     Raises:
         ValueError: as `unit_fisher`, and for a gradient without the data's labels.
@@ -153,6 +159,8 @@ def measure(
     with undisturbed(model, gradients=True):
         for a, b in batches(model, opened(x), y, options.batch_size):
             _add_batch(model, modules, a, b, options, states, gradient)
+    if warn and states.probabilities:
+        likelihoods.warn_of_probabilities(options.likelihood)
     _refuse_uncalled(modules, states, options.layers)
     for name, state in states.items():
         if isinstance(state, ImplicitState) and state.full:
@@ -170,6 +178,7 @@ class LayerStates(dict[str, LayerState]):
     def __init__(self, options: Options, budget: MemoryBudget, one_shot: bool):
         super().__init__()
         self.options, self.budget, self.one_shot = options, budget, one_shot
+        self.probabilities: bool | None = None  # whether the outputs of all batches are
 
     def add_layers(self, batch: list[LayerBatch]) -> None:
         """Adds the layers that have no sums yet, small ones first.
@@ -204,6 +213,8 @@ def _add_batch(
     tape, returned = traced(model, modules, x)
     outputs = check_outputs(returned, len(x))
     refuse(modules, unmeasurable(model, tape, modules, x, outputs, options, first_batch=not states))
+    if isinstance(states, LayerStates) and states.probabilities is not False:
+        states.probabilities = likelihoods.are_probabilities(outputs, options.likelihood)
     rule = likelihoods.seeds(
         outputs, options.likelihood, options.labels, y, options.generator, options.draws
     )

@@ -5,6 +5,8 @@ labels. Each column of ``B`` is one *seed*. A backward pass from it gives errors
 and the squares of these errors sum to ``E_y δ²`` exactly.
 """
 
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
 Labels = Literal["expected", "sampled", "empirical"]
@@ -21,6 +24,18 @@ Columns = Callable[[int], Tensor]  # column c of a square root, (batch, classes)
 
 LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 LABELS = ("expected", "sampled", "empirical")
+# What autograd calls operations whose results are logits, whatever they happen to be.
+UNBOUNDED = frozenset(
+    "Addmm Mm Bmm Baddbmm Convolution NativeBatchNorm CudnnBatchNorm NativeLayerNorm "
+    "NativeGroupNorm Relu LeakyRelu Elu Gelu Silu Softplus Prelu torch::autograd::AccumulateGrad "
+    "AccumulateGrad".split()
+)
+# Operations that may follow them: arithmetic, pooling, and changes of shape or type.
+PASSED = frozenset(
+    "Add Sub Mul Div Neg Rsub View UnsafeView ReshapeAlias Squeeze Unsqueeze Transpose T Permute "
+    "ToCopy Clone Select Slice Cat Stack Index Expand Mean Sum Alias AvgPool2D AdaptiveAvgPool2D "
+    "Split Unbind".split()
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,42 @@ def refuse_unreadable(y: Any) -> Tensor:
             "the labels first."
         )
     return y
+
+
+def are_probabilities(outputs: Outputs, likelihood: Likelihood) -> bool:
+    """Tells whether outputs that should be logits are probabilities, as of a softmax or a sigmoid.
+
+    They lie in [0, 1], and sum to 1 for ``"categorical"``. Outputs of a linear layer that merely
+    happen to do so are logits: the graph of autograd tells what has made them.
+    """
+    x = outputs.detach().double()
+    if likelihood == "gaussian" or x.min() < 0 or x.max() > 1:
+        return False
+    rounding = 1e-2 if torch.finfo(outputs.dtype).eps > 1e-4 else 1e-5  # of 16 bits, or more
+    if likelihood == "categorical" and (x.sum(-1) - 1).abs().max() > rounding:
+        return False
+    waiting, visited = [outputs.grad_fn], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        operation = re.sub(r"Backward\d*$", "", node.name())
+        if operation in UNBOUNDED:
+            return False
+        if operation in PASSED:
+            waiting += [before for before, _ in node.next_functions]
+    return True
+
+
+def warn_of_probabilities(likelihood: Likelihood) -> None:
+    """Warns that a model returns probabilities, which are taken for logits."""
+    last = "softmax" if likelihood == "categorical" else "sigmoid"
+    warnings.warn(
+        f"The outputs look like probabilities, but likelihood='{likelihood}' takes them for "
+        f"logits. Measure the model without its last {last}.",
+        stacklevel=4,
+    )
 
 
 def _draw(outputs: Outputs, likelihood: Likelihood, generator: torch.Generator | None) -> Tensor:

@@ -311,7 +311,8 @@ class ProbeLog(Log):
             return {}
 
     def _measured(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
-        measured = measure(self.model, self.x, self.y, options, gradient)
+        first = not self._handles  # the measurement on entry
+        measured = measure(self.model, self.x, self.y, options, gradient, warn=first)
         return all_reduce.merged_measurements(measured) if self._merging else measured
 
     def _net_means(self) -> dict[str, NetMeans]:

@@ -90,7 +90,7 @@ def _compare(
         kept = {name: units[name].tolist() for name in names}
         options = replace(options, layers=names, units=kept, storage=storage)
         try:
-            layers_measured = measure(model, x, y, options) if names else {}
+            layers_measured = measure(model, x, y, options, warn=False) if names else {}
             measured |= {n: _times(m.fisher, vectors[n]) for n, m in layers_measured.items()}
         except Exception as error:  # unforeseen, and a row of the table like any other
             result.failed |= dict.fromkeys(names, f"cannot be measured: {error}")

@@ -18,7 +18,12 @@ from biasshift.measure.coverage import (
     unmeasurable,
 )
 from biasshift.measure.hooks import call_counts, traced, underlying
-from biasshift.measure.likelihoods import Likelihood, refuse_unreadable
+from biasshift.measure.likelihoods import (
+    Likelihood,
+    are_probabilities,
+    refuse_unreadable,
+    warn_of_probabilities,
+)
 from biasshift.measure.options import Options
 from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
@@ -163,6 +168,8 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
         with undisturbed(copied, gradients=True):
             tape, returned = traced(copied, layers, x)
             outputs = check_outputs(returned, len(x))
+            if are_probabilities(outputs, options.likelihood):
+                warn_of_probabilities(options.likelihood)
             reasons |= unmeasurable(copied, tape, layers, x, outputs, options)
         uncalled = [name for name in layers if name not in tape.calls and name not in reasons]
         reasons |= dict.fromkeys(uncalled, "it was not called in the forward pass")
