@@ -37,10 +37,8 @@ def sum_rounding(delta: Float[Tensor, "passes batch positions units"]) -> Tensor
     # since errors that do not cancel exactly may well add up to a tenth of themselves.
     share = min(1000 * torch.finfo(delta.dtype).eps, 1e-2)
     work = torch.promote_types(delta.dtype, torch.float32)
-    most = packed.TEMPORARY.get(delta.device.type, packed.TEMPORARY["cuda"])
-    pieces = delta.flatten(0, 1).split(max(1, most // (delta.shape[2] * delta.shape[3])))
-    squares = [x.to(work).square().sum(1).sum(0, dtype=torch.float64) for x in pieces]
-    return share**2 * torch.stack(squares).sum(0)
+    norms = torch.linalg.vector_norm(delta, dim=2, dtype=work)  # needs no copy of the errors
+    return share**2 * norms.double().square().sum((0, 1))
 
 
 @dataclass(frozen=True)
