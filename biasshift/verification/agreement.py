@@ -3,6 +3,7 @@
 Both routes measure the same few examples.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -96,9 +97,10 @@ def _compare(
             result.failed |= dict.fromkeys(names, f"cannot be measured: {error}")
     units = {name: units[name] for name in measured}
     try:
-        with undisturbed(model, gradients=True):
+        plain = copy.deepcopy(model)  # what `products` changes would not fit the model put back
+        with undisturbed(plain, gradients=True):
             expected = products(
-                model, units, vectors, x, options.likelihood, options.weight_sharing, y
+                plain, units, vectors, x, options.likelihood, options.weight_sharing, y
             )
     except Exception as error:  # the reference cannot run this model, example by example
         why = f"not compared: {type(error).__name__}: {error}"
