@@ -28,6 +28,7 @@ INTENDED = (
 
 # Values of these types cannot change in place.
 CONSTANT = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
+MADE_OF = ("_orig", "_g")  # ends of parameters' names: "weight_orig" of the attribute "weight"
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
@@ -157,6 +158,10 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, (names, before) in zip(modules, members[::4], strict=True):
+            # Hooks of older weight_norm, spectral_norm and pruning make these before every call.
+            made = (key.rpartition("_")[0] for key in module._parameters if key.endswith(MADE_OF))
+            before.update((name, names[name]) for name in made if name in names)
         for names, before in members:
             _restore_dict(names, before)
         for _, restore in restored.values():

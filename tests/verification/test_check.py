@@ -388,7 +388,13 @@ def test_weights_that_are_made_of_parameters(change: Any, weight_sharing: str) -
     model, x = mlp(), inputs()
     change(model)
     model(x)  # leaves weights behind that cannot be copied
-    table = rows(model, x, weight_sharing=weight_sharing)
+    for labels in (None, torch.arange(9) % 3):
+        table = rows(model, x, labels, weight_sharing=weight_sharing)
+        assert all(table[name]["error"] < 1e-12 for name in ("0", "2", "4"))
+    single = mlp().float()
+    change(single)
+    single(x.float())
+    table = rows(single, x.float(), weight_sharing=weight_sharing)
     assert all(table[name]["error"] < 1e-12 for name in ("0", "2", "4"))
 
 
