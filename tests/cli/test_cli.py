@@ -187,7 +187,7 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
             ["demo", "--device", "nonsense"],
             "--device must be auto, cpu or cuda, got 'nonsense'",
         ),
-        (["train", "mnist", "--device", "cuda:99"], "--device cuda:99 must be one of the"),
+        (["train", "mnist", "--device", "cuda:99"], "--device cuda:99 must be a GPU"),
         (["train", "mnist", "--replace", "--resume"], "--replace and --resume exclude each other"),
         (["demo", "--replace", "--resume"], "--replace and --resume exclude each other"),
         (
