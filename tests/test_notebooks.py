@@ -253,7 +253,7 @@ WRONG = {
     ),
     "hooks that stay": (
         THREE,
-        "from biasshift.tracking import logs; logs.Log.remove = lambda log: None",
+        "from biasshift.tracking import logs; logs.Log._take_off = lambda log: None",
         "leave behind",
     ),
     "random numbers that are used up": (
