@@ -13,14 +13,14 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
 
 STATE, VIEW = (
     "application/vnd.jupyter.widget-state+json",
     "application/vnd.jupyter.widget-view+json",
 )
-SECONDS = (
-    600  # for a cell, on a machine that has other work, too; a whole notebook takes half a minute
-)
+SECONDS = 120  # for a cell; a whole notebook takes half a minute
+TRIES = 3  # a kernel that starts on a busy machine now and then loses a message, and waits for ever
 
 
 def executed(notebook: nbformat.NotebookNode, folder: str | Path) -> nbformat.NotebookNode:
@@ -28,11 +28,20 @@ def executed(notebook: nbformat.NotebookNode, folder: str | Path) -> nbformat.No
     ones.
     """
     notebook.metadata.pop("widgets", None)
-    resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=resources
-    )
-    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for attempt in range(1, TRIES + 1):
+        client = NotebookClient(
+            notebook,
+            timeout=SECONDS,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(folder)}},
+        )
+        try:
+            client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+            break
+        except CellTimeoutError:
+            if attempt == TRIES:
+                raise
     notebook.metadata.language_info.pop("version", None)
     return renumbered(notebook)
 

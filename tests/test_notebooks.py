@@ -25,7 +25,10 @@ LARGEST = 300_000  # bytes
 OWN = "own = None"  # in notebook 4, where a reader puts a folder
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-pytestmark = pytest.mark.filterwarnings("default")  # of Jupyter, which is not ours
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # of Jupyter, which is not ours
+    pytest.mark.timeout(600),  # a kernel that has lost a message is given up after two minutes
+]
 
 
 def read(path):
