@@ -7,7 +7,7 @@ moves through first and zeroth moments.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -192,6 +192,21 @@ class Sums:
         raise NotImplementedError
 
 
+def no_samples(units: int, reference: Tensor) -> dict[str, Any]:
+    """Returns the fields of `Sums` over no samples, about a reference; see `WeightedSums.empty`."""
+    wide = reference.double()
+    return {
+        "examples": 0,
+        "positions": 0,
+        "reference": wide,
+        "total": torch.zeros_like(wide),
+        "weight": wide.new_zeros(units),
+        "weight_squares": wide.new_zeros(units),
+        "weight_rounding": wide.new_zeros(units),
+        "first": wide.new_zeros(units, wide.shape[-1]),
+    }
+
+
 @dataclass(frozen=True)
 class WeightedSums(Sums):
     """All sums that the unit Fisher matrices of a layer are made of, blocks included.
@@ -211,18 +226,8 @@ class WeightedSums(Sums):
             reference: near the mean of the activations, and representable in their dtype: it is
                 subtracted from them before the sums are formed.
         """
-        wide, inputs = reference.double(), len(reference)
-        return cls(
-            examples=0,
-            positions=0,
-            reference=wide,
-            total=torch.zeros_like(wide),
-            weight=wide.new_zeros(units),
-            weight_squares=wide.new_zeros(units),
-            weight_rounding=wide.new_zeros(units),
-            first=wide.new_zeros(units, inputs),
-            second=packed.zeros(units, inputs, reference.device),
-        )
+        second = packed.zeros(units, len(reference), reference.device)
+        return cls(**no_samples(units, reference), second=second)
 
     def with_weights(
         self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.fisher.moments import Sums
+from biasshift.fisher.moments import Sums, no_samples
 from biasshift.theory import Scalars, Vectors, dot
 
 STORAGES = ("dense", "implicit", "auto")
@@ -258,17 +258,10 @@ class ImplicitSums(Sums):
             reference: near the mean of the activations, (inputs,) or (units, inputs).
             memory_budget: bytes that `var_q` may take.
         """
-        wide = reference.double()
+        fields = no_samples(units, reference)
         return cls(
-            examples=0,
-            positions=0,
-            reference=wide,
-            total=torch.zeros_like(wide),
-            weight=wide.new_zeros(units),
-            weight_squares=wide.new_zeros(units),
-            weight_rounding=wide.new_zeros(units),
-            first=wide.new_zeros(units, wide.shape[-1]),
-            squares=wide.new_zeros(units, wide.shape[-1]),
+            **fields,
+            squares=torch.zeros_like(fields["first"]),
             parts=(),
             memory_budget=memory_budget,
         )
