@@ -2,42 +2,47 @@
 
 PyTorch may round the factors of float32 products: to bfloat16 or float16 under autocast, to TF32 by
 flags of the process. Measurements want neither, and a run wants what its configuration says.
+
+The flags come in two generations, the older for the whole process and the newer for single
+operations. PyTorch raises when the older are read while the newer say something else. So both are
+set here, such that they agree, and whatever model or user reads or sets works.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+
+# Where PyTorch keeps the newer flags: backend and operation. "none" leaves a flag to the one of
+# "all", and that to "generic". Those that others are left to stand first.
+FLAGS = (
+    ("generic", "all"),
+    *((backend, "all") for backend in ("cuda", "mkldnn")),
+    *((backend, name) for backend in ("cuda", "mkldnn") for name in ("matmul", "conv", "rnn")),
+)
+_read, _write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 
 
 @contextmanager
 def full_precision(devices: Iterable[str]) -> Iterator[None]:
     """Turns autocast and TF32 off: products in bfloat16 put the Fisher blocks 4e-3 off.
 
-    Flags are read and set operation by operation, since the older, global ones raise where a user
-    has set one of these.
+    All flags are restored at the end, whatever is set inside the block.
 
     Args:
         devices: the device types that autocast may be on for, such as "cuda"; the CPU is included.
     """
-    backends: Any = torch.backends  # pyright knows few of its flags
-    flags = [
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-        backends.mkldnn.rnn,
-    ]
-    with ExitStack() as restored:
+    with ExitStack() as stack:
         for device in {*devices, "cpu"}:
-            restored.enter_context(torch.autocast(device, enabled=False))
-        for flag in flags:
-            restored.callback(setattr, flag, "fp32_precision", flag.fp32_precision)
-            flag.fp32_precision = "ieee"
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_restored_flags())
+        torch.set_float32_matmul_precision("highest")
+        torch._C._set_cudnn_allow_tf32(False)
+        for flag in FLAGS:
+            _write(*flag, "ieee")
         yield
 
 
@@ -47,32 +52,33 @@ def product_precision(precision: Precision) -> Iterator[None]:
 
     For every other precision the factors are not rounded; autocast is the caller's. All flags are
     restored at the end.
-
-    Flags come in two generations. The older, global ones are set, because ``torch.compile`` reads
-    those, which raises where the newer, of single operations, say something else. One that raises
-    at the beginning is restored through the newer alone.
     """
-    backends: Any = torch.backends  # pyright knows few of its flags
-    older = (backends.cuda.matmul, backends.cudnn)
-    newer = (
-        backends,
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-    )
-    with ExitStack() as restored:  # from the last to the first: each sets more than those after it
-        for flag in newer:
-            restored.callback(setattr, flag, "fp32_precision", flag.fp32_precision)
-        with suppress(RuntimeError):
-            restored.callback(
-                torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
-            )
-        for flag in older:
-            with suppress(RuntimeError):
-                restored.callback(setattr, flag, "allow_tf32", flag.allow_tf32)
-        # As PyTorch begins.
-        backends.fp32_precision = backends.mkldnn.matmul.fp32_precision = "none"
-        for flag in older:
-            flag.allow_tf32 = precision == "tf32"
+    with _restored_flags():
+        # The older flags, because torch.compile reads those; the others stay as PyTorch begins.
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch._C._set_cudnn_allow_tf32(precision == "tf32")
         yield
+
+
+@contextmanager
+def _restored_flags() -> Iterator[None]:
+    """Leaves every flag to the others inside the block, and restores all of them at its end."""
+    # Restored from the last to the first: an older flag also sets newer ones.
+    with ExitStack() as restored:
+        for flag in FLAGS:
+            # What those above it say would be read in place of "none", were they not "none" too.
+            restored.callback(_write, *flag, _read(*flag))
+            _write(*flag, "none")
+        restored.callback(torch._C._set_cudnn_allow_tf32, _older_cudnn_flag())
+        restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        yield
+
+
+def _older_cudnn_flag() -> bool:
+    """Whether the older flag allows TF32 in cuDNN; PyTorch only says so where the newer agree."""
+    for name in ("conv", "rnn"):
+        _write("cuda", name, "tf32")
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:
+        return False

@@ -76,19 +76,20 @@ def forward(model: nn.Module, x: Tensor, restart: Callable[[], object] = lambda:
     """Returns what the model returns for a copy of the examples, which it may write into.
 
     A model that differentiates inside its forward pass cannot run without gradients. It is run
-    again with them.
+    again with them. Precision flags that it leaves set do not outlast its forward pass.
 
     Args:
         restart: called before the model runs again, to forget what hooks have recorded so far.
     """
-    try:
-        return model(x.clone())
-    except RuntimeError as error:
-        if torch.is_grad_enabled() or "grad" not in str(error):
-            raise
-    restart()
-    with torch.enable_grad():
-        return model(x.clone())
+    with full_precision({x.device.type}):
+        try:
+            return model(x.clone())
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "grad" not in str(error):
+                raise
+        restart()
+        with torch.enable_grad():
+            return model(x.clone())
 
 
 @contextmanager
