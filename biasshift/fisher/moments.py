@@ -16,10 +16,13 @@ from torch import Tensor
 from biasshift.fisher import packed
 from biasshift.theory import Vectors
 
+TOLD = 4096  # errors that are looked at, to tell their precision
 AnySums = TypeVar("AnySums", bound="Sums")
 
 
-def sum_rounding(delta: Float[Tensor, "passes batch positions units"]) -> Tensor:
+def sum_rounding(
+    delta: Float[Tensor, "passes batch positions units"], share: Tensor | None = None
+) -> Tensor:
     """Returns what ``Σ (Σ_t δ_t)²`` may be of rounding alone, (units,), in float64.
 
     A bias has no influence where its unit's errors cancel over the positions t of every example.
@@ -27,18 +30,42 @@ def sum_rounding(delta: Float[Tensor, "passes batch positions units"]) -> Tensor
     the share ``ρ²`` of ``Σ δ_t²``. Inputs do not enter, however large or far from 0 they are.
 
     Args:
-        delta: the errors of some labels, in the dtype they were computed in, which sets ρ.
+        delta: the errors of some labels.
+        share: ρ; by default the `rounding_share` of the errors.
 
     >>> sum_rounding(torch.ones(1, 1, 4, 1)) < 1e-7
     tensor([True])
     """
-    # The errors of a softmax or a norm are differences of numbers that may be some hundred times as
-    # large, and adding them up rounds again: ρ is 1000 ε. Half precision allows no more than 1e-2,
-    # since errors that do not cancel exactly may well add up to a tenth of themselves.
-    share = min(1000 * torch.finfo(delta.dtype).eps, 1e-2)
+    share = rounding_share(delta) if share is None else share
     work = torch.promote_types(delta.dtype, torch.float32)
     norms = torch.linalg.vector_norm(delta, dim=2, dtype=work)  # needs no copy of the errors
     return share**2 * norms.double().square().sum((0, 1))
+
+
+def rounding_share(delta: Tensor) -> Tensor:
+    """Returns ρ, how far errors that should cancel may be from it, as a share of themselves.
+
+    It is that of the dtype of the errors, or of a coarser one where that holds them exactly: a
+    kernel in half precision, inside of a model in single precision, rounds as half precision does.
+    A sample of the errors tells, since others would hardly be held by chance.
+
+    >>> rounding_share(torch.tensor([0.1, 0.2])) < 2e-4, rounding_share(torch.tensor([0.5, 2.0]))
+    (tensor(True), tensor(0.0100, dtype=torch.float64))
+    """
+    some, own = delta.flatten()[:: max(1, delta.numel() // TOLD)], _share(delta.dtype)
+    share = torch.full((), own, dtype=torch.float64, device=delta.device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if _share(dtype) > own:  # the device is not waited for
+            held = (some == some.to(dtype).to(some.dtype)).all() & some.any()
+            share = torch.where(held, share.clamp(min=_share(dtype)), share)
+    return share
+
+
+def _share(dtype: torch.dtype) -> float:
+    # The errors of a softmax or a norm are differences of numbers that may be some hundred times as
+    # large, and adding them up rounds again: ρ is 1000 ε. Half precision allows no more than 1e-2,
+    # since errors that do not cancel exactly may well add up to a tenth of themselves.
+    return min(1000 * torch.finfo(dtype).eps, 1e-2)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from biasshift.precision import full_precision
 MAX_ITERATIONS = 1000
 TYPICAL = 100  # iterations, to compare costs with
 VECTOR_BYTES = 2**28  # that the vectors of all units solved together may take
+RANGE = 2.0**-80  # of variances and their sums, that iterations in single precision can work with
 CYCLES = 8  # solves in a row, each for the residual of the last
 
 
@@ -36,8 +37,10 @@ class Solver:
 
     def __init__(self, sums: ImplicitSums, damping: float, dtype: torch.dtype):
         self.sums, self.damping = sums, damping
-        self.dtype = torch.promote_types(dtype, torch.float32)
         self._variances = variances(sums)
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        if not _fits_single(sums, self._variances):
+            self.dtype = torch.float64
         self.usable = (sums.weight > 0) & has_variance(self._variances, sums.offset_q, dtype)
 
     def solve(self, rhs: Tensor, tolerance: float, max_iterations: int) -> Tensor:
@@ -137,3 +140,14 @@ class Solver:
                 return block_cholesky
         preconditioner = Preconditioner(self.sums, self.usable, self.damping, self.dtype)
         return ConjugateGradients(preconditioner, self.dtype)
+
+
+def _fits_single(sums: ImplicitSums, variance: Tensor) -> bool:
+    """Whether vectors, and products with ``Σ δ² a aᵀ``, stay in the range of single precision."""
+    varying = variance[variance > 0]
+    if not len(varying):
+        return True
+    weight = sums.weight[sums.weight > 0]
+    extent = torch.stack([varying.min(), varying.max(), weight.min(), weight.max()])
+    low, high, least, most = extent.tolist()
+    return min(low, low * least) > RANGE and max(high, high * most) < 1 / RANGE

@@ -13,6 +13,7 @@ from biasshift.fisher.all_reduce import all_reduced
 from biasshift.fisher.cholesky import Factors, Singular, sherman_morrison
 from biasshift.fisher.moments import WeightedSums
 from biasshift.fisher.packed import block_bytes
+from biasshift.fisher.ranges import with_range
 from biasshift.fisher.samples import MEMORY_BUDGET, STORAGES, ImplicitSums, Samples, TooLarge
 from biasshift.fisher.solver import MAX_ITERATIONS, Solver
 from biasshift.theory import Scalars, Vectors, dot
@@ -107,7 +108,7 @@ class UnitFisher:
         dtype = torch.promote_types(a.dtype, torch.float32)
         wide, weights = a.detach().to(dtype), delta2.detach().to(dtype)
         reference = wide.mean(0)
-        shifted = wide - reference
+        shifted, weights = with_range(wide - reference, weights)
         units, inputs = delta2.shape[1], a.shape[1]
         if storage == "implicit" or (
             storage == "auto" and block_bytes(units, inputs) > memory_budget

@@ -103,42 +103,58 @@ class Curvature:
         """Returns the update of the layer's weights and biases, in float64.
 
         ``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``; without a scale c and W are left
-        out. Units without a usable W or c keep their center and lose the scale.
+        out. Units without a usable W or c keep their center and lose the scale. Where the bias has
+        no influence, c is rounding, and no mean is defined: ``Δw = A⁻¹g`` with ``A = E(δ² a aᵀ)``
+        in place of ``c W``, damped alike, and ``Δw₀ = 0``. The center p knows no A, and leaves g.
 
         Args:
             g: (units, inputs), float64, the gradient of the weights.
             g0: (units,), that of the biases; None for a layer without trainable biases.
             damping: λ in ``W + λ mean(diag W) I``.
-            unit_damping: Adds so much of the layer's mean c to the c of every unit.
+            unit_damping: Adds so much of the layer's mean c to the c of every unit that has one.
 
         Raises:
             ValueError: If a W has no inverse and ``damping`` is 0.
         """
         moments = self._moments()
-        r = _per_unit(moments.center, len(g))
+        r, inert = _per_unit(moments.center, len(g)), self._inert(len(g))
+        r = r.where(~inert[:, None], 0)
         dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
         dw0 = g0
         if self.rule.scale != "none":
             c = self.sums.parts["weight"][0] / self.sums.examples
-            solved, usable = self._inverse_for(moments, damping, bias=g0 is not None).solve(dw)
-            usable = usable & (c > 0)
+            inverse = self._inverse_for(moments, damping, bias=g0 is not None)
+            solved, solvable = inverse.solve(dw)
+            usable = solvable & (c > 0)
             c = c + unit_damping * c.mean()
+            if self.rule.center == "p":
+                usable = usable & ~inert
+            else:  # W is A itself
+                usable, c = usable | (inert & solvable), c.where(~inert, 1)
             dw = torch.where(usable[:, None], solved / c[:, None], dw)
             dw0 = None if g0 is None else torch.where(usable, g0 / c, g0)
-        return dw, None if dw0 is None else dw0 - dot(r, dw)
+        return dw, None if dw0 is None else (dw0 - dot(r, dw)).where(~inert, 0)
+
+    def _inert(self, units: int) -> Tensor:
+        """Which units have a bias without influence, as far as that is known; (units,) bool."""
+        inert = self.sums.bias_inert
+        return self.sums.reference.new_zeros(units, dtype=torch.bool) if inert is None else inert
 
     def _moments(self) -> Moments:
         """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
         if self.rule.center == "p":
             weight = reference.new_full((len(reference), 1), self.sums.positions)
-            first = parts["total"][0]
+            first, inert = parts["total"][0], torch.zeros_like(weight, dtype=torch.bool)
         else:
-            weight, first = parts["weight"][0][:, None], parts["first"][0]
+            inert = self._inert(len(parts["first"][0]))[:, None]
+            weight = parts["weight"][0][:, None].where(~inert, self.sums.examples)
+            # errors that cancel have second moments that are the same about every point, 0 too
+            first = parts["first"][0].where(~inert, 0)
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
-        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive)
+        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive & ~inert)
         center = torch.zeros_like(mean) if self.rule.center == "none" else mean
         return Moments(weight, offset, mean, center)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from biasshift.fisher.moments import rounding_share
 from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.coverage import refuse_maps
 from biasshift.measure.hooks import Call, Tape, add_output_hook
@@ -222,9 +223,9 @@ class Recorder:
     # -- from calls to sums ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _form_sums(self, forward_pass: Pass, share: Share) -> None:
+    def _form_sums(self, forward_pass: Pass, of_pass: Share) -> None:
         """Errors that came back, times the divisor, are those of a sum over the examples."""
-        factor, counted = share.divisor, share.counted
+        factor, counted = of_pass.divisor, of_pass.counted
         batch = forward_pass.examples if counted is None else len(counted)
         for name, calls in forward_pass.calls.items():
             module = self.layers[name]
@@ -232,12 +233,13 @@ class Recorder:
             a = _side_by_side([layer_types.patches(module, call.a, call.shape) for call in calls])
             a = a.to(layer_types.dtype_of_sums(a))
             self._check_positions(name, a)
-            delta = None
+            delta, share = None, None
             if self.rule.needs_errors:
                 deltas = [
                     a.new_zeros(call.shape) if call.delta is None else call.delta for call in calls
                 ]
                 delta = _side_by_side([layer_types.errors(module, d[None])[0] for d in deltas])
+                share = rounding_share(delta)
                 delta = delta.to(a.dtype) if factor == 1 else factor * delta.to(a.dtype)
             kept = None if delta is None or counted is None else _kept(counted, delta, len(calls))
             if self.rule.weight_sharing == "expand":
@@ -246,7 +248,7 @@ class Recorder:
                 kept = None if kept is None else kept.flatten()[:, None]
             reference = self._reference(name, a)
             forward_pass.sums[name] = batch_sums(
-                a, delta, reference, self.rule, forward_pass.examples, kept
+                a, delta, reference, self.rule, forward_pass.examples, kept, share
             )
         forward_pass.calls = {}
 

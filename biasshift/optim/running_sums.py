@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from biasshift.fisher import packed
+from biasshift.fisher.moments import sum_rounding
 from biasshift.optim.update_rule import UpdateRule
 
 # Elements of the errors times activations of shared weights that are formed at a time.
@@ -21,6 +22,8 @@ class RunningSums:
     ``parts`` holds, by name, where the rule needs them:
 
     * ``weight``: Σ δ², (units,).
+    * ``rounding``: What ``weight`` may be of rounding alone, (units,), where errors of the
+      positions of an example add up; see `sum_rounding`. Missing in states of older versions.
     * ``first``: Σ δ² (a − reference), (units, inputs).
     * ``second``: Σ δ² times the squares of a − reference, (units, inputs), or times their outer
       products, as the rows of `packed`.
@@ -46,7 +49,7 @@ class RunningSums:
         self.examples = decay * self.examples + other.examples
         self.positions = decay * self.positions + other.positions
         for name, theirs in other.parts.items():
-            mine = self.parts[name]
+            mine = self.parts.setdefault(name, [torch.zeros_like(x) for x in theirs])
             if name == "samples":
                 if decay == 1:
                     theirs = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
@@ -55,6 +58,17 @@ class RunningSums:
                 for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
                     mine[i] = x.double().mul_(decay).add_(y)  # one batch of rows may be float32
         return self
+
+    @property
+    def bias_inert(self) -> Tensor | None:
+        """The units whose bias has no influence, (units,) bool; None where that is not known.
+
+        Their errors cancel over the positions of every example, and ``weight`` is rounding.
+        """
+        if "rounding" not in self.parts:
+            return None
+        rounding, weight = self.parts["rounding"][0], self.parts["weight"][0]
+        return (rounding > 0) & (weight <= rounding)
 
     def saved(self) -> dict[str, Any]:
         """Returns what `loaded` takes, for a state that is saved: every field by its name.
@@ -96,6 +110,7 @@ def batch_sums(
     rule: UpdateRule,
     examples: float,
     kept: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> RunningSums:
     """Returns the sums of one batch.
 
@@ -110,6 +125,7 @@ def batch_sums(
         examples: How many examples the samples are of.
         kept: (samples, positions), bool, False where a position has no part in the loss: its errors
             are 0. None where all have.
+        share: The `rounding_share` of the errors, where these are multiples of what was computed.
     """
     shifted = a - reference.to(a.dtype)
     if kept is not None:
@@ -117,6 +133,10 @@ def batch_sums(
     count = a.shape[0] * a.shape[1] if kept is None else int(kept.sum())
     parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if rule.center == "p" else {}
     if delta is not None:
+        if rule.weight_sharing == "per_example":
+            together = delta.shape[1] > 1
+            rounding = sum_rounding(delta[None], share) if together else delta.new_zeros(1)
+            parts["rounding"] = [rounding.double().expand(delta.shape[2]).clone()]
         # (samples, positions, groups, units of a group)
         delta = delta.unflatten(2, (a.shape[2], -1))
         whole = delta.sum(1)
