@@ -1,8 +1,7 @@
 """Handwritten digits: scikit-learn's 1,797 small ones, shifted copies of them, and MNIST."""
 
-import gzip
 import math
-import tempfile
+import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from biasshift.data.augmentation import Scale
 from biasshift.data.dataset import DataSet, data_root, obtain, split
+from biasshift.data.ordinary_files import read_ordinary, unpacked_gzip
 
 DIGITS_TRAIN, DIGITS_VALID = 1_437, 180  # of 1,797 images; the remaining 180 test
 # Each file of MNIST/raw and its shape. The original files, as torchvision unpacks them, or with
@@ -110,35 +110,32 @@ def mnist(
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     """The images (uint8) or labels (int64) of one file, checked."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
     remedy = (
         "It is damaged or a file of another data set: delete it and run again with a network, or "
         "copy it anew"
     )
-    read = read_image_file if len(shape) == 3 else read_label_file
+    header = 4 * (1 + len(shape))
+    size = header + math.prod(shape)
     try:
+        # Random bytes grow a little when they are packed.
+        content = read_ordinary(path, size + size // 100 + 1000)
         if path.suffix == ".gz":
-            with gzip.open(path) as packed, tempfile.NamedTemporaryFile() as unpacked:
-                # a byte more than there should be, after a header of at most 16
-                unpacked.write(packed.read(math.prod(shape) + 17))
-                unpacked.flush()
-                values = read(unpacked.name)
-        else:
-            values = read(str(path))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            content = unpacked_gzip(content, size + 1)
+    except zlib.error as error:
         raise RuntimeError(f"'{path}' is not a complete gzip file. {remedy}.") from error
     except OSError as error:
         raise RuntimeError(f"'{path}' cannot be read ({error.strerror}). {remedy}.") from error
-    except Exception as error:
-        # Which one depends on the byte that is wrong: torchvision asserts, indexes and reshapes.
-        raise RuntimeError(f"'{path}' is not a complete idx file. {remedy}.") from error
-    if tuple(values.shape) != shape:
-        raise RuntimeError(
-            f"'{path}' must hold values of shape {shape}, got {tuple(values.shape)}. {remedy}."
-        )
-    if len(shape) == 1 and values.max() > 9:
-        raise RuntimeError(
-            f"'{path}' must hold labels from 0 to 9, got {int(values.max())}. {remedy}."
-        )
+    found = struct.unpack_from(f">{len(shape)}I", content.ljust(header), 4)
+    # Two zeros, the type of bytes, and the number of dimensions.
+    if len(content) < header or content[:4] != bytes([0, 0, 8, len(shape)]):
+        raise RuntimeError(f"'{path}' is not a complete idx file. {remedy}.")
+    if found != shape:
+        raise RuntimeError(f"'{path}' must hold values of shape {shape}, got {found}. {remedy}.")
+    if len(content) != size:
+        raise RuntimeError(f"'{path}' is not a complete idx file. {remedy}.")
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+    if len(shape) == 1:
+        if (largest := int(values.max())) > 9:
+            raise RuntimeError(f"'{path}' must hold labels from 0 to 9, got {largest}. {remedy}.")
+        return values.long()
     return values

@@ -20,14 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from biasshift.data.dataset import data_root
+from biasshift.data.ordinary_files import open_ordinary, read_ordinary
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
 FORMATS = ("JPEG", "PNG")  # one of ImageNet's .JPEG files is a PNG
 # ImageNet's 1,000 classes in order, a line each: "n01440764 tench, Tinca tinca".
 MAPPING = "LOC_synset_mapping.txt"
 MAPPING_BYTES = 2**20
-# A few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million.
+# A few hundred bytes may unpack to more than the memory; ImageNet's largest has 19 million. The
+# same holds for an image that is squeezed to its width first, and stays as high as it was.
 MAX_PIXELS = 100_000_000
+DEFLATE = 1032  # bytes at most that a byte of a PNG unpacks to
 # First column and row of each pass of an interlaced PNG, and the steps from there.
 INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
 INTERLACED += ((0, 1, 1, 2),)
@@ -141,7 +144,7 @@ def _class_folders(folder: Path) -> set[str]:
 def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], list[str]]:
     """The classes' folders and names, by number."""
     path = folder / MAPPING
-    if not path.is_file():
+    if not os.path.lexists(path):
         if numbering == "mapping":
             raise FileNotFoundError(
                 f"'{path}' is missing, which numbers the classes. Put it there, or number them by "
@@ -160,8 +163,7 @@ def _order(folder: Path, present: set[str], numbering: str) -> tuple[list[str], 
 
 def _read_mapping(path: Path) -> dict[str, str]:
     try:
-        with path.open("rb") as file:
-            lines = file.read(MAPPING_BYTES).decode("utf-8").splitlines()
+        lines = read_ordinary(path, MAPPING_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RuntimeError(
             f"'{path}' cannot be read as text. Delete it or copy it anew."
@@ -174,23 +176,42 @@ def _read_mapping(path: Path) -> dict[str, str]:
 
 
 def _images(folder: Path, number: dict[str, int]) -> Images:
-    from torchvision.datasets.folder import make_dataset
+    paths, labels = [], []
+    for name in sorted(number):
+        try:
+            found = _image_files(str(folder / name))
+        except OSError as error:
+            raise RuntimeError(
+                f"'{error.filename or folder}' cannot be read: {error.strerror}."
+            ) from error
+        if not found:
+            raise RuntimeError(
+                f"'{folder}' has no images of the class '{name}' ({', '.join(EXTENSIONS)}). Copy "
+                "it anew, or remove the folder."
+            )
+        paths += found
+        labels += [number[name]] * len(found)
+    return Images(tuple(paths), torch.tensor(labels))
 
-    try:
-        samples = make_dataset(str(folder), number, extensions=EXTENSIONS)
-    # torchvision's, which lists the classes; and a folder that vanished meanwhile
-    except FileNotFoundError as error:
-        empty = [name for name in sorted(number) if not any((folder / name).rglob("*.*"))]
-        which = f"the class '{empty[0]}'" if empty else "a class"
-        raise RuntimeError(
-            f"'{folder}' has no images of {which} ({', '.join(EXTENSIONS)}). Copy it anew, or "
-            "remove the folder."
-        ) from error
-    except OSError as error:
-        raise RuntimeError(
-            f"'{error.filename or folder}' cannot be read: {error.strerror}."
-        ) from error
-    return Images(tuple(path for path, _ in samples), torch.tensor([label for _, label in samples]))
+
+def _image_files(top: str) -> list[str]:
+    """The images in a folder and below it, in torchvision's order.
+
+    Links to folders are followed, each folder once: a link may lead to where it lies.
+    """
+    entered, waiting, found = set(), [top], []
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(folder)
+        if (place := (status.st_dev, status.st_ino)) in entered:
+            continue
+        entered.add(place)
+        with os.scandir(folder) as entries:
+            names = sorted((entry.name, entry.is_dir()) for entry in entries)
+        waiting += [os.path.join(folder, name) for name, below in reversed(names) if below]
+        files = [name for name, below in names if not below and name.lower().endswith(EXTENSIONS)]
+        found.append((folder, [os.path.join(folder, name) for name in files]))
+    return [path for _, files in sorted(found) for path in files]
 
 
 # -- image files as tensors ------------------------------------------------------------------------
@@ -210,19 +231,20 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     if not os.path.isfile(path):  # a pipe would be waited for
         raise RuntimeError(f"'{path}' is not a file, or has been deleted.")
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings(), open_ordinary(path) as file:
             # Of damaged notes about the camera, and of many pixels, which are counted below.
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if max(image.width, side) * image.height > MAX_PIXELS:
                     raise RuntimeError(
                         f"'{path}' is an image of {image.width} × {image.height} pixels, more than "
                         "is safe to unpack."
                     )
+                if image.format == "PNG" and not _may_have_all_rows(file):
+                    raise ValueError("Rows are missing.")  # found before they take memory
                 if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                     image.load()
-                    bytes_ = np.rint(np.asarray(image) / 257).astype(np.uint8)
-                    colored = Image.fromarray(bytes_).convert("RGB")
+                    colored = Image.fromarray(_in_8_bits(np.asarray(image))).convert("RGB")
                 else:
                     colored = image.convert("RGB")
                 if image.format == "PNG" and not _has_all_rows(file):
@@ -238,22 +260,48 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
+    scaled = np.empty(pixels.shape, np.uint8)
+    for row, line in zip(scaled, pixels, strict=True):  # all at once would take 16 bytes a pixel
+        row[:] = np.rint(line / 257)
+    return scaled
+
+
+def _may_have_all_rows(file: BinaryIO) -> bool:
+    """Whether a PNG of this size can hold the pixels that its header says; the place is kept."""
+    place = file.tell()
+    needed = next((_promised(file) for kind, _ in _chunks(file) if kind == b"IHDR"), 0)
+    file.seek(place)
+    return needed <= DEFLATE * os.fstat(file.fileno()).st_size
+
+
 def _has_all_rows(file: BinaryIO) -> bool:
     """Whether the compressed pixels of a PNG are as many as its header says."""
-    file.seek(8)
     unpacked, needed, stream = 0, 0, zlib.decompressobj()
+    for kind, length in _chunks(file):
+        if kind == b"IHDR":
+            needed = _promised(file)
+        while kind == b"IDAT" and length and not stream.eof and unpacked < needed:
+            content = file.read(min(length, 2**20))
+            length = length - len(content) if content else 0
+            while content and not stream.eof and unpacked < needed:
+                unpacked += len(stream.decompress(content, 2**20))
+                content = stream.unconsumed_tail
+    return unpacked >= needed
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of each chunk of a PNG; the file then stands in front of its content."""
+    file.seek(8)
     while len(start := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", start)
-        content = file.read(length)
-        file.seek(4, os.SEEK_CUR)
-        if kind == b"IHDR":
-            needed = _unpacked_size(*struct.unpack(">IIBBxxB", content))
-        while kind == b"IDAT" and not stream.eof and unpacked < needed:
-            piece = stream.decompress(content, 2**20)
-            unpacked, content = unpacked + len(piece), stream.unconsumed_tail
-            if not piece and not content:
-                break
-    return unpacked >= needed
+        place = file.tell()
+        yield kind, length
+        file.seek(place + length + 4)
+
+
+def _promised(file: BinaryIO) -> int:
+    return _unpacked_size(*struct.unpack(">IIBBxxB", file.read(13)))
 
 
 def _unpacked_size(width: int, height: int, bits: int, color: int, interlaced: int) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from biasshift.data.ordinary_files import read_ordinary
+
 MAX_BYTES = 256 * 2**20  # CIFAR-100's training file, the largest, has 155 MB
 # Containers, numbers, strings, memo, and the three calls that rebuild an array. The originals were
 # written by Python 2.
@@ -28,6 +30,9 @@ LIMITED = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "RED
 # An array needs ten of the limited; a tuple in a tuple, a million deep, would overflow the stack
 # when it is hashed.
 MAX_LIMITED = 100
+# Of CIFAR-100's 50,000 images, with names and two labels, there are a fifth. Each may make an
+# object of some bytes.
+MAX_INSTRUCTIONS = 1_500_000
 
 
 class Refused(Exception):
@@ -128,9 +133,9 @@ def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             raise RuntimeError(
                 f"'{path}' must have at most {max_bytes} bytes, got {size}. {remedy}."
             )
-        content = path.read_bytes()
+        content = read_ordinary(path, max_bytes)
     except OSError as error:
-        raise RuntimeError(f"'{path}' cannot be read: {error.strerror}.") from error
+        raise RuntimeError(f"'{path}' cannot be read ({error.strerror}). {remedy}.") from error
     try:
         _inspect(content)
         entries = _Unpickler(io.BytesIO(content), encoding="bytes").load()
@@ -159,6 +164,8 @@ def _inspect(content: bytes) -> None:
                 f"it contains the instruction {opcode.name}, which no data set "
                 f"needs{' so often' * (limited > MAX_LIMITED)}"
             )
+        if count > MAX_INSTRUCTIONS:
+            raise Refused("it has more parts than any data set")
         # A place in the memo takes memory for all places before it.
         if opcode.name.endswith("PUT") and int(argument or 0) > count:
             raise Refused("it counts its parts as no program does")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from biasshift import plots
 from biasshift.atomic import replacing
+from biasshift.escapes import visible
 
 CAPTION = {"png": "Description", "pdf": "Subject"}  # what the formats call it
 USAGE_ERROR = 2  # exit status
@@ -62,5 +63,6 @@ def in_a_sentence() -> Iterator[None]:
     except (ValueError, OSError) as error:
         where = f"'{error.filename}': " if isinstance(error, OSError) and error.filename else ""
         message = error.strerror if isinstance(error, OSError) and error.strerror else error
-        print(f"{Path(sys.argv[0]).name}: {where}{message}".rstrip(".") + ".", file=sys.stderr)
+        sentence = f"{Path(sys.argv[0]).name}: {where}{message}".rstrip(".") + "."
+        print(visible(sentence), file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None

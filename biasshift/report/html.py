@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from biasshift.escapes import visible
+
 MAX_CHARACTERS = 400
 
 
@@ -16,19 +18,15 @@ MAX_CHARACTERS = 400
 
 
 def plain(value: object, longest: int = MAX_CHARACTERS) -> str:
-    """Returns ``str(value)``, printable and cut to ``longest`` characters.
+    """Returns ``str(value)``, cut to ``longest`` characters, with escapes for what is not seen.
 
-    Control, direction and surrogate characters become replacement characters; newlines stay. The
-    length of a text that was cut stands behind it.
+    Newlines stay. The length of a text that was cut stands behind it.
 
     >>> plain("a" * 50, 10)
     'aaaaaaaaaa… (50 characters)'
     """
     text = str(value)
-    kept = "".join(
-        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
-        for char in text[:longest]
-    )
+    kept = visible(text[:longest], keep="\n")
     return kept if len(text) <= longest else f"{kept}… ({len(text):,} characters)"
 
 
