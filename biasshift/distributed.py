@@ -33,6 +33,11 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def processes_here() -> int:
+    """Returns how many processes `torchrun` has started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun() else 1
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Connects the processes that `torchrun` has started, for the length of a block.

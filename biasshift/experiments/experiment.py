@@ -6,6 +6,7 @@ per run, and one trial of each config.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,11 +15,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 
-from biasshift.distributed import local_device, under_torchrun
+from biasshift.distributed import local_device, processes_here, under_torchrun
 from biasshift.precision import Precision
 from biasshift.training.trial import NO_TENSORBOARD, Execution, Exist, Trial
 
 REPLACE_OR_RESUME = "--replace and --resume exclude each other: give one of them."
+DEVICE = re.compile(r"cpu|cuda(:(?P<gpu>0|[1-9][0-9]{0,5}))?")
 Activation = Literal["elu", "relu", "lrelu", "srelu"]
 T = TypeVar("T")
 
@@ -174,20 +176,31 @@ class Experiment:
         "auto" is the GPU where PyTorch finds one, and the CPU elsewhere.
 
         Raises:
-            ValueError: PyTorch does not know the device, or finds no such GPU on this machine.
+            ValueError: The device is neither the CPU nor a GPU of CUDA, or PyTorch finds no such
+                GPU on this machine, or processes of torchrun would share one.
         """
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         name = self.device if self.device != "auto" else "cuda" if gpus else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"--device must be auto, cpu or cuda, got '{name}'.") from None
-        if device.type == "cuda" and (device.index or 0) >= gpus:
+        known = DEVICE.fullmatch(name)
+        if known is None:
+            raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}.")
+        if name != "cpu" and int(known["gpu"] or 0) >= gpus:
             raise ValueError(
                 f"--device {name} must be a GPU, and PyTorch finds {gpus} of them on this "
                 "machine. Leave the option out."
             )
-        return local_device(device)
+        if known["gpu"] and processes_here() > 1:
+            raise ValueError(
+                f"--device must be cuda under torchrun, where every process has a GPU of its own, "
+                f"got '{name}'."
+            )
+        device = local_device(torch.device(name))
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            raise ValueError(
+                f"'torchrun' must start one process for each of the {gpus} GPUs of a machine, and "
+                f"this is number {device.index + 1}. Give a lower --nproc-per-node."
+            )
+        return device
 
     def exist(self) -> Exist:
         """Returns what to do about runs that are there: "refuse", "replace" or "resume"."""
