@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from biasshift.fisher.moments import WeightedSums, sum_rounding
+from biasshift.fisher.moments import WeightedSums, rounding_share, sum_rounding
+from biasshift.fisher.ranges import with_range, with_square, with_squares
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types
 from biasshift.measure.hooks import Call
 from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.layouts import Layout
 from biasshift.measure.options import Options, Units
 
 
@@ -36,10 +38,17 @@ class LayerBatch:
     """
 
     def __init__(
-        self, name: str, module: WeightLayer, calls: list[Call], examples: int, options: Options
+        self,
+        name: str,
+        module: WeightLayer,
+        calls: list[Call],
+        examples: int,
+        options: Options,
+        layouts: list[Layout] | None = None,
     ):
         self.name, self.module, self.calls, self.examples = name, module, calls, examples
         self.expand = options.weight_sharing == "expand"
+        self.layouts = layouts or [Layout.FIRST] * len(calls)
         self.draws = options.draws if options.labels == "sampled" else 1
         self.units = kept_units(name, module, options.units, calls[0].a.device)
         net_inputs = sum(call.shape.numel() for call in calls)
@@ -66,8 +75,12 @@ class LayerBatch:
         """
         work = layer_types.dtype_of_sums(self.calls[0].a)
         parts = [
-            layer_types.patches(self.module, call.a.to(work), call.shape, reference)
-            for call in self.calls
+            layout.arrange(
+                layer_types.patches(self.module, call.a.to(work), call.shape, reference),
+                0,
+                self.examples,
+            )
+            for call, layout in zip(self.calls, self.layouts, strict=True)
         ]
         return self.side_by_side(parts, axis=0)
 
@@ -154,7 +167,7 @@ class LayerState:
         self.add_draws(layer, delta)
         self.add_rounding(layer, delta)
         if layer.shares_weights:
-            a = layer.patches(self.reference)
+            a, delta = with_squares(layer.patches(self.reference), delta)
             # (batch, passes, units, positions): as it lies in memory, behind a convolution
             by_example = delta.to(a.dtype).permute(1, 0, 3, 2)
             summed = by_example.sum(3)
@@ -166,7 +179,8 @@ class LayerState:
                 by_unit = vectors.permute(2, 0, 1, 3).flatten(1, 2)
                 self.sums[i] = self.sums[i].with_vectors(by_unit, summed[:, :, own].flatten(0, 1))
         else:
-            squares = delta.to(layer_types.dtype_of_sums(delta)).square().sum(0).flatten(0, 1)
+            wide = with_square(delta.to(layer_types.dtype_of_sums(delta)))
+            squares = wide.square().sum(0).flatten(0, 1)
         self.delta2 = squares if self.delta2 is None else self.delta2 + squares
 
     def add_draws(self, layer: LayerBatch, delta: Tensor) -> None:
@@ -179,7 +193,8 @@ class LayerState:
     def add_rounding(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds what Σ δ² may be of rounding alone, where errors of several positions add up."""
         if layer.shares_weights:
-            self.weight_rounding = self.weight_rounding + sum_rounding(delta)[layer.units]
+            rounding = sum_rounding(with_square(delta), rounding_share(delta))
+            self.weight_rounding = self.weight_rounding + rounding[layer.units]
 
     def finish_batch(self, layer: LayerBatch) -> None:
         """Adds what needs ``δ̄²``, when the errors of all seeds are in."""
@@ -191,7 +206,8 @@ class LayerState:
             if a is None:
                 self.sums[i] = self.sums[i].with_weight_squares(weights)
             else:
-                self.sums[i] = self.sums[i].with_weights(a[:, :, g].flatten(0, 1), weights)
+                own, weights = with_range(a[:, :, g].flatten(0, 1), weights)
+                self.sums[i] = self.sums[i].with_weights(own, weights)
         self.delta2 = None
 
     def add_gradient(self, layer: LayerBatch, delta: Tensor) -> None:

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from biasshift.measure import examples
+from biasshift.measure.composites import COMPOSITES
+from biasshift.measure.examples import Inputs
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.layer_types import Selection, selected_modules, why_uncovered
-from biasshift.measure.probe import Probe, batches
+from biasshift.measure.layer_types import Conv1D, Selection, selected_modules, why_uncovered
+from biasshift.measure.probe import InputNames, Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
 
 UnitAxis = int | Mapping[str, int] | None
 Axes = tuple[int, ...]  # those that may hold the units; none where nothing is known
 # Units on axis 1, behind the examples; and on the last axis.
 UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-UNITS_LAST = (nn.Linear, nn.Embedding)
+UNITS_LAST = (nn.Linear, nn.Embedding, Conv1D)
 # Normalize the last axes, which are those of the units where it is one axis, as in transformers.
 NORMS_OF_LAST_AXES = (nn.LayerNorm, nn.RMSNorm)
 # What autograd calls operations that leave every axis where it is.
@@ -116,6 +119,7 @@ def activation_moments(
     layers: Selection = None,
     unit_axis: UnitAxis = None,
     batch_size: int | None = None,
+    inputs: InputNames = None,
 ) -> dict[str, ActivationMoments]:
     """Returns the mean and variance of every unit of every activation module, by module name.
 
@@ -129,11 +133,13 @@ def activation_moments(
     left as found.
 
     Args:
-        x: a tensor of examples, or an iterable of batches x or (x, y).
+        x: a tensor of examples, a dict of the model's arguments, or an iterable of batches x,
+            (x, y) or dicts.
         layers: names, or a predicate ``(name, module) → bool``.
         unit_axis: the units' axis, for all modules or per module ``{name: axis}``, where the rule
             does not fit.
         batch_size: examples per forward pass, for a probe that does not fit at once.
+        inputs: as in `unit_fisher`.
 
     Raises:
         ValueError: where the axis of the units is ambiguous in a module that ``layers`` names.
@@ -146,11 +152,11 @@ def activation_moments(
     model = underlying(model)
     recorder = ActivationRecorder(model, layers, unit_axis)
     with undisturbed(model), output_hooks(recorder.modules, recorder.record):
-        few: Tensor | None = None
-        for a, _ in batches(model, x, None, batch_size):
-            few = a[:2] if few is None else few
+        few: Inputs | None = None
+        for batch in batches(model, x, None, batch_size, inputs=inputs):
+            few = batch.x[:2] if few is None else few
             recorder.start_forward()
-            forward(model, a, recorder.restart_forward)
+            forward(model, batch.x, recorder.restart_forward)
     if few is not None and recorder.undecided:
         recorder.decide(few)
     return recorder.moments(required=layers is not None and not callable(layers))
@@ -182,7 +188,7 @@ def _is_parametric_activation(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.PReLU):
         return True
-    known = (*UNITS_FIRST, *UNITS_LAST, *NORMS_OF_LAST_AXES, LazyModuleMixin)
+    known = (*UNITS_FIRST, *UNITS_LAST, *NORMS_OF_LAST_AXES, *COMPOSITES, LazyModuleMixin)
     if isinstance(module, known) or why_uncovered(module) is not None:
         return False
     return all(p.numel() == 1 for p in module.parameters())
@@ -350,7 +356,7 @@ class ActivationRecorder:
         """The calls of modules in which several axes may hold the units."""
         return [key for key, by_axis in self.sums.items() if len(by_axis) > 1]
 
-    def decide(self, x: Tensor) -> None:
+    def decide(self, x: Inputs) -> None:
         """Runs the model on a few examples with gradients, which tell whether axes have moved."""
         recorder = ActivationRecorder(self.model, list(self.activations), self.unit_axis)
         # What a model raises that cannot run on few examples, or with gradients, is its own.
@@ -360,7 +366,7 @@ class ActivationRecorder:
             output_hooks(recorder.modules, recorder.record),
         ):
             recorder.start_forward()
-            self.model(x)
+            examples.call(self.model, x.clone())
         for key in self.undecided:
             axes = recorder.sums.get(key, {})
             if len(axes) == 1:

@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types
-from biasshift.measure.coverage import refuse, why_not_affine
+from biasshift.measure.coverage import are_named, refuse, selected_layers, warn_of_left_out
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
-from biasshift.measure.probe import Probe, batches, rereadable
+from biasshift.measure.independence import Reasons, why_not_affine
+from biasshift.measure.layer_types import Selection, WeightLayer
+from biasshift.measure.options import Options
+from biasshift.measure.probe import InputNames, Probe, batches, rereadable
 from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.theory import shift_parts
 
@@ -73,7 +75,14 @@ class Shifts(Mapping[str, BiasShift]):
 
 @contextmanager
 def bias_shift(
-    model: nn.Module, x: Probe, *, layers: Selection = None, batch_size: int | None = None
+    model: nn.Module,
+    x: Probe,
+    *,
+    layers: Selection = None,
+    batch_size: int | None = None,
+    inputs: InputNames = None,
+    uncovered: str = "skip",
+    skip: Selection = None,
 ) -> Iterator[Shifts]:
     """Measures how the update inside the block moves the mean net input of every unit.
 
@@ -82,13 +91,18 @@ def bias_shift(
     The model is measured in eval mode, before and after the block, and left as found.
 
     Args:
-        x: a tensor of examples, or an iterable of batches x or (x, y).
+        x: a tensor of examples, a dict of the model's arguments, or an iterable of batches x,
+            (x, y) or dicts.
         layers: names, or a predicate ``(name, module) → bool``.
         batch_size: examples per forward pass, for a probe that does not fit at once.
+        inputs, uncovered, skip: as in `unit_fisher`.
 
     Raises:
-        ValueError: for a layer that cannot be measured.
+        ValueError: for a named layer that cannot be measured.
         RuntimeError: when the result is read inside the block.
+
+    Warns:
+        UncoveredWarning: where layers are left out.
 
     >>> model = nn.Sequential(nn.Linear(2, 3))
     >>> with bias_shift(model, torch.ones(4, 2)) as shift:
@@ -98,11 +112,15 @@ def bias_shift(
 
     Source: the exact counterpart of the bias shift of section 3 of the ELU paper.
     """
-    probe = rereadable(x)
+    probe = rereadable(x, inputs)
+    options = Options(
+        layers=layers, batch_size=batch_size, inputs=inputs, uncovered=uncovered, skip=skip
+    )
     shifts = Shifts()
-    before = net_means(model, probe, layers, batch_size)
+    before, left_out = net_means(model, probe, options)
+    warn_of_left_out(underlying(model), left_out, stacklevel=4)
     yield shifts
-    shifts._layers = compare(before, net_means(model, probe, layers, batch_size))
+    shifts._layers = compare(before, net_means(model, probe, options)[0])
 
 
 @dataclass(frozen=True)
@@ -117,24 +135,30 @@ class NetMeans:
     positions: int  # that the means are over
 
 
-def net_means(
-    model: nn.Module, x: Probe, layers: Selection = None, batch_size: int | None = None
-) -> dict[str, NetMeans]:
+def net_means(model: nn.Module, x: Probe, options: Options) -> tuple[dict[str, NetMeans], Reasons]:
     """Returns weights, mean incoming activations and mean net inputs of every layer, in eval mode.
 
-    Layers that the model does not call on the probe are left out.
+    Layers that the model does not call on the probe are not among them.
+
+    Returns:
+        The means by layer, and the reasons for the layers that are left out.
 
     Raises:
-        ValueError: for a layer that cannot be measured.
+        ValueError: for a layer that cannot be measured, where it was named or nothing may be left
+            out.
     """
     model = underlying(model)
-    modules = weight_layers(model, layers)
+    modules, left_out = selected_layers(model, options, may_be_tied=True)
     sums: dict[str, tuple[Tensor, Tensor, int, torch.dtype]] = {}
 
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         layer, a, output = modules[name], a.detach(), output.detach()
         if why := why_not_affine(layer, a, output):
-            refuse(modules, {name: why})
+            if are_named(options.layers) or options.uncovered == "raise":
+                refuse(modules, {name: why})
+            left_out[name] = why
+        if name in left_out:
+            return
         incoming, net, positions, _ = sums.get(name, (0.0, 0.0, 0, None))
         sums[name] = (
             incoming + layer_types.summed_patch(layer, a, output.shape),
@@ -144,17 +168,17 @@ def net_means(
         )
 
     with undisturbed(model, evaluate=True), output_hooks(modules, record, raw=True):
-        for a, _ in batches(model, x, None, batch_size):
+        for batch in batches(model, x, None, options.batch_size, inputs=options.inputs):
             before = dict(sums)
-            forward(model, a, lambda before=before: (sums.clear(), sums.update(before)))
+            forward(model, batch.x, lambda before=before: (sums.clear(), sums.update(before)))
         means = {}
-        for name in (name for name in modules if name in sums):
+        for name in (name for name in modules if name in sums and name not in left_out):
             incoming, net, positions, dtype = sums[name]
             w, w0 = unit_weights(modules[name])
             w0 = torch.zeros_like(net) if w0 is None else w0
             mean = layer_types.per_unit(modules[name], incoming / positions)
             means[name] = NetMeans(w, w0, mean, net / positions, dtype, positions)
-        return means
+        return means, left_out
 
 
 def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> dict[str, BiasShift]:
@@ -209,11 +233,13 @@ def used_gradients(
     scale = getattr(optimizer, "grad_scale", None)
     gradients = {}
     for name, module in modules.items():
-        own = module._parameters  # reading a parametrized weight would compute it
-        g = _used_gradient(own.get("weight"), factors, scale)
-        if g is not None and "bias" in own:
-            g0 = _used_gradient(own["bias"], factors, scale)
-            gradients[name] = layer_types.weights(module, g), g0
+        # Reading a parametrized weight would compute it.
+        weight, bias = (layer_types.parameter(module, key) for key in ("weight", "bias"))
+        g = _used_gradient(weight, factors, scale)
+        if g is not None and (bias is not None or module.bias is None):
+            g0 = _used_gradient(bias, factors, scale)
+            g0 = None if g0 is None else layer_types.rows(module, g0)
+            gradients[name] = layer_types.weights(module, layer_types.rows(module, g)), g0
     return gradients
 
 

@@ -2,30 +2,36 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from biasshift.fisher.packed import block_bytes
+from biasshift.fisher.sample_size import warn_of_few_samples
 from biasshift.fisher.samples import MEMORY_BUDGET
 from biasshift.fisher.solver import MAX_ITERATIONS
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.accumulators import LayerBatch, LayerState, Measured, passes_at_once
+from biasshift.measure.copies import Copies
 from biasshift.measure.coverage import (
-    check_outputs,
+    are_named,
     refuse,
     refuse_coupled,
     refuse_unusable,
-    tied,
+    selected_layers,
     unmeasurable,
+    warn_of_left_out,
 )
 from biasshift.measure.hooks import edge_gradients, traced, underlying
-from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
+from biasshift.measure.independence import Layouts, Reasons
+from biasshift.measure.layer_types import Selection, WeightLayer
 from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.options import Options, Units
-from biasshift.measure.probe import batches
+from biasshift.measure.options import Mask, Options, Units
+from biasshift.measure.outputs import OutputChoice
+from biasshift.measure.probe import Batch, InputNames, batches
 from biasshift.measure.sample_store import (
     Collector,
     ImplicitState,
@@ -56,6 +62,12 @@ def unit_fisher(
     storage: str = "auto",
     tolerance: float | None = None,
     max_iterations: int = MAX_ITERATIONS,
+    class_axis: int = -1,
+    mask: Mask = None,
+    inputs: InputNames = None,
+    output: OutputChoice = None,
+    uncovered: str = "skip",
+    skip: Selection = None,
 ) -> dict[str, UnitFisher]:
     """Returns the unit Fisher matrices of every weight layer on probe data, by module name.
 
@@ -64,8 +76,10 @@ def unit_fisher(
     those of PyTorch's ``named_modules``.
 
     Args:
-        x: a tensor of examples, an iterable of batches x or (x, y), or a function that returns one.
-        y: the examples' labels, for a tensor x; only ``labels="empirical"`` reads them.
+        x: a tensor of examples, a dict of the model's arguments, an iterable of batches x, (x, y)
+            or dicts, or a function that returns one. A dict may hold the labels, as "labels".
+        y: the examples' labels, for a tensor or a dict x; only ``labels="empirical"`` reads them.
+            Positions with the categorical label −100 do not count, whatever ``labels`` is.
         labels: ``"expected"`` is exact over the model's labels, ``"sampled"`` draws one label per
             example from the model, ``"empirical"`` takes the data's labels and is another matrix.
         likelihood: of the labels given the outputs: ``"categorical"`` (logits, classes last),
@@ -92,11 +106,26 @@ def unit_fisher(
         tolerance: the relative residual of the iterations; 1e-8 in double precision and 1e-5 in
             single by default.
         max_iterations: of a solve; a unit that takes more has NaN, with a warning.
+        class_axis: of categorical outputs. The default, the last axis, is refused where the
+            classes are not there, or it cannot be told. A number from 1 on is taken at its word.
+        mask: the positions of the outputs that count: a tensor (batch, …), or a function of a
+            batch's inputs and labels that returns one. The mean stays that over all examples.
+        inputs: how many parts of a batch ``(x1, x2, …, y)`` the model is called with, or the names
+            of its arguments.
+        output: which of several outputs is meant: a key, an index, or a function of what the model
+            returns. By default its ``logits`` or ``out``, or the only tensor.
+        uncovered: ``"skip"`` leaves out layers that cannot be measured, with one warning that names
+            them, and ``"raise"`` makes them an error. Layers named in ``layers`` always are.
+        skip: names of modules, or a predicate, to leave out with all inside of them.
 
     Raises:
-        ValueError: for a layer that cannot be measured (the message has its name and the reason),
-            coupled examples (BatchNorm or dropout in training mode), an iterator that would have to
-            be read again, or arguments that do not fit.
+        ValueError: for a named layer that cannot be measured (the message has the reason), coupled
+            examples (BatchNorm or dropout in training mode), an iterator that would have to be read
+            again, or arguments that do not fit.
+
+    Warns:
+        UncoveredWarning: where layers are left out.
+        FewSamplesWarning: where layers have too few effective samples for s, k and the coupling.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2)).requires_grad_(False)
     >>> fishers = unit_fisher(model, torch.eye(3))
@@ -121,8 +150,14 @@ def unit_fisher(
         storage=storage,
         tolerance=tolerance,
         max_iterations=max_iterations,
+        class_axis=class_axis,
+        mask=mask,
+        inputs=inputs,
+        output=output,
+        uncovered=uncovered,
+        skip=skip,
     )
-    return {name: measured.fisher for name, measured in measure(model, x, y, options).items()}
+    return fishers_of(measure(model, x, y, options))
 
 
 def measure(
@@ -132,6 +167,7 @@ def measure(
     options: Options,
     gradient: bool = False,
     warn: bool = True,
+    share: bool = False,
 ) -> dict[str, Measured]:
     """Measures every layer of a model on a probe, by module name.
 
@@ -139,33 +175,50 @@ def measure(
         x, y: the probe, as in `unit_fisher`.
         gradient: also measure the gradient of the mean negative log-likelihood at the data's
             labels, from the same traced pass.
-        warn: whether to warn where all outputs look like probabilities instead of logits.
+        warn: whether to warn of layers that are left out, and where all outputs look like
+            probabilities instead of logits, and of too few effective samples.
+        share: whether the probe is one process's share of one, whose samples are not all.
 
     Raises:
         ValueError: as `unit_fisher`, and for a gradient without the data's labels.
     """
     model = underlying(model)
-    modules = weight_layers(model, options.layers)
-    refuse(modules, tied(model, modules))
+    modules, left_out = selected_layers(model, options)
     refuse_coupled(model)
     refuse_unusable(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if options.labels == "sampled" and options.generator is None:
         # one for all batches, so that their labels differ
         options = replace(options, generator=torch.Generator(device).manual_seed(0))
-    reader = ProbeReader(_add_batch, model, modules, x, y, options)
+    add_batch = partial(_add_batch, where={})
+    reader = ProbeReader(add_batch, model, modules, x, y, options)
     budget = MemoryBudget.on(device, options.memory_budget)
     states = LayerStates(options, budget, one_shot=isinstance(x, Iterator))
+    copies = Copies()
     with undisturbed(model, gradients=True):
-        for a, b in batches(model, opened(x), y, options.batch_size):
-            _add_batch(model, modules, a, b, options, states, gradient)
-    if warn and states.probabilities:
-        likelihoods.warn_of_probabilities(options.likelihood)
+        for batch in batches(
+            model, opened(x), y, options.batch_size, inputs=options.inputs, mask=options.mask
+        ):
+            if warn:
+                copies.add(batch.x)
+            add_batch(model, modules, batch, options, states, gradient, left_out=left_out)
+    if warn:
+        warn_of_left_out(model, left_out)
+        if states.probabilities:
+            likelihoods.warn_of_probabilities(options.likelihood)
     _refuse_uncalled(modules, states, options.layers)
     for name, state in states.items():
         if isinstance(state, ImplicitState) and state.full:
             state.reread = reader.parts(name, state)
-    return {name: states[name].result(options) for name in modules if name in states}
+    measured = {name: states[name].result(options) for name in modules if name in states}
+    if warn and not share:
+        warn_of_few_samples(fishers_of(measured), copies.examples, copies.count, stacklevel=3)
+    return measured
+
+
+def fishers_of(measured: Mapping[str, Measured]) -> dict[str, UnitFisher]:
+    """Returns the unit Fisher matrices of every layer that was measured."""
+    return {name: layer.fisher for name, layer in measured.items()}
 
 
 class LayerStates(dict[str, LayerState]):
@@ -203,20 +256,40 @@ class LayerStates(dict[str, LayerState]):
 
 def _add_batch(
     model: nn.Module,
-    modules: Mapping[str, WeightLayer],
-    x: Tensor,
-    y: Any,
+    modules: dict[str, WeightLayer],
+    batch: Batch,
     options: Options,
     states: LayerStates | Mapping[str, Collector],
     gradient: bool = False,
+    *,
+    where: Layouts,
+    left_out: Reasons | None = None,
 ) -> None:
+    """Adds one batch to the sums of all layers.
+
+    Layers that the first batch shows to be unfit go from ``modules`` to ``left_out``.
+    """
+    x, examples = batch.x, len(batch.x)
     tape, returned = traced(model, modules, x)
-    outputs = check_outputs(returned, len(x))
-    refuse(modules, unmeasurable(model, tape, modules, x, outputs, options, first_batch=not states))
+    outputs = options.outputs(returned, examples)
+    reasons = unmeasurable(model, tape, modules, x, outputs, options, where, first_batch=not states)
+    named = are_named(options.layers) or options.uncovered == "raise"
+    if states or named or left_out is None or len(reasons) == len(modules):
+        refuse(modules, reasons)
+    else:
+        for name, why in reasons.items():
+            left_out[name] = why
+            del modules[name]
+            tape.calls.pop(name, None)
+    y = batch.y
+    if batch.y_in_call and options.likelihood == "categorical":
+        if gradient or options.labels == "empirical" or likelihoods.has_ignored(y):
+            y = likelihoods.aligned_labels(outputs, y, getattr(returned, "loss", None))
+    kept = likelihoods.counted(outputs, options.likelihood, y, batch.mask)
     if isinstance(states, LayerStates) and states.probabilities is not False:
         states.probabilities = likelihoods.are_probabilities(outputs, options.likelihood)
     rule = likelihoods.seeds(
-        outputs, options.likelihood, options.labels, y, options.generator, options.draws
+        outputs, options.likelihood, options.labels, y, options.generator, options.draws, kept
     )
     if options.labels == "expected" and rule.count > options.max_passes:
         raise ValueError(
@@ -224,27 +297,29 @@ def _add_batch(
             f"{tuple(outputs.shape)}, more than max_passes={options.max_passes}. Use "
             'labels="sampled", or raise max_passes.'
         )
-    batch = [
-        LayerBatch(name, modules[name], calls, len(x), options)
+    layers = [
+        LayerBatch(name, modules[name], calls, examples, options, where.get(name))
         for name, calls in tape.calls.items()
     ]
     if isinstance(states, LayerStates):
-        states.add_layers(batch)
-    for layer in batch:
+        states.add_layers(layers)
+    for layer in layers:
         states[layer.name].start_batch(layer)
     if gradient and isinstance(states, LayerStates):
         if y is None:
             raise ValueError("The gradient needs the data's labels: give y, or batches (x, y).")
-        seeds = likelihoods.error(outputs.detach(), options.likelihood, y)[None]
-        for layer, delta in _errors(batch, outputs, seeds, keep=True):
+        rule_of_data = likelihoods.seeds(
+            outputs, options.likelihood, "empirical", y, None, mask=kept
+        )
+        for layer, delta in _errors(layers, outputs, rule_of_data.make(0, 1), keep=True):
             states[layer.name].add_gradient(layer, delta[0])
     dense = {name for name, state in states.items() if type(state) is LayerState}
-    step = passes_at_once(batch, dense, options.memory_budget)
+    step = passes_at_once(layers, dense, options.memory_budget)
     for i in range(0, rule.count, step):
         j = min(i + step, rule.count)
-        for layer, delta in _errors(batch, outputs, rule.make(i, j), keep=j < rule.count):
+        for layer, delta in _errors(layers, outputs, rule.make(i, j), keep=j < rule.count):
             states[layer.name].add_errors(layer, delta)
-    for layer in batch:
+    for layer in layers:
         states[layer.name].finish_batch(layer)
 
 
@@ -256,10 +331,11 @@ def _errors(
     gradients = iter(edge_gradients(outputs, edges, seeds, keep))
     for layer in batch:
         parts = []
-        for call in layer.calls:
+        for call, layout in zip(layer.calls, layer.layouts, strict=True):
             delta = next(gradients)
             delta = seeds.new_zeros(len(seeds), *call.shape) if delta is None else delta
-            parts.append(layer_types.errors(layer.module, delta))
+            delta = layer_types.errors(layer.module, delta)
+            parts.append(layout.arrange(delta, 1, layer.examples))
         yield layer, layer.side_by_side(parts, axis=1)
 
 
@@ -270,5 +346,5 @@ def _refuse_uncalled(
     if uncalled and (not states or (select is not None and not callable(select))):
         raise ValueError(
             f"The forward pass does not call {', '.join(map(repr, uncalled))}: nothing comes in. "
-            "Leave out with layers= what is not called."
+            "Leave out with skip= or layers= what is not called."
         )

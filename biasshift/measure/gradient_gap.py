@@ -17,8 +17,9 @@ from biasshift.measure.accumulators import Measured
 from biasshift.measure.fisher import measure
 from biasshift.measure.layer_types import Selection
 from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.options import Options, Units
-from biasshift.measure.probe import Probe
+from biasshift.measure.options import Mask, Options, Units
+from biasshift.measure.outputs import OutputChoice
+from biasshift.measure.probe import InputNames, Probe
 from biasshift.theory import dot
 
 Update = tuple[Tensor, Tensor | None]  # Δw (units, inputs), and Δw₀ (units,) where there is a bias
@@ -38,6 +39,12 @@ def gradient_gap(
     damping: float = 1e-4,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
+    class_axis: int = -1,
+    mask: Mask = None,
+    inputs: InputNames = None,
+    output: OutputChoice = None,
+    uncovered: str = "skip",
+    skip: Selection = None,
 ) -> pd.DataFrame:
     """Returns cosines between gradient and unit natural gradient, one row per layer.
 
@@ -49,8 +56,8 @@ def gradient_gap(
 
     Args:
         x: a tensor of examples with labels ``y``, or an iterable of batches (x, y).
-        labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator: as in
-            `unit_fisher`.
+        labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator,
+            class_axis, mask, inputs, output, uncovered, skip: as in `unit_fisher`.
 
     Returns:
         Columns ``layer``, ``cos_gradient``, ``cos_centered``, ``cos_diagonal``, ``norm_ratio``
@@ -77,6 +84,12 @@ def gradient_gap(
         damping=damping,
         batch_size=batch_size,
         generator=generator,
+        class_axis=class_axis,
+        mask=mask,
+        inputs=inputs,
+        output=output,
+        uncovered=uncovered,
+        skip=skip,
     )
     measured = measure(model, x, y, options, gradient=True)
     return pd.DataFrame([{"layer": name, **gap(layer)} for name, layer in measured.items()])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from biasshift.measure.examples import Inputs
 from biasshift.measure.sandbox import forward
 
 # May return something else for the module to have returned.
@@ -92,8 +93,8 @@ def _call_hook(
 
 
 @contextmanager
-def call_counts(model: nn.Module) -> Iterator[Counter[str]]:
-    """Counts how often every module of the model is called inside the block, by name.
+def call_counts(modules: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
+    """Counts how often every module is called inside the block, by name.
 
     Calls that return something else than a tensor count too. The counter fills while the block
     runs, and can be read after it.
@@ -103,7 +104,7 @@ def call_counts(model: nn.Module) -> Iterator[Counter[str]]:
     def count(name: str, *_: object) -> None:
         counts[name] += 1
 
-    named = model.named_modules()
+    named = modules.items()
     with _removed([m.register_forward_hook(partial(count, name)) for name, m in named]):
         yield counts
 
@@ -159,7 +160,7 @@ class Tape:
         return any(c.a._version != c.version for calls in self.calls.values() for c in calls)
 
 
-def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Tensor) -> tuple[Tape, object]:
+def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> tuple[Tape, object]:
     """Runs the model once and returns the tape and the model's outputs.
 
     Hooks are removed when the forward pass returns, so that a checkpoint's recomputation is not

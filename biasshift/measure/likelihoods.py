@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import functional as F
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
 Labels = Literal["expected", "sampled", "empirical"]
@@ -24,6 +25,7 @@ Columns = Callable[[int], Tensor]  # column c of a square root, (batch, classes)
 
 LIKELIHOODS = ("categorical", "gaussian", "bernoulli")
 LABELS = ("expected", "sampled", "empirical")
+IGNORED = -100  # the label of a position that does not count, as ``ignore_index`` of PyTorch
 # What autograd calls operations whose results are logits, whatever they happen to be.
 UNBOUNDED = frozenset(
     "Addmm Mm Bmm Baddbmm Convolution NativeBatchNorm CudnnBatchNorm NativeLayerNorm "
@@ -56,6 +58,7 @@ def seeds(
     y: Any,
     generator: torch.Generator | None,
     draws: int = 1,
+    mask: Tensor | None = None,
 ) -> SeedRule:
     """Returns the seeds of one batch under a label rule.
 
@@ -68,6 +71,8 @@ def seeds(
     Args:
         outputs: of the model, classes last.
         y: the data's labels, which only ``"empirical"`` reads.
+        mask: (batch, *positions), or of the outputs' shape, True where an output counts; all others
+            get the seed 0. `counted` forms it.
         generator: draws the labels of ``"sampled"``.
         draws: labels per example under ``"sampled"``; each seed carries the factor 1/√draws.
 
@@ -87,17 +92,93 @@ def seeds(
             'likelihood="bernoulli" or "gaussian".'
         )
     outputs = outputs.detach()
+    kept = None if mask is None else _like_outputs(mask, outputs)
     if labels == "expected":
-        return _expected(outputs, likelihood)
+        return _expected(outputs, likelihood, kept)
     if labels == "empirical":
         if y is None:
             raise ValueError("Labels 'empirical' are those of the data: give y, or batches (x, y).")
-        return SeedRule(1, lambda i, j: error(outputs, likelihood, y)[None])
+        return SeedRule(1, lambda i, j: _masked(error(outputs, likelihood, y), kept)[None])
     drawn = [_draw(outputs, likelihood, generator) for _ in range(draws)]
     return SeedRule(
         draws,
-        lambda i, j: torch.stack([error(outputs, likelihood, y) for y in drawn[i:j]]) / draws**0.5,
+        lambda i, j: (
+            torch.stack([_masked(error(outputs, likelihood, y), kept) for y in drawn[i:j]])
+            / draws**0.5
+        ),
     )
+
+
+def counted(outputs: Outputs, likelihood: Likelihood, y: Any, mask: Tensor | None) -> Tensor | None:
+    """Returns which positions or outputs count, True or False; None where all do.
+
+    Categorical labels of −100 do not count, as ``ignore_index`` of PyTorch's losses has it.
+
+    Args:
+        mask: the user's, (batch, *positions) or of the outputs' shape.
+
+    Raises:
+        ValueError: for a mask of another shape.
+
+    >>> counted(torch.zeros(3, 2), "categorical", torch.tensor([1, -100, 0]), None)
+    tensor([ True, False,  True])
+    """
+    if mask is not None and mask.shape not in (outputs.shape, outputs.shape[:-1]):
+        raise ValueError(
+            f"'mask' must be {tuple(outputs.shape[:-1])}, True where a position of the outputs "
+            f"{tuple(outputs.shape)} counts, got {tuple(mask.shape)}."
+        )
+    if mask is not None and mask.dim() == outputs.dim() and likelihood == "categorical":
+        raise ValueError(
+            f"'mask' must leave out positions {tuple(outputs.shape[:-1])} of categorical outputs, "
+            f"not single classes, got {tuple(mask.shape)}."
+        )
+    if likelihood == "categorical" and has_ignored(y) and y.shape == outputs.shape[:-1]:
+        kept = y.to(outputs.device) != IGNORED
+        return kept if mask is None else kept & mask
+    return mask
+
+
+def has_ignored(y: Any) -> bool:
+    """Tells whether there are categorical labels of −100."""
+    return isinstance(y, Tensor) and not y.is_floating_point() and bool((y == IGNORED).any())
+
+
+def aligned_labels(outputs: Outputs, y: Any, loss: Any) -> Any:
+    """Returns categorical labels with one for every position of the outputs, as the model has them.
+
+    Models of transformers take labels and return a loss. Those that predict the next token compare
+    position t with the label of t + 1. The loss tells which of both it is.
+
+    Args:
+        loss: the mean over the labels that count, as the model returned it; None where it has none.
+
+    Raises:
+        ValueError: where the loss is that of neither.
+    """
+    if loss is None or not isinstance(y, Tensor) or y.shape != outputs.shape[:-1]:
+        return y
+    shifted = torch.full_like(y, IGNORED)
+    if y.dim() > 1:
+        shifted[:, :-1] = y[:, 1:]
+    for labels in (y, shifted) if y.dim() > 1 else (y,):
+        labels = labels.to(outputs.device).long()
+        own = F.cross_entropy(outputs.detach().double().flatten(0, -2), labels.flatten())
+        if torch.isclose(own, loss.detach().double(), rtol=1e-2, atol=1e-6):
+            return labels
+    raise ValueError(
+        "The labels of the dict must be those of the model's loss, which is not their mean "
+        "cross-entropy. Give x and y apart, with one label for every position."
+    )
+
+
+def _like_outputs(mask: Tensor, outputs: Tensor) -> Tensor:
+    kept = mask if mask.dim() == outputs.dim() else mask.unsqueeze(-1).expand_as(outputs)
+    return kept.to(outputs.device)
+
+
+def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
+    return x if kept is None else x.masked_fill(~kept, 0)
 
 
 def error(outputs: Outputs, likelihood: Likelihood, y: Any) -> Outputs:
@@ -129,12 +210,16 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Any) -> Outputs:
             f"{tuple(y.shape)} {y.dtype}. The classes are the last axis of the outputs "
             f"{tuple(outputs.shape)}."
         )
-    if y.numel() and (y.min() < 0 or y.max() >= classes):
+    ignored = (y == IGNORED).to(outputs.device)
+    some = y[y != IGNORED]
+    if some.numel() and (some.min() < 0 or some.max() >= classes):
         raise ValueError(
-            f"'y' must hold labels in 0 … {classes - 1}, got {int(y.min())} … {int(y.max())}."
+            f"'y' must hold labels in 0 … {classes - 1}, or {IGNORED} for one that does not count, "
+            f"got {int(some.min())} … {int(some.max())}."
         )
-    target = torch.zeros_like(outputs).scatter_(-1, y.to(outputs.device).long().unsqueeze(-1), 1.0)
-    return target - outputs.softmax(-1)
+    y = y.to(outputs.device).long().masked_fill(ignored, 0)
+    target = torch.zeros_like(outputs).scatter_(-1, y.unsqueeze(-1), 1.0)
+    return (target - outputs.softmax(-1)).masked_fill_(ignored.unsqueeze(-1), 0)
 
 
 def refuse_unreadable(y: Any) -> Tensor:
@@ -188,36 +273,46 @@ def warn_of_probabilities(likelihood: Likelihood) -> None:
 
 
 def _draw(outputs: Outputs, likelihood: Likelihood, generator: torch.Generator | None) -> Tensor:
+    """Labels from the model, drawn where the generator is, which may be another device."""
+    at = outputs.device if generator is None else generator.device
     if likelihood == "categorical":
-        flat = outputs.float().softmax(-1).flatten(0, -2)
-        return torch.multinomial(flat, 1, generator=generator).view(outputs.shape[:-1])
+        flat = outputs.float().softmax(-1).flatten(0, -2).to(at)
+        drawn = torch.multinomial(flat, 1, generator=generator)
+        return drawn.view(outputs.shape[:-1]).to(outputs.device)
     if likelihood == "bernoulli":
-        return torch.bernoulli(outputs.sigmoid(), generator=generator)
-    return outputs + torch.randn(
-        outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype
-    )
+        drawn = torch.bernoulli(outputs.sigmoid().to(at), generator=generator)
+        return drawn.to(outputs.device)
+    noise = torch.randn(outputs.shape, generator=generator, device=at, dtype=outputs.dtype)
+    return outputs + noise.to(outputs.device)
 
 
-def _expected(outputs: Outputs, likelihood: Likelihood) -> SeedRule:
+def _expected(outputs: Outputs, likelihood: Likelihood, kept: Tensor | None = None) -> SeedRule:
     """One pass per position and column.
 
-    The label of T positions is a T-tuple, whose positions must not be added up.
+    The label of T positions is a T-tuple, whose positions must not be added up. Positions that
+    count in no example take no pass.
     """
     classes = outputs.shape[-1]
     per_position = classes - 1 if likelihood == "categorical" else classes
     flat = outputs.reshape(len(outputs), -1, classes)
+    places = torch.arange(flat.shape[1])
+    if kept is not None:
+        kept = kept.reshape(flat.shape)
+        places = kept.any(2).any(0).nonzero()[:, 0].cpu()
+        places = places if len(places) else torch.zeros(1, dtype=torch.long)
 
     def make(i: int, j: int) -> Seeds:
         passes = flat.new_zeros(j - i, *flat.shape)
         roots: dict[int, Columns] = {}
         for k in range(i, j):
-            position, column = divmod(k, per_position)
+            place, column = divmod(k, per_position)
+            position = int(places[place])
             if position not in roots:
                 roots[position] = _root(flat[:, position], likelihood)
             passes[k - i, :, position] = roots[position](column)
-        return passes.view(j - i, *outputs.shape)
+        return _masked(passes, kept).view(j - i, *outputs.shape)
 
-    return SeedRule(flat.shape[1] * per_position, make)
+    return SeedRule(len(places) * per_position, make)
 
 
 def _root(outputs: Float[Tensor, "batch classes"], likelihood: Likelihood) -> Columns:

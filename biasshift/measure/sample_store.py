@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.fisher.convolution import Geometry, Maps
+from biasshift.fisher.ranges import with_range, with_square, with_squares
 from biasshift.fisher.samples import ImplicitSums, Part, RereadParts, Samples, Work
 from biasshift.measure import layer_types
 from biasshift.measure.accumulators import LayerBatch, LayerState
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
-from biasshift.measure.probe import Probe, batches, iterable
+from biasshift.measure.probe import Batch, Probe, batches
 from biasshift.measure.sandbox import undisturbed
 
 ProbeSource = Probe | Callable[[], Iterable]
@@ -95,7 +96,7 @@ class Collector:
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds the errors of a stack of seeds, (passes, batch, positions, units)."""
         own = delta if len(layer.units) == delta.shape[-1] else delta[..., layer.units]
-        own = own.to(layer_types.dtype_of_sums(own))
+        own = with_square(own.to(layer_types.dtype_of_sums(own)))
         if layer.shares_weights:
             self.delta.append(own.transpose(2, 3).contiguous())
         else:
@@ -105,14 +106,15 @@ class Collector:
         """Makes the parts, when the errors of all seeds are in."""
         geometry = _geometry(layer.module)
         if layer.shares_weights:
-            maps, delta = tuple(self.maps), tuple(self.delta)
-            self.parts = [Maps(geometry, maps, delta, False, layer.units)]
+            part = Maps(geometry, tuple(self.maps), tuple(self.delta), False, layer.units)
+            self.parts = [_in_range(part)]
         elif _are_samples(layer):
             delta2 = self.delta2.flatten(0, 1).T.clone(memory_format=torch.contiguous_format)
-            self.parts = [Samples(self.maps[0], delta2)]
+            a, weights = with_range(self.maps[0], delta2.T)
+            self.parts = [Samples(a, weights.T.contiguous())]
         else:
             self.parts = [
-                Maps(geometry, (a,), (delta2.contiguous(),), True, layer.units)
+                _in_range(Maps(geometry, (a,), (delta2.contiguous(),), True, layer.units))
                 for a, delta2 in self._by_call(self.delta2)
             ]
         self.maps, self.delta, self.delta2 = [], [], torch.zeros(())
@@ -150,7 +152,7 @@ class Collector:
 
 
 def _are_samples(layer: LayerBatch) -> bool:
-    return isinstance(layer.module, nn.Linear) and not layer.shares_weights
+    return isinstance(layer.module, layer_types.LINEAR) and not layer.shares_weights
 
 
 def _maps(layer: LayerBatch) -> list[Tensor]:
@@ -158,7 +160,7 @@ def _maps(layer: LayerBatch) -> list[Tensor]:
 
     A sequence is a map of one row.
     """
-    if isinstance(layer.module, nn.Linear):
+    if isinstance(layer.module, layer_types.LINEAR):
         a = layer.patches()[:, :, 0]
         return [a.flatten(0, 1) if _are_samples(layer) else a.transpose(1, 2).contiguous()]
     return [
@@ -167,9 +169,24 @@ def _maps(layer: LayerBatch) -> list[Tensor]:
     ]
 
 
+def _in_range(part: Maps) -> Maps:
+    """The part in double precision, where single precision cannot hold its products."""
+    for a in part.maps:
+        for delta in part.delta:
+            errors = delta.sqrt() if part.squared else delta
+            wide, _ = with_squares(a, errors, axes=(1, -2))
+            if wide.dtype != a.dtype:
+                return replace(
+                    part,
+                    maps=tuple(a.double() for a in part.maps),
+                    delta=tuple(delta.double() for delta in part.delta),
+                )
+    return part
+
+
 def _geometry(module: WeightLayer) -> Geometry:
     units = layer_types.unit_count(module)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, layer_types.LINEAR):
         return Geometry(units, 1, (1,), (1,), (1,), False)
     kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
     stride = layer_types.patch_stride(module)
@@ -263,14 +280,14 @@ class ImplicitState(LayerState):
 # -- reading the probe again -----------------------------------------------------------------------
 
 AddBatch = Callable[
-    [nn.Module, Mapping[str, WeightLayer], Tensor, Any, Options, Mapping[str, Collector]],
+    [nn.Module, dict[str, WeightLayer], Batch, Options, Mapping[str, Collector]],
     None,
 ]
 
 
 def opened(x: ProbeSource) -> Probe:
     """Returns the probe, or calls the function that was given for it."""
-    return x() if callable(x) and not isinstance(x, Iterable) else iterable(x)
+    return x() if callable(x) and not isinstance(x, Iterable) else x
 
 
 class ProbeReader:
@@ -286,7 +303,7 @@ class ProbeReader:
         self,
         add_batch: AddBatch,
         model: nn.Module,
-        modules: Mapping[str, WeightLayer],
+        modules: dict[str, WeightLayer],
         x: ProbeSource,
         y: Any,
         options: Options,
@@ -322,10 +339,17 @@ class ProbeReader:
             if options.generator is not None and self.random_state is not None:
                 generator = torch.Generator(options.generator.device)
                 options = replace(options, generator=generator.set_state(self.random_state))
-            for x, y in batches(self.model, opened(self.x), self.y, options.batch_size):
+            for batch in batches(
+                self.model,
+                opened(self.x),
+                self.y,
+                options.batch_size,
+                inputs=options.inputs,
+                mask=options.mask,
+            ):
                 collector = Collector(reference)
-                self.add_batch(self.model, layer, x, y, options, {name: collector})
-                examples_read += len(x)
+                self.add_batch(self.model, layer, batch, options, {name: collector})
+                examples_read += len(batch.x)
                 for part in collector.parts:
                     weight_read += part.weight()
                     with torch.no_grad():

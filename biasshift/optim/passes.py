@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biasshift.measure.outputs import classes_last
 from biasshift.optim.running_sums import RunningSums
 
 
@@ -27,6 +28,7 @@ class RecordedCall:
     version: int  # of ``a`` at the call
     shape: torch.Size  # of the net inputs
     delta: Tensor | None = None
+    class_axis: int = -1  # of the outputs' gradient, which is kept with the classes last
 
     def keep(self, output: int, gradients: tuple[Tensor | None, ...]) -> None:
         """Adds up the gradients of one output of a node: a hook before that node.
@@ -35,7 +37,8 @@ class RecordedCall:
         """
         gradient = gradients[output]
         if gradient is not None:
-            self.delta = gradient.detach() if self.delta is None else self.delta + gradient.detach()
+            gradient = classes_last(gradient.detach(), self.class_axis)
+            self.delta = gradient if self.delta is None else self.delta + gradient
 
     @property
     def overwritten(self) -> bool:

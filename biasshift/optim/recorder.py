@@ -6,6 +6,7 @@ backward pass of our own at labels drawn from the model, before the user's frees
 (``"sampled"``), or from the user's backward pass itself (``"empirical"``).
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import cast
@@ -13,18 +14,28 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from biasshift.fisher.moments import rounding_share
 from biasshift.measure import layer_types, likelihoods
-from biasshift.measure.coverage import refuse_maps
+from biasshift.measure.coverage import UncoveredWarning
+from biasshift.measure.examples import Examples, arguments_as_given
 from biasshift.measure.hooks import Call, Tape, add_output_hook
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
+from biasshift.measure.outputs import all_heads, chosen_output, classes_last, refuse_other_axes
 from biasshift.optim.divisor import Divisor, Share
 from biasshift.optim.passes import Pass, RecordedCall, WeakHook
 from biasshift.optim.running_sums import RunningSums, batch_sums
-from biasshift.optim.update_rule import UpdateRule
+from biasshift.optim.update_rule import OutputRule, UpdateRule
+
+
+class UnfitLayer(ValueError):
+    """A layer whose curvature cannot be formed of the passes as they are."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Layer '{name}' {why}")
+        self.name = name
 
 
 class Recorder:
@@ -40,12 +51,13 @@ class Recorder:
     def __init__(
         self,
         root: nn.Module,
-        layers: Mapping[str, WeightLayer],
+        layers: dict[str, WeightLayer],
         rule: UpdateRule,
+        outputs: OutputRule,
         generator: torch.Generator,
         distributed: bool,
     ) -> None:
-        self.root, self.layers, self.rule = root, layers, rule
+        self.root, self.layers, self.rule, self.outputs = root, layers, rule, outputs
         self.generator, self.distributed = generator, distributed
         self.due = True  # whether the curvature of the present step's passes is wanted
         self.references: dict[str, Tensor] = {}
@@ -53,11 +65,23 @@ class Recorder:
         self._tape: Tape | None = None
         self._called_apart: set[str] = set()  # layers that ran outside of a pass, with gradients
         self._divisor = Divisor(rule)
+        # Layers that are not measured may be the ones that tell the axis of the classes.
+        self._heads: list[tuple[WeightLayer, GradientEdge]] = []
+        self._head_handles = (
+            [
+                add_output_hook(name, module, WeakHook(self, "_record_head"), raw=True)
+                for name, module in all_heads(root).items()
+                if name not in layers
+            ]
+            if rule.needs_errors and outputs.class_axis == -1
+            else []
+        )
+        self._knows_axis = False
         # The last to register runs first, so that a layer that is the whole model is recorded
         # before its pass ends.
         self._handles = [
             root.register_forward_pre_hook(WeakHook(self, "_start")),
-            add_output_hook("", root, WeakHook(self, "_stop"), raw=True),
+            root.register_forward_hook(WeakHook(self, "_stop"), with_kwargs=True, prepend=True),
             *(
                 add_output_hook(name, module, WeakHook(self, "_record"), raw=True)
                 for name, module in layers.items()
@@ -76,8 +100,13 @@ class Recorder:
 
     def remove(self) -> None:
         """Takes all hooks off the model. Calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        for handles in (self._handles, self._head_handles):
+            while handles:
+                handles.pop().remove()
+
+    def _record_head(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if self._tape is not None and self.due and output.requires_grad and not output._is_view():
+            self._heads.append((cast(WeightLayer, module), get_gradient_edge(output)))
 
     def forget(self) -> None:
         """Drops the passes of gradients that were dropped, as by ``zero_grad``."""
@@ -102,15 +131,15 @@ class Recorder:
         waiting = [forward_pass for forward_pass in passes if forward_pass.outputs is not None]
         if waiting:
             for forward_pass, share in zip(waiting, self._divisor.of(waiting), strict=True):
-                if share.counted is not None:
-                    forward_pass.examples = share.examples
                 with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
                     self._form_sums(forward_pass, share)
                 forward_pass.outputs = None
         sums: dict[str, RunningSums] = {}
         for forward_pass in passes:
             for name, new in forward_pass.sums.items():
-                if new.reference is self.references.get(name):  # not from before a state was loaded
+                if name in self.layers and new.reference is self.references.get(
+                    name
+                ):  # not from before a state was loaded
                     sums[name] = sums[name].add(new) if name in sums else new
         examples = float(sum(forward_pass.examples for forward_pass in passes))
         if self.distributed:
@@ -133,8 +162,8 @@ class Recorder:
         """What the module returns in place of a view: the tape's copy, whose gradient edge an
         in-place change would not replace.
         """
-        layer = self.layers[name]
-        if not self.due or module is not layer or not layer.weight.requires_grad:
+        layer = self.layers.get(name)
+        if layer is None or not self.due or module is not layer or not layer.weight.requires_grad:
             return None
         if self._tape is None:
             if output.requires_grad:
@@ -142,19 +171,25 @@ class Recorder:
             return None
         return self._tape.record(name, module, a, output)
 
-    def _stop(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+    def _stop(self, module: nn.Module, args: tuple, kwargs: dict, returned: object) -> None:
         # What a checkpoint computes again in the backward pass is not recorded.
         tape, self._tape = self._tape, None
-        learns = output.requires_grad and output.numel()
-        if tape is None or module is not self.root or not learns:
+        heads, self._heads = self._heads, []
+        if tape is None or module is not self.root or not self.layers:
             return
+        output = chosen_output(returned, self.outputs.output)
+        if not (output.requires_grad and output.numel()):
+            return
+        if tape.calls and self.rule.needs_errors:
+            heads += [(self.layers[name], c.edge) for name in tape.calls for c in tape.calls[name]]
+            self._check_axis(output, heads)
         forward_pass = Pass(float(len(output)) if output.dim() else 1.0)
         forward_pass.without_gradients = set(tape.refused)
         if tape.calls:
             with torch.autocast(output.device.type, enabled=False):
-                self._take_calls(forward_pass, tape.calls, output)
+                self._take_calls(forward_pass, tape.calls, output, (args, kwargs))
         elif self._reads_labels and self.rule.reduction == "sum":  # how many examples it is of
-            forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
+            forward_pass.outputs = self._recorded(output)
         edge = get_gradient_edge(output)
         edge.node.register_prehook(partial(self._count, forward_pass, edge.output_nr))
 
@@ -168,7 +203,11 @@ class Recorder:
             self._passes.append(forward_pass)
 
     def _take_calls(
-        self, forward_pass: Pass, calls: Mapping[str, list[Call]], output: Tensor
+        self,
+        forward_pass: Pass,
+        calls: Mapping[str, list[Call]],
+        output: Tensor,
+        given: tuple[tuple, dict],
     ) -> None:
         """Forms the sums of a pass, or has them wait for the user's errors."""
         edges, recorded = [], []
@@ -179,26 +218,54 @@ class Recorder:
             edges += [call.edge for call in of_layer]
             recorded += forward_pass.calls[name]
         if self.rule.needs_errors:
-            self._check_outputs(output, calls)
+            self._check_outputs(output)
             if self._reads_labels:
-                forward_pass.outputs = RecordedCall(output.detach(), output._version, output.shape)
+                forward_pass.outputs = self._recorded(output)
                 forward_pass.bypassed = self._bypassed(output, calls)
                 for edge, call in zip(edges, recorded, strict=True):
                     edge.node.register_prehook(partial(call.keep, edge.output_nr))
                 return
             # No label can be drawn from NaN. A pass that overflowed has NaN errors all the same,
             # and a gradient scaler skips it.
-            drawn_from = output.detach().nan_to_num()
+            moved = classes_last(output, self.outputs.class_axis)
+            drawn_from = moved.detach().nan_to_num()
             likelihood = cast(Likelihood, self.rule.likelihood)
-            seeds = likelihoods.seeds(drawn_from, likelihood, "sampled", None, self.generator)
+            kept = self._counted(drawn_from, given)
+            seeds = likelihoods.seeds(
+                drawn_from, likelihood, "sampled", None, self.generator, mask=kept
+            )
             deltas = torch.autograd.grad(
-                output, edges, seeds.make(0, 1)[0], retain_graph=True, allow_unused=True
+                moved, edges, seeds.make(0, 1)[0], retain_graph=True, allow_unused=True
             )
             for call, delta in zip(recorded, deltas, strict=True):
                 call.delta = delta
             if any(delta is None for delta in deltas):
                 forward_pass.bypassed = self._bypassed(output, calls)
         self._form_sums(forward_pass, Share(1.0, None))
+
+    def _recorded(self, output: Tensor) -> RecordedCall:
+        """The outputs with the classes last, which a gradient is to come back to."""
+        axis = self.outputs.class_axis
+        moved = classes_last(output.detach(), axis)
+        return RecordedCall(moved, output._version, moved.shape, class_axis=axis)
+
+    def _counted(self, outputs: Tensor, given: tuple[tuple, dict]) -> Tensor | None:
+        """The positions that count, by the user's function of what the model was called with."""
+        if self.outputs.mask is None:
+            return None
+        args, kwargs = given
+        x, labels = arguments_as_given(Examples(args, kwargs)), kwargs.get("labels")
+        mask = torch.as_tensor(self.outputs.mask(x, labels), device=outputs.device).bool()
+        likelihood = cast(Likelihood, self.rule.likelihood)
+        return likelihoods.counted(outputs, likelihood, None, mask)
+
+    def _check_axis(self, output: Tensor, heads: list[tuple[WeightLayer, GradientEdge]]) -> None:
+        """Refuses classes that are elsewhere than on the last axis, at the first pass."""
+        if not self._knows_axis and self.outputs.class_axis == -1:
+            refuse_other_axes(output, heads, self.rule.likelihood)
+        self._knows_axis = True
+        while self._head_handles:
+            self._head_handles.pop().remove()
 
     def _bypassed(self, output: Tensor, calls: Mapping[str, list[Call]]) -> list[str]:
         """Layers whose weights the outputs depend on, by another way than their net inputs.
@@ -226,13 +293,20 @@ class Recorder:
     def _form_sums(self, forward_pass: Pass, of_pass: Share) -> None:
         """Errors that came back, times the divisor, are those of a sum over the examples."""
         factor, counted = of_pass.divisor, of_pass.counted
-        batch = forward_pass.examples if counted is None else len(counted)
         for name, calls in forward_pass.calls.items():
+            if name not in self.layers:  # left out since
+                continue
             module = self.layers[name]
-            self._check_calls(name, calls, int(batch))
-            a = _side_by_side([layer_types.patches(module, call.a, call.shape) for call in calls])
+            try:
+                self._check_calls(name, calls, int(forward_pass.examples))
+                a = _side_by_side(
+                    [layer_types.patches(module, call.a, call.shape) for call in calls]
+                )
+                self._check_positions(name, a)
+            except UnfitLayer as unfit:
+                self._leave_out(unfit)
+                continue
             a = a.to(layer_types.dtype_of_sums(a))
-            self._check_positions(name, a)
             delta, share = None, None
             if self.rule.needs_errors:
                 deltas = [
@@ -262,65 +336,85 @@ class Recorder:
 
     # -- refusals ----------------------------------------------------------------------------------
 
+    def _leave_out(self, unfit: UnfitLayer) -> None:
+        """Lets a layer take the plain gradient from now on, with a warning, or raises the error."""
+        if self.outputs.uncovered == "raise":
+            raise unfit
+        warnings.warn(
+            f"{unfit} It takes the plain gradient from now on.", UncoveredWarning, stacklevel=2
+        )
+        del self.layers[unfit.name]
+
     def _check_errors(self, passes: list[Pass], called_apart: set[str]) -> None:
         """Refuses layers that δ² = 0 would give the plain gradient, though they have errors."""
 
         def has_gradient(name: str) -> bool:
-            gradient = self.layers[name].weight.grad
+            gradient = self.layers[name].weight.grad if name in self.layers else None
             return gradient is not None and bool(gradient.any())
 
+        unfit: list[UnfitLayer] = []
         recorded = {name for of_pass in passes for name in (*of_pass.calls, *of_pass.sums)}
         for forward_pass in passes:
             for name in filter(has_gradient, forward_pass.bypassed):
-                raise ValueError(
-                    f"Layer '{name}' has a gradient, but no error came back to its net inputs: a "
-                    "hook has replaced them, or a function uses its weights. Let the model go on "
-                    "with what the layer returns."
+                unfit.append(
+                    UnfitLayer(
+                        name,
+                        "has a gradient, but no error came back to its net inputs: a hook has "
+                        "replaced them, or a function uses its weights. Let the model go on with "
+                        "what the layer returns.",
+                    )
                 )
             apart = (forward_pass.without_gradients & called_apart) - recorded
             for name in filter(has_gradient, sorted(apart)):
-                raise ValueError(
-                    f"Layer '{name}' has a gradient, but ran without gradients in the forward pass,"
-                    " so that no error came back to it. Use checkpoint(…, use_reentrant=False), or "
-                    "no function that computes the layer again."
+                unfit.append(
+                    UnfitLayer(
+                        name,
+                        "has a gradient, but ran without gradients in the forward pass, so that no "
+                        "error came back to it. Use checkpoint(…, use_reentrant=False), or no "
+                        "function that computes the layer again.",
+                    )
                 )
+        for layer in {layer.name: layer for layer in unfit}.values():
+            self._leave_out(layer)
 
-    def _check_outputs(self, output: Tensor, calls: Mapping[str, list[Call]]) -> None:
+    def _check_outputs(self, output: Tensor) -> None:
         if output.dim() < 2 or not output.is_floating_point():
             raise ValueError(
                 "The model must return floating outputs (batch, …, classes) in training, got "
                 f"{tuple(output.shape)} {output.dtype}."
             )
-        if self.rule.likelihood == "categorical" and output.dim() > 2:
-            refuse_maps(calls, self.layers, output)
 
     def _check_positions(self, name: str, a: Tensor) -> None:
         _, positions, _, inputs = a.shape
         together = self.rule.weight_sharing == "per_example" and positions > 1
         if together and self.rule.keeps_examples(inputs):
-            raise ValueError(
-                f"Layer '{name}' has {inputs} inputs a unit and {positions} positions an example, "
-                "whose errors add up: it needs its full matrices. Use "
-                'weight_sharing="expand", scale="diagonal", or a larger max_dense_inputs.'
+            raise UnfitLayer(
+                name,
+                f"has {inputs} inputs a unit and {positions} positions an example, whose errors "
+                'add up: it needs its full matrices. Use weight_sharing="expand", '
+                'scale="diagonal", or a larger max_dense_inputs.',
             )
 
     def _check_calls(self, name: str, calls: Iterable[RecordedCall], examples: int) -> None:
         for call in calls:
             if call.overwritten:
-                raise ValueError(
-                    f"Layer '{name}': its input was changed in place after the layer had read it. "
-                    "Write h = h + u for h += u."
+                raise UnfitLayer(
+                    name,
+                    "has an input that was changed in place after the layer had read it. Write h = "
+                    "h + u for h += u.",
                 )
             if not layer_types.is_batched(self.layers[name], call.a):
-                raise ValueError(
-                    f"Layer '{name}' was called without an axis of examples, on "
-                    f"{tuple(call.a.shape)}. Give it a batch."
+                raise UnfitLayer(
+                    name,
+                    f"was called without an axis of examples, on {tuple(call.a.shape)}. Give it a "
+                    "batch.",
                 )
             if self.rule.weight_sharing == "per_example" and len(call.a) != examples:
-                raise ValueError(
-                    f"Layer '{name}' sees {len(call.a)} rows for {examples} examples: its first "
-                    'axis is not that of the examples. Use weight_sharing="expand", which takes '
-                    "every position by itself."
+                raise UnfitLayer(
+                    name,
+                    f"sees {len(call.a)} rows for {examples} examples: its first axis is not that "
+                    'of the examples. Use weight_sharing="expand", which takes every position by '
+                    "itself.",
                 )
 
 

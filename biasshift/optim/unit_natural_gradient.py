@@ -19,10 +19,19 @@ from torch import (
 
 from biasshift.measure import layer_types
 from biasshift.measure.hooks import underlying
+from biasshift.measure.layer_types import Selection
+from biasshift.measure.outputs import OutputChoice
 from biasshift.optim.curvature import Curvature
 from biasshift.optim.recorder import Recorder
 from biasshift.optim.running_sums import RunningSums
-from biasshift.optim.update_rule import CHOICES, UpdateRule, check, covered, refuse_large
+from biasshift.optim.update_rule import (
+    CHOICES,
+    OutputRule,
+    UpdateRule,
+    check,
+    covered,
+    refuse_large,
+)
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -74,7 +83,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             matrix and keep the activations until the step. They must be those of the declared
             likelihood, unscaled: no gradient scaler. Every step finds out whether the mean is over
             all labels, all examples, or those that ``ignore_index`` or a mask has not left out.
-            Examples that such a mean leaves out have no part in the curvature either. A
+            Labels that such a mean leaves out have no part in the curvature either, which stays a
+            mean over all examples. A
             ``"gaussian"`` mean must be over all examples.
         likelihood: Of the labels given the outputs: ``"categorical"`` (logits, classes last),
             ``"gaussian"`` (unit variance: half the squared error, summed over the outputs) or
@@ -99,6 +109,13 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             alone. Units that are hardly ever active, as ReLU networks have them, would otherwise
             take unbounded steps. It is a learning rate for each unit: the identity holds with this
             c, and the invariance under shifts is untouched.
+        class_axis, output: As in `biasshift.unit_fisher`.
+        mask: For sampled labels: a function of the model's inputs, and of its argument ``labels``
+            or None, that returns True for the positions of the outputs that count.
+        uncovered: ``"skip"`` gives layers without a curvature the plain gradient, with one warning
+            that names them, and ``"raise"`` makes them an error.
+        skip: Names of modules, or a predicate ``(name, module) → bool``: they and all inside of
+            them take the plain gradient, without a warning.
 
     Raises:
         ValueError: If an argument does not fit, or the curvature of a layer cannot be formed; the
@@ -140,6 +157,11 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         weight_sharing: str = "per_example",
         kl_clip: float | None = None,
         unit_damping: float = 0.0,
+        class_axis: int = -1,
+        mask: Callable[[Any, Any], Tensor] | None = None,
+        output: OutputChoice = None,
+        uncovered: str = "skip",
+        skip: Selection = None,
     ) -> None:
         self.rule = UpdateRule(
             center, scale, labels, likelihood, reduction, weight_sharing, max_dense_inputs
@@ -161,7 +183,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         }
         check(model, **numbers)
         root = underlying(model)
-        self._layers = covered(root) if self.rule.needs_sums else {}
+        outputs = OutputRule(class_axis, mask, output, uncovered, skip)
+        self._layers = covered(root, outputs) if self.rule.needs_sums else {}
         distributed = (
             isinstance(model, nn.parallel.DistributedDataParallel) and dist.get_world_size() > 1
         )
@@ -172,10 +195,16 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             dist.get_rank() if distributed else 0
         )
         self._model, self._distributed = model, distributed
-        self._options = {**{name: getattr(self.rule, name) for name in CHOICES}, **numbers}
+        self._options = {
+            **{name: getattr(self.rule, name) for name in CHOICES},
+            **vars(outputs),
+            **numbers,
+        }
         self._steps = 0
         self._curvatures: dict[str, Curvature] = {}
-        self._recorder = Recorder(root, self._layers, self.rule, self.generator, distributed)
+        self._recorder = Recorder(
+            root, self._layers, self.rule, outputs, self.generator, distributed
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles are made of: the model, the arguments, and the ``state_dict``.
@@ -335,6 +364,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
                 self._curvatures[name].add(new, self.decay)
             else:
                 self._curvatures[name] = self._curvature(name, new)
+        for name in self._curvatures.keys() - self._layers.keys():  # left out since
+            del self._curvatures[name]
         learning = any(layer.weight.grad is not None for layer in self._layers.values())
         if not examples and ((learning and not self._curvatures) or self.rule.reduction == "sum"):
             raise RuntimeError(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from biasshift.measure import layer_types, likelihoods
-from biasshift.measure.coverage import tied
-from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.coverage import refuse, skipped_names, tied, warn_of_left_out
+from biasshift.measure.layer_types import Selection, WeightLayer
+from biasshift.measure.outputs import OutputChoice
 
 CHOICES = {
     "center": ("q", "p", "none"),
@@ -67,23 +68,62 @@ class UpdateRule:
         return self.scale == "full" and inputs > self.dense_inputs
 
 
-def covered(root: nn.Module) -> dict[str, WeightLayer]:
+@dataclass(frozen=True)
+class OutputRule:
+    """How an optimizer reads the model's outputs, and what it does with layers that do not fit.
+
+    The options are those of `UnitNaturalGradient`.
+
+    Raises:
+        ValueError: If an option has a value that does not fit.
+    """
+
+    class_axis: int = -1
+    mask: Any = None
+    output: OutputChoice = None
+    uncovered: str = "skip"
+    skip: Selection = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.class_axis, bool) or not isinstance(self.class_axis, int):
+            raise ValueError(f"'class_axis' must be a whole number, got {self.class_axis!r}.")
+        if self.uncovered not in ("skip", "raise"):
+            raise ValueError(f"'uncovered' must be 'skip' or 'raise', got {self.uncovered!r}.")
+        if self.mask is not None and not callable(self.mask):
+            raise ValueError(
+                "'mask' must be a function of the model's inputs and labels, got "
+                f"{type(self.mask).__name__}."
+            )
+
+
+def covered(root: nn.Module, outputs: OutputRule) -> dict[str, WeightLayer]:
     """Returns the layers whose units have weights of their own, by name.
 
     Left out are layers of other kinds, weights that are tied to another module, and weights that
     are computed by a parametrization: they take the plain gradient.
+
+    Raises:
+        ValueError: If there are such layers and ``outputs.uncovered`` is "raise".
+
+    Warns:
+        UncoveredWarning: If there are such layers, which ``outputs.skip`` does not name.
     """
+    skipped = skipped_names(root, outputs.skip)
+    named = {name: module for name, module in root.named_modules() if name not in skipped}
+    reasons = {name: why for name, m in named.items() if (why := layer_types.why_uncovered(m))}
     layers = {
         name: module
-        for name, module in root.named_modules()
-        if layer_types.is_covered(module) and layer_types.why_uncovered(module) is None
+        for name, module in named.items()
+        if layer_types.is_covered(module) and name not in reasons
     }
-    shared = tied(root, layers)
-    return {
-        name: module
-        for name, module in layers.items()
-        if name not in shared and "weight" in module._parameters
-    }
+    reasons |= tied(root, layers)
+    for name, module in layers.items():
+        if "weight" not in module._parameters:
+            reasons.setdefault(name, "its weight is computed by a parametrization")
+    if outputs.uncovered == "raise":
+        refuse(named, reasons)
+    warn_of_left_out(root, reasons, stacklevel=5)
+    return {name: module for name, module in layers.items() if name not in reasons}
 
 
 def refuse_large(layers: dict[str, WeightLayer], rule: UpdateRule, distributed: bool) -> None:
@@ -96,7 +136,7 @@ def refuse_large(layers: dict[str, WeightLayer], rule: UpdateRule, distributed: 
     for name, layer in layers.items():
         inputs, most = layer_types.input_count(layer), rule.dense_inputs
         keeps_matrices = layer.weight.requires_grad and not (
-            by_examples and isinstance(layer, nn.Linear)
+            by_examples and isinstance(layer, layer_types.LINEAR)
         )
         if inputs > most and keeps_matrices:
             gigabytes = 8 * layer_types.unit_count(layer) * inputs**2 / 1e9

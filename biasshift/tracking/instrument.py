@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from biasshift.measure.hooks import underlying
 from biasshift.measure.layer_types import Selection
 from biasshift.measure.likelihoods import Labels, Likelihood
-from biasshift.measure.options import Options, Units
-from biasshift.measure.probe import Probe, rereadable
+from biasshift.measure.options import Mask, Options, Units
+from biasshift.measure.outputs import OutputChoice
+from biasshift.measure.probe import InputNames, Probe, has_labels, rereadable
 from biasshift.tracking.logs import ProbeLog, TrainingLog
 
 QUANTITIES = ("activations", "bias_shift", "fisher", "gap")
@@ -32,6 +33,12 @@ def instrument(
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     distributed: bool = False,
+    class_axis: int = -1,
+    mask: Mask = None,
+    inputs: InputNames = None,
+    output: OutputChoice = None,
+    uncovered: str = "skip",
+    skip: Selection = None,
 ) -> ProbeLog | TrainingLog:
     """Measures a model while somebody else's loop trains it; the loop stays as it is.
 
@@ -47,8 +54,8 @@ def instrument(
         model: The model, in training by the loop.
         optimizer: The optimizer whose steps are counted. A probe needs one. In place of a wrapper
             whose own steps cannot be counted, its ``.optimizer`` is taken.
-        probe: ``(x, y)``, a tensor x, or a collection of batches. ``"gap"`` and empirical labels
-            need y.
+        probe: ``(x, y)``, a tensor x, a dict of the model's arguments, or a collection of batches.
+            ``"gap"`` and empirical labels need y.
         every: Steps between two measurements on the probe.
         quantities: Of ``"activations"``, ``"bias_shift"``, ``"fisher"``, ``"gap"``; by default all
             with a probe, else the first.
@@ -59,7 +66,8 @@ def instrument(
         distributed: The probe is this process's share of one: what the processes of
             ``torch.distributed`` measure is merged, and every one of them has the whole table. All
             of them must make the log, and the steps.
-        likelihood, labels, damping, weight_sharing, generator: As in `biasshift.unit_fisher`.
+        likelihood, labels, damping, weight_sharing, generator, class_axis, mask, inputs, output,
+            uncovered, skip: As in `biasshift.unit_fisher`.
 
     Returns:
         A context manager and a handle: leaving the block, or ``remove()``, takes all hooks off the
@@ -88,24 +96,45 @@ def instrument(
     if optimizer is not None:
         optimizer = _counted(optimizer, model)
     wanted = _quantities(quantities, probe is not None)
+    options = Options(
+        labels=labels,
+        likelihood=likelihood,
+        weight_sharing=weight_sharing,
+        layers=layers,
+        units=units,
+        damping=damping,
+        batch_size=batch_size,
+        generator=generator,
+        class_axis=class_axis,
+        mask=mask,
+        inputs=inputs,
+        output=output,
+        uncovered=uncovered,
+        skip=skip,
+    )
     if probe is None:
-        return TrainingLog(model, optimizer, layers)
+        return TrainingLog(model, optimizer, options)
     if optimizer is None:
         raise ValueError(
             "A probe is measured around optimizer steps. Give optimizer= too, or leave probe out."
         )
-    x, y = probe if isinstance(probe, tuple) and len(probe) == 2 else (probe, None)
-    x = rereadable(x)
+    x, y = _with_labels(probe, inputs)
+    x = rereadable(x, inputs)
     needs_y = "gap" in wanted or ("fisher" in wanted and labels == "empirical")
-    if needs_y and y is None and isinstance(x, Tensor):
+    if needs_y and y is None and has_labels(x, inputs) is False:
         raise ValueError(
             "Quantity 'gap' and empirical labels need the data's labels. Give probe=(x, y), or "
             "other quantities."
         )
-    options = Options(
-        labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator
-    )
     return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed)
+
+
+def _with_labels(probe: Any, inputs: InputNames) -> tuple[Any, Any]:
+    """The inputs and the labels of a probe; None where the probe itself may hold them."""
+    pair = isinstance(probe, tuple) and len(probe) == 2
+    if pair and (inputs in (None, 1) or not isinstance(probe[0], Tensor)):
+        return probe
+    return probe, None
 
 
 def _counted(optimizer: object, model: nn.Module) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.distributed import is_distributed
+from biasshift.fisher.sample_size import warn_of_few_samples
 from biasshift.measure import all_reduce, layer_types
 from biasshift.measure.accumulators import Measured, kept_units
 from biasshift.measure.activation_moments import (
@@ -24,12 +25,20 @@ from biasshift.measure.activation_moments import (
     activation_moments,
 )
 from biasshift.measure.bias_shift import NetMeans, compare, net_means, unit_weights, used_gradients
-from biasshift.measure.coverage import NonFiniteOutputs
-from biasshift.measure.fisher import measure
+from biasshift.measure.coverage import (
+    are_named,
+    selected_layers,
+    skipped_names,
+    warn_of_left_out,
+)
+from biasshift.measure.fisher import fishers_of, measure
 from biasshift.measure.gradient_gap import PredictedShift, gap
 from biasshift.measure.hooks import LayerGraph, add_output_hook, output_hooks, underlying
-from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
+from biasshift.measure.independence import Reasons
+from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
+from biasshift.measure.outputs import NonFiniteOutputs
+from biasshift.measure.parts import LinearPart
 from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.tracking.rows import (
@@ -55,11 +64,13 @@ class Log:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        layers: Selection,
+        options: Options,
         measure_weights: bool,
     ):
         self.model, self.optimizer = underlying(model), optimizer
-        self.weights, self.activations = _split(self.model, layers, measure_weights)
+        self.weights, self.activations, left_out = _split(self.model, options, measure_weights)
+        if measure_weights:
+            warn_of_left_out(self.model, left_out, stacklevel=5)
         self.step = 0
         self._saw_step = False  # counted or not
         self._trained_from = _signature(self.model)
@@ -157,7 +168,8 @@ class ProbeLog(Log):
         distributed: bool = False,
     ):
         measure_weights = quantities != ("activations",)
-        super().__init__(model, optimizer, options.layers, measure_weights)
+        super().__init__(model, optimizer, options, measure_weights)
+        self._inputs = options.inputs
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
         self._merging = distributed and is_distributed()
         self._frames: list[pd.DataFrame] = []
@@ -165,12 +177,16 @@ class ProbeLog(Log):
         self._predicted: dict[str, PredictedShift] = {}
         self._last_moments: dict[str, ActivationMoments] = {}
         self._calls = set(self.activations)
-        self._by_name = options.layers is not None and not callable(options.layers)
+        self._by_name = are_named(options.layers)
         self._run_one_example(options.batch_size)
         self.weights = {
             name: module for name, module in self.weights.items() if name in self._graph.kinds
         }
-        self.options = replace(options, layers=list(self.weights))
+        self._unmeasured: set[str] = set()  # layers without Fisher matrices
+        weights_by_name = self._by_name or options.uncovered == "raise"
+        self.options = replace(
+            options, layers=list(self.weights) if weights_by_name else self._has_fisher, skip=None
+        )
         self._measure(defaultdict(dict))
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
@@ -203,8 +219,8 @@ class ProbeLog(Log):
         """Which layers feed which, and which take part at all."""
         modules: dict[str, nn.Module] = {**self.weights, **self.activations}
         with undisturbed(self.model, evaluate=True), output_hooks(modules, self._graph.record):
-            first, _ = next(batches(self.model, self.x, None, batch_size))
-            forward(self.model, first[:1])
+            first = next(batches(self.model, self.x, None, batch_size, inputs=self._inputs))
+            forward(self.model, first.x[:1])
         self._graph.finish()
 
     # -- around a step -----------------------------------------------------------------------------
@@ -276,6 +292,7 @@ class ProbeLog(Log):
                     self.x,
                     layers=list(self.activations) if self._by_name else self._is_measured,
                     batch_size=self.options.batch_size,
+                    inputs=self._inputs,
                 )
                 if self._merging:
                     moments = all_reduce.merged_moments(moments)
@@ -312,12 +329,23 @@ class ProbeLog(Log):
 
     def _measured(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
         first = not self._handles  # the measurement on entry
-        measured = measure(self.model, self.x, self.y, options, gradient, warn=first)
-        return all_reduce.merged_measurements(measured) if self._merging else measured
+        measured = measure(self.model, self.x, self.y, options, gradient, first, self._merging)
+        if first and callable(options.layers):
+            self._unmeasured = set(self.weights) - set(measured)
+        if not self._merging:
+            return measured
+        merged = all_reduce.merged_measurements(measured)
+        if first:
+            warn_of_few_samples(fishers_of(merged), stacklevel=6)
+        return merged
 
     def _net_means(self) -> dict[str, NetMeans]:
-        means = net_means(self.model, self.x, self.options.layers, self.options.batch_size)
+        options = replace(self.options, layers=list(self.weights), skip=None)
+        means, _ = net_means(self.model, self.x, options)
         return all_reduce.merged_means(means) if self._merging else means
+
+    def _has_fisher(self, name: str, module: nn.Module) -> bool:
+        return name in self.weights and name not in self._unmeasured
 
     def _is_measured(self, name: str, module: nn.Module) -> bool:
         return name in self._calls
@@ -351,10 +379,10 @@ class TrainingLog(Log):
     training mode count. Without an optimizer every such pass is a step.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, layers: Selection
-    ):
-        super().__init__(model, optimizer, layers, measure_weights=False)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, options: Options):
+        super().__init__(model, optimizer, options, measure_weights=False)
+        # PyTorch's own forward passes of training do not call the parts of composites.
+        self.weights = {n: m for n, m in self.weights.items() if not isinstance(m, LinearPart)}
         self._recording = False  # inside a training forward pass of the whole model
         self._has_recorded = False
         self._watcher = ActivationRecorder(self.model, list(self.activations))
@@ -432,28 +460,40 @@ class TrainingLog(Log):
 
 
 def _split(
-    model: nn.Module, select: Selection, measure_weights: bool
-) -> tuple[dict[str, WeightLayer], dict[str, nn.Module]]:
-    """The chosen weight layers and activation modules; a name must be one of either.
+    model: nn.Module, options: Options, measure_weights: bool
+) -> tuple[dict[str, WeightLayer], dict[str, nn.Module], Reasons]:
+    """The chosen weight layers and activation modules, and reasons for layers that are left out.
 
-    Layers that cannot be measured are refused only where weight layers will be.
+    A name must be one of either. Layers that cannot be measured are an error only where weight
+    layers will be.
     """
-    if select is None or callable(select):
-        accepts: Callable[[str, nn.Module], bool] = select or (lambda name, module: True)
+    select, skipped = options.layers, skipped_names(model, options.skip)
+    if not are_named(select):
+        accepts: Callable[[str, nn.Module], bool] = (
+            select if callable(select) else lambda name, module: True
+        )
 
         def chosen(name: str, module: nn.Module) -> bool:
-            return accepts(name, module) and (
-                measure_weights or layer_types.why_uncovered(module) is None
-            )
+            return name not in skipped and accepts(name, module)
 
-        return weight_layers(model, chosen, required=False), activation_modules(model, chosen)
-    names, modules = (
-        [select] if isinstance(select, str) else list(select),
-        activation_modules(model),
-    )
+        uncovered = options.uncovered if measure_weights else "skip"
+        weights, left_out = selected_layers(
+            model,
+            replace(options, layers=chosen, uncovered=uncovered),
+            may_be_tied=True,
+            required=False,
+        )
+        return weights, activation_modules(model, chosen), left_out
+    names = [select] if isinstance(select, str) else list(select or ())
+    modules = activation_modules(model)
     activations = {name: modules[name] for name in names if name in modules}
     others = [name for name in names if name not in modules]
-    return (weight_layers(model, others) if others else {}), activations
+    weights = (
+        selected_layers(model, replace(options, layers=others), may_be_tied=True)[0]
+        if others
+        else {}
+    )
+    return weights, activations, {}
 
 
 def _signature(model: nn.Module) -> list[tuple[int, ...]]:

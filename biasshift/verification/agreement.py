@@ -14,7 +14,10 @@ from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types
 from biasshift.measure.fisher import measure
 from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.likelihoods import aligned_labels
 from biasshift.measure.options import Options
+from biasshift.measure.outputs import chosen_output
+from biasshift.measure.probe import Batch
 from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.verification.reference import has_bias_row, products
 
@@ -44,9 +47,7 @@ class Comparison:
     uncompared: dict[str, str] = field(default_factory=dict)
 
 
-def compare_layers(
-    model: nn.Module, layers: Layers, x: Tensor, y: Tensor | None, options: Options
-) -> Comparison:
+def compare_layers(model: nn.Module, layers: Layers, batch: Batch, options: Options) -> Comparison:
     """Measures layers by both routes on the same examples, and returns how far they differ.
 
     Labels are the model's own, and then the data's where there are some. The model is changed: hand
@@ -54,34 +55,38 @@ def compare_layers(
 
     Args:
         layers: those that are covered, by name.
-        x: the examples.
-        y: their labels. They are not used where a model has more than 16 outputs, which random
-            combinations replace.
+        batch: the examples. Their labels and mask are not used where a model has more than 16
+            outputs, which random combinations replace.
     """
     result = Comparison()
     if not layers:
         return result
     with undisturbed(model):
-        outputs = forward(model, x)
+        returned = forward(model, batch.x)
+    outputs = options.outputs(returned, len(batch.x))
     if outputs[0].numel() > OUTPUTS:
-        matrix = _combinations(outputs)
-        model.register_forward_hook(lambda module, args, outputs: outputs.flatten(1) @ matrix)
-        y = None
-    for labels in (None,) if y is None else (None, y):
+        matrix, choice = _combinations(outputs), options.output
+        model.register_forward_hook(
+            lambda module, args, returned: chosen_output(returned, choice).flatten(1) @ matrix
+        )
+        batch = Batch(batch.x)
+        options = replace(options, class_axis=-1, output=None)
+    elif batch.y_in_call and options.likelihood == "categorical":
+        y = aligned_labels(outputs, batch.y, getattr(returned, "loss", None))
+        batch = batch._replace(y=y, y_in_call=False)
+    for labels in ("expected",) if batch.y is None else ("expected", "empirical"):
         remaining = {name: layer for name, layer in layers.items() if name not in result.failed}
-        _compare(model, remaining, x, labels, options, result)
+        _compare(model, remaining, batch, replace(options, labels=labels, mask=None), result)
     return result
 
 
 def _compare(
     model: nn.Module,
     layers: Layers,
-    x: Tensor,
-    y: Tensor | None,
+    batch: Batch,
     options: Options,
     result: Comparison,
 ) -> None:
-    options = replace(options, labels="expected" if y is None else "empirical")
     units = {name: _compared_units(layer) for name, layer in layers.items()}
     vectors = {name: _vectors(layer, len(units[name])) for name, layer in layers.items()}
     measured: dict[str, Tensor] = {}
@@ -89,19 +94,24 @@ def _compare(
     large = [name for name in layers if name not in small]
     for names, storage in ((small, "dense"), (large, "implicit")):
         kept = {name: units[name].tolist() for name in names}
-        options = replace(options, layers=names, units=kept, storage=storage)
+        options = replace(
+            options, layers=names, units=kept, storage=storage, mask=lambda x, y: batch.mask
+        )
+        options = options if batch.mask is not None else replace(options, mask=None)
         try:
-            layers_measured = measure(model, x, y, options, warn=False) if names else {}
+            probe = [(batch.x, batch.y)]
+            layers_measured = measure(model, probe, None, options, warn=False) if names else {}
             measured |= {n: _times(m.fisher, vectors[n]) for n, m in layers_measured.items()}
         except Exception as error:  # unforeseen, and a row of the table like any other
             result.failed |= dict.fromkeys(names, f"cannot be measured: {error}")
     units = {name: units[name] for name in measured}
     try:
-        plain = copy.deepcopy(model)  # what `products` changes would not fit the model put back
-        with undisturbed(plain, gradients=True):
-            expected = products(
-                plain, units, vectors, x, options.likelihood, options.weight_sharing, y
-            )
+        with torch.no_grad():  # parametrized recurrent modules copy weights that they compute
+            plain = copy.deepcopy(model)  # what `products` changes would not fit the model put back
+        # Weights are changed in the modules as they are, without the parts of the other route.
+        expand = options.weight_sharing == "expand"
+        with undisturbed(plain, gradients=True, apart=expand):
+            expected = products(plain, units, vectors, batch, options)
     except Exception as error:  # the reference cannot run this model, example by example
         why = f"not compared: {type(error).__name__}: {error}"
         result.uncompared |= dict.fromkeys(measured, why)

@@ -8,24 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from biasshift.measure import layer_types
+from biasshift.measure.composites import parts
 from biasshift.measure.coverage import (
-    Reasons,
-    check_outputs,
     coupled,
     refuse_coupled,
     refuse_unusable,
     tied,
     unmeasurable,
 )
+from biasshift.measure.examples import Inputs, mapped
 from biasshift.measure.hooks import call_counts, traced, underlying
+from biasshift.measure.independence import Reasons
+from biasshift.measure.layer_types import named_modules
 from biasshift.measure.likelihoods import (
     Likelihood,
     are_probabilities,
     refuse_unreadable,
     warn_of_probabilities,
 )
-from biasshift.measure.options import Options
-from biasshift.measure.probe import Probe, batches
+from biasshift.measure.options import Mask, Options
+from biasshift.measure.outputs import OutputChoice
+from biasshift.measure.probe import Batch, InputNames, Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.verification.agreement import Comparison, compare_layers
 
@@ -41,6 +44,10 @@ def check(
     likelihood: Likelihood = "categorical",
     weight_sharing: str = "per_example",
     examples: int = 4,
+    class_axis: int = -1,
+    mask: Mask = None,
+    inputs: InputNames = None,
+    output: OutputChoice = None,
 ) -> pd.DataFrame:
     """Compares the unit Fisher matrices of every layer with those of `torch.func`.
 
@@ -51,11 +58,13 @@ def check(
     products with random vectors, which no wrong entry escapes.
 
     Args:
-        x: a tensor of examples, or an iterable of batches x or (x, y), of which the first is read.
+        x: a tensor of examples, a dict of the model's arguments, or an iterable of batches x,
+            (x, y) or dicts, of which the first is read.
         y: the examples' labels. With them the empirical matrices are compared too (up to 16
             outputs).
         likelihood: as in `unit_fisher`, like ``weight_sharing``.
         examples: how many of the first examples are run.
+        class_axis, mask, inputs, output: as in `unit_fisher`.
 
     Returns:
         One row per module. The columns are ``module``, ``kind``, ``covered``, ``reason`` (why it is
@@ -74,27 +83,36 @@ def check(
     >>> int((table.error < 1e-12).sum())
     2
     """
-    options = Options(likelihood=likelihood, weight_sharing=weight_sharing)
+    options = Options(
+        likelihood=likelihood,
+        weight_sharing=weight_sharing,
+        class_axis=class_axis,
+        mask=mask,
+        inputs=inputs,
+        output=output,
+    )
     if examples < 1:
         raise ValueError(f"'examples' must be at least 1, got {examples}.")
     model = underlying(model)
     with torch.inference_mode(False):
-        first_x, first_y = next(batches(model, x, y))
-        y = None if first_y is None else refuse_unreadable(first_y)[:examples]
-        copied, x, why = _double(model, first_x[:examples])
-        with undisturbed(copied), call_counts(copied) as calls:
+        first = next(batches(model, x, y, inputs=inputs, mask=mask))
+        copied, x, why = _double(model, first.x[:examples])
+        with undisturbed(copied), call_counts(named_modules(copied)) as calls:
             forward(copied, x, calls.clear)
         reasons = _reasons(model, copied, x, options)
+        y = None if first.y is None else refuse_unreadable(first.y)[:examples]
+        kept = None if first.mask is None else first.mask[:examples]
         layers = {
             name: module
-            for name, module in copied.named_modules()
+            for name, module in named_modules(copied).items()
             if layer_types.is_covered(module) and name not in reasons
         }
-        sizes = {name: _sizes(module) for name, module in model.named_modules()}
+        named = named_modules(model)
+        sizes = {name: _sizes(module) for name, module in named.items()}
         comparison = (
             Comparison(uncompared=dict.fromkeys(layers, why))
             if why
-            else compare_layers(copied, layers, x, y, options)
+            else compare_layers(copied, layers, Batch(x, y, kept, first.y_in_call), options)
         )
     reasons |= comparison.failed | comparison.uncompared
     return pd.DataFrame(
@@ -109,12 +127,12 @@ def check(
                 "inputs": sizes[name][1],
                 "error": comparison.errors.get(name, float("nan")),
             }
-            for name, module in model.named_modules()
+            for name, module in named.items()
         ]
     )
 
 
-def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
+def _double(model: nn.Module, x: Inputs) -> tuple[nn.Module, Inputs, str]:
     """A float64 copy, and x with it; a copy as it is, where the model fixes a precision of its own.
 
     A model that cannot be copied is returned itself, and the reason.
@@ -128,13 +146,14 @@ def _double(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
     # such as the weights of old-style weight_norm, which cannot be copied
     memo = {id(t): t.detach().clone() for t in computed}
     try:
-        copied = copy.deepcopy(model, memo)
-        wide = copy.deepcopy(copied).double()
+        with torch.no_grad():  # parametrized recurrent modules copy weights that they compute
+            copied = copy.deepcopy(model, memo)
+            wide = copy.deepcopy(copied).double()
     except Exception as error:  # a lock, an open file: what it raises is the model's
         return model, x, f"not compared: the model cannot be copied ({error})"
     for p in (*copied.parameters(), *wide.parameters()):
         p.grad = None
-    wide_x = x.double() if x.is_floating_point() else x
+    wide_x = mapped(x, lambda t: t.double() if t.is_floating_point() else t)
     try:
         with undisturbed(wide):
             forward(wide, wide_x)
@@ -150,14 +169,14 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return layer_types.unit_count(module), layer_types.input_count(module)
 
 
-def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -> Reasons:
+def _reasons(model: nn.Module, copied: nn.Module, x: Inputs, options: Options) -> Reasons:
     """Why modules are not covered, for all that are not."""
     reasons = {
         name: why
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if (why := layer_types.why_uncovered(module))
     }
-    named = dict(copied.named_modules())
+    named = named_modules(copied)
     covered = {name: module for name, module in named.items() if layer_types.is_covered(module)}
     layers = {name: module for name, module in covered.items() if name not in reasons}
     reasons |= tied(copied, layers)
@@ -167,10 +186,10 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
         refuse_unusable(model)
         with undisturbed(copied, gradients=True):
             tape, returned = traced(copied, layers, x)
-            outputs = check_outputs(returned, len(x))
+            outputs = options.outputs(returned, len(x))
             if are_probabilities(outputs, options.likelihood):
                 warn_of_probabilities(options.likelihood)
-            reasons |= unmeasurable(copied, tape, layers, x, outputs, options)
+            reasons |= unmeasurable(copied, tape, layers, x, outputs, options, {})
         uncalled = [name for name in layers if name not in tape.calls and name not in reasons]
         reasons |= dict.fromkeys(uncalled, "it was not called in the forward pass")
     except ValueError as error:  # about the model as a whole: no layer can be measured
@@ -180,6 +199,8 @@ def _reasons(model: nn.Module, copied: nn.Module, x: Tensor, options: Options) -
 
 
 def _why_other(module: nn.Module) -> str:
+    if parts(module):
+        return "taken apart: the layers inside of it have rows of their own"
     named = module.named_parameters(recurse=False)
     weights = [name for name, p in named if p.dim() >= 2 and not isinstance(module, WITHOUT_UNITS)]
     if not weights:
