@@ -122,7 +122,7 @@ class Curvature:
         dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
         dw0 = g0
         if self.rule.scale != "none":
-            c = self.sums.parts["weight"][0] / self.sums.examples
+            c = self.sums.parts["weight"][0] / self.sums.counted
             inverse = self._inverse_for(moments, damping, bias=g0 is not None)
             solved, solvable = inverse.solve(dw)
             usable = solvable & (c > 0)
@@ -148,7 +148,7 @@ class Curvature:
             first, inert = parts["total"][0], torch.zeros_like(weight, dtype=torch.bool)
         else:
             inert = self._inert(len(parts["first"][0]))[:, None]
-            weight = parts["weight"][0][:, None].where(~inert, self.sums.examples)
+            weight = parts["weight"][0][:, None].where(~inert, self.sums.counted)
             # errors that cancel have second moments that are the same about every point, 0 too
             first = parts["first"][0].where(~inert, 0)
         alive = weight > 0

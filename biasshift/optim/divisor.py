@@ -24,11 +24,12 @@ class Share(NamedTuple):
     """What a pass has of the loss.
 
     ``counted`` is bool, (batch, *positions), False where the loss leaves a label out; None where it
-    leaves out none.
+    leaves out none. ``examples`` are those that count, a fraction where rounding hides which.
     """
 
     divisor: float
     counted: Tensor | None
+    examples: float = math.nan  # where all of them count
 
 
 class _Labels(NamedTuple):
@@ -77,10 +78,16 @@ class Divisor:
         name, divisors = self._divide(outputs, labels)
         if self.rule.reduction == "mean" and "counted" not in name:
             return [Share(divisor, None) for divisor in divisors]
-        return [
-            Share(divisor, None if bool(of_pass.counted.all()) else of_pass.counted)
-            for divisor, of_pass in zip(divisors, labels, strict=True)
-        ]
+        shares = []
+        for divisor, most, of_pass in zip(
+            divisors, self._divisors(labels)[name], labels, strict=True
+        ):
+            # Where an example is a label, the divisor tells how many there are.
+            part = divisor / most if of_pass.counted.dim() == 1 else 1.0
+            everything = part == 1 and bool(of_pass.counted.all())
+            counted = None if everything else of_pass.counted
+            shares.append(Share(divisor, counted, part * of_pass.counted_examples))
+        return shares
 
     # -- labels that were left out -----------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class Pass:
     """
 
     examples: float
+    left_out: float = 0.0  # of the examples, those whose labels the loss does not count
     sums: dict[str, RunningSums] = field(default_factory=dict)
     calls: dict[str, list[RecordedCall]] = field(default_factory=dict)
     outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient

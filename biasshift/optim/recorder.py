@@ -131,6 +131,8 @@ class Recorder:
         waiting = [forward_pass for forward_pass in passes if forward_pass.outputs is not None]
         if waiting:
             for forward_pass, share in zip(waiting, self._divisor.of(waiting), strict=True):
+                if share.counted is not None:
+                    forward_pass.left_out = forward_pass.examples - share.examples
                 with torch.autocast(next(self.root.parameters()).device.type, enabled=False):
                     self._form_sums(forward_pass, share)
                 forward_pass.outputs = None
@@ -141,7 +143,7 @@ class Recorder:
                     name
                 ):  # not from before a state was loaded
                     sums[name] = sums[name].add(new) if name in sums else new
-        examples = float(sum(forward_pass.examples for forward_pass in passes))
+        examples = float(sum(of_pass.examples - of_pass.left_out for of_pass in passes))
         if self.distributed:
             for name in self.layers:  # in the same order everywhere
                 if name in sums:
@@ -322,7 +324,14 @@ class Recorder:
                 kept = None if kept is None else kept.flatten()[:, None]
             reference = self._reference(name, a)
             forward_pass.sums[name] = batch_sums(
-                a, delta, reference, self.rule, forward_pass.examples, kept, share
+                a,
+                delta,
+                reference,
+                self.rule,
+                forward_pass.examples,
+                kept,
+                share,
+                forward_pass.left_out,
             )
         forward_pass.calls = {}
 

@@ -39,6 +39,12 @@ class RunningSums:
     positions: float
     reference: Tensor  # (groups, inputs): products about the first batch's mean do not cancel
     parts: dict[str, list[Tensor]]
+    left_out: float = 0.0  # of the examples, those without a label that counts
+
+    @property
+    def counted(self) -> float:
+        """The examples that have a part in the loss."""
+        return self.examples - self.left_out
 
     def add(self, other: "RunningSums", decay: float = 1.0) -> "RunningSums":
         """Decays these sums, adds others about the same reference, in place, and returns them.
@@ -47,6 +53,7 @@ class RunningSums:
         ``decay=1``, as passes of one step do.
         """
         self.examples = decay * self.examples + other.examples
+        self.left_out = decay * self.left_out + other.left_out
         self.positions = decay * self.positions + other.positions
         for name, theirs in other.parts.items():
             mine = self.parts.setdefault(name, [torch.zeros_like(x) for x in theirs])
@@ -88,7 +95,8 @@ class RunningSums:
             name: [x.to(device, copy=True) for x in part] for name, part in saved["parts"].items()
         }
         reference = saved["reference"].to(device, copy=True)
-        return cls(saved["examples"], saved["positions"], reference, parts)
+        left_out = saved.get("left_out", 0.0)  # states of older versions have none
+        return cls(saved["examples"], saved["positions"], reference, parts, left_out)
 
     def all_reduce(self) -> None:
         """Adds the sums of all processes, in place and on each of them.
@@ -96,11 +104,13 @@ class RunningSums:
         Their references must agree, and all processes must call it, layer by layer in one order.
         """
         counts = torch.tensor(
-            [self.examples, self.positions], dtype=torch.float64, device=self.reference.device
+            [self.examples, self.positions, self.left_out],
+            dtype=torch.float64,
+            device=self.reference.device,
         )
         for x in [counts, *(x for part in self.parts.values() for x in part)]:
             dist.all_reduce(x)
-        self.examples, self.positions = counts.tolist()
+        self.examples, self.positions, self.left_out = counts.tolist()
 
 
 def batch_sums(
@@ -111,6 +121,7 @@ def batch_sums(
     examples: float,
     kept: Tensor | None = None,
     share: Tensor | None = None,
+    left_out: float = 0.0,
 ) -> RunningSums:
     """Returns the sums of one batch.
 
@@ -125,6 +136,7 @@ def batch_sums(
         examples: How many examples the samples are of.
         kept: (samples, positions), bool, False where a position has no part in the loss: its errors
             are 0. None where all have.
+        left_out: How many of the examples have no label that counts.
         share: The `rounding_share` of the errors, where these are multiples of what was computed.
     """
     shifted = a - reference.to(a.dtype)
@@ -149,7 +161,7 @@ def batch_sums(
     elif rule.scale != "none":
         second = _shared_second if rule.center == "p" else _unit_second
         parts["second"] = second(shifted, delta, rule)
-    return RunningSums(examples, float(count), reference, parts)
+    return RunningSums(examples, float(count), reference, parts, left_out)
 
 
 def _weighted(weights: Tensor, x: Tensor) -> Tensor:

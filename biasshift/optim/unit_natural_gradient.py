@@ -83,8 +83,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             matrix and keep the activations until the step. They must be those of the declared
             likelihood, unscaled: no gradient scaler. Every step finds out whether the mean is over
             all labels, all examples, or those that ``ignore_index`` or a mask has not left out.
-            Labels that such a mean leaves out have no part in the curvature either, which stays a
-            mean over all examples. A
+            Examples that such a mean leaves out have no part in the curvature either. A
             ``"gaussian"`` mean must be over all examples.
         likelihood: Of the labels given the outputs: ``"categorical"`` (logits, classes last),
             ``"gaussian"`` (unit variance: half the squared error, summed over the outputs) or

@@ -57,7 +57,7 @@ def twins(build, **options):
 def sums(optimizer) -> list[Tensor]:
     """c of every layer's units."""
     layers = optimizer._curvatures.values()
-    return [layer.sums.parts["weight"][0] / layer.sums.examples for layer in layers]
+    return [layer.sums.parts["weight"][0] / layer.sums.counted for layer in layers]
 
 
 @pytest.mark.parametrize("left_out", [1, 20, 38])
