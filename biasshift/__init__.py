@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         training as training,
     )
     from biasshift.analysis.verdicts import claims as claims
+    from biasshift.fisher.sample_size import FewSamplesWarning as FewSamplesWarning
     from biasshift.fisher.unit_fisher import UnitFisher as UnitFisher
     from biasshift.measure.activation_moments import (
         ActivationMoments as ActivationMoments,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationMoments",
+    "FewSamplesWarning",
     "UnitFisher",
     "activation_moments",
     "bias_shift",
@@ -50,6 +52,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ActivationMoments": "measure.activation_moments",
+    "FewSamplesWarning": "fisher.sample_size",
     "UnitFisher": "fisher.unit_fisher",
     "activation_moments": "measure.activation_moments",
     "bias_shift": "measure.bias_shift",

@@ -43,7 +43,7 @@ def examine(
     kept = {name: units[name] for name in layers if name in units}
     for number, (x, y) in enumerate(probes):
         options = Options(layers=layers, units=kept)
-        for name, layer in measure(model, x, y, options, gradient=True).items():
+        for name, layer in measure(model, x, y, options, True, warn=False).items():
             for damping in DAMPINGS:
                 damped = Measured(layer.fisher.damped(damping), layer.g, layer.g0)
                 keys = {
@@ -122,7 +122,8 @@ def residuals(model: nn.Module, probe: Probe, units: Units, step: int) -> pd.Dat
     """
     x, y = (part[:RESIDUAL_EXAMPLES] for part in probe)
     twin = copy.deepcopy(model).double()
-    measured = measure(twin, x.double(), y, Options(damping=1e-3, units=units), gradient=True)
+    options = Options(damping=1e-3, units=units)
+    measured = measure(twin, x.double(), y, options, gradient=True, warn=False)
     layers = [_identities(layer) for layer in measured.values()]
     row = {"step": step, "layer": "", "unit": -1}
     row |= {f"residual_{key}": max(layer[key] for layer in layers) for key in layers[0]}

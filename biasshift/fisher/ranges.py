@@ -15,7 +15,7 @@ LOWEST, HIGHEST = 2.0**-110, 2.0**120
 
 
 def with_range(a: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns activations and weights in a dtype that holds ``Σ weight a²`` of every unit and input.
+    """Returns activations and weights in a dtype that holds ``Σ weight a²`` of all units.
 
     That is the dtype they have, or double precision where single precision cannot hold the sums.
 
@@ -38,7 +38,7 @@ def with_range(a: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def with_squares(
     a: Tensor, delta: Tensor, axes: tuple[int, int] = (-1, -1)
 ) -> tuple[Tensor, Tensor]:
-    """Returns activations and errors in a dtype that holds ``Σ δ² a²`` of every unit and input.
+    """Returns activations and errors in a dtype that holds ``Σ δ² a²`` of all units.
 
     Args:
         a: the activations, about a reference.

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.fisher.moments import Sums, no_samples
+from biasshift.fisher.moments import Sums, WeightedSums, no_samples
+from biasshift.fisher.ranges import with_range
 from biasshift.theory import Scalars, Vectors, dot
 
 STORAGES = ("dense", "implicit", "auto")
@@ -376,6 +377,31 @@ class ImplicitSums(Sums):
         weight, first, second = _added(part.spread(share) for part in self.parts)
         mean = first / weight
         return second / weight - mean[:, None] * mean
+
+
+def summed(
+    a: Tensor, delta2: Tensor, storage: str, memory_budget: int
+) -> WeightedSums | ImplicitSums:
+    """Returns the sums over samples that are all there, about their mean.
+
+    Args:
+        a: (samples, inputs), the incoming activations.
+        delta2: (samples, units), the weights.
+        storage: one of `STORAGES`.
+        memory_budget: bytes that blocks may take.
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    wide, units = a.detach().to(dtype), delta2.shape[1]
+    reference = wide.mean(0)
+    shifted, weights = with_range(wide - reference, delta2.detach().to(dtype))
+    large = packed.block_bytes(units, a.shape[1]) > memory_budget
+    if storage == "implicit" or (storage == "auto" and large):
+        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
+        sums = ImplicitSums.empty(units, reference, memory_budget)
+        sums = sums.with_part(part.moments(), part)
+    else:
+        sums = WeightedSums.empty(units, reference).with_weights(shifted, weights)
+    return sums.with_inputs(len(a), len(a), shifted.sum(0, dtype=torch.float64))
 
 
 def chunks(samples: int, width: int) -> Iterator[slice]:

@@ -1,27 +1,38 @@
 """The unit Fisher matrices of a layer, and the terms of Theorems 1 and 2 that follow from them."""
 
 import math
+import os
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed as dist
 
+from biasshift.fisher import files, summary
 from biasshift.fisher.all_reduce import all_reduced
 from biasshift.fisher.cholesky import Factors, Singular, sherman_morrison
+from biasshift.fisher.digits import MOST_MOVED, lost_errors, moved_by_rounding, out_of_range
 from biasshift.fisher.moments import WeightedSums
-from biasshift.fisher.packed import block_bytes
-from biasshift.fisher.ranges import with_range
-from biasshift.fisher.samples import MEMORY_BUDGET, STORAGES, ImplicitSums, Samples, TooLarge
+from biasshift.fisher.refusals import (
+    check_samples,
+    check_summands,
+    check_vectors,
+    no_inverse,
+    too_large,
+)
+from biasshift.fisher.sample_size import SAMPLES_PER_INPUT as SAMPLES_PER_INPUT
+from biasshift.fisher.samples import MEMORY_BUDGET, STORAGES, ImplicitSums, TooLarge, summed
 from biasshift.fisher.solver import MAX_ITERATIONS, Solver
 from biasshift.theory import Scalars, Vectors, dot
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 TOLERANCE = {torch.float64: 1e-8}  # of the relative residuals; else
 SINGLE_TOLERANCE = 1e-5
-# Effective samples per incoming activation, below which a unit's coupling and gap say little.
-SAMPLES_PER_INPUT = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,22 +115,9 @@ class UnitFisher:
         if storage not in STORAGES:
             names = ", ".join(map(repr, STORAGES))
             raise ValueError(f"'storage' must be one of {names}, got {storage!r}.")
-        _check_samples(a, delta2)
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        wide, weights = a.detach().to(dtype), delta2.detach().to(dtype)
-        reference = wide.mean(0)
-        shifted, weights = with_range(wide - reference, weights)
-        units, inputs = delta2.shape[1], a.shape[1]
-        if storage == "implicit" or (
-            storage == "auto" and block_bytes(units, inputs) > memory_budget
-        ):
-            part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
-            sums = ImplicitSums.empty(units, reference, memory_budget)
-            sums = sums.with_part(part.moments(), part)
-        else:
-            sums = WeightedSums.empty(units, reference).with_weights(shifted, weights)
+        check_samples(a, delta2)
         return cls(
-            sums.with_inputs(len(a), len(a), shifted.sum(0, dtype=torch.float64)),
+            summed(a, delta2, storage, memory_budget),
             damping,
             bias,
             a.dtype,
@@ -133,16 +131,7 @@ class UnitFisher:
         if not isinstance(other, UnitFisher):
             return NotImplemented
         mine, theirs = ((f.sums.first.shape, f.damping, f.bias, f.labels) for f in (self, other))
-        if mine != theirs:
-            raise ValueError(
-                f"Only layers of equal shape, damping, bias and labels can be added, got {mine} "
-                f"and {theirs}. Use damped() for equal damping."
-            )
-        if self.storage != other.storage:
-            raise ValueError(
-                f"Only layers of equal storage can be added, got '{self.storage}' and "
-                f"'{other.storage}'. Choose storage= for both."
-            )
+        check_summands(mine, theirs, self.storage, other.storage)
         noise = (
             None
             if self.label_noise is None or other.label_noise is None
@@ -187,6 +176,47 @@ class UnitFisher:
         read, within the memory budget.
         """
         return "implicit" if isinstance(self.sums, ImplicitSums) else "dense"
+
+    # -- to look at and to keep --------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return summary.line(self)
+
+    def _repr_html_(self) -> str:
+        return summary.page(self)
+
+    def table(self) -> "pd.DataFrame":
+        """Returns the numbers of every unit, one row each.
+
+        Columns are ``unit``, ``mean_delta2``, ``s``, ``k``, ``k0``, ``coupling``,
+        ``effective_samples``, and the flags ``dead``, ``singular``, ``bias_inert``, ``imprecise``
+        and ``reliable``, which properties of these names explain.
+
+        Raises:
+            ValueError: when V has no inverse and damping is 0.
+        """
+        return summary.table(self)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Writes everything to a file, which `load` reads; a file that is there is replaced.
+
+        The format is that of safetensors: numbers and their names, of which nothing is executed.
+
+        Raises:
+            ValueError: when the samples did not fit into memory and are read again from the probe.
+        """
+        files.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: "str | os.PathLike[str]", device: "torch.device | str" = "cpu"
+    ) -> "UnitFisher":
+        """Returns what `save` has written, to the last bit, on a device.
+
+        Raises:
+            ValueError: when the file is damaged, or is not one of `save`.
+        """
+        return files.load(cls, path, device)
 
     # -- as measured -------------------------------------------------------------------------------
 
@@ -275,7 +305,7 @@ class UnitFisher:
         Raises:
             ValueError: when shapes do not fit the layer.
         """
-        v, v0 = self._arguments(v, v0)
+        check_vectors(self.name, self.sums, self.bias, v, v0)
         sums, wide = self._solvable, v.double()
         m = sums.mean_q.nan_to_num(nan=0.0)
         Av = sums.mean_delta2[:, None] * (
@@ -343,14 +373,32 @@ class UnitFisher:
     def reliable(self) -> Bool[Tensor, " units"]:
         """The units whose inverse quantities can carry a claim.
 
-        They are alive, not singular, without an inert bias, and have ten effective samples per
-        input or more. F is estimated without bias, but s, k, the coupling and the natural gradient
-        take its inverse: of few samples, coupling and gap look larger than they are. Select with it
-        before units are averaged, compared or counted, as in ``fisher.coupling[fisher.reliable]``,
+        They are alive, not singular, without an inert bias, not `imprecise`, and have ten effective
+        samples per input or more. F is estimated without bias, but s, k, the coupling and the
+        natural gradient take its inverse: of few samples, coupling and gap look larger than they
+        are. Select with it before units are compared, as in ``fisher.coupling[fisher.reliable]``,
         and report the share that is left out. Damping does not enter the count of samples.
         """
         enough = self.effective_samples >= SAMPLES_PER_INPUT * self.sums.first.shape[1]
-        return enough & ~(self.dead | self.singular | self.bias_inert)
+        return enough & ~(self.dead | self.singular | self.bias_inert | self.imprecise)
+
+    @cached_property
+    def imprecise(self) -> Bool[Tensor, " units"]:
+        """The units whose numbers the dtype of the model cannot carry.
+
+        Either the incoming activations vary so little beside their size that rounding them may move
+        k by 0.1 or more. Or errors are near the smallest number of the dtype, and may have
+        vanished; or c or s is beyond its range. Measure the model in double precision, or, in the
+        first case, with more damping.
+        """
+        lost = lost_errors(self.sums, self.dtype)
+        try:
+            q, _, moved = self._whitened_mean
+        except ValueError:  # no inverse without damping, and nothing to be imprecise
+            return lost
+        rounded = torch.finfo(self.dtype).eps * moved > MOST_MOVED
+        s = (1 + q) / self.sums.mean_delta2
+        return lost | rounded | out_of_range(self.sums, s, self.dtype)
 
     @property
     def standard_error(self) -> Scalars:
@@ -439,7 +487,7 @@ class UnitFisher:
 
         Source: Theorem 1.
         """
-        g, g0 = self._arguments(g, g0)
+        check_vectors(self.name, self.sums, self.bias, g, g0)
         effort = (tolerance or self.tolerance, max_iterations or self.max_iterations)
         c = self._solvable.mean_delta2
         if g0 is None:
@@ -467,11 +515,14 @@ class UnitFisher:
         return Factors(self._solvable, self.damping, self.dtype, centered=False)
 
     @cached_property
-    def _whitened_mean(self) -> tuple[Tensor, Tensor]:
-        """``mᵀV⁻¹m`` and ``(m − μ)ᵀV⁻¹m``, the only two numbers of a unit that s, k and h need."""
+    def _whitened_mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``mᵀV⁻¹m`` and ``(m − μ)ᵀV⁻¹m``, the only two numbers of a unit that s, k and h need;
+        and how rounding moves k.
+        """
         m = self.sums.mean_q
         x = self._solve(m, self._factors, (self.tolerance, self.max_iterations))
-        return dot(m, x), dot(self.sums.offset_pq, x)  # NaN where the bias is inert, since m is
+        # NaN where m is, for inert biases
+        return dot(m, x), dot(self.sums.offset_pq, x), moved_by_rounding(self.sums, x)
 
     @property
     def _k(self) -> Tensor:
@@ -487,7 +538,16 @@ class UnitFisher:
             tolerance = tolerance or TOLERANCE.get(self.dtype, SINGLE_TOLERANCE)
             x = factors.solve(rhs, tolerance, iterations)
         except Singular as singular:
-            raise ValueError(self._explain(singular)) from None
+            raise ValueError(
+                no_inverse(
+                    self.name,
+                    self.sums,
+                    self.damping,
+                    singular.units,
+                    self._factors.usable,
+                    singular.constant_inputs,
+                )
+            ) from None
         failed = int((factors.usable & x.isnan().any(1)).sum())
         if failed:
             warnings.warn(
@@ -514,67 +574,10 @@ class UnitFisher:
         try:
             return sums.var_q()
         except TooLarge as large:
-            raise ValueError(
-                f"Layer '{self.name}': the blocks of {large.units} units take "
-                f"{large.bytes / 2**20:.0f} MiB, more than memory_budget. They are kept "
-                "implicitly: measure a few units with units=, or raise memory_budget."
-            ) from None
-
-    def _explain(self, singular: Singular) -> str:
-        units, inputs = self.sums.first.shape
-        causes, constant = [], singular.constant_inputs
-        if constant:
-            shown = ", ".join(map(str, constant[:5])) + ", …" * (len(constant) > 5)
-            causes.append(f"{len(constant)} of {inputs} inputs never vary (inputs {shown})")
-        fewest = self.sums.effective_samples[self._factors.usable].min().item()
-        if fewest <= inputs:
-            causes.append(
-                f"{self.sums.positions} samples, as few as {fewest:.1f} effective ones, stand "
-                f"against {inputs} inputs"
-            )
-        why = "; ".join(causes) or "some inputs are linear combinations of others"
-        return (
-            f"Layer '{self.name}': the covariance of the incoming activations is singular for "
-            f"{singular.units} of {units} units at damping={self.damping}, where {why}. Use "
-            "damping > 0, for example fisher.damped(1e-4), or measure more samples."
-        )
-
-    def _arguments(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        units, inputs = self.sums.first.shape
-        if (v0 is not None) != self.bias:
-            raise ValueError(
-                f"Layer '{self.name}' has {'a' if self.bias else 'no'} bias: give "
-                f"{'both vectors' if self.bias else 'one vector'}."
-            )
-        if v.shape != (units, inputs) or (v0 is not None and v0.shape != (units,)):
-            got = tuple(v.shape) if v0 is None else (tuple(v.shape), tuple(v0.shape))
-            raise ValueError(
-                f"Layer '{self.name}' has {units} units with {inputs} inputs, got shapes {got}. "
-                f"Give ({units}, {inputs}) for weights and ({units},) for biases."
-            )
-        return v, v0
+            raise ValueError(too_large(self.name, large.units, large.bytes)) from None
 
     def _with_bias(self, x: Tensor) -> Tensor:
         return self._out(x if self.bias else torch.full_like(x, torch.nan))
 
     def _out(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
-
-
-def _check_samples(a: Tensor, delta2: Tensor) -> None:
-    for name, x, axes in (("a", a, "(samples, inputs)"), ("delta2", delta2, "(samples, units)")):
-        if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2 and x.numel() > 0):
-            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"'{name}' must be a non-empty floating tensor {axes}, got {got}.")
-        bad = int((~x.isfinite()).any(1).sum())
-        if bad:
-            raise ValueError(f"'{name}' must be finite, got NaN or infinity in {bad} samples.")
-    if len(a) != len(delta2):
-        raise ValueError(
-            f"'a' and 'delta2' must have the same samples, got {len(a)} and {len(delta2)}."
-        )
-    if (delta2 < 0).any():
-        raise ValueError(
-            f"'delta2' must be ≥ 0, got {delta2.min().item():.4g}. It is a mean of squares: pass "
-            "δ², not δ."
-        )

@@ -25,7 +25,14 @@ MORE_FISHER_COLUMNS = ("coupling_corrected", "norm_cov_p", "cov_distance")
 UPDATE_COLUMNS = ("shift_gradient", "shift_centered", "shift_natural")
 OWN_COLUMNS = ("own_gradient", "own_centered", "own_natural")
 MORE_GAP_COLUMNS = ("norm_ratio_centered", "norm_ratio_diagonal", "gap_explained")
-MORE_COLUMNS = (*MORE_FISHER_COLUMNS, *UPDATE_COLUMNS, *MORE_GAP_COLUMNS, *OWN_COLUMNS)
+TRUST_COLUMNS = ("reliable",)  # unit rows of "fisher": 1 where s, k and h can carry a claim, else 0
+MORE_COLUMNS = (
+    *MORE_FISHER_COLUMNS,
+    *UPDATE_COLUMNS,
+    *MORE_GAP_COLUMNS,
+    *OWN_COLUMNS,
+    *TRUST_COLUMNS,
+)
 COLUMNS = (*KEYS, *ACTIVATION_COLUMNS, *SHIFT_COLUMNS, *FISHER_COLUMNS, *GAP_COLUMNS, *MORE_COLUMNS)
 
 Columns = Mapping[str, Tensor]  # (units,) each
@@ -57,7 +64,8 @@ def fisher_columns(fisher: UnitFisher) -> Columns:
     ``norm_cov_p`` is ``|Cov_p(δ², a)|``; ``cov_distance`` is how far that is from the zero that
     makes k = 1, free of scales: ``|m − μ| / √tr V``. By chance alone, where δ² and activations are
     independent, it is about ``1/√effective_samples``. ``coupling_corrected`` is h without the bias
-    of few samples, right on average, so that it may be a little below 0.
+    of few samples, right on average, so that it may be a little below 0. ``reliable`` is 1 for a
+    unit that is `UnitFisher.reliable`, else 0.
     """
     spread = variances(fisher.sums).sum(1).sqrt()
     raw = fisher.coupling.double() / (1 - fisher.coupling.double())  # mᵀV⁻¹m
@@ -72,6 +80,7 @@ def fisher_columns(fisher: UnitFisher) -> Columns:
         "cov_distance": torch.where(
             spread > 0, fisher.sums.offset_pq.norm(dim=1) / spread, torch.nan
         ),
+        "reliable": fisher.reliable,
     }
 
 

@@ -83,6 +83,7 @@ def equal(column: pd.Series, value: Tensor, tolerance: float = 1e-12) -> None:
 def test_columns_and_their_types() -> None:
     table = logged()[0].table()
     columns = KEYS + ACTIVATION + SHIFT + FISHER + GAP + MORE + UPDATES + MORE_GAP + OWN_OF
+    columns += ["reliable"]
     assert list(table.columns) == columns
     assert all(pd.api.types.is_integer_dtype(table[name]) for name in ("step", "unit"))
     assert all(isinstance(name, str) for name in table["layer"])
@@ -226,9 +227,9 @@ def test_the_shifts_of_single_steps_add_up_to_the_whole() -> None:
     [
         (("activations",), ACTIVATION),
         (("bias_shift",), SHIFT),
-        (("fisher",), FISHER + MORE),
+        (("fisher",), FISHER + MORE + ["reliable"]),
         (("gap",), GAP + UPDATES + MORE_GAP + OWN_OF),
-        (("fisher", "gap"), FISHER + MORE + GAP + UPDATES + MORE_GAP + OWN_OF),
+        (("fisher", "gap"), FISHER + MORE + GAP + UPDATES + MORE_GAP + OWN_OF + ["reliable"]),
     ],
 )
 def test_only_the_quantities_asked_for(quantities: tuple[str, ...], columns: list[str]) -> None:
