@@ -2,6 +2,7 @@
 
 import os
 import signal
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ MNIST_FILES = [
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 ]
+
+
+def pytest_report_header() -> str:
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision")]
+    return f"versions: {', '.join(versions)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

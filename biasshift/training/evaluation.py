@@ -58,7 +58,7 @@ def evaluate_batches(
         for x, y in examples():
             outputs = model(x)
             batch = [
-                torch.tensor(float(len(y)), dtype=torch.float64, device=outputs.device),
+                torch.full((), len(y), dtype=torch.float64, device=outputs.device),
                 loss(outputs, y).sum(dtype=torch.float64),
                 *(_wrong(outputs, y, k) for k in top),
             ]

@@ -1,0 +1,16 @@
+"""Runs the tests of `on_the_gpu.py` in a process of their own: they register a device for good."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.timeout(900)
+def test_measurements_and_steps_on_a_simulated_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "on_the_gpu.py"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=880)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
