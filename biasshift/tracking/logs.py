@@ -270,6 +270,7 @@ class ProbeLog(Log):
                         measured[name].fisher, self._kept(name, g), self._weights_of_units(name)
                     )
                     for name, g in gradients.items()
+                    if name in measured
                 }
         except ValueError as error:
             if not isinstance(error, NonFiniteOutputs):  # of which the measurement afterwards warns
