@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from biasshift.escapes import storable
 from biasshift.runs.reader import find_runs
 from biasshift.runs.schema import read_json
 
@@ -35,7 +36,7 @@ def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """
     on_gpu = str(device).startswith("cuda")
     return {
-        "command": sys.argv,
+        "command": [storable(word) for word in sys.argv],
         **_code_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -136,7 +137,7 @@ def table_provenance(
     records = [
         read_json(folder, "provenance.json", {})
         for folder in find_runs(paths)
-        if folder.resolve().as_posix().endswith(shown)
+        if storable(folder.resolve().as_posix()).endswith(shown)
     ]
     return {
         "commands": _distinct(

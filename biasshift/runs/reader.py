@@ -3,32 +3,35 @@ every defect is named.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from biasshift.escapes import storable
+from biasshift.runs.integrity import DamagedRunWarning, UncheckedRunWarning, file_digest
+from biasshift.runs.limits import read_bounded, refuse_too_large
 from biasshift.runs.schema import (
     KEYS,
-    STATES,
-    conform,
     first_line,
-    fits,
     is_run,
     own_file,
-    read_config,
-    read_json,
+    read_sealed,
     segment_files,
+    segment_name,
 )
+from biasshift.runs.state import Record, State, read_record, settled
 
 _DEPTH = 3  # how far below a folder its runs may lie
 _TEXT = pa.dictionary(pa.int32(), pa.string())
+_REST = "The rest can be read with damaged='skip'; give --replace to start the run again."
 # The table of a run without segments.
 _NO_ROWS = pa.schema([("step", pa.int64()), ("layer", _TEXT), ("unit", pa.int32())]).empty_table()
 
@@ -48,7 +51,11 @@ def read_run(folder: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def read_runs(
-    *paths: str | os.PathLike[str], columns: Sequence[str] | None = None, units: bool = True
+    *paths: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    units: bool = True,
+    damaged: Literal["refuse", "skip"] = "refuse",
+    absent: Literal["refuse", "skip"] = "refuse",
 ) -> pd.DataFrame:
     """Returns the rows of all runs in or below `paths` as one tidy table.
 
@@ -61,18 +68,31 @@ def read_runs(
         columns: keep only these, besides step, layer, unit and run: saves memory on hundreds of
             runs.
         units: False keeps only the rows of whole layers and networks (`unit` = -1).
+        absent: "skip" lets `columns` name what no run has.
+        damaged: "skip" leaves out damaged and missing segments, with a `DamagedRunWarning`.
+
+    Runs of version 0.1, which have no checksums, are read with a warning, `UncheckedRunWarning`.
 
     Raises:
-        ValueError: if a folder holds no run, a file is damaged or points out of its folder, or a
-            column is in no run.
+        ValueError: if a folder holds no run, a file is damaged, missing or points out of its
+            folder, or a column is in no run.
     """
+    if damaged not in ("refuse", "skip"):
+        raise ValueError(f'\'damaged\' must be "refuse" or "skip", got {damaged!r}.')
     folders = find_runs(paths)
-    tables = [_read_segments(folder, columns, units) for folder in folders]
+    records, tables = [], []
+    if units:
+        refuse_too_large(folders, columns)
+    for folder in folders:
+        record, table = _read_settled(folder, columns, units, damaged)
+        records.append(record)
+        tables.append(table)
+    _warn_unchecked(folders, records)
     which = np.repeat(np.arange(len(folders)), [len(table) for table in tables])
     rows = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     del tables  # lets the conversion free each column once it is copied
     table = rows.to_pandas(split_blocks=True, self_destruct=True, ignore_metadata=True)
-    for name, values in _run_columns(folders).items():
+    for name, values in _run_columns(folders, records).items():
         if name in table:
             raise ValueError(
                 f"Column '{name}' is a config key of one run and measured in another. Read these "
@@ -80,7 +100,8 @@ def read_runs(
             )
         if columns is None or name == "run" or name in columns:
             table[name] = values.take(which)
-    if missing := [name for name in columns or () if name not in table]:
+    missing = [name for name in columns or () if name not in table]
+    if missing and absent == "refuse":
         raise ValueError(
             f"No run in {', '.join(map(str, paths))} has a column '{missing[0]}'. Check the names "
             "in 'columns'."
@@ -98,25 +119,17 @@ def run_states(*paths: str | os.PathLike[str]) -> pd.DataFrame:
         ValueError: as `read_runs`.
     """
     folders = find_runs(paths)
-    states = [read_json(folder, "state.json", {"state": "running"}) for folder in folders]
-    for folder, state in zip(folders, states, strict=True):
-        last = state.get("last_step")
-        if state.get("state") not in STATES or not (
-            last is None or (isinstance(last, int) and fits(last))
-        ):
-            raise ValueError(
-                f"'{folder / 'state.json'}' must hold a state and a last step. Delete it, and the "
-                "run counts as running."
-            )
-    started = [read_json(folder, "provenance.json", {}).get("started") for folder in folders]
-    columns = _run_columns(folders)
+    records = [settled(folder, partial(read_record, folder)) for folder in folders]
+    _warn_unchecked(folders, records)
+    states = [record.state for record in records]
+    columns = _run_columns(folders, records)
     return pd.DataFrame(
         {
             "run": columns.pop("run"),
-            "state": [state["state"] for state in states],
-            "last_step": pd.array([state.get("last_step") for state in states], dtype="Int64"),
-            "started": _times(started),
-            "updated": _times([state.get("updated") for state in states]),
+            "state": [state.state for state in states],
+            "last_step": pd.array([state.last_step for state in states], dtype="Int64"),
+            "started": _times([record.provenance.get("started") for record in records]),
+            "updated": _times([state.updated for state in states]),
             **columns,
         }
     )
@@ -134,7 +147,7 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     folders = {
         folder.resolve(): folder
         for path in paths
-        for folder in _runs_below(Path(path), Path(path), _DEPTH)
+        for folder in _runs_below(Path(path), Path(path), _DEPTH, {})
     }
     if not folders:
         raise ValueError(
@@ -144,7 +157,7 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return list(folders.values())
 
 
-def _runs_below(folder: Path, top: Path, depth: int) -> Iterator[Path]:
+def _runs_below(folder: Path, top: Path, depth: int, entered: dict[Path, int]) -> Iterator[Path]:
     if not folder.is_dir():
         raise ValueError(
             f"'{folder}' is not a directory. Pass the folder of a run, or one that contains runs."
@@ -153,40 +166,117 @@ def _runs_below(folder: Path, top: Path, depth: int) -> Iterator[Path]:
         raise ValueError(
             f"'{folder}' is a link out of '{top}'. Remove it, or pass its target by name."
         )
+    # Links may lead around in a circle: again only where it is looked into more deeply.
+    if entered.get(folder.resolve(), -1) >= depth:
+        return
+    entered[folder.resolve()] = depth
     if is_run(folder):
         yield folder
-    elif depth:
+        return
+    _refuse_without_config(folder)
+    if depth:
         for below in sorted(folder.iterdir()):
             if below.is_dir() and not below.name.startswith("."):
-                yield from _runs_below(below, top, depth - 1)
+                yield from _runs_below(below, top, depth - 1, entered)
 
 
-def _read_segments(folder: Path, columns: Sequence[str] | None, units: bool) -> pa.Table:
-    parts = [_read_segment(own_file(folder, name), columns) for _, name in segment_files(folder)]
-    parts = parts if units else [part.filter(pc.field("unit") == -1) for part in parts]
-    return pa.concat_tables([_NO_ROWS, *parts], promote_options="default")
-
-
-def _read_segment(path: Path, columns: Sequence[str] | None) -> pa.Table:
+def _refuse_without_config(folder: Path) -> None:
+    """Raises an error for a folder whose state.json says that it is a run with rows."""
+    if not os.path.lexists(folder / "state.json"):
+        return
     try:
-        with pq.ParquetFile(path, read_dictionary=["layer"]) as file:
-            names = file.schema_arrow.names
-            kept = None if columns is None else [n for n in names if n in {*KEYS, *columns}]
-            return conform(file.read(kept))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        value, checked = read_sealed(folder, "state.json")
+    except ValueError:  # anybody's
+        return
+    if checked and (value.get("segments") or value.get("state") != "running"):
         raise ValueError(
-            f"'{path}' is not a readable segment ({first_line(error)}). Delete that file to read "
-            "the rest of the run."
-        ) from error
+            f"'{folder / 'config.json'}' is missing. Restore it: the run's rows are untouched."
+        )
 
 
-def _run_columns(folders: Sequence[Path]) -> dict[str, Any]:
+def _read_settled(
+    folder: Path, columns: Sequence[str] | None, units: bool, damaged: str
+) -> tuple[Record, pa.Table]:
+    return settled(folder, partial(_read_folder, folder, columns, units, damaged))
+
+
+def _read_folder(
+    folder: Path, columns: Sequence[str] | None, units: bool, damaged: str
+) -> tuple[Record, pa.Table]:
+    record = read_record(folder)
+    parts = []
+    for name, sha256 in _segments(folder, record.state):
+        try:
+            part = _read_segment(folder, name, sha256, columns, units)
+        except ValueError as error:
+            if damaged == "refuse":
+                raise
+            warnings.warn(DamagedRunWarning(f"Left out: {error}"), stacklevel=5)
+            continue
+        parts.append(part)
+    return record, pa.concat_tables([_NO_ROWS, *parts], promote_options="default")
+
+
+def _segments(folder: Path, state: State) -> list[tuple[str, str | None]]:
+    """Names of the segments of a run, with their SHA-256 where it has checksums."""
+    files = [name for _, name in segment_files(folder)]
+    if not state.checked:
+        return [(name, None) for name in files]
+    listed = {segment_name(number): sha256 for number, sha256 in enumerate(state.segments)}
+    # A kill leaves segments that are not part of the run yet, or no longer. Others are not ours.
+    for name in files:
+        if name not in listed:
+            try:
+                _read_segment(folder, name, None, KEYS, False)
+            except ValueError:
+                if os.path.lexists(folder / name):  # else its writer has removed it meanwhile
+                    raise
+    return list(listed.items())
+
+
+def _read_segment(
+    folder: Path, name: str, sha256: str | None, columns: Sequence[str] | None, units: bool
+) -> pa.Table:
+    if sha256 is not None and not os.path.lexists(folder / name):
+        raise ValueError(f"'{folder / name}' is missing. {_REST}")
+    path = own_file(folder, name)
+    with open(path, "rb") as content:
+        if sha256 is not None and file_digest(content) != sha256:
+            raise ValueError(f"'{path}' is damaged: it is not what the run has written. {_REST}")
+        try:
+            with pq.ParquetFile(
+                content, read_dictionary=["layer"], page_checksum_verification=True
+            ) as file:
+                return read_bounded(file, columns, units)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(
+                f"'{path}' is not a readable segment ({first_line(error)}). Delete that file to "
+                "read the rest of the run."
+            ) from error
+
+
+def _warn_unchecked(folders: Sequence[Path], records: Sequence[Record]) -> None:
+    old = [
+        folder for folder, record in zip(folders, records, strict=True) if not record.state.checked
+    ]
+    if old:
+        more = f" and {len(old) - 1} more" if len(old) > 1 else ""
+        warnings.warn(
+            UncheckedRunWarning(
+                f"'{old[0]}'{more} may be damaged unseen: written without checksums, by version "
+                "0.1."
+            ),
+            stacklevel=3,
+        )
+
+
+def _run_columns(folders: Sequence[Path], records: Sequence[Record]) -> dict[str, Any]:
     """One value per run for `run` and for every scalar of a config: numbers as numbers, the rest
     categorical.
     """
-    configs = [read_config(folder) for folder in folders]
+    configs = [record.config for record in records]
     columns: dict[str, Any] = {
-        "run": pd.Categorical.from_codes(range(len(folders)), categories=_run_names(folders))
+        "run": pd.Categorical.from_codes(range(len(folders)), categories=run_names(folders))
     }
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [
@@ -194,7 +284,10 @@ def _run_columns(folders: Sequence[Path]) -> dict[str, Any]:
             for config in configs
         ]
         kinds = {type(value) for value in values}
-        if kinds in ({int}, {bool}):
+        if key == "activation" and kinds != {type(None)}:
+            # A name, whatever it is: never a number.
+            columns[key] = pd.Categorical([None if v is None else str(v) for v in values])
+        elif kinds in ({int}, {bool}):
             columns[key] = np.array(values)
         elif kinds <= {int, float, type(None)} and kinds != {type(None)}:
             numbers = [nan if value is None else value for value in values]
@@ -206,11 +299,11 @@ def _run_columns(folders: Sequence[Path]) -> dict[str, Any]:
     return columns
 
 
-def _run_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest tails of the paths that tell all runs apart."""
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Returns the shortest tails of the paths that tell all runs apart."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
+        names = [storable("/".join(part[-depth:])) for part in parts]
         if len(set(names)) == len(names):
             break
     return names

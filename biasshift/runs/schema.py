@@ -2,9 +2,12 @@
 
 config.json             the typed options, and the version of this layout
 provenance.json         command line, commit or version, library versions, device, seed, start
-state.json              running / finished / interrupted / failed, and the last step on disk
+state.json              running / finished / interrupted / failed, the last step on disk, and the
+                        SHA-256 of all other files: what it does not list is not yet part of the run
 segment-00000.parquet   rows (step, layer, unit); one segment per flush
 checkpoint.pt           where a run stands that is not finished
+checkpoint.next.pt      the one behind it, while not all members of an ensemble have theirs
+.lock                   who writes the run, as long as somebody does
 """
 
 import json
@@ -16,6 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import types
+
+from biasshift.runs.integrity import unsealed
 
 LAYOUT = 1
 STATES = ("running", "finished", "interrupted", "failed")
@@ -34,8 +39,12 @@ FLOAT64 = frozenset(
 RESERVED = FLOAT32 | FLOAT64 | {*KEYS, "run", "state", "last_step", "started", "updated"}
 
 SEGMENT = re.compile(r"segment-(\d{5,})\.parquet")
-RUN_FILE = re.compile(r"segment-\d{5,}\.parquet|(config|provenance|state)\.json|checkpoint\.pt")
-TEMPORARY_FILE = re.compile(rf"\.({RUN_FILE.pattern})\.tmp")
+RUN_FILE = re.compile(
+    r"segment-\d{5,}\.parquet|(config|provenance|state)\.json|checkpoint(\.next)?\.pt"
+)
+TEMPORARY_FILE = re.compile(rf"\.({RUN_FILE.pattern})(\.[0-9a-f]{{8}}-\d+-[0-9a-f]{{8}})?\.tmp")
+LOCK = ".lock"
+CHECKPOINT, NEXT_CHECKPOINT = "checkpoint.pt", "checkpoint.next.pt"
 MAX_JSON_BYTES = 10_000_000
 
 
@@ -63,8 +72,13 @@ def fits(value: int) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Tells whether a folder has a config.json that biasshift wrote."""
-    return "biasshift_run" in read_json(folder, "config.json", {})
+    """Tells whether a folder has a config.json that biasshift wrote, whatever became of it."""
+    return "biasshift_run" in parse_json(folder, "config.json", {})
+
+
+def segment_name(number: int) -> str:
+    """Returns the file name of a segment, numbered from 0."""
+    return f"segment-{number:05d}.parquet"
 
 
 def segment_files(folder: Path) -> list[tuple[int, str]]:
@@ -91,7 +105,7 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the object in a JSON file of a run folder.
+    """Returns the object in a JSON file of a run folder, without its digest.
 
     Args:
         folder: the run's.
@@ -102,6 +116,25 @@ def read_json(folder: Path, name: str, default: dict[str, Any] | None = None) ->
         ValueError: if the file is damaged, too large, not an object, or holds NaN, infinity or lone
             surrogates.
     """
+    return read_sealed(folder, name, default)[0]
+
+
+def read_sealed(
+    folder: Path, name: str, default: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], bool]:
+    """Returns what `read_json` does, and whether the file has a digest, which is then right."""
+    value = parse_json(folder, name, default)
+    try:
+        return unsealed(value)
+    except ValueError as error:
+        raise ValueError(
+            f"'{folder / name}' is damaged ({first_line(error)}). Restore it, or move the run out "
+            "of the way: its other files are untouched."
+        ) from error
+
+
+def parse_json(folder: Path, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what `read_json` does, but with the digest, which may be wrong."""
     if default is not None and not os.path.lexists(folder / name):
         return default
     path = own_file(folder, name)
@@ -129,7 +162,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             column.
     """
     path = Path(folder) / "config.json"
-    stored = read_json(path.parent, path.name)
+    return config_of(path, read_json(path.parent, path.name))
+
+
+def config_of(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options in what a config.json holds; ``path`` is that file's, for messages.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
     config = stored.get("config")
     if stored.get("biasshift_run") != LAYOUT or not isinstance(config, dict):
         raise ValueError(

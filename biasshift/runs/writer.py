@@ -1,14 +1,16 @@
 """Writes a run: what was asked for, where it came from, and what was measured.
 
 A run is a folder; `biasshift.runs.schema` lists its files. Every file is written under a temporary
-name, synced and renamed. A run killed at any point is therefore readable up to its last flush; its
-state stays "running".
+name, synced and renamed, and state.json lists it only then. A run killed at any point is therefore
+readable up to its last flush; its state stays "running".
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +19,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from biasshift.atomic import replacing
+from biasshift.escapes import storable
+from biasshift.runs.integrity import UncheckedRunWarning, digest, file_digest, sealed
+from biasshift.runs.ownership import Ownership
 from biasshift.runs.provenance import now, provenance
 from biasshift.runs.schema import (
+    CHECKPOINT,
     LAYOUT,
-    RUN_FILE,
-    TEMPORARY_FILE,
+    NEXT_CHECKPOINT,
     check_config,
+    config_of,
     conform,
     first_line,
     is_run,
-    read_config,
-    read_json,
+    own_file,
+    parse_json,
+    read_sealed,
     segment_files,
+    segment_name,
 )
+from biasshift.runs.space import make_room, refuse_occupied
+from biasshift.runs.state import State, read_state, write_state
 
 
 class Run:
@@ -39,15 +49,33 @@ class Run:
     by Ctrl-C, or "failed".
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], max_rows: int):
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        max_rows: int,
+        owner: Ownership,
+        state: State,
+        owns: bool,
+    ):
         self.folder = folder
-        self.last_step: int | None = None
-        self.segments = 0  # on disk
         self.failed = False  # set by whoever finds that the rest of the rows will not come
+        self.drops_checkpoint = False  # set by whoever has no use for it once the run has ended
         self._run_columns = {"run", *config}
         self._max_rows = max_rows
         self._waiting: list[pa.Table] = []
         self._closed = False
+        self._owner, self._state, self._owns = owner, state, owns
+
+    @property
+    def segments(self) -> int:
+        """The number of segments on disk."""
+        return len(self._state.segments)
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step in the segments on disk."""
+        return self._state.last_step
 
     @classmethod
     def create(
@@ -58,6 +86,7 @@ class Run:
         *,
         device: Any = "cpu",
         max_rows: int = 200_000,
+        owner: Ownership | None = None,
     ) -> "Run":
         """Returns a new run in `folder`, its config and provenance already on disk.
 
@@ -68,10 +97,12 @@ class Run:
             exist: "replace" deletes the files of a run that is already there, and nothing else.
             device: what the run computes on, for the provenance.
             max_rows: appended rows that may wait in memory; beyond that they are flushed.
+            owner: the right to write the folder, where the caller has it and keeps it; else the run
+                takes it, and gives it back at its end.
 
         Raises:
-            FileExistsError: if the folder holds a run and `exist` is "refuse", or it holds files
-                of something else.
+            FileExistsError: if the folder holds a run and `exist` is "refuse", it holds files of
+                something else, or another process writes it.
             ValueError: if the config cannot be stored, or one of its keys is a column of the table.
 
         >>> import pandas as pd, tempfile
@@ -90,12 +121,18 @@ class Run:
         check_config(config)
         _to_json(config)
         origin = provenance(config, device)
-        _make_room(folder, exist)
-        # The config comes first: from here on the folder is a run, whatever happens.
-        _write_json(folder / "config.json", {"biasshift_run": LAYOUT, "config": config})
-        _write_json(folder / "provenance.json", origin)
-        run = cls(folder, config, max_rows)
-        run._write_state("running")
+        refuse_occupied(folder, exist)
+        with _owning(folder, owner) as right:
+            make_room(folder, exist)
+            stored = {"biasshift_run": LAYOUT, "config": json.loads(_to_json(config))}
+            state = State(
+                checked=True, config=digest(stored), provenance=digest(json.loads(_to_json(origin)))
+            )
+            run = cls(folder, config, max_rows, right, state, owner is None)
+            # The config comes last: it makes the folder a run, and all else is there by then.
+            run._write_state("running")
+            _write_json(folder / "provenance.json", origin)
+            _write_json(folder / "config.json", sealed(stored))
         return run
 
     @classmethod
@@ -107,10 +144,14 @@ class Run:
         *,
         last_step: int | None = None,
         max_rows: int = 200_000,
+        owner: Ownership | None = None,
+        checkpoint: str | None = None,
+        together: Sequence[str] = (),
     ) -> "Run":
         """Returns a run that is there already, to write on behind its first segments.
 
-        Later segments are deleted, and its state becomes "running".
+        Later segments are deleted, and its state becomes "running". A run of version 0.1 gets
+        checksums.
 
         Args:
             folder: the run's.
@@ -118,9 +159,14 @@ class Run:
             segments: how many to keep.
             last_step: the last one in those segments.
             max_rows: as in `create`.
+            owner: as in `create`.
+            checkpoint: SHA-256 of the checkpoint that it is resumed from, if there is one.
+            together: as in `end_together`, of a run that has nothing more to write.
 
         Raises:
-            ValueError: if the run was made with another configuration, or lacks segments.
+            FileExistsError: if another process writes the run.
+            ValueError: if the run was made with another configuration, lacks segments, or one of
+                them or state.json is damaged.
 
         >>> import pandas as pd, tempfile
         >>> with tempfile.TemporaryDirectory() as out:
@@ -132,16 +178,25 @@ class Run:
         """
         folder, config = Path(folder), _options(config)
         _require_same_config(folder, config)
-        names = dict(segment_files(folder))
-        if missing := set(range(segments)) - set(names):
-            raise ValueError(
-                f"'{folder}' has lost segment {min(missing)}. Give --replace to start it again."
+        with _owning(folder, owner) as right:
+            before = read_state(folder)
+            digests = _digests(folder, before, segments)
+            state = replace(
+                before if before.checked else _with_checksums(folder),
+                last_step=last_step,
+                segments=digests,
+                checkpoints=() if checkpoint is None else (checkpoint,),
+                together=tuple(together),
             )
-        for number in sorted(set(names) - set(range(segments)), reverse=True):
-            (folder / names[number]).unlink()
-        run = cls(folder, config, max_rows)
-        run.segments, run.last_step = segments, last_step
-        run._write_state("running")
+            run = cls(folder, config, max_rows, right, state, owner is None)
+            # Before the files go: what it does not list is not missed.
+            run._write_state("running")
+            if not before.checked:
+                stored, _ = read_sealed(folder, "config.json")
+                _write_json(folder / "config.json", sealed(stored))
+            for number, name in segment_files(folder):
+                if number >= segments:
+                    (folder / name).unlink()
         return run
 
     @staticmethod
@@ -155,7 +210,7 @@ class Run:
         if not (folder.is_dir() and is_run(folder)):
             return False
         _require_same_config(folder, _options(config))
-        return read_json(folder, "state.json", {}).get("state") == "finished"
+        return read_state(folder).state == "finished"
 
     def append(self, frame: pd.DataFrame) -> None:
         """Adds rows to the run; they wait in memory for the next flush.
@@ -191,22 +246,59 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Puts the waiting rows on disk as one segment. A kill after this loses none of them."""
+        """Puts the waiting rows on disk as one segment. A kill after this loses none of them.
+
+        Raises:
+            ValueError: if the run is closed.
+            RuntimeError: in a process that was forked from the one that the run was opened in.
+        """
+        if self._closed:
+            raise ValueError(f"The run '{self.folder}' is closed. Flush inside its `with` block.")
+        self._owner.require()
         if self._waiting:
             rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries()
-            path = self.folder / f"segment-{self.segments:05d}.parquet"
-            with replacing(path) as temporary:
-                pq.write_table(rows, temporary, compression="zstd")
-            self.segments += 1
+            with replacing(self.folder / segment_name(self.segments)) as temporary:
+                pq.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
+                with open(temporary, "rb") as file:
+                    sha256 = file_digest(file)
             last = int(rows["step"].to_numpy().max())
-            self.last_step = last if self.last_step is None else max(self.last_step, last)
-        self._waiting = []
+            written = replace(
+                self._state,
+                segments=(*self._state.segments, sha256),
+                last_step=last if self.last_step is None else max(self.last_step, last),
+            )
+            # At once: an interruption between the two would write the rows again.
+            self._state, self._waiting = written, []
+        self._write_state("running")
+
+    def announce_checkpoint(self, sha256: str) -> None:
+        """Makes a checkpoint that lies in the folder one that the run may be resumed from.
+
+        So may the one before, until the next one is announced.
+
+        Args:
+            sha256: of its file.
+        """
+        self._owner.require()
+        self._state = replace(self._state, checkpoints=(*self._state.checkpoints[-1:], sha256))
+        self._write_state("running")
+
+    def end_together(self, members: Sequence[str]) -> None:
+        """Records that all rows of this run are on disk, for its ensemble ends as one.
+
+        Args:
+            members: names of the folders of the ensemble.
+        """
+        self._owner.require()
+        self._state = replace(self._state, together=tuple(members), diverged=self.failed)
         self._write_state("running")
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if os.getpid() != self._owner.process:  # a fork that leaves its parent's block
+            return
         state = "failed" if kind or self.failed else "finished"
         if kind and issubclass(kind, KeyboardInterrupt):
             state = "interrupted"
@@ -217,22 +309,46 @@ class Run:
             raise
         finally:
             self._closed = True
+            self._close(state, drops_checkpoint=self.drops_checkpoint and kind is None)
+
+    def _close(self, state: str, drops_checkpoint: bool) -> None:
+        try:
+            if drops_checkpoint:
+                self._state = replace(self._state, checkpoints=())
             self._write_state(state)
+            if drops_checkpoint:
+                for name in (CHECKPOINT, NEXT_CHECKPOINT):
+                    (self.folder / name).unlink(missing_ok=True)
+        finally:
+            if self._owns:
+                self._owner.release()
 
     def _write_state(self, state: str) -> None:
-        _write_json(
-            self.folder / "state.json",
-            {"state": state, "last_step": self.last_step, "updated": now()},
-        )
+        self._state = replace(self._state, state=state, updated=now())
+        write_state(self.folder, self._state)
 
 
 def _options(config: Any) -> dict[Any, Any]:
     return dict(config) if isinstance(config, Mapping) else asdict(config)
 
 
+@contextmanager
+def _owning(folder: Path, owner: Ownership | None) -> Iterator[Ownership]:
+    """The right to write the folder, which is given back only where the block fails."""
+    taken = Ownership(folder) if owner is None else owner
+    try:
+        yield taken
+    except BaseException:
+        if owner is None:
+            taken.release()
+        raise
+
+
 def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Compares what would be stored with what is."""
-    stored, wanted = read_config(folder), json.loads(_to_json(config))
+    """Compares what would be stored with what is. Nothing is read from the file but that."""
+    path = folder / "config.json"
+    stored = config_of(path, parse_json(folder, path.name))
+    wanted = json.loads(_to_json(config))
     for name in {**stored, **wanted}:
         if name not in stored:
             raise ValueError(
@@ -246,35 +362,44 @@ def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _make_room(folder: Path, exist: str) -> None:
-    """Creates the folder, or removes an earlier run; never touches a file that no run writes."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"'{folder}' is a file. Choose another folder (--out).")
-    folder.mkdir(parents=True, exist_ok=True)
-    # The checkpoint goes first, config.json last: half deleted is still a run, and one that starts
-    # from the beginning.
-    names = sorted(
-        os.listdir(folder),
-        key=lambda name: ((name == "checkpoint.pt") - (name == "config.json"), name),
-        reverse=True,
+def _digests(folder: Path, state: State, segments: int) -> tuple[str, ...]:
+    """Returns the SHA-256 of the first segments, which are what the run has written."""
+    names = dict(segment_files(folder))
+    if missing := set(range(segments)) - set(names):
+        raise ValueError(
+            f"'{folder}' has lost segment {min(missing)}. Give --replace to start it again."
+        )
+    if state.checked and segments > len(state.segments):
+        raise ValueError(
+            f"'{folder / 'state.json'}' lists {len(state.segments)} segments, and {segments} are "
+            "needed. Give --replace to start the run again."
+        )
+    digests = []
+    for number in range(segments):
+        path = own_file(folder, segment_name(number))
+        with open(path, "rb") as file:
+            digests.append(file_digest(file))
+        if state.checked and digests[-1] != state.segments[number]:
+            raise ValueError(
+                f"'{path}' is damaged. The other segments can be read with damaged='skip'; give "
+                "--replace to start the run again."
+            )
+    return tuple(digests)
+
+
+def _with_checksums(folder: Path) -> State:
+    """The state of a run of version 0.1, which gets checksums of what is there."""
+    warnings.warn(
+        UncheckedRunWarning(
+            f"'{folder}' may be damaged unseen: written without checksums, by version 0.1."
+        ),
+        stacklevel=4,
     )
-    if not all(TEMPORARY_FILE.fullmatch(name) for name in names):
-        try:
-            ours = is_run(folder)
-        except ValueError:
-            ours = False
-        if not ours:
-            raise FileExistsError(
-                f"'{folder}' is not empty and not a run folder. Choose another folder (--out)."
-            )
-        if exist == "refuse":
-            raise FileExistsError(
-                f"'{folder}' already holds a run. Choose another folder (--out), or replace that "
-                'run (--replace, exist="replace").'
-            )
-    for name in names:
-        if RUN_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name):
-            (folder / name).unlink()
+    return State(
+        checked=True,
+        config=digest(read_sealed(folder, "config.json")[0]),
+        provenance=digest(read_sealed(folder, "provenance.json", {})[0]),
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -286,7 +411,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _to_json(value: Mapping[str, Any]) -> str:
     def plain(item: object) -> str:
         if isinstance(item, os.PathLike):
-            return os.fspath(item)
+            return storable(os.fspath(item))
         raise TypeError(f"{item!r} is of type {type(item).__name__}.")
 
     try:

@@ -1,64 +1,146 @@
 """Where a training run stood: enough to resume it to the numbers of an uninterrupted run."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from biasshift.atomic import replacing
-from biasshift.distributed import broadcast, is_distributed, rank, world_size
-from biasshift.runs.schema import own_file
+from biasshift.atomic import replacing, sync_folder
+from biasshift.distributed import is_distributed, rank, world_size
+from biasshift.runs.integrity import file_digest
+from biasshift.runs.schema import CHECKPOINT, NEXT_CHECKPOINT, own_file
+from biasshift.runs.state import State
 
-CHECKPOINT = "checkpoint.pt"
-
-# -- the file ----------------------------------------------------------------------------------
+# -- the files ---------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes the checkpoint of a run folder: a kill leaves the earlier one or this one, whole.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that lies in a run folder.
+
+    Args:
+        name: Of its file.
+        sha256: Of its file.
+        state: What it holds.
+    """
+
+    name: str
+    sha256: str
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The completed steps."""
+        return self.state["step"]
+
+    @property
+    def ensemble(self) -> list[str]:
+        """The folders of the members that have a checkpoint of the same step, or were to get it."""
+        names = self.state.get("ensemble")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def prepare(folder: Path, state: Mapping[str, Any]) -> str:
+    """Writes the next checkpoint of a run folder beside the present one, and returns its SHA-256.
 
     Args:
         folder: A run folder.
-        state: Tensors, numbers, texts, and lists and dicts of them: what `load` accepts.
+        state: Tensors, numbers, texts, and lists and dicts of them: what `found` accepts.
     """
-    with replacing(folder / CHECKPOINT) as temporary, open(temporary, "wb") as file:
-        torch.save(dict(state), file)
+    with replacing(folder / NEXT_CHECKPOINT) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+        with open(temporary, "rb") as file:
+            sha256 = file_digest(file)
+    return sha256
 
 
-def load(folder: Path, types: Mapping[str, type]) -> dict[str, Any] | None:
-    """Returns the checkpoint of a run folder, or ``None`` where there is none.
+def promote(folder: Path) -> None:
+    """Replaces the present checkpoint by the next one, once all members of an ensemble have one."""
+    os.replace(folder / NEXT_CHECKPOINT, folder / CHECKPOINT)
+    sync_folder(folder)
 
-    Process 0 reads it for all. Nothing in it is executed.
+
+def settle(folder: Path, chosen: Checkpoint) -> None:
+    """Leaves one checkpoint, the present one: that which a run is resumed from."""
+    if chosen.name == NEXT_CHECKPOINT:
+        promote(folder)
+    else:
+        (folder / NEXT_CHECKPOINT).unlink(missing_ok=True)
+
+
+def found(folder: Path, types: Mapping[str, type], state: State) -> list[Checkpoint]:
+    """Returns the checkpoints that a run may be resumed from: the present one, and the next.
+
+    Nothing in them is executed.
 
     Args:
         folder: A run folder.
         types: Names and types of what a checkpoint holds.
+        state: Of the run, with the checksums of its checkpoints.
 
     Raises:
-        ValueError: The file is damaged, not a checkpoint, or a link out of its run.
+        ValueError: The present one is missing, damaged, not a checkpoint, or a link out of its run.
     """
-    there = rank() == 0 and os.path.lexists(folder / CHECKPOINT)
-    return broadcast(_read(folder, types) if there else None)
+    if not state.checked:  # of version 0.1
+        there = os.path.lexists(folder / CHECKPOINT)
+        return [_read(folder, CHECKPOINT, types, None)] if there else []
+    if not state.checkpoints:
+        return []
+    # The next one that is not listed, or damaged, counts as not written: the present one is whole.
+    following = _digest(folder, NEXT_CHECKPOINT)
+    has_next = following == state.checkpoints[-1]
+    if has_next and len(state.checkpoints) == 1 and not os.path.lexists(folder / CHECKPOINT):
+        return [_read(folder, NEXT_CHECKPOINT, types, state.checkpoints)]
+    allowed = state.checkpoints[:-1] if has_next else state.checkpoints
+    if not has_next and following in state.checkpoints:
+        allowed = ()
+    checkpoints = [_read(folder, CHECKPOINT, types, allowed)]
+    if has_next:
+        checkpoints.append(_read(folder, NEXT_CHECKPOINT, types, state.checkpoints))
+    return checkpoints
 
 
-def _read(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
-    path = own_file(folder, CHECKPOINT)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # which one depends on the byte that is wrong
+def _digest(folder: Path, name: str) -> str | None:
+    if not os.path.lexists(folder / name):
+        return None
+    with open(own_file(folder, name), "rb") as file:
+        return file_digest(file)
+
+
+def _read(
+    folder: Path, name: str, types: Mapping[str, type], allowed: Sequence[str] | None
+) -> Checkpoint:
+    if allowed is not None and not os.path.lexists(folder / name):
         raise ValueError(
-            f"'{path}' cannot be read as a checkpoint: start this run anew with --replace."
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(name), kind) for name, kind in types.items()
+            f"'{folder / name}' is missing: start this run anew with --replace. The rows of the "
+            "run are good."
+        )
+    path = own_file(folder, name)
+    with open(path, "rb") as file:
+        sha256 = file_digest(file)
+        if allowed is not None and sha256 not in allowed:
+            raise ValueError(
+                f"'{path}' is damaged and cannot be read as a checkpoint: start this run anew with "
+                "--replace. The rows of the run are good."
+            )
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # which one depends on the byte that is wrong
+            raise ValueError(
+                f"'{path}' cannot be read as a checkpoint: start this run anew with --replace."
+            ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), kind) for key, kind in types.items()
     ):
         raise ValueError(
             f"'{path}' is not a checkpoint of a training run: start this run anew with --replace."
         )
-    return state
+    return Checkpoint(name, sha256, content)
 
 
 @contextmanager

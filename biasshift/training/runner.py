@@ -15,7 +15,9 @@ from torch import Tensor
 
 from biasshift.distributed import all_reduce_sum, broadcast, rank, world_size
 from biasshift.precision import product_precision
+from biasshift.runs.reader import run_names
 from biasshift.training import checkpoint
+from biasshift.training.commit import closing, starts
 from biasshift.training.cuda_graphs import GraphedStep
 from biasshift.training.ensemble import (
     Ensemble,
@@ -69,22 +71,39 @@ def run(
         ExitStack() as stack,
     ):
         members = [TrialRun(trial, folder) for trial, folder in zip(trials, folders, strict=True)]
-        for member in members:
-            member.open(exist, stack, device)
-            if member.finished:  # counts, too
-                steps = member.trial.steps
-                report(Progress(member.folder.name, steps, steps, math.nan))
-            elif execution.tensorboard and rank() == 0:
-                writer = tensorboard_writer(member.folder, member.start)
-                member.tensorboard = stack.enter_context(writer)
-        members = [member for member in members if not member.finished]
-        # Of a killed ensemble, some may be one checkpoint ahead.
+        members = _opened(members, exist, report, execution, stack)
+        # Those that were alone, or in another ensemble, may stand at different steps.
         for start in sorted({member.start for member in members}):
             alike = [member for member in members if member.start == start]
             _Training(alike, execution, device, stack).run(report)
-    if rank() == 0 and not execution.keep_weights:
-        for member in members:
-            (member.folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+
+
+def _opened(
+    members: list[TrialRun],
+    exist: Exist,
+    report: Report,
+    execution: Execution,
+    stack: ExitStack,
+) -> list[TrialRun]:
+    """Opens the folders of all members, and returns those that are not at their end already."""
+    for member in members:
+        member.look(exist, stack)
+    found = [member.found for member in members]
+    training = []
+    for member, at_end, start in zip(members, closing(found), starts(found), strict=True):
+        if member.finished or at_end:  # counts, too
+            steps = member.trial.steps
+            report(Progress(member.folder.name, steps, steps, math.nan))
+        if at_end:
+            member.close(stack, drops_checkpoint=not execution.keep_weights)
+        elif not member.finished:
+            member.open(exist, start, stack, next(member.trial.model.parameters()).device)
+            member.record.drops_checkpoint = not execution.keep_weights
+            if execution.tensorboard and rank() == 0:
+                writer = tensorboard_writer(member.folder, member.start)
+                member.tensorboard = stack.enter_context(writer)
+            training.append(member)
+    return training
 
 
 def _refuse_different(trials: Sequence[Trial]) -> None:
@@ -119,6 +138,7 @@ class _Training:
         self.first = members[0].trial
         # What `state_slice` takes: the number of a member, or None for one network alone.
         self.parts = range(len(members)) if len(members) > 1 else [None]
+        self.names = run_names([member.folder for member in members])
         self.clock, self.saved = Clock(device), time.monotonic()
         self.phase: Phase | None = None
         if execution.channels_last:
@@ -193,10 +213,13 @@ class _Training:
                 member.record.failed = failed
                 if member.trial.at_end is not None and not failed:
                     member.record.append(member.trial.at_end(member.trial.model, steps))
-        if self.execution.keep_weights:
-            self._save(steps)
+        saved = self._prepare(steps) if self.execution.keep_weights else []
         for member in self.members:
             member.flush()
+        if len(self.members) > 1:  # killed from here on, they are only closed
+            for member in self.members:
+                member.record.end_together(self.names)
+        self._promote(saved)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         with self.clock.step(measured=self._due()):
@@ -227,11 +250,15 @@ class _Training:
             self.saved = time.monotonic()
 
     def _save(self, step: int) -> None:
-        """Flushes, then saves a checkpoint that says how many segments are on disk.
+        """Saves a checkpoint of all members, or of none: see `commit`."""
+        self._promote(self._prepare(step))
 
-        A resumed run writes again what comes after them.
+    def _prepare(self, step: int) -> list[TrialRun]:
+        """Flushes, then writes the next checkpoints, which say how many segments are on disk.
+
+        A resumed run writes again what comes after them. Returns the members that have one.
         """
-        random = checkpoint.random_state(self.device)
+        random, saved = checkpoint.random_state(self.device), []
         update = {} if isinstance(self.update, Ensemble) else self.update.state_dict()
         for part, member in zip(self.parts, self.members, strict=True):
             member.flush()
@@ -247,5 +274,13 @@ class _Training:
                     "segments": member.record.segments,
                     "examined": member.examined,
                     "seconds": member.seconds,
+                    "ensemble": self.names,
                 }
-                checkpoint.save(member.folder, state)
+                sha256 = checkpoint.prepare(member.folder, state)
+                member.record.announce_checkpoint(sha256)
+                saved.append(member)
+        return saved
+
+    def _promote(self, members: list[TrialRun]) -> None:
+        for member in members:
+            checkpoint.promote(member.folder)

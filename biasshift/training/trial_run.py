@@ -1,7 +1,8 @@
 """One trial and its run folder: what is opened, measured, scored, examined and saved."""
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ import pandas as pd
 import torch
 
 from biasshift.distributed import broadcast, rank
+from biasshift.fisher.sample_size import FewSamplesWarning
+from biasshift.runs.ownership import Ownership
+from biasshift.runs.schema import is_run
+from biasshift.runs.space import refuse_occupied
+from biasshift.runs.state import State, read_state
 from biasshift.runs.writer import Run
 from biasshift.tracking.instrument import instrument
 from biasshift.tracking.logs import ProbeLog
 from biasshift.training import checkpoint
+from biasshift.training.checkpoint import Checkpoint
+from biasshift.training.commit import Found
 from biasshift.training.evaluation import process_share
 from biasshift.training.trial import NO_TENSORBOARD, Exist, Trial
 
@@ -38,6 +46,7 @@ class TrialRun:
         folder: Where its rows and checkpoints go.
 
     Attributes:
+        found: What the folder held before.
         state: The checkpoint that the run is resumed from, if there is one.
         finished: Whether the folder holds this run, complete.
         start: Completed steps at the beginning.
@@ -46,32 +55,59 @@ class TrialRun:
 
     def __init__(self, trial: Trial, folder: Path):
         self.trial, self.folder = trial, folder
+        self.found = Found(folder)
         self.state: dict[str, Any] | None = None
         self.finished = self.examined = False
         self.start, self.seconds = 0, 0.0
         self.logs: list[ProbeLog] = []
         self.tensorboard: Any = None  # its writer, where it is asked for
 
-    def open(self, exist: Exist, stack: ExitStack, device: torch.device) -> None:
-        """Creates the run folder, or opens what is there and loads its checkpoint.
+    def look(self, exist: Exist, stack: ExitStack) -> None:
+        """Takes the right to write the folder, unless the run is finished, and reads what is there.
 
         Args:
             exist: What to do about a run that is there.
+            stack: Gives the right back.
+
+        Raises:
+            FileExistsError: The folder holds a run, and ``exist`` is "refuse", or files of
+                something else; or another process writes it.
+            ValueError: The run cannot be resumed: another configuration, or a damaged file.
+        """
+        # Process 0 reads for all.
+        self.found = broadcast(self._found(exist, stack) if rank() == 0 else None)
+        self.finished = self.found.finished
+
+    def _found(self, exist: Exist, stack: ExitStack) -> Found:
+        resumed, config = exist == "resume", self.trial.config
+        if resumed and Run.is_finished(self.folder, config):
+            return Found(self.folder, State("finished"))
+        refuse_occupied(self.folder, "replace" if resumed else exist)
+        self.owner = stack.enter_context(Ownership(self.folder))
+        if not (resumed and is_run(self.folder)):
+            return Found(self.folder)
+        if Run.is_finished(self.folder, config):  # meanwhile
+            return Found(self.folder, State("finished"))
+        state = read_state(self.folder)
+        return Found(self.folder, state, checkpoint.found(self.folder, KEPT, state))
+
+    def open(
+        self, exist: Exist, start: Checkpoint | None, stack: ExitStack, device: torch.device
+    ) -> None:
+        """Creates the run folder, or opens what is there.
+
+        Args:
+            exist: What to do about a run that is there.
+            start: The checkpoint that the run is resumed from; ``None``: it begins anew.
             stack: Closes the folder.
             device: Where training takes place, for the provenance.
 
         Raises:
             FileExistsError: The folder holds a run, and ``exist`` is "refuse".
-            ValueError: The run cannot be resumed: another configuration, or a damaged checkpoint.
+            ValueError: The checkpoint or a segment of the run does not fit, or is damaged.
         """
-        config = self.trial.config
-        self.finished = broadcast(
-            exist == "resume" and rank() == 0 and Run.is_finished(self.folder, config)
-        )
-        if self.finished:
-            return
-        self.state = state = checkpoint.load(self.folder, KEPT) if exist == "resume" else None
-        if state is not None:
+        if start is not None:
+            self.state = state = start.state
             with checkpoint.must_fit(self.folder):
                 self.trial.model.load_state_dict(state["model"])
             self.start, self.examined = state["step"], state["examined"]
@@ -79,12 +115,46 @@ class TrialRun:
         if rank() > 0:
             self.record: Run | NullRun = NullRun()
             return
-        if state is not None:
-            run = Run.resume(self.folder, config, state["segments"], last_step=self.start)
+        config = self.trial.config
+        if start is not None:
+            checkpoint.settle(self.folder, start)
+            run = Run.resume(
+                self.folder,
+                config,
+                start.state["segments"],
+                last_step=self.start,
+                owner=self.owner,
+                checkpoint=start.sha256,
+            )
         else:
             how = "replace" if exist == "resume" else exist
-            run = Run.create(self.folder, config, how, device=device)
+            run = Run.create(self.folder, config, how, device=device, owner=self.owner)
         self.record = stack.enter_context(run)
+
+    def close(self, stack: ExitStack, drops_checkpoint: bool) -> None:
+        """Ends a run that has nothing more to write: it was killed when its ensemble ended.
+
+        Args:
+            stack: Closes the folder.
+            drops_checkpoint: Whether its checkpoint is removed then.
+        """
+        if rank() > 0 or self.found.lost:
+            return
+        state = self.found.state
+        last = self.found.checkpoints[-1] if self.found.checkpoints else None
+        if last is not None:
+            checkpoint.settle(self.folder, last)
+        run = Run.resume(
+            self.folder,
+            self.trial.config,
+            len(state.segments),
+            last_step=state.last_step,
+            owner=self.owner,
+            checkpoint=last.sha256 if last else None,
+            together=state.together,
+        )
+        run.failed, run.drops_checkpoint = state.diverged, drops_checkpoint
+        stack.enter_context(run)
 
     def instrument(self, optimizer: torch.optim.Optimizer, stack: ExitStack) -> None:
         """Starts the measurements; those on entry belong to the step before the first.
@@ -98,15 +168,18 @@ class TrialRun:
         """
         for schedule in self.trial.schedules:
             x, y = schedule.probe  # of several processes, each measures its own part
-            log = instrument(
-                self.trial.model,
-                optimizer,
-                (process_share(x), process_share(y)),
-                schedule.every,
-                quantities=schedule.quantities,
-                distributed=True,
-                **schedule.options,
-            )
+            with warnings.catch_warnings():
+                # Claims and figures leave out units with too few samples, and state their share.
+                warnings.simplefilter("ignore", FewSamplesWarning)
+                log = instrument(
+                    self.trial.model,
+                    optimizer,
+                    (process_share(x), process_share(y)),
+                    schedule.every,
+                    quantities=schedule.quantities,
+                    distributed=True,
+                    **schedule.options,
+                )
             assert isinstance(log, ProbeLog)
             stack.enter_context(log)
             if self.start:
@@ -177,10 +250,16 @@ class TrialRun:
 class NullRun:
     """The run folder of all processes but the first: nothing is recorded."""
 
-    segments, failed = 0, False
+    segments, failed, drops_checkpoint = 0, False, False
 
     def append(self, frame: pd.DataFrame) -> None:
         """Drops the rows."""
+
+    def announce_checkpoint(self, sha256: str) -> None:
+        """Does nothing."""
+
+    def end_together(self, members: Sequence[str]) -> None:
+        """Does nothing."""
 
     def flush(self) -> None:
         """Does nothing."""

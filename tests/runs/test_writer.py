@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from biasshift.runs.integrity import DamagedRunWarning
 from biasshift.runs.reader import read_run, read_runs, run_states
 from biasshift.runs.schema import FLOAT32, read_config
 from biasshift.runs.writer import Run
@@ -528,7 +529,10 @@ def test_a_run_that_lacks_a_segment_cannot_be_resumed(tmp_path):
     (folder / "segment-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"has lost segment 1\. Give --replace"):
         Run.resume(folder, CONFIG, 3)
-    assert len(read_run(folder)) == 10
+    with pytest.raises(ValueError, match=r"segment-00001\.parquet' is missing.*damaged='skip'"):
+        read_run(folder)
+    with pytest.warns(DamagedRunWarning, match="segment-00001"):
+        assert len(read_runs(folder, damaged="skip")) == 10
 
 
 def test_a_run_is_finished_when_it_says_so(tmp_path):
@@ -537,8 +541,6 @@ def test_a_run_is_finished_when_it_says_so(tmp_path):
     )
     folder = interrupted(tmp_path / "run")
     assert not Run.is_finished(folder, CONFIG)
-    (folder / "state.json").unlink()
-    assert not Run.is_finished(folder, CONFIG)  # killed before it could say anything
     with Run.resume(folder, CONFIG, 3):
         assert not Run.is_finished(folder, CONFIG)
     assert Run.is_finished(folder, CONFIG)
@@ -570,10 +572,5 @@ def test_a_replaced_run_loses_its_checkpoint_first_and_its_config_last(tmp_path,
     monkeypatch.setattr(Path, "unlink", noted)
     with Run.create(folder, {"seed": 1}, exist="replace"):
         pass
-    assert gone == [
-        "checkpoint.pt",
-        "state.json",
-        "segment-00000.parquet",
-        "provenance.json",
-        "config.json",
-    ]
+    assert gone == ["checkpoint.pt", "segment-00000.parquet", "config.json"]
+    assert read_config(folder) == {"seed": 1} and len(read_run(folder)) == 0
