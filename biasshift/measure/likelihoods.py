@@ -103,7 +103,7 @@ def seeds(
     return SeedRule(
         draws,
         lambda i, j: (
-            torch.stack([_masked(error(outputs, likelihood, y), kept) for y in drawn[i:j]])
+            torch.stack([_masked(_difference(outputs, likelihood, y), kept) for y in drawn[i:j]])
             / draws**0.5
         ),
     )
@@ -202,7 +202,7 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Any) -> Outputs:
                 f"'y' must hold {likelihood} targets of the outputs' shape "
                 f"{tuple(outputs.shape)}, got {tuple(y.shape)}."
             )
-        return y.to(outputs) - (outputs.sigmoid() if likelihood == "bernoulli" else outputs)
+        return _difference(outputs, likelihood, y.to(outputs))
     classes = outputs.shape[-1]
     if y.shape != outputs.shape[:-1] or y.is_floating_point():
         raise ValueError(
@@ -218,8 +218,15 @@ def error(outputs: Outputs, likelihood: Likelihood, y: Any) -> Outputs:
             f"got {int(some.min())} … {int(some.max())}."
         )
     y = y.to(outputs.device).long().masked_fill(ignored, 0)
-    target = torch.zeros_like(outputs).scatter_(-1, y.unsqueeze(-1), 1.0)
-    return (target - outputs.softmax(-1)).masked_fill_(ignored.unsqueeze(-1), 0)
+    return _difference(outputs, likelihood, y).masked_fill_(ignored.unsqueeze(-1), 0)
+
+
+def _difference(outputs: Outputs, likelihood: Likelihood, y: Tensor) -> Outputs:
+    """Target minus prediction. Labels are not looked at: the host would wait for a GPU."""
+    if likelihood == "categorical":
+        target = torch.zeros_like(outputs).scatter_(-1, y.unsqueeze(-1), 1.0)
+        return target - outputs.softmax(-1)
+    return y - (outputs.sigmoid() if likelihood == "bernoulli" else outputs)
 
 
 def refuse_unreadable(y: Any) -> Tensor:
