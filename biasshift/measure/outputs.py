@@ -145,7 +145,7 @@ def refuse_other_axes(
     axes = _normalized_axes(outputs) or _axes_of_units(outputs, list(heads))
     if axes == [last]:
         return
-    shape = tuple(outputs.shape)
+    shape = f"(batch, {', '.join(map(str, outputs.shape[1:]))})"
     if len(axes) == 1:
         raise ValueError(
             f"The outputs {shape} have their classes on axis {axes[0]}, not on the last. Give "
