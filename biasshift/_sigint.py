@@ -1,16 +1,24 @@
-"""Ctrl-C while the program starts, when it would print a page of traceback.
+"""Ctrl-C and the signals that end a program: at once while it starts, once and in order later.
 
-Importing PyTorch takes seconds. During that time the program ends at once when it is interrupted;
-`started` gives Ctrl-C its usual meaning back.
+Importing PyTorch takes seconds. During that time the program ends at once when it is interrupted,
+without a page of traceback. Later an interruption raises KeyboardInterrupt, so that runs are closed
+and files that are half-written go away; further ones do not disturb that.
 """
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 INTERRUPTED = 130  # the exit status, as shells have it
+IMPATIENT_SECONDS = 10.0  # behind the first interruption, from which on another one ends at once
+# What closes a terminal or ends a job of a cluster is an interruption, too.
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _quit(signum: int, frame: FrameType | None) -> None:
@@ -18,10 +26,78 @@ def _quit(signum: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
-def started() -> None:
-    """Makes an interruption raise KeyboardInterrupt again, once all imports are done."""
-    if signal.getsignal(signal.SIGINT) is _quit:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interruption:
+    """Handles the signals of one program. The first raises KeyboardInterrupt.
+
+    Those that come while a KeyboardInterrupt is on its way up are ignored: whoever presses Ctrl-C
+    twice, or sends SIGTERM behind it, still gets runs that are closed.
+
+    Attributes:
+        status: The exit status that shells have for the last signal: 130 for Ctrl-C, 143 for
+            SIGTERM.
+        over: Whether there is nothing left to interrupt.
+    """
+
+    def __init__(self):
+        self.status, self.over = INTERRUPTED, False
+        self._first: float | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self._first is not None and (self.over or _is_interrupted(sys.exception())):
+            if time.monotonic() - self._first > IMPATIENT_SECONDS:
+                os._exit(128 + signum)
+            return
+        # Also when an earlier one was lost, as in a destructor.
+        self._first, self.status = time.monotonic(), 128 + signum
+        raise KeyboardInterrupt
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Whether an interruption is what the program handles, or was while it met with this error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Handles Ctrl-C, SIGTERM and SIGHUP in the block, and yields what handles them.
+
+    Handlers that somebody else has set stay, as do signals that are ignored, such as SIGHUP below
+    ``nohup``. In another thread than the main one nothing is handled.
+    """
+    interruption = Interruption()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, *_ENDING):
+            handler = signal.getsignal(signum)
+            if handler in (signal.SIG_DFL, signal.default_int_handler, _quit):
+                before[signum] = handler
+                signal.signal(signum, interruption)
+    try:
+        yield interruption
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _open_standard_streams() -> None:
+    """Puts the empty device in place of standard streams that are closed.
+
+    Otherwise the next file that is opened has their number, and gets what is meant for a terminal.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one.
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
 
 
 # What this process runs: a script, or the module behind -m. Other programs that import biasshift
@@ -29,8 +105,7 @@ def started() -> None:
 _program = "".join(sys.argv[:1])
 if _program == "-m" and "-m" in sys.orig_argv:
     _program = "".join(sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1])
-if (
-    Path(_program).stem == "biasshift"
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, _quit)
+if Path(_program).stem == "biasshift":
+    _open_standard_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _quit)

@@ -13,8 +13,9 @@ from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, f
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
-from biasshift.cli.console import print_wrapped, printable
+from biasshift.cli.console import print_wrapped
 from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
+from biasshift.escapes import visible
 from biasshift.runs.provenance import provenance_sentence, table_provenance
 from biasshift.runs.reader import read_runs
 
@@ -49,7 +50,8 @@ def judge(console: Console, options: Claims) -> None:
             f"The table of claims cannot be written into '{options.out}' "
             f"({error.strerror or error}). Choose another --out."
         ) from error
-    console.print(f"Claims: {options.out / 'claims.md'} (and Parquet)", soft_wrap=True)
+    written = visible(str(options.out / "claims.md"))
+    console.print(f"Claims: {written} (and Parquet)", soft_wrap=True)
 
 
 def print_claims(console: Console, verdicts: pd.DataFrame) -> None:
@@ -86,10 +88,10 @@ def _cells(row: Any, note: int, wide: bool) -> tuple[Text, ...]:
     value, contrary = deciding_p(row)
     p = f"{value:.2g}{'*' * contrary}" if value == value else ""
     size = effect(row) if row.n else "not measured"
-    name = printable(f"{row.number} {row.claim}")
+    name = visible(f"{row.number} {row.claim}")
     verdict = Text(row.verdict, style=COLORS[row.verdict])
-    statement = Text(printable(f"{row.statement} ({row.source})"))
-    statement.append(f"\n{printable(row.statistic)}", style="dim")
+    statement = Text(visible(f"{row.statement} ({row.source})"))
+    statement.append(f"\n{visible(row.statistic)}", style="dim")
     if wide:
         return Text(name), verdict, statement, *map(Text, (size, str(row.n), p, str(note)))
     lines = [size.replace(" [", "\n["), f"n = {row.n}" + f", p = {p}" * bool(p), f"note {note}"]

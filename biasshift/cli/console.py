@@ -1,11 +1,13 @@
-"""Printing: text that is safe for a terminal, where files are, and how far all runs are."""
+"""Printing: a console that text from outside does nothing to, and how far all runs are."""
 
 import math
+import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,27 +20,33 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from biasshift.escapes import visible
 from biasshift.training import trial
 
 
-def printable(text: str) -> str:
-    """Returns text from run folders in one line, without signs that a terminal would obey.
+class Terminal(Console):
+    """A console that shows text from outside by its signs, and obeys none of them.
 
-    >>> printable("two\\nlines \\x1b[31m")
-    'two lines �[31m'
+    Every string that is printed or stands in a table passes through here; a `Text` does not, and is
+    made of `visible` strings.
     """
-    return "".join(sign if sign.isprintable() else "�" for sign in " ".join(text.split()))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Converts a string to what is printed. Line breaks stay, and nothing else that acts."""
+        return super().render_str(visible(text, keep="\n\t"), **options)
 
 
-def error_message(error: Exception) -> str:
-    """Returns what went wrong; of the system's errors, with the file that it is about.
+def error_message(error: BaseException) -> str:
+    """Returns what went wrong in one line; of the system's errors, with the file it is about.
 
     >>> error_message(FileNotFoundError(2, "No such file or directory", "runs"))
     "'runs': No such file or directory."
     """
     if isinstance(error, OSError) and error.filename is not None:
-        return f"'{error.filename}': {error.strerror}."
-    return str(error)
+        return visible(f"'{os.fsdecode(error.filename)}': {error.strerror}.")
+    if isinstance(error, MemoryError):
+        return f"Memory is too small. {visible(str(error))}".strip()
+    return visible(str(error))
 
 
 def print_wrapped(console: Console, text: str, indent: str, hanging: str) -> None:
@@ -49,14 +57,15 @@ def print_wrapped(console: Console, text: str, indent: str, hanging: str) -> Non
         hanging: What all others begin with.
     """
     lines = textwrap.wrap(
-        printable(text), console.width, initial_indent=indent, subsequent_indent=hanging
+        visible(text), console.width, initial_indent=indent, subsequent_indent=hanging
     )
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def print_paths(console: Console, paths: list[Path]) -> None:
     """Prints where a figure is, whose files differ only in their suffix."""
-    console.print(f"Figure: {paths[0]} (and {paths[-1].suffix[1:].upper()})", soft_wrap=True)
+    first = visible(str(paths[0]))
+    console.print(f"Figure: {first} (and {paths[-1].suffix[1:].upper()})", soft_wrap=True)
 
 
 # -- how far all runs are --------------------------------------------------------------------------
@@ -99,7 +108,7 @@ class Counter:
     def status(self, report: trial.Progress) -> str:
         """Returns the speed of all runs, and the loss and the step of the one that reports."""
         loss = f", loss {report.loss:.3g}" if math.isfinite(report.loss) else ""
-        return f"{self.rate():.0f} steps/s{loss} ({report.run}, step {report.step:,})"
+        return f"{self.rate():.0f} steps/s{loss} ({visible(report.run)}, step {report.step:,})"
 
 
 @contextmanager
@@ -118,7 +127,7 @@ def progress(console: Console, total: int) -> Iterator[Callable[[trial.Progress]
     columns = (
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

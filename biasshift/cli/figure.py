@@ -13,6 +13,7 @@ from rich.table import Table
 from biasshift import figures
 from biasshift.cli.commands import Figure
 from biasshift.cli.console import print_paths
+from biasshift.escapes import visible
 
 
 def draw_figures(
@@ -57,7 +58,7 @@ def draw_figures(
         _print_numbers(console, name, table)
         if options.save is not None and table is not None:
             saved = figures.save(figures.ALIASES.get(name, name), table, paths, options.save)
-            console.print(f"Table: {saved}", soft_wrap=True)
+            console.print(f"Table: {visible(str(saved))}", soft_wrap=True)
     for name, reason in reasons.items():
         console.print(f"Left out: figure {name}. {reason}", soft_wrap=True)
 

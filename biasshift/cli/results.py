@@ -1,5 +1,7 @@
 """What finished runs show, on the terminal: scores, identities, verdicts, learning rates."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,7 +12,9 @@ from rich.table import Table
 from biasshift.analysis.formatting import READING, VERDICTS, effect, reading_table, sweep_table
 from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
-from biasshift.cli.console import print_wrapped, printable
+from biasshift.cli.console import print_wrapped
+from biasshift.escapes import visible
+from biasshift.runs.reader import read_runs, run_states
 
 IDENTITIES = {  # column of the table → the identity whose relative residual it holds
     "residual_theorem1": "Theorem 1, centered against block form",
@@ -39,7 +43,10 @@ def print_comparison(console: Console, table: pd.DataFrame) -> None:
     means = reading_table(per_run(table))
     # In a narrow terminal a cell may break in front of its ±.
     cells = means.map(lambda text: text.replace("± ", "±").replace(" = ", "="))
-    _print_table(console, "Mean ± SD over seeds", cells)
+    # Of many activation functions, a few at a time: in narrow columns nobody can read.
+    size = max(4, (console.width - 24) // 12)
+    for start in range(0, len(cells.columns), size):
+        _print_table(console, "Mean ± SD over seeds", cells.iloc[:, start : start + size])
     console.print(READING)
 
 
@@ -82,6 +89,12 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
     console.print("Their caveats: biasshift claims FOLDER")
 
 
+def list_runs(console: Console, paths: Sequence[Path]) -> None:
+    """Prints one line per run in or below the folders; of their rows, it reads what it shows."""
+    table = read_runs(*paths, columns=list(SCORES), units=False, absent="skip")
+    print_runs(console, run_states(*paths), table)
+
+
 def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> None:
     """Prints one line per run: its state, its last step, its last scores, and when it was written.
 
@@ -109,7 +122,7 @@ def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> N
         numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last]
         step = "–" if row.last_step is pd.NA else f"{row.last_step:,}"
         written = "–" if row.updated is pd.NaT else f"{row.updated:%m-%d %H:%M}"
-        cells = [printable(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)]]
+        cells = [visible(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)]]
         shown.add_row(*cells)
     console.print(shown)
 
@@ -117,7 +130,9 @@ def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> N
 def _print_table(console: Console, title: str, cells: pd.DataFrame) -> None:
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", *cells.columns):
-        shown.add_column(str(column), justify="right" if column else "left", overflow="fold")
+        shown.add_column(
+            visible(str(column)), justify="right" if column else "left", overflow="fold"
+        )
     for name, row in cells.iterrows():
-        shown.add_row(printable(str(name)), *map(str, row))
+        shown.add_row(visible(str(name)), *map(str, row))
     console.print(shown)

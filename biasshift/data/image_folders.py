@@ -31,6 +31,7 @@ MAPPING_BYTES = 2**20
 # same holds for an image that is squeezed to its width first, and stays as high as it was.
 MAX_PIXELS = 100_000_000
 DEFLATE = 1032  # bytes at most that a byte of a PNG unpacks to
+BESIDES = 2**24  # bytes at most of a PNG that are not pixels, but notes and previews
 # First column and row of each pass of an interlaced PNG, and the steps from there.
 INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
 INTERLACED += ((0, 1, 1, 2),)
@@ -240,8 +241,8 @@ def read_photograph(path: str, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
                         f"'{path}' is an image of {image.width} × {image.height} pixels, more than "
                         "is safe to unpack."
                     )
-                if image.format == "PNG" and not _may_have_all_rows(file):
-                    raise ValueError("Rows are missing.")  # found before they take memory
+                if image.format == "PNG" and not _has_a_likely_size(file):
+                    raise ValueError("Rows are missing, or more is there.")  # before it is read
                 if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                     image.load()
                     colored = Image.fromarray(_in_8_bits(np.asarray(image))).convert("RGB")
@@ -267,12 +268,15 @@ def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _may_have_all_rows(file: BinaryIO) -> bool:
-    """Whether a PNG of this size can hold the pixels that its header says; the place is kept."""
-    place = file.tell()
+def _has_a_likely_size(file: BinaryIO) -> bool:
+    """Whether a PNG can hold the pixels that its header says, and hardly more; the place is kept.
+
+    Pillow takes memory for the rows that are missing, and reads what is too much.
+    """
+    place, size = file.tell(), os.fstat(file.fileno()).st_size
     needed = next((_promised(file) for kind, _ in _chunks(file) if kind == b"IHDR"), 0)
     file.seek(place)
-    return needed <= DEFLATE * os.fstat(file.fileno()).st_size
+    return needed <= DEFLATE * size and size <= needed + needed // 100 + BESIDES
 
 
 def _has_all_rows(file: BinaryIO) -> bool:
