@@ -7,35 +7,145 @@ whole model is raised.
 """
 
 import re
-from collections import Counter
+import sys
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from biasshift.measure import layer_types
-from biasshift.measure.hooks import Call, Tape, output_hooks
-from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.examples import Inputs
+from biasshift.measure.hooks import Tape, output_hooks, traced
+from biasshift.measure.independence import (
+    Layers,
+    Layouts,
+    Reasons,
+    batch_dependent,
+    layouts,
+    why_not_in_front,
+)
+from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
+from biasshift.measure.layouts import Layout
 from biasshift.measure.options import Options
+from biasshift.measure.outputs import all_heads, chosen_output, refuse_other_axes
+from biasshift.measure.parts import LinearPart
 from biasshift.measure.sandbox import forward
 
-Layers = Mapping[str, WeightLayer]
-Reasons = dict[str, str]  # why a layer cannot be measured, by name
+Uses = defaultdict[Tensor, Counter[tuple[int, int]]]  # parameter → rows (from, to) → how often
+BY_FUNCTION = "it is not called as a module: its weight is used inside a function"
+NAMED = 4  # layers with their reasons in one warning
+
+
+class UncoveredWarning(UserWarning):
+    """Layers with units were left out of a measurement, because they cannot be measured."""
 
 
 def refuse(modules: Mapping[str, nn.Module], reasons: Reasons) -> None:
     """Raises ValueError for the first layer that cannot be measured.
 
-    The message has the layer's name, its type and the reason, and says that ``layers=`` can leave
-    it out.
+    The message has the layer's name, its type and the reason, and says how to leave it out.
     """
     for name, why in reasons.items():
         raise ValueError(
             f"Layer '{name}' ({type(modules[name]).__name__}) cannot be measured: {why}. Leave it "
-            "out with layers=."
+            "out with skip= or layers=."
         )
+
+
+def warn_of_left_out(model: nn.Module, reasons: Reasons, stacklevel: int = 4) -> None:
+    """Warns once of all layers that a measurement leaves out, with their names and reasons.
+
+    Warns:
+        UncoveredWarning: where there are any.
+    """
+    if not reasons:
+        return
+    named = layer_types.named_modules(model)
+    shown = [
+        f"'{name}' ({type(named[name]).__name__}): {why}."
+        for name, why in list(reasons.items())[:NAMED]
+    ]
+    more = f" And {len(reasons) - NAMED} more." if len(reasons) > NAMED else ""
+    left_out = "1 layer is left out, because it"
+    if len(reasons) > 1:
+        left_out = f"{len(reasons)} layers are left out, because they"
+    warnings.warn(
+        f"{left_out} cannot be measured. {' '.join(shown)}{more} "
+        'Name them in skip= to silence this, or make it an error by uncovered="raise".',
+        UncoveredWarning,
+        stacklevel=stacklevel,
+    )
+
+
+# -- which layers ----------------------------------------------------------------------------------
+
+
+def are_named(select: Selection) -> bool:
+    """Tells whether layers were asked for by their names, and so must be measured."""
+    return select is not None and not callable(select)
+
+
+def selected_layers(
+    model: nn.Module, options: Options, may_be_tied: bool = False, required: bool = True
+) -> tuple[dict[str, WeightLayer], Reasons]:
+    """Returns the layers to measure, and the reasons for those that are left out.
+
+    Args:
+        may_be_tied: also return layers whose weights are another module's too.
+        required: whether a model without a layer that can be measured is an error.
+
+    Raises:
+        ValueError: for a model without layers, an unknown name, and for a layer that cannot be
+            measured where its name was given, or ``uncovered="raise"`` is set.
+    """
+    named = layer_types.named_modules(model)
+    skipped = skipped_names(model, options.skip)
+    reasons: Reasons = {}
+    if are_named(options.layers):
+        names = [options.layers] if isinstance(options.layers, str) else list(options.layers or ())
+        modules = weight_layers(model, [name for name in names if name not in skipped])
+    else:
+        accepts = options.layers if callable(options.layers) else lambda name, module: True
+
+        def chosen(name: str, module: nn.Module) -> bool:
+            if name in skipped or not accepts(name, module):
+                return False
+            why = layer_types.why_uncovered(module)
+            if why is not None and options.uncovered == "skip":
+                reasons[name] = why
+            return why is None or options.uncovered == "raise"
+
+        modules = weight_layers(model, chosen, required=False)
+    for name, why in ({} if may_be_tied else tied(model, modules)).items():
+        if are_named(options.layers) or options.uncovered == "raise":
+            refuse(modules, {name: why})
+        reasons[name] = why
+    left = {name: module for name, module in modules.items() if name not in reasons}
+    if not left and required:
+        refuse(named, reasons)
+        weight_layers(model, lambda name, module: name in modules)  # says that there is none
+    return left, reasons
+
+
+def skipped_names(model: nn.Module, skip: Selection) -> set[str]:
+    """Returns the names of the modules that ``skip`` selects, and of all modules inside of them.
+
+    Raises:
+        ValueError: for a name that the model does not have.
+    """
+    if skip is None:
+        return set()
+    named = layer_types.named_modules(model)
+    chosen = layer_types.selected_modules(model, named, skip, "module", named)
+    return {
+        name
+        for name in named
+        if any(name == outer or name.startswith(f"{outer}.") or not outer for outer in chosen)
+    }
 
 
 # -- the model before it runs ----------------------------------------------------------------------
@@ -108,6 +218,7 @@ def tied(model: nn.Module, modules: Layers) -> Reasons:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), {}).setdefault(layer, key)
+    parts = [(n, part) for n, part in modules.items() if isinstance(part, LinearPart)]
     reasons: Reasons = {}
     for sharers in owners.values():
         for layer, key in sharers.items():
@@ -116,8 +227,9 @@ def tied(model: nn.Module, modules: Layers) -> Reasons:
                 for other in sharers
                 if other != layer and not layer.startswith(f"{other}." if other else "")
             )
-            if others and layer in modules:
-                reasons[layer] = (
+            of_owner = [n for n, part in parts if n.rpartition(".")[0] == layer and part.reads(key)]
+            for name in [layer, *of_owner] if others else ():
+                reasons[name] = (
                     f"its {key} is tied to that of {others}, and neither has a unit Fisher matrix "
                     "of its own"
                 )
@@ -130,60 +242,6 @@ def _memory(parameter: Tensor) -> tuple[object, ...]:
     return (parameter.device, address) if address else (id(parameter),)
 
 
-# -- the outputs -----------------------------------------------------------------------------------
-
-
-class NonFiniteOutputs(ValueError):
-    """The model's outputs on the probe are NaN or infinite.
-
-    A diverged network has no errors to measure. Logs that measure during training catch this error
-    and skip the step.
-    """
-
-
-def check_outputs(outputs: object, examples: int) -> Tensor:
-    """Returns the model's outputs, where label rules can be applied to them.
-
-    Args:
-        outputs: what the model returned.
-        examples: how many it was given.
-
-    Raises:
-        ValueError: for anything but one floating tensor, (batch, …, classes).
-        NonFiniteOutputs: for NaN or infinity.
-    """
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        raise ValueError(
-            f"The model must return one floating tensor of outputs, got {type(outputs).__name__}: "
-            "wrap it to return logits."
-        )
-    if outputs.dim() < 2 or len(outputs) != examples:
-        raise ValueError(
-            f"The model's outputs must be (batch, …, classes) for {examples} examples, got "
-            f"{tuple(outputs.shape)}."
-        )
-    if not outputs.isfinite().all():
-        raise NonFiniteOutputs(
-            "The model's outputs hold NaN or infinity on the probe: its errors are undefined."
-        )
-    return outputs
-
-
-def refuse_maps(calls: Mapping[str, list[Call]], modules: Layers, outputs: Tensor) -> None:
-    """Raises ValueError where outputs are the maps of a convolution, with classes on axis 1.
-
-    The head of a segmentation network returns such maps; their last axis, a position, would
-    silently be taken for that of the classes.
-    """
-    for name, of_layer in calls.items():
-        if not isinstance(modules[name], nn.Linear) and of_layer[-1].shape == outputs.shape:
-            raise ValueError(
-                f"The outputs {tuple(outputs.shape)} look like the maps of convolution '{name}', "
-                "with the classes on axis 1; here they must come last. Wrap the model so that it "
-                "returns outputs.movedim(1, -1)."
-            )
-
-
 # -- one forward pass ------------------------------------------------------------------------------
 
 
@@ -191,57 +249,81 @@ def unmeasurable(
     model: nn.Module,
     tape: Tape,
     modules: Layers,
-    x: Tensor,
+    x: Inputs,
     outputs: Tensor,
     options: Options,
+    where: Layouts,
     first_batch: bool = True,
 ) -> Reasons:
     """Returns the layers that a recorded forward pass cannot measure, and why.
 
     Args:
+        outputs: with the classes last.
+        where: the layouts of layers whose examples are not in front. The first batch adds them.
         first_batch: also check what costs another forward pass.
 
     Raises:
         ValueError: for the model as a whole: outputs without gradients, or with the classes on
-            axis 1, or outputs for an example that change with the other examples.
+            another axis, or outputs for an example that change with the other examples.
     """
     expand = options.weight_sharing == "expand"
-    reasons = _unfit_calls(tape, modules, len(x), expand)
+    reasons = _unfit_calls(tape, modules)
     if not outputs.requires_grad and not reasons:
         raise ValueError(
             "The model's outputs have no gradients: it computes or returns them detached, or "
             "inside torch.no_grad."
         )
-    if options.likelihood == "categorical" and outputs.dim() > 2:
-        refuse_maps(tape.calls, modules, outputs)
-    if first_batch and outputs.requires_grad:
-        for more in (
-            _unrecorded_uses(tape, modules, outputs),
-            _batch_dependent(model, tape, modules, x, outputs, expand),
-        ):
+    if not first_batch:
+        return reasons if expand else reasons | _moved_calls(tape, modules, len(x), where)
+    if outputs.requires_grad:
+        read = partial(_detached, options)
+        unfit, elsewhere = batch_dependent(model, tape, modules, x, outputs, read)
+        if options.class_axis == -1 and outputs.dim() > 2:
+            _refuse_other_axes(model, x, options)
+        unlike: Reasons = {}
+        if elsewhere and not expand:
+            found, unlike = layouts(model, tape, modules, x, elsewhere)
+            where |= found
+        cut_off = _before_quantizers(model, modules, x)
+        for more in (_unrecorded_uses(tape, modules, outputs), cut_off, unfit, unlike):
             reasons |= more | reasons  # the first reason of a layer stands
     return reasons
 
 
-def _unfit_calls(tape: Tape, modules: Layers, examples: int, expand: bool) -> Reasons:
-    """Layers whose calls have no gradients, no axis of examples, or not one row per example."""
+def _detached(options: Options, returned: object, examples: int) -> Tensor:
+    return options.outputs(returned, examples).detach()
+
+
+def _refuse_other_axes(model: nn.Module, x: Inputs, options: Options) -> None:
+    """Runs two examples with every layer recorded, those that are not measured included."""
+    heads = all_heads(model)
+    tape, returned = traced(model, heads, x[:2])
+    edges = [(heads[name], call.edge) for name, calls in tape.calls.items() for call in calls]
+    refuse_other_axes(chosen_output(returned, options.output), edges, options.likelihood)
+
+
+def _unfit_calls(tape: Tape, modules: Layers) -> Reasons:
+    """Layers whose calls have no gradients, or no axis of examples."""
     reasons = dict(tape.refused)
     for name, calls in tape.calls.items():
         for call in calls:
             if not layer_types.is_batched(modules[name], call.a):
                 why = f"it was called without an axis of examples, on {tuple(call.a.shape)}"
                 reasons.setdefault(name, why)
-            if not expand and len(call.a) != examples:
-                reasons.setdefault(name, _why_folded(len(call.a), examples))
     return reasons
 
 
-def _why_folded(rows: int, examples: int) -> str:
-    return (
-        f"it sees {rows} rows for {examples} example{'s' if examples > 1 else ''}, so its first "
-        "axis is not the axis of examples (window attention folds positions into it, which "
-        'weight_sharing="expand" can measure)'
-    )
+def _moved_calls(tape: Tape, modules: Layers, examples: int, where: Layouts) -> Reasons:
+    """Layers that have their examples elsewhere than in the first batch."""
+    reasons: Reasons = {}
+    for name, calls in tape.calls.items():
+        layouts_of = where.get(name, [Layout.FIRST] * len(calls))
+        if len(layouts_of) != len(calls) or not all(
+            layout.fits(modules[name], call.a, examples)
+            for layout, call in zip(layouts_of, calls, strict=True)
+        ):
+            reasons[name] = why_not_in_front(max(len(call.a) for call in calls), examples)
+    return reasons
 
 
 # -- the uses of the weights -----------------------------------------------------------------------
@@ -254,16 +336,21 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
     """
     nodes, uses = _walk(outputs)
     reentrant = [node for node in nodes if node.name() == "CheckpointFunctionBackward"]
-    behind = set[Node]().union(*(_walk(node)[0] for node in reentrant))
+    behind = set[Any]().union(*(_walk(node)[0] for node in reentrant))
+    ends = [node for node in nodes if node.name().endswith("NotImplemented")]
+    cut_off = set[Any]().union(*(_walk(node)[0] for node in ends))
     reasons: Reasons = {}
     for name, module in modules.items():
         calls = tape.calls.get(name, [])
         reached = sum(call.edge.node in nodes for call in calls)
         # None behind a parametrization, which may use its own parameters more than once
-        weight = module._parameters.get("weight")
-        used = 0 if weight is None else uses[weight]
-        if not calls and any(uses[p] for p in module.parameters()):
-            reasons[name] = "it is not called as a module: its weight is used inside a function"
+        weight = layer_types.parameter(module, "weight")
+        used = 0 if weight is None else _count(uses, module, weight)
+        own = (layer_types.parameter(module, "bias"), *module.parameters())
+        if not calls and (used or any(_count(uses, module, p) for p in own if p is not None)):
+            kind = " (a packed sequence, or a forward of its own)"
+            kind = kind if isinstance(module, LinearPart) else ""
+            reasons[name] = f"{BY_FUNCTION}{kind}"
         elif weight is not None and used > reached:
             reasons[name] = (
                 "its weight is also used inside a function, or in a gradient that the forward pass "
@@ -276,173 +363,61 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
                 "it runs before a reentrant checkpoint, which autograd does not follow "
                 "(use_reentrant=False would do)"
             )
+        elif any(call.edge.node in cut_off for call in calls):
+            reasons[name] = "it runs before an operation without a gradient, as of quantized layers"
     return reasons
 
 
-def _walk(start: Tensor | Node) -> tuple[set[Node], Counter[Tensor]]:
-    """All nodes below, and how often every parameter is used."""
+def _before_quantizers(model: nn.Module, modules: Layers, x: Inputs) -> Reasons:
+    """Layers whose outputs PyTorch's quantizers read, which detach what they return."""
+    quantizers = {name: m for name, m in model.named_modules() if layer_types.is_quantizer(m)}
+    if not quantizers:
+        return {}
+    tape, cut_off = Tape(), set[Any]()
+
+    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
+        if name not in quantizers:
+            return tape.record(name, module, a, output)
+        if a.grad_fn is not None:
+            cut_off.update(_walk(a)[0])
+        return None
+
+    with output_hooks({**modules, **quantizers}, record, raw=True):
+        forward(model, x, tape.calls.clear)
+    return {
+        name: "it runs before an operation without a gradient, as of quantized layers"
+        for name, calls in tape.calls.items()
+        if any(call.edge.node in cut_off for call in calls)
+    }
+
+
+def _count(uses: Uses, module: nn.Module, p: Tensor) -> int:
+    """How often a layer's rows of a parameter are used, alone or with others."""
+    first, last = layer_types.row_range(module, p)
+    return sum(n for (start, end), n in uses.get(p, {}).items() if start < last and first < end)
+
+
+def _rows(node: Node) -> tuple[int, int]:
+    """The rows of a parameter that a node reads: those of a slice, or all."""
+    if not node.name().startswith("SliceBackward"):
+        return 0, sys.maxsize
+    dim, start, end = (getattr(node, f"_saved_{key}") for key in ("dim", "start", "end"))
+    return (start, end) if dim == 0 and start >= 0 and end >= 0 else (0, sys.maxsize)
+
+
+def _walk(start: Any) -> tuple[set[Any], Uses]:
+    """All nodes below a tensor or node, and how often every parameter is used, by the rows read."""
     first = start.grad_fn if isinstance(start, Tensor) else start
-    nodes, uses = {first} if first is not None else set[Node](), Counter[Tensor]()
+    nodes, uses = {first} if first is not None else set(), Uses(Counter)
     waiting = list(nodes)
     while waiting:
-        for node, _ in waiting.pop().next_functions:
+        above = waiting.pop()
+        for node, _ in above.next_functions:
             if node is None:
                 continue
             if type(node).__name__ == "AccumulateGrad":
-                uses[node.variable] += 1  # pyright: ignore[reportAttributeAccessIssue]
+                uses[node.variable][_rows(above)] += 1  # pyright: ignore[reportAttributeAccessIssue]
             if node not in nodes:
                 nodes.add(node)
                 waiting.append(node)
     return nodes, uses
-
-
-# -- the independence of the examples --------------------------------------------------------------
-
-
-def _batch_dependent(
-    model: nn.Module, tape: Tape, modules: Layers, x: Tensor, outputs: Tensor, expand: bool
-) -> Reasons:
-    """Layers that do not make one row of an example that runs alone, or not ``w a + w₀`` of it.
-
-    An axis that grows with the examples is theirs. Where a model cannot run on one example, all but
-    one must do.
-
-    Raises:
-        ValueError: for the model as a whole, when its outputs for an example change with the
-            others, or are random.
-    """
-    random_states = _random_states(x)
-    examples, alone, rows, reasons = _run_alone(model, modules, x)
-    runs = [(torch.arange(examples), alone), *_run_among_others(model, x, examples)]
-    if not all(map(torch.equal, random_states, _random_states(x))):
-        where = _first_difference(model, x, runs[0][0])
-        raise ValueError(
-            f"The model draws random numbers{where}: no example has an error of its own. Call "
-            "model.eval() first."
-        )
-    for chosen, returned in runs:
-        if not _agree(outputs[chosen].detach(), returned):
-            where = _first_difference(model, x, chosen)
-            raise ValueError(
-                f"An example's outputs change with the rest of its batch, or by the call{where}: "
-                "it has no error of its own."
-            )
-    for name in tape.calls:
-        row_counts = rows.get(name, set())
-        if not expand and not row_counts:
-            reasons[name] = "whether it is called depends on the other examples"
-        elif not expand and row_counts != {examples}:
-            reasons[name] = _why_folded(max(row_counts), examples)
-    return reasons
-
-
-def _run_alone(
-    model: nn.Module, modules: Layers, x: Tensor
-) -> tuple[int, Tensor, dict[str, set[int]], Reasons]:
-    """How many examples ran, their outputs, the row counts of every layer, and unfit layers.
-
-    Unfit are layers that do not compute ``weight · input + bias``.
-    """
-    rows: dict[str, set[int]] = {}
-    reasons: Reasons = {}
-
-    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if not layer_types.is_batched(modules[name], a):
-            # after a squeeze: another size of batch may keep the axis
-            raise ValueError(f"Layer '{name}' was called without an axis of examples.")
-        rows.setdefault(name, set()).add(len(a))
-        if why := why_not_affine(modules[name], a, output):
-            reasons[name] = why
-
-    for count in sorted({1, max(len(x) - 1, 1), len(x)}):
-        rows.clear()
-        try:
-            with torch.no_grad(), output_hooks(modules, record, raw=True):
-                alone = forward(model, x[:count])
-                return count, alone, rows, reasons
-        except Exception:  # a model for one size of batch: what it raises depends on the model
-            if count == len(x):
-                raise
-    raise AssertionError("x is not empty")
-
-
-def _run_among_others(model: nn.Module, x: Tensor, examples: int) -> list[tuple[Tensor, Tensor]]:
-    """Which examples ran in other batches, as indices, and their outputs.
-
-    The last ones alone show what depends on earlier examples, and a few in reverse order what
-    depends on places in between. A model for one size of batch runs on all in reverse order, and on
-    batches that hold nothing but the first example, or the last.
-    """
-    every, last = torch.arange(len(x)), len(x) - 1
-    few = torch.tensor(sorted({0, last // 2, last}, reverse=True))
-    filled = (torch.full_like(every, i) for i in (0, last))
-
-    def run(batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        outputs = []
-        for chosen in batches:
-            with suppress(Exception), torch.no_grad():  # a model for some sizes of batch
-                outputs.append((chosen, forward(model, x[chosen])))
-        return outputs
-
-    runs = run([every[-examples:], few]) if examples <= last else []
-    return runs if len(runs) == 2 or not last else runs + run([every.flip(0), *filled])
-
-
-def _random_states(x: Tensor) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
-
-
-def _first_difference(model: nn.Module, x: Tensor, chosen: Tensor) -> str:
-    """The first module whose output for the chosen examples differs between two runs, in words."""
-    runs: list[list[tuple[str, Tensor | None]]] = []
-
-    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        has_rows = output.dim() > 0 and len(output) == len(part)
-        runs[-1].append((name, output.clone() if has_rows else None))
-
-    with torch.no_grad(), output_hooks(dict(model.named_modules()), record):
-        for part in (x, x[chosen]):
-            runs.append([])
-            forward(model, part, runs[-1].clear)
-    for (name, in_batch), (_, alone) in zip(*runs, strict=False):
-        if name and in_batch is not None and alone is not None and in_batch.is_floating_point():
-            if not _agree(in_batch[chosen], alone):
-                return f", first seen at '{name}'"
-    return ""
-
-
-# -- weight · input + bias -------------------------------------------------------------------------
-
-
-def why_not_affine(module: WeightLayer, a: Tensor, output: Tensor) -> str | None:
-    """Returns what is wrong with a layer whose own forward computed something else in this call.
-
-    None stands for a layer with PyTorch's forward, or one that returned ``weight · input + bias``
-    for the first example.
-    """
-    if not layer_types.has_own_forward(module) or _is_affine(module, a[:1], output[:1]):
-        return None
-    return (
-        "its own forward does not return weight · input + bias, as that of "
-        f"{layer_types.torch_class(module).__name__} does"
-    )
-
-
-def _is_affine(module: WeightLayer, a: Tensor, output: Tensor) -> bool:
-    if not layer_types.is_batched(module, a) or output.dim() != a.dim():
-        return False
-    try:
-        inputs = layer_types.patches(module, a, output.shape)
-        weights = layer_types.weights(module).unflatten(0, (inputs.shape[2], -1)).to(inputs)
-        net = torch.einsum("npgi,gui->npgu", inputs, weights).flatten(2)
-        returned = layer_types.errors(module, output[None])[0]
-    except RuntimeError:  # a padding of its own: the sizes do not fit
-        return False
-    net = net if module.bias is None else net + module.bias
-    return _agree(returned, net)
-
-
-def _agree(x: Tensor, y: Tensor) -> bool:
-    """Equal up to rounding, which deep models magnify: kernels depend on the size of the batch."""
-    tolerance = torch.finfo(x.dtype).eps ** (1 / 3)
-    return x.shape == y.shape and bool((x - y).abs().max() <= tolerance * x.abs().max())

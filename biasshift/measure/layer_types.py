@@ -6,6 +6,9 @@ padding included. Grouped convolutions have one set of incoming activations per 
 of a transposed convolution is a place of its *output*. Its patch is cut from the input spread out
 with zeros in between, and lies under the flipped kernel.
 
+Attention and recurrent modules are `composites`. The linear layers inside of them, each a
+`LinearPart`, have names behind that of their owner. The weight of a `Conv1D` is (inputs, units).
+
 The weights of a unit are in the order (channel of the group, then the places of the kernel), as in
 the ``weight`` of a convolution. `weights` reads them as (units, inputs), and `as_weight` writes
 such a matrix, for example an update, back.
@@ -13,7 +16,7 @@ such a matrix, for example an update, back.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -24,16 +27,40 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy as is_lazy_parameter
 from torch.nn.utils.parametrize import is_parametrized
 
-WeightLayer = nn.Linear | _ConvNd
+from biasshift.measure import composites
+from biasshift.measure.parts import LinearPart
+
+
+class _KnownByAttributes(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        return (
+            named
+            and isinstance(module, nn.Module)
+            and not isinstance(module, nn.Linear | _ConvNd)
+            and isinstance(vars(module).get("nf"), int)
+        )
+
+
+class Conv1D(nn.Module, metaclass=_KnownByAttributes):
+    """The linear layer of GPT-2 in the package transformers, ``a · weight + bias``.
+
+    It is known by its name and its attribute ``nf``, without an import of that package. Like other
+    forwards of somebody's own, its forward is tested on an example.
+    """
+
+    nf: int
+    weight: Tensor
+    bias: Tensor
+
+
+WeightLayer = nn.Linear | _ConvNd | Conv1D
+LINEAR = (nn.Linear, Conv1D)
 Selection = Iterable[str] | Callable[[str, nn.Module], bool] | None
 Patches = Float[Tensor, "batch positions groups inputs"]
 Errors = Float[Tensor, "*passes batch positions units"]
 
 UNCOVERED: dict[type[nn.Module], str] = {
-    nn.RNNBase: "its net inputs are inside a fused kernel",
-    nn.RNNCellBase: "its net inputs are inside a fused kernel",
-    nn.MultiheadAttention: "its projections are applied inside one function call, not as layers",
-    nn.Transformer: "it may run as one fused kernel",
     nn.Bilinear: "a bilinear unit has no single vector of incoming activations",
 }
 
@@ -43,7 +70,7 @@ UNCOVERED: dict[type[nn.Module], str] = {
 
 def is_covered(module: nn.Module) -> TypeGuard[WeightLayer]:
     """Tells whether a module is of a layer type whose units can be measured."""
-    return isinstance(module, nn.Linear | _ConvNd)
+    return isinstance(module, WeightLayer)
 
 
 def why_uncovered(module: nn.Module) -> str | None:
@@ -54,15 +81,82 @@ def why_uncovered(module: nn.Module) -> str | None:
         no units.
     """
     why = next((why for known, why in UNCOVERED.items() if isinstance(module, known)), None)
+    why = why or composites.why_whole(module)
+    if why is None and is_quantized(module):
+        why = "its weights are quantized, and have no gradient"
     if why is not None or not is_covered(module):
         return why
     if is_lazy(module):
         return "its weights have no shape before the model has run once"
-    weight = module._parameters.get("weight")
+    weight = parameter(module, "weight")
     if weight is not None and (weight.dim() < 2 or hasattr(weight, "full_tensor")):
         return "its weights are sharded over processes, or flattened"
-    dtype = next((p.dtype for p in module.parameters() if not p.is_floating_point()), None)
-    return f"its weights are {dtype}, and have no real gradient" if dtype is not None else None
+    own = (parameter(module, key) for key in ("weight", "bias"))
+    known = [p for p in (*own, *module.parameters()) if p is not None]
+    dtype = next((p.dtype for p in known if not p.is_floating_point()), None)
+    if dtype is not None:
+        return f"its weights are {dtype}, and have no real gradient"
+    kind = next((type(p) for p in known if _is_of_another_kind(p)), None)
+    return f"its weights are a {kind.__name__}, not a plain tensor" if kind is not None else None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Tells whether a module is one of PyTorch's quantized layers with units.
+
+    Their weights are packed, and are no parameters. No gradient goes through them.
+    """
+    packages = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+    own = {*vars(module), *module._modules}
+    return (
+        any(base.__module__.startswith(packages) for base in type(module).__mro__)
+        and not own.isdisjoint(("_packed_params", "_all_weight_values", "_packed_weight_ih"))
+        and "Embedding" not in type(module).__name__
+    )
+
+
+def is_quantizer(module: nn.Module) -> bool:
+    """Tells whether a module is PyTorch's step from floating to quantized numbers."""
+    return type(module).__name__ == "Quantize" and type(module).__module__.startswith("torch.ao.nn")
+
+
+def _is_of_another_kind(p: Tensor) -> bool:
+    """A subclass that computes in its own way, as the quantized tensors of torchao do."""
+    own = getattr(type(p), "__torch_dispatch__", None)
+    return own is not getattr(Tensor, "__torch_dispatch__", None)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules of a model by name, with the parts of a composite one after their owner.
+
+    >>> list(named_modules(nn.Sequential(nn.GRU(2, 3), nn.ReLU())))
+    ['', '0', '0.ih_l0', '0.hh_l0', '1']
+    """
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        named[name] = module
+        for part, layer in composites.parts(module).items():
+            named[f"{name}.{part}" if name else part] = layer
+    return named
+
+
+def parameter(module: nn.Module, key: str) -> Tensor | None:
+    """Returns the parameter that a layer's ``"weight"`` or ``"bias"`` is, or is rows of.
+
+    None where it has none, or where it is computed, by a parametrization or a hook.
+    """
+    return module.parameter(key) if isinstance(module, LinearPart) else module._parameters.get(key)
+
+
+def rows(module: nn.Module, whole: Tensor) -> Tensor:
+    """Returns a layer's share of a tensor that is shaped like its `parameter`."""
+    return module.rows(whole) if isinstance(module, LinearPart) else whole
+
+
+def row_range(module: nn.Module, whole: Tensor) -> tuple[int, int]:
+    """Returns where the `rows` of a layer begin and end."""
+    if not isinstance(module, LinearPart) or len(whole) == module.out_features:
+        return 0, len(whole)
+    return module.first, module.first + module.out_features
 
 
 def weight_layers(
@@ -80,14 +174,14 @@ def weight_layers(
     >>> list(weight_layers(nn.Sequential(nn.Linear(2, 3), nn.ELU(), nn.Linear(3, 1))))
     ['0', '2']
     """
-    named = dict(model.named_modules())
+    named = named_modules(model)
     measurable = [name for name, module in named.items() if is_covered(module)]
     chosen = selected_modules(model, named, select, "layer", measurable)
     by_name = select is not None and not callable(select)
     for name, module in chosen.items():
         why = why_uncovered(module)
         if why is None and by_name and not is_covered(module):
-            why = "it has no units with weights"
+            why = _why_no_units(name, module)
         if why:
             raise ValueError(
                 f"Layer '{name}' ({type(module).__name__}) cannot be measured: {why}. Leave it out "
@@ -97,9 +191,17 @@ def weight_layers(
     if not covered and required:
         raise ValueError(
             "The model has no layer that can be measured: nn.Linear, nn.Conv1d/2d/3d or "
-            "nn.ConvTranspose1d/2d/3d, called as modules."
+            "nn.ConvTranspose1d/2d/3d, attention or a recurrent layer, called as modules."
         )
     return covered
+
+
+def _why_no_units(name: str, module: nn.Module) -> str:
+    parts = composites.parts(module)
+    if not parts:
+        return "it has no units with weights"
+    names = (f"{name}.{part}" if name else part for part in composites.layer_names(module))
+    return f"name the layers inside of it, {', '.join(map(repr, names))}"
 
 
 def selected_modules(
@@ -189,6 +291,11 @@ def input_count(module: WeightLayer) -> int:
 
 def _sizes(module: WeightLayer) -> tuple[int, int]:
     # Reading a parametrized weight computes it, and moves the vectors of spectral_norm.
+    if isinstance(module, LinearPart):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        inputs = vars(module).get("nx")
+        return module.nf, len(module.weight) if inputs is None else inputs
     if is_parametrized(module, "weight"):
         if isinstance(module, nn.Linear):
             return module.out_features, module.in_features
@@ -232,7 +339,7 @@ def weights(module: WeightLayer, weight: Tensor | None = None) -> Float[Tensor, 
     if isinstance(module, _ConvTransposeNd):
         # (channels, units of a group, *kernel), group after group
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+    return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
 
 
 def as_weight(module: WeightLayer, x: Float[Tensor, "units inputs"]) -> Tensor:
@@ -241,6 +348,8 @@ def as_weight(module: WeightLayer, x: Float[Tensor, "units inputs"]) -> Tensor:
     It is the inverse of `weights`: ``as_weight(module, weights(module))`` equals the weight. An
     update that is computed unit by unit gets back to the parameter in this way.
     """
+    if isinstance(module, Conv1D):
+        return x.T
     if not isinstance(module, _ConvTransposeNd):
         return x.reshape(module.weight.shape)
     channels, units, *kernel = module.weight.shape

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from biasshift.measure.composites import taken_apart
+from biasshift.measure.examples import Inputs, call
 from biasshift.precision import full_precision
 
 # Warnings about what is intended here: operations without a batching rule are looped over, and
@@ -34,7 +36,7 @@ OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 @contextmanager
 def undisturbed(
-    model: nn.Module, *, evaluate: bool = False, gradients: bool = False
+    model: nn.Module, *, evaluate: bool = False, gradients: bool = False, apart: bool = True
 ) -> Iterator[None]:
     """Restores the model and the process after the block.
 
@@ -47,6 +49,8 @@ def undisturbed(
         evaluate: switch to eval mode inside the block.
         gradients: have every parameter require gradients inside the block, so that every layer is
             on the graph.
+        apart: have composite modules call the linear layers inside of them inside the block, see
+            `composites.taken_apart`.
     """
     devices = {p.device for p in model.parameters()}
     cuda = sorted({device.index for device in devices if device.type == "cuda"})
@@ -65,6 +69,7 @@ def undisturbed(
         stack.enter_context(_same_attributes(model))
         stack.enter_context(_same_buffers(model))
         stack.enter_context(_same_modes(model))
+        stack.enter_context(taken_apart(model, apart))
         if gradients:
             stack.enter_context(_all_on_the_graph(model))
         if evaluate:
@@ -72,7 +77,7 @@ def undisturbed(
         yield
 
 
-def forward(model: nn.Module, x: Tensor, restart: Callable[[], object] = lambda: None) -> Any:
+def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda: None) -> Any:
     """Returns what the model returns for a copy of the examples, which it may write into.
 
     A model that differentiates inside its forward pass cannot run without gradients. It is run
@@ -83,13 +88,13 @@ def forward(model: nn.Module, x: Tensor, restart: Callable[[], object] = lambda:
     """
     with full_precision({x.device.type}):
         try:
-            return model(x.clone())
+            return call(model, x.clone())
         except RuntimeError as error:
             if torch.is_grad_enabled() or "grad" not in str(error):
                 raise
         restart()
         with torch.enable_grad():
-            return model(x.clone())
+            return call(model, x.clone())
 
 
 @contextmanager

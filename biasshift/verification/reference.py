@@ -18,24 +18,27 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from biasshift.measure import layer_types
+from biasshift.measure.examples import Inputs, arguments
 from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.options import Options
+from biasshift.measure.outputs import chosen_output
+from biasshift.measure.parts import LinearPart
+from biasshift.measure.probe import Batch
 from biasshift.measure.sandbox import forward
 
 Layers = Mapping[str, WeightLayer]
 Units = Mapping[str, Tensor]
 Vectors = Mapping[str, Float[Tensor, "units params vectors"]]  # params = inputs + 1, bias last
-# one example's outputs → ln p(y), and the weight of y, for all labels
-Terms = Callable[[Tensor], tuple[Tensor, Tensor]]
+# what the model returned for one example → ln p(y), and the weight of y, for all labels
+Terms = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 def products(
     model: nn.Module,
     units: Units,
     vectors: Vectors,
-    x: Tensor,
-    likelihood: str,
-    weight_sharing: str,
-    y: Tensor | None = None,
+    batch: Batch,
+    options: Options,
 ) -> dict[str, Float[Tensor, "units params vectors"]]:
     """Returns ``F v`` for the given units and vectors, averaged over the examples.
 
@@ -44,16 +47,24 @@ def products(
     Args:
         units: indices of the units, by layer.
         vectors: of every unit; params = inputs + 1, bias last.
-        y: the data's labels, in place of the model's own.
+        batch: the examples. Their labels count where ``options.labels`` is "empirical".
+        options: the likelihood, the kind of weight sharing, the output and its axis of classes.
     """
-    named = dict(model.named_modules())
+    named = layer_types.named_modules(model)
     layers = {name: _plain(named[name]) for name in units}
     model.requires_grad_(False)
-    route = _by_offsets if weight_sharing == "expand" else _by_weights
+    route = _by_offsets if options.weight_sharing == "expand" else _by_weights
     total = {name: torch.zeros_like(vectors[name]) for name in units}
+    x, y, mask, _ = batch
     for n in range(len(x)):
-        terms = partial(_label_terms, likelihood=likelihood, y=None if y is None else y[n : n + 1])
-        for name, value in route(model, layers, units, vectors, x[n : n + 1], terms).items():
+        own = slice(n, n + 1)
+        terms = partial(
+            _label_terms,
+            options=options,
+            y=y[own] if options.labels == "empirical" else None,
+            counted=_counted(None if y is None else y[own], None if mask is None else mask[own]),
+        )
+        for name, value in route(model, layers, units, vectors, x[own], terms).items():
             total[name] += value / len(x)
     return total
 
@@ -63,44 +74,61 @@ def has_bias_row(layer: WeightLayer) -> bool:
 
     What a forward of somebody's own would do with an added bias is unknown.
     """
-    return layer.bias is not None or not layer_types.has_own_forward(layer)
+    if layer.bias is not None or isinstance(layer, LinearPart):
+        return layer.bias is not None
+    return not layer_types.has_own_forward(layer)
 
 
-def _label_terms(output: Tensor, likelihood: str, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _counted(y: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which positions of one example count; −100 stands for a label that does not."""
+    if y is None or y.is_floating_point() or not bool((y == -100).any()):
+        return mask
+    return y != -100 if mask is None else mask & (y != -100)
+
+
+def _label_terms(
+    returned: Any, options: Options, y: Tensor | None, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``ln p(y)`` and the weight of ``y``, for every label of every position, or for the data's.
 
     Gaussian: the outputs themselves stand for their labels, as ``Jᵀ E[(y − f)(y − f)ᵀ] J`` is
-    ``JᵀJ``.
+    ``JᵀJ``. The classes are on the axis that the user states.
     """
+    output, axis = chosen_output(returned, options.output), options.class_axis
+    if options.likelihood == "categorical":
+        logs = output.log_softmax(axis)
+        kept = torch.ones_like(logs)
+        if counted is not None:
+            kept = counted.unsqueeze(axis).expand_as(logs).to(logs)
+        if y is not None:
+            own = logs.gather(axis, y.clamp(min=0).unsqueeze(axis))
+            term = (own * kept.narrow(axis, 0, 1)).sum()
+            return term[None], torch.ones_like(term)[None]
+        return logs.flatten(), (logs.exp() * kept).flatten()
+    kept = torch.ones_like(output)
+    if counted is not None:
+        kept = counted if counted.dim() == output.dim() else counted.unsqueeze(-1)
+        kept = kept.expand_as(output).to(output)
     if y is not None:
-        if likelihood == "categorical":
-            term = output.log_softmax(-1).gather(-1, y.unsqueeze(-1)).sum()
-        elif likelihood == "bernoulli":
-            term = (y * F.logsigmoid(output) + (1 - y) * F.logsigmoid(-output)).sum()
+        if options.likelihood == "bernoulli":
+            terms = y * F.logsigmoid(output) + (1 - y) * F.logsigmoid(-output)
         else:
-            term = -0.5 * (y - output).square().sum()
+            terms = -0.5 * (y - output).square()
+        term = (terms * kept).sum()
         return term[None], torch.ones_like(term)[None]
-    if likelihood == "gaussian":
-        return output.flatten(), torch.ones_like(output).flatten()
-    logs = (
-        output.log_softmax(-1)
-        if likelihood == "categorical"
-        else torch.stack([F.logsigmoid(output), F.logsigmoid(-output)])
-    )
-    return logs.flatten(), logs.exp().flatten()
+    if options.likelihood == "gaussian":
+        return output.flatten(), kept.flatten()
+    logs = torch.stack([F.logsigmoid(output), F.logsigmoid(-output)])
+    return logs.flatten(), (logs.exp() * kept).flatten()
 
 
 def _plain(layer: nn.Module) -> WeightLayer:
     """The layer with its weight as an ordinary parameter, and with a bias, which may be 0."""
     assert layer_types.is_covered(layer)
-    if parametrize.is_parametrized(layer):
-        # remove_parametrizations would delete the property from a class that copies share.
-        names = list(layer.parametrizations)  # pyright: ignore[reportArgumentType]
-        values = {name: getattr(layer, name).detach().clone() for name in names}
-        layer.__class__ = parametrize.type_before_parametrizations(layer)
-        del layer.parametrizations
-        for name, value in values.items():
-            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if isinstance(layer, LinearPart):
+        _remove_parametrizations(layer.owner)
+        return layer
+    _remove_parametrizations(layer)
     if "weight" not in layer._parameters:
         # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
         value = layer.weight.detach().clone()
@@ -114,11 +142,37 @@ def _plain(layer: nn.Module) -> WeightLayer:
     return layer
 
 
+def _remove_parametrizations(layer: nn.Module) -> None:
+    if parametrize.is_parametrized(layer):
+        # remove_parametrizations would delete the property from a class that copies share.
+        names = list(layer.parametrizations)  # pyright: ignore[reportArgumentType]
+        values = {name: getattr(layer, name).detach().clone() for name in names}
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _replace(
+    changed: dict[str, Tensor], name: str, layer: WeightLayer, key: str, value: Tensor
+) -> None:
+    """Adds a layer's weight or bias to what `functional_call` changes, under its parameter's name.
+
+    A part of a composite changes its rows of that module's parameter.
+    """
+    if isinstance(layer, LinearPart):
+        full, whole = layer.full_name(name, key), layer.parameter(key)
+        assert whole is not None
+        changed[full] = layer.with_rows(changed.get(full, whole), value)
+    else:
+        changed[f"{name}.{key}" if name else key] = value
+
+
 # -- per_example: the weights themselves -----------------------------------------------------------
 
 
 def _by_weights(
-    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms
+    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Inputs, terms: Terms
 ) -> dict[str, Tensor]:
     """``Σ_y p_y (∇ln p) (∇ln p)ᵀ v`` of one example."""
     with torch.no_grad():
@@ -135,7 +189,7 @@ def _by_weights(
 
 
 def _scores(
-    model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms
+    model: nn.Module, layers: Layers, units: Units, x: Inputs, terms: Terms
 ) -> dict[str, Tensor]:
     """``∇ ln p(y)`` for all labels, (labels, units, params).
 
@@ -143,16 +197,15 @@ def _scores(
     """
 
     def log_likelihoods(rows: dict[str, Tensor]) -> Tensor:
-        changed = {}
+        changed: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            prefix = f"{name}." if name else ""
             weights = layer_types.weights(layer).index_copy(0, units[name], rows[name][:, :-1])
-            changed[f"{prefix}weight"] = layer_types.as_weight(layer, weights)
+            _replace(changed, name, layer, "weight", layer_types.as_weight(layer, weights))
             if layer.bias is not None:
                 bias = layer.bias.index_copy(0, units[name], rows[name][:, -1])
-                changed[f"{prefix}bias"] = bias
+                _replace(changed, name, layer, "bias", bias)
         # untied: a module under two names is changed once
-        return terms(functional_call(model, changed, (x.clone(),), tie_weights=False))[0]
+        return terms(functional_call(model, changed, *arguments(x.clone()), tie_weights=False))[0]
 
     at = {
         name: _with_bias(layer_types.weights(layer), layer.bias)[units[name]]
@@ -164,11 +217,11 @@ def _scores(
 
 
 def _scores_one_by_one(
-    model: nn.Module, layers: Layers, units: Units, x: Tensor, terms: Terms
+    model: nn.Module, layers: Layers, units: Units, x: Inputs, terms: Terms
 ) -> dict[str, Tensor]:
-    parameters = [
-        p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None
-    ]
+    keys = ("weight", "bias")
+    own = [layer_types.parameter(layer, key) for layer in layers.values() for key in keys]
+    parameters = list(dict.fromkeys(p for p in own if p is not None))
     for p in parameters:
         p.requires_grad_(True)
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -179,8 +232,11 @@ def _scores_one_by_one(
             for p, d in zip(parameters, gradients, strict=True)
         }
         for name, layer in layers.items():
-            w = layer_types.weights(layer, by_parameter[id(layer.weight)])
-            w0 = None if layer.bias is None else by_parameter[id(layer.bias)]
+            of_weight, of_bias = (
+                None if p is None else layer_types.rows(layer, by_parameter[id(p)])
+                for p in (layer_types.parameter(layer, key) for key in keys)
+            )
+            w, w0 = layer_types.weights(layer, of_weight), of_bias
             rows[name].append(_with_bias(w, w0)[units[name]])
     return {name: torch.stack(of_labels) for name, of_labels in rows.items()}
 
@@ -198,7 +254,7 @@ def _with_bias(w: Tensor, w0: Tensor | None) -> Tensor:
 
 
 def _by_offsets(
-    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Tensor, terms: Terms
+    model: nn.Module, layers: Layers, units: Units, vectors: Vectors, x: Inputs, terms: Terms
 ) -> dict[str, Tensor]:
     """``Σ_t (Σ_y p_y δ_t²) ã_t ã_tᵀ v`` of one example."""
     with _Offsets(layers) as offsets:
@@ -296,10 +352,14 @@ class _Alone(nn.Module):
 
     def __init__(self, layer: WeightLayer):
         super().__init__()
-        self.layer = layer
+        self.layer = layer if not isinstance(layer, LinearPart) else _linear(layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.layer.forward(*args, **kwargs)
+
+
+def _linear(layer: LinearPart) -> nn.Linear:
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
 
 
 def _jacobian(

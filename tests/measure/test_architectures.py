@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import biasshift as bs
+from biasshift.measure.layer_types import named_modules
 
 models = pytest.importorskip("torchvision").models
 BY_FUNCTION = "it is not called as a module: its weight is used inside a function"
@@ -57,14 +58,12 @@ CASES = [
     Published(
         "vit",
         32,
-        {
-            "MultiheadAttention": (
-                2,
-                "its projections are applied inside one function call, not as layers",
-            ),
-            "NonDynamicallyQuantizableLinear": (2, BY_FUNCTION),
-        },
-        ("conv_proj", "encoder.layers.encoder_layer_1.mlp.0"),
+        {},
+        (
+            "conv_proj",
+            "encoder.layers.encoder_layer_1.self_attention.v_proj",
+            "encoder.layers.encoder_layer_1.mlp.0",
+        ),
         {},
     ),
     Published(
@@ -85,15 +84,15 @@ published = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_published_model_is_checked(case: Published) -> None:
     model, x = case.build()
     table = bs.check(model, x, examples=case.examples)
-    assert table["module"].tolist() == [name for name, _ in model.named_modules()]
+    assert table["module"].tolist() == list(named_modules(model))
     covered, rest = table[table["covered"]], table[~table["covered"]]
     assert (covered["error"] < 1e-10).all()
     assert (covered["calls"] == 1).all() and (covered["reason"] == "").all()
     assert rest["error"].isna().all() and (rest["reason"] != "").all()
-    assert len(covered) == sum(isinstance(m, LAYERS) for m in model.modules()) - sum(
+    assert len(covered) == sum(isinstance(m, LAYERS) for m in named_modules(model).values()) - sum(
         number for kind, (number, _) in case.uncovered.items() if "Linear" in kind
     )
-    refused = rest[(rest["units"] > 0) | (rest["kind"] == "MultiheadAttention")]
+    refused = rest[rest["units"] > 0]
     reasons = {kind: (len(rows), rows["reason"].iloc[0]) for kind, rows in refused.groupby("kind")}
     assert reasons == case.uncovered and refused.groupby("kind")["reason"].nunique().eq(1).all()
 
@@ -107,22 +106,3 @@ def test_a_few_units_of_a_published_model(case: Published) -> None:
     for fisher in fishers.values():
         used = ~fisher.dead & ~fisher.singular
         assert fisher.mean_q.shape[0] == 2 and bool(fisher.coupling[used].isfinite().all())
-
-
-def test_an_uncovered_layer_type_is_an_error_with_its_name() -> None:
-    model, x = next(case for case in CASES if case.name == "vit").build()
-    with pytest.raises(
-        ValueError,
-        match=r"'encoder\.layers\.encoder_layer_0\.self_attention' \(MultiheadAttention\).*layers=",
-    ):
-        bs.unit_fisher(model, x)
-    with pytest.raises(
-        ValueError,
-        match=r"'encoder\.layers\.encoder_layer_0\.self_attention\.out_proj'.*inside a function",
-    ):
-        bs.unit_fisher(
-            model,
-            x,
-            labels="sampled",
-            layers=lambda name, module: not isinstance(module, nn.MultiheadAttention),
-        )
