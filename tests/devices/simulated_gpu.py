@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils as foreach
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from biasshift.measure import layer_types
+
 MEMORY = 100 << 30
 CUDA: dict[str, Callable] = {
     "_lazy_init": lambda: None,
@@ -97,6 +99,9 @@ def simulated_gpu() -> Iterator[Counter[str]]:
         patch(torch, "tensor", _tensor(torch.tensor))
         patch(Tensor, "to", _to(Tensor.to))
         patch(Tensor, "cuda", lambda self, *_: self.to("cuda"))
+        # To the package these are no tensors of another kind, which it refuses.
+        plain = mock.patch.object(layer_types, "_is_of_another_kind", lambda p: False, create=True)
+        stack.enter_context(plain)
         for module in (optimizers, foreach):
             if hasattr(module, "_foreach_supported_types"):
                 patch(module, "_foreach_supported_types", [Tensor, nn.Parameter, GpuTensor])
