@@ -1,9 +1,11 @@
 """One case → what the package said about it, against the oracle."""
 
+import dis
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 import biasshift as bs
 
 from . import further
-from .generation import CROSS, Case, case
+from .generation import CROSS, Case, called, case
 from .oracle import Oracle, layers_of
 from .snapshots import differences, state
 
@@ -62,7 +64,7 @@ class Examination:
         self.model, self.drawn = of.built.model, of.built.drawn
         self.oracle = Oracle(of)
         self._single: Oracle | None = None
-        self.size = of.options.get("batch_size") or len(of.x)
+        self.size = of.options.get("batch_size") or of.largest_batch
         self.coupling = self.oracle.coupling(self.size)
         self.names = {m: n for n, m in self.model.named_modules()}
         self.unfit = {self.names[m] for m in self.drawn.unfit if m in self.names}
@@ -119,9 +121,12 @@ class Examination:
             self.outcome.add("DISTURBED", f"{what}: {changed[:4]}")
         if failed is None:
             return value
-        frames = traceback.extract_tb(failed.__traceback__)
-        if isinstance(failed, ValueError | RuntimeError) and "/biasshift/" in frames[-1].filename:
+        if isinstance(failed, ValueError | RuntimeError) and raised_by_package(failed):
             raise Refused(str(failed))
+        frames = traceback.extract_tb(failed.__traceback__)
+        if "modified by an inplace operation" in str(failed) and not self.trains():
+            self.outcome.refusals.append("cannot train in PyTorch either")
+            return None
         place = f"{frames[-1].filename.rsplit('/', 2)[-1]}:{frames[-1].lineno}"
         kind = type(failed).__name__
         self.outcome.add("CRASHED", f"{what}: {kind} at {place}: {str(failed)[:300]}")
@@ -149,10 +154,17 @@ class Examination:
                 return None
 
     def measure(self) -> dict[str, bs.UnitFisher]:
-        case = self.case
-        return bs.unit_fisher(
-            self.model, case.x, case.y, likelihood=case.likelihood, layers=self.only, **case.options
-        )
+        case, (x, y) = self.case, self.case.probe
+        options = {**case.options, **case.extra}
+        if "units" in options:  # those that every layer has
+            options["units"] = {
+                name: [u for u in options["units"] if u < self.expected[name].shape[0]]
+                for name in self.oracle.layers
+            }
+        with torch.no_grad() if case.without_gradients else nullcontext():
+            return bs.unit_fisher(
+                self.model, x, y, likelihood=case.likelihood, layers=self.only, **options
+            )
 
     def justified(self, message: str, layers: bool = True) -> bool | None:
         """Whether a refusal concerns one layer that had to be refused; None for the whole model.
@@ -185,6 +197,14 @@ class Examination:
             or (not called and "does not call" in message)
             or ("no layer that can be measured" in message)
         )
+
+    def trains(self) -> bool:
+        """Whether PyTorch itself can go back through the model."""
+        try:
+            called(self.case.build().model.requires_grad_(True), self.case.x).sum().backward()
+        except RuntimeError:
+            return False
+        return True
 
     # -- numbers -----------------------------------------------------------------------------------
 
@@ -263,24 +283,39 @@ class Examination:
             self.compare(
                 f"F of '{name}' ({type(self.oracle.slots[name].layer).__name__})",
                 matrix(fishers[name]),
-                self.expected[name],
-                lambda name=name: self.single.fishers(self.labels, self.sharing)[name],
+                self.kept(self.expected[name]),
+                lambda name=name: self.kept(self.single.fishers(self.labels, self.sharing)[name]),
                 self.largest,
             )
             if called:
                 self.compare_means(name, fishers[name].mean_p)
 
+    def kept(self, of_units: Tensor) -> Tensor:
+        """The rows of the units that are measured."""
+        units = self.case.options.get("units")
+        return of_units if units is None else of_units[[u for u in units if u < len(of_units)]]
+
     def compare_means(self, name: str, mean: Tensor) -> None:
         """Compares the mean incoming activations of a layer."""
         seen = self.seen[name]
-        expected = seen.incoming / seen.positions
+        expected = self.kept(seen.incoming / seen.positions)
         mean = mean if mean.dim() == 2 else mean.expand(expected.shape)
 
         def single() -> Tensor:
             of_single = self.single.seen()[name]
-            return of_single.incoming / of_single.positions
+            return self.kept(of_single.incoming / of_single.positions)
 
         self.compare(f"mean_p of '{name}'", mean, expected, single)
+
+
+def raised_by_package(error: Exception) -> bool:
+    """Whether the error comes from a ``raise`` of the package, and not from PyTorch."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or "/biasshift/" not in last.tb_frame.f_code.co_filename:
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def matrix(fisher: bs.UnitFisher) -> Tensor:
@@ -304,6 +339,19 @@ def matrix(fisher: bs.UnitFisher) -> Tensor:
     return torch.stack(columns, -1)
 
 
+def judge_refusal(case: Case, outcome: Outcome) -> None:
+    """Of a model that must be refused, and that not even PyTorch runs on one example."""
+    assert case.built is not None
+    x, y = case.probe
+    try:
+        bs.unit_fisher(case.built.model, x, y, likelihood=case.likelihood, **case.extra)
+    except ValueError as refusal:
+        outcome.verdict = "refused"
+        outcome.refusals.append(str(refusal)[:160])
+    else:
+        outcome.add("WRONG", "batch statistics are measured")
+
+
 def examine(seed: int) -> Outcome:
     """Returns the outcome of one seed."""
     start = time.perf_counter()
@@ -313,9 +361,9 @@ def examine(seed: int) -> Outcome:
         try:
             examination = Examination(drawn)
         except Exception as error:  # the model itself, or the oracle
-            assert drawn.built is not None
-            must = drawn.built.drawn.refused
-            outcome = Outcome(seed, "invalid", [f"{must}, {type(error).__name__}: {error}"[:300]])
+            outcome = Outcome(seed, "invalid", [f"{type(error).__name__}: {error}"[:300]])
+            if drawn.built is not None and drawn.built.drawn.refused == "batch statistics":
+                judge_refusal(drawn, outcome)
         else:
             outcome = examination.run()
     outcome.seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import biasshift as bs
 
-from .generation import RANDOM_IN_TRAINING, repeatable
+from .generation import RANDOM_IN_TRAINING, Case, repeatable
 from .oracle import Oracle, log_likelihood
 
 # A condition number of W beyond which updates are not compared.
@@ -57,7 +57,9 @@ def compare_moments(examination: Any) -> None:
     moments = called(
         examination,
         "activation_moments",
-        lambda: bs.activation_moments(examination.model, case.x, batch_size=size),
+        lambda: bs.activation_moments(
+            examination.model, case.probe[0], batch_size=size, **_inputs(case)
+        ),
     )
     if moments is None:
         return
@@ -115,6 +117,10 @@ def _values(oracle: Oracle, names: set[str]) -> dict[str, list[Tensor]]:
     }
 
 
+def _inputs(case: Case) -> dict[str, Any]:
+    return {key: value for key, value in case.extra.items() if key == "inputs"}
+
+
 # -- bias shift ------------------------------------------------------------------------------------
 
 
@@ -134,7 +140,7 @@ def compare_shifts(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
 
     def measured() -> dict[str, Any]:
         options = {"batch_size": case.options.get("batch_size"), "layers": examination.only}
-        with bs.bias_shift(examination.model, case.x, **options) as shifts:
+        with bs.bias_shift(examination.model, case.probe[0], **options, **_inputs(case)) as shifts:
             update(examination.model, case.dtype)
         result = dict(shifts)
         with torch.no_grad():
@@ -243,7 +249,7 @@ def natural(
 def compare_gap(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
     """The cosine and the ratio of norms between gradient and unit natural gradient."""
     case, oracle = examination.case, examination.oracle
-    if case.dtype != torch.float64:
+    if case.dtype != torch.float64 or "units" in case.options:
         return
     kept = ("labels", "weight_sharing", "damping", "batch_size", "class_axis")
     options = {k: v for k, v in case.options.items() if k in kept}
@@ -251,8 +257,8 @@ def compare_gap(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
         examination,
         "gradient_gap",
         lambda: bs.gradient_gap(
-            examination.model, case.x, case.y, likelihood=case.likelihood,
-            layers=examination.only, **options,
+            examination.model, *case.probe, likelihood=case.likelihood,
+            layers=examination.only, **options, **case.extra,
         ),
     )  # fmt: skip
     if table is None:
@@ -299,6 +305,8 @@ def compare_step(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
         and not any(hasattr(m, "parametrizations") or m._backward_hooks for m in model.modules())
         and not examination.unfit
         and case.likelihood == "categorical"
+        and case.face in ("plain", "batches")
+        and case.mask is None
         and any(p.requires_grad for p in model.parameters())
     )
     if not eligible:
@@ -310,7 +318,7 @@ def compare_step(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
         optimizer = bs.optim.UnitNaturalGradient(
             model, lr=0.1, center=center, scale=scale, labels="empirical", decay=0.0, damping=0.01
         )
-        out = model(case.x.clone())
+        out = model(case.x.detach().clone())
         loss = F.cross_entropy(out.movedim(-1, 1), case.y)
         optimizer.zero_grad()
         loss.backward()
@@ -367,7 +375,9 @@ def compare_step(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
 def compare_training(examination: Any) -> None:
     """Three steps of training, with and without a log: the same to the last bit."""
     case = examination.case
-    probe = (case.x, case.y) if case.seed % 8 == 0 else None
+    if case.face not in ("plain", "batches"):
+        return
+    probe = (case.x.detach(), case.y) if case.seed % 8 == 0 else None
 
     def trained(measured: bool) -> list[Tensor] | None:
         model = case.build().model
@@ -384,11 +394,13 @@ def compare_training(examination: Any) -> None:
                     "probe": probe, "every": 2, "likelihood": case.likelihood,
                     **{k: v for k, v in case.options.items() if k in ("labels", "class_axis")},
                 }  # fmt: skip
+                if probe is not None:
+                    options |= case.extra
                 log = bs.instrument(model, optimizer=optimizer, layers=examination.only, **options)
             losses = []
             for _ in range(3):
-                out = model(case.x.clone()).movedim(case.class_axis, -1)
-                loss = -log_likelihood(out, case.y, case.likelihood) / len(case.x)
+                out = model(case.x.detach().clone()).movedim(case.class_axis, -1)
+                loss = -log_likelihood(out, case.y, case.likelihood, case.mask) / len(case.x)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

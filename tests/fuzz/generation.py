@@ -43,6 +43,28 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)  # of unit_fisher
     built: Built | None = None
     class_axis: int = -1
+    face: str = "plain"  # how the model is called, and what it returns
+    mask: Tensor | None = None  # of the labels that count
+    extra: dict[str, Any] = field(default_factory=dict)  # how the package is told of these
+    without_gradients: bool = False  # where the package is called
+
+    @property
+    def largest_batch(self) -> int:
+        """Of the probe, where no size is asked for."""
+        return (len(self.x) + 1) // 2 if self.face == "batches" else len(self.x)
+
+    @property
+    def probe(self) -> tuple[Any, Any]:
+        """What the package gets for x and y."""
+        if self.face == "two inputs":
+            return [(self.x, gains(self.x), self.y)], None
+        if self.face == "dict":
+            return {"x": self.x, "gain": gains(self.x)}, self.y
+        if self.face == "batches":
+            half = self.largest_batch
+            parts = [(self.x[:half], self.y[:half]), (self.x[half:], self.y[half:])]
+            return [part for part in parts if len(part[0])], None
+        return self.x, self.y
 
     def build(self) -> Built:
         """The same model anew, with nothing in common but the values."""
@@ -59,7 +81,41 @@ def case(seed: int) -> Case:
         chosen = options(rng, len(x))
         if axis == 1 or (likelihood == "categorical" and out.dim() > 2 and rng.random() < 0.7):
             chosen["class_axis"] = axis % out.dim()
-    return Case(seed, out.dtype, x, y, likelihood, chosen, built, axis)
+        made = Case(seed, out.dtype, x, y, likelihood, chosen, built, axis, built.drawn.face)
+        if made.face == "tuple":
+            made.extra["output"] = 0
+        if made.face == "two inputs":
+            made.extra["inputs"] = 2
+            made.options.pop("batch_size", None)  # the batches are given
+        elif made.face == "batches":
+            made.options.pop("batch_size", None)
+        if likelihood == "categorical" and rng.random() < 0.1:
+            masked(made, rng)
+    made.without_gradients = rng.random() < 0.1
+    if rng.random() < 0.3:
+        for p in built.model.parameters():
+            p.grad = torch.ones_like(p)
+    if rng.random() < 0.1 and made.x.is_floating_point():
+        made.x.requires_grad_(True)
+    return made
+
+
+def masked(case: Case, rng: random.Random) -> None:
+    """Leaves labels out, by a mask or by the label −100."""
+    mask = torch.rand(case.y.shape) > 0.3
+    if not mask.any() or case.face != "plain":
+        return
+    case.mask = mask
+    if rng.random() < 0.5:
+        case.extra["mask"] = mask
+    else:
+        case.y = case.y.where(mask, -100)
+
+
+def gains(x: Tensor) -> Tensor:
+    """The second input of models that have one."""
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return 0.7 + 0.2 * x.detach().flatten(1).sum(1).to(dtype).sin()
 
 
 def build(seed: int) -> tuple[Built, Tensor, random.Random, str]:
@@ -73,14 +129,29 @@ def build(seed: int) -> tuple[Built, Tensor, random.Random, str]:
             n = rng.choice([1, 2, 3, 3, 4, 5, 6, 8])
             model, x = network(grammar, likelihood, n)
             if model is not None and fits(grammar.prepared(model), x, likelihood):
+                faces = ["plain"] * 14 + ["two inputs", "dict", "batches", "tuple", "mapping"]
+                grammar.drawn.face = rng.choice(faces)
+                if grammar.drawn.face not in ("plain", "batches"):
+                    model = parts.Face(model, grammar.drawn.face)
                 trains = rng.random() < 0.15 and not any(
                     isinstance(m, RANDOM_IN_TRAINING) or hasattr(m, "parametrizations")
                     for m in model.modules()
                 )
                 model.train(trains)
+                if grammar.wrong and rng.random() < 0.15:
+                    coupled_by_training(model, grammar)
                 if rng.random() < 0.1:
                     model.requires_grad_(False)
                 return Built(model, grammar.drawn), x, rng, likelihood
+
+
+def coupled_by_training(model: nn.Module, g: Grammar) -> None:
+    """Puts a norm or dropout into training mode, where there is one."""
+    kinds = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
+    found = [m for m in model.modules() if isinstance(m, kinds)]
+    if found and g.drawn.refused is None:
+        g.rng.choice(found).train()
+        g.drawn.refused = "training mode"
 
 
 def fits(model: nn.Module, x: Tensor, likelihood: str) -> bool:
@@ -114,7 +185,8 @@ def network(g: Grammar, likelihood: str, n: int) -> tuple[nn.Module | None, Tens
     h: Tensor | None = two[:2] if x.dtype == torch.long else two[:2].to(g.dtype)
     for step in steps:
         h = g.tried(step, h)
-    assert h is not None
+    if h is None:
+        return None, x
     for _ in range(rng.randint(0, 7)):
         step, after, out = g.step(form, h)
         if differentiable([*steps, step], two[:2], g.dtype):
@@ -234,6 +306,8 @@ def options(rng: random.Random, n: int) -> dict[str, Any]:
         chosen["weight_sharing"] = "expand"
     if rng.random() < 0.1:
         chosen["memory_budget"] = 2000
+    if rng.random() < 0.1:
+        chosen["units"] = rng.choice([[0], [0, 1]])
     return chosen
 
 
@@ -247,7 +321,15 @@ def labels(out: Tensor, likelihood: str) -> Tensor:
 def output_of(model: nn.Module, x: Tensor) -> Tensor:
     """Runs a model on a copy of the examples, which it may write into."""
     with torch.random.fork_rng():
+        return called(model, x)
+
+
+def called(model: nn.Module, x: Tensor) -> Tensor:
+    """Calls a model by its face, and returns its outputs."""
+    if not isinstance(model, parts.Face):
         return model(x.clone())
+    out = model(x.clone(), gains(x)) if model.takes_two else model(x.clone())
+    return out[0] if model.face == "tuple" else out["logits"] if model.face == "mapping" else out
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Drawn:
     axes: dict[nn.Module, int] = field(default_factory=dict)  # of the units of activation modules
     used: list[str] = field(default_factory=list)  # names of the rules
     classes_on_axis_1: bool = False
+    face: str = "plain"
 
 
 class Grammar:
@@ -136,6 +137,17 @@ class Grammar:
         return self.contained(chosen)
 
     def contained(self, steps: list[Step]) -> nn.Module:
+        module = self.container(steps)
+        kind = self.rng.random()
+        if kind < 0.03:
+            module.register_forward_hook(lambda m, a, out: out * 1.1)
+        elif kind < 0.05:
+            module.register_forward_pre_hook(
+                lambda m, a: (a[0] * 0.9,) if a[0].is_floating_point() else None
+            )
+        return module
+
+    def container(self, steps: list[Step]) -> nn.Module:
         if all(isinstance(s, nn.Module) for s in steps):
             modules = [s for s in steps if isinstance(s, nn.Module)]
             if len(modules) == 1 and self.chance(0.5):
@@ -290,8 +302,8 @@ def _wrapped(form: str) -> dict[str, tuple[float, Rule]]:
         "unreached": (0.4, unreached),
         "counting": (0.5, lambda g, x: (parts.Counting(), form)),
         "dropout": (0.5, lambda g, x: (nn.Dropout(0.4, inplace=g.chance(0.3)), form)),
-        "coupled": (0.7, coupled),
-        "routed": (0.4, routed),
+        "coupled": (2, coupled),
+        "routed": (0.8, routed),
         "twice": (0.5, twice),
         "detached": (0.1, lambda g, x: (lambda h: h.detach() + 0.1 * h, form)),
     }
@@ -543,7 +555,7 @@ RULES: dict[str, dict[str, tuple[float, Rule]]] = {
         "repeat": (1, _repeat_linear("vector")),
         "mixture": (0.6, _mixture("vector")),
         "scale": (0.3, lambda g, x: (parts.Scale(x.shape[-1]), "vector")),
-        "tied": (0.7, _tied("vector")),
+        "tied": (1.5, _tied("vector")),
         "to_sequence": (1, _to_sequence),
         "to_map": (0.8, _to_map),
         "bilinear": (0.15, _bilinear),
@@ -560,7 +572,7 @@ RULES: dict[str, dict[str, tuple[float, Rule]]] = {
         "positions": (2.5, _positions),
         "repeat": (0.6, _repeat_linear("sequence")),
         "mixture": (0.5, _mixture("sequence")),
-        "tied": (0.5, _tied("sequence")),
+        "tied": (1, _tied("sequence")),
         "fold": (1.2, _fold),
         "fused": (0.5, _fused),
         "pooled": (3, _pooled_sequence),

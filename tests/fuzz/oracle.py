@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from .generation import Case, copied, repeatable
+from .generation import Case, called, copied, repeatable
 from .parts import Checkpoint
 
 Rows = dict[str, Tensor]  # by layer
@@ -103,16 +103,19 @@ def by_unit(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
 
-def label_terms(out: Tensor, y: Tensor | None, likelihood: str) -> Iterator[tuple[float, Tensor]]:
+def label_terms(
+    out: Tensor, y: Tensor | None, likelihood: str, mask: Tensor | None = None
+) -> Iterator[tuple[float, Tensor]]:
     """Weights w and functions ℓ of one example's outputs with ``E_y g gᵀ = Σ w ∇ℓ ∇ℓᵀ``.
 
     ℓ is ln p(y) of one label, and w its probability; labels of several positions are independent.
     With labels y, ℓ is the logarithm of their probability, and the only term.
     """
     if y is not None:
-        yield 1.0, log_likelihood(out, y, likelihood)
+        yield 1.0, log_likelihood(out, y, likelihood, mask)
     elif likelihood == "categorical":
-        for log_p in out.reshape(-1, out.shape[-1]).log_softmax(-1):
+        counted = out if mask is None else out[mask]
+        for log_p in counted.reshape(-1, out.shape[-1]).log_softmax(-1):
             for log_p_y in log_p:
                 yield float(log_p_y.detach().exp()), log_p_y
     elif likelihood == "gaussian":
@@ -125,10 +128,11 @@ def label_terms(out: Tensor, y: Tensor | None, likelihood: str) -> Iterator[tupl
             yield 1 - p, F.logsigmoid(-f)
 
 
-def log_likelihood(out: Tensor, y: Tensor, likelihood: str) -> Tensor:
-    """``ln p(y)`` of all labels, up to a constant."""
+def log_likelihood(out: Tensor, y: Tensor, likelihood: str, mask: Tensor | None = None) -> Tensor:
+    """``ln p(y)`` of all labels that count, up to a constant."""
     if likelihood == "categorical":
-        return out.log_softmax(-1).gather(-1, y[..., None]).sum()
+        log_p = out.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)
+        return log_p.sum() if mask is None else (log_p * mask).sum()
     if likelihood == "gaussian":
         return -0.5 * (out - y.to(out)).square().sum()
     return -F.binary_cross_entropy_with_logits(out, y.to(out), reduction="sum")
@@ -157,7 +161,8 @@ class Oracle:
         self.biased = {n: m.bias is not None for n, m in layers_of(built.model).items()}
         self.model, self.drawn = plain(built.model, dtype), built.drawn
         self.layers, self.slots = layers_of(self.model), slots_of(self.model)
-        self.x = case.x.to(dtype) if case.x.is_floating_point() else case.x
+        x = case.x.detach()
+        self.x = x.to(dtype) if x.is_floating_point() else x
 
     # -- Fisher matrices ---------------------------------------------------------------------------
 
@@ -174,6 +179,8 @@ class Oracle:
         totals: dict[str, Tensor] = {}
         for i in range(len(self.x)):
             y = self.case.y[i : i + 1] if labels == "empirical" else None
+            if self.case.mask is not None and not self.case.mask[i].any():
+                continue  # nothing of this example counts
             rows = self._expanded_rows(i, y) if expand else self._rows(i, y)
             for name, row in rows.items():
                 F_n = torch.einsum("rui,ruj->uij", row, row)
@@ -188,7 +195,7 @@ class Oracle:
         rows: dict[str, list[Tensor]] = {name: [] for name in self.slots}
         with self._copied_inputs():
             out = self._outputs(self.x[i : i + 1])
-            for w, term in label_terms(out, y, self.case.likelihood):
+            for w, term in label_terms(out, y, self.case.likelihood, self._mask(i)):
                 got = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                 of_parameters = iter(got)
                 for name, slot in self.slots.items():
@@ -215,7 +222,7 @@ class Oracle:
             for handle in handles:
                 handle.remove()
         rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        for w, term in label_terms(out, y, self.case.likelihood):
+        for w, term in label_terms(out, y, self.case.likelihood, self._mask(i)):
             got = torch.autograd.grad(
                 term, [z for _, z in zeros], retain_graph=True, allow_unused=True
             )
@@ -261,7 +268,7 @@ class Oracle:
     def _outputs(self, x: Tensor) -> Tensor:
         """What the model returns, classes last."""
         with slow_attention():
-            return self.model(x.clone()).movedim(self.case.class_axis, -1)
+            return called(self.model, x).movedim(self.case.class_axis, -1)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Of the mean negative log-likelihood of an example, by every parameter."""
@@ -270,11 +277,15 @@ class Oracle:
         for i in range(len(self.x)):
             with self._copied_inputs():
                 out = self._outputs(self.x[i : i + 1])
-                loss = -log_likelihood(out, self.case.y[i : i + 1], self.case.likelihood)
+                y = self.case.y[i : i + 1]
+                loss = -log_likelihood(out, y, self.case.likelihood, self._mask(i))
                 got = torch.autograd.grad(loss, parameters, allow_unused=True)
             for t, g in zip(total, got, strict=True):
                 t += 0.0 if g is None else g / len(self.x)
         return dict(zip(parameters, total, strict=True))
+
+    def _mask(self, i: int) -> Tensor | None:
+        return None if self.case.mask is None else self.case.mask[i : i + 1]
 
     # -- hooks -------------------------------------------------------------------------------------
 

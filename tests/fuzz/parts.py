@@ -42,6 +42,23 @@ class Named(nn.Module):
         return x
 
 
+class Face(nn.Module):
+    """A model with another way to be called, or to return what it returns."""
+
+    def __init__(self, net: nn.Module, face: str) -> None:
+        super().__init__()
+        self.net, self.face = net, face
+        self.takes_two = face in ("two inputs", "dict")
+
+    def forward(self, x: Tensor, gain: Tensor | None = None):
+        out = self.net(x)
+        if gain is not None:
+            out = out * gain.to(out).view(-1, *[1] * (out.dim() - 1))
+        if self.face == "tuple":
+            return out, x
+        return {"logits": out, "features": x} if self.face == "mapping" else out
+
+
 class Keyword(nn.Module):
     """Calls a layer with its input as a keyword."""
 
