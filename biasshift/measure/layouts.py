@@ -40,6 +40,17 @@ class Layout(Enum):
             return a.unflatten(0, (examples, -1))[index]
         return a.unflatten(0, (-1, examples))[:, index]
 
+    def split(self, maps: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """Returns maps of a convolution as one or several with a row for every example.
+
+        Their positions behind each other are those that `arrange` returns.
+        """
+        if self is Layout.FIRST:
+            return (maps,)
+        if self is Layout.INTERLEAVED:
+            return maps.unflatten(0, (-1, examples)).unbind(0)
+        return maps.unflatten(0, (examples, -1)).unbind(1)
+
     def arrange(self, x: Tensor, axis: int, examples: int) -> Tensor:
         """Returns rows and positions with the examples in front of all positions.
 

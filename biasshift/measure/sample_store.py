@@ -164,8 +164,9 @@ def _maps(layer: LayerBatch) -> list[Tensor]:
         a = layer.patches()[:, :, 0]
         return [a.flatten(0, 1) if _are_samples(layer) else a.transpose(1, 2).contiguous()]
     return [
-        layer_types.padded(layer.module, call.a, call.shape).to(layer_types.dtype_of_sums(call.a))
-        for call in layer.calls
+        a.to(layer_types.dtype_of_sums(a))
+        for call, layout in zip(layer.calls, layer.layouts, strict=True)
+        for a in layout.split(layer_types.padded(layer.module, call.a, call.shape), layer.examples)
     ]
 
 
