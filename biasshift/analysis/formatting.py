@@ -4,7 +4,8 @@ from typing import Any
 
 import pandas as pd
 
-from biasshift.analysis.grid import CELL, NAMES, best_rate, cell_of, paper_runs
+from biasshift.activations import display_name
+from biasshift.analysis.grid import CELL, best_rate, cell_of, paper_runs
 from biasshift.analysis.statistics import LEVEL, seeds_needed
 
 VERDICTS = {  # how a sentence about a claim begins
@@ -52,7 +53,7 @@ def reading_table(numbers: pd.DataFrame) -> pd.DataFrame:
     paper, columns = paper_runs(numbers), {}
     for _, group in (paper if len(paper) else numbers).groupby([*CELL, "lr"], sort=False):
         cell, rate = cell_of(group), group["lr"].iloc[0]
-        name = NAMES.get(cell.activation, cell.activation) if len(paper) else cell.name
+        name = display_name(cell.activation) if len(paper) else cell.name
         name = f"{name}, {rate:g}" if name in columns else name
         texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
         columns[name] = {**texts, "seeds": str(len(group))}

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from biasshift.activations import LABELS, display_name
 from biasshift.analysis.learning_curves import TINY
 
-NAMES = {"elu": "ELU", "relu": "ReLU", "lrelu": "LReLU", "srelu": "SReLU"}
+NAMES = LABELS
+PAPER = ("elu", "relu", "lrelu", "srelu")  # the activation functions that its claims are about
 CELL = ("activation", "update", "constant", "batch_norm")
 UNKNOWN = 0.0  # learning rate of runs that do not record one: the same for all
 RULE = (
@@ -42,7 +44,7 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """The cell for people, such as "ReLU, centered"."""
         parts = [
-            NAMES.get(self.activation, self.activation),
+            display_name(self.activation),
             self.update if self.update != "plain" else "",
             f"activations + {self.constant:g}" if self.constant else "",
             "batch norm" if self.batch_norm else "",
@@ -140,15 +142,21 @@ def mixed_option(
 def paper_runs(numbers: pd.DataFrame) -> pd.DataFrame:
     """Returns the runs that the paper compared: plain gradient descent at one rate for all.
 
-    Nothing is added to their activations. The rate is that of `best_rate` over these runs together.
-    They are without batch normalization, unless all networks have it.
+    Nothing is added to their activations. The rate is that of `best_rate` over these runs together;
+    runs with other activation functions than the paper's choose it only where there are no others,
+    so that they change nothing in what is said of the paper's. They are without batch
+    normalization, unless all networks have it.
     """
     plain = numbers.loc[
         (numbers["update"] == "plain").to_numpy() & (numbers["constant"] == 0).to_numpy()
     ]
     normed = plain["batch_norm"].to_numpy(bool)
     plain = plain if normed.all() else plain.loc[~normed]
-    return plain.loc[(plain["lr"] == best_rate(plain)).to_numpy()] if len(plain) else plain
+    if not len(plain):
+        return plain
+    compared = plain.loc[plain["activation"].isin(PAPER).to_numpy()]
+    rate = best_rate(compared if len(compared) else plain)
+    return plain.loc[(plain["lr"] == rate).to_numpy()]
 
 
 def best_rate(numbers: pd.DataFrame) -> float:

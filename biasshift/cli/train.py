@@ -1,6 +1,7 @@
 """The commands that make runs: from the options of an experiment to run folders and results."""
 
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from biasshift.activations import is_import_path
 from biasshift.cli.console import error_message, print_paths, progress
 from biasshift.cli.results import (
     print_comparison,
@@ -19,10 +21,11 @@ from biasshift.cli.results import (
     print_verdicts,
 )
 from biasshift.distributed import is_distributed, process_group, rank, under_torchrun
+from biasshift.escapes import visible
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
 from biasshift.runs.reader import run_states
-from biasshift.runs.schema import is_run, read_config
+from biasshift.runs.schema import is_run, read_config, read_json
 from biasshift.runs.writer import Run
 from biasshift.training.loop import Diverged
 from biasshift.training.process_pool import cores, run_jobs
@@ -42,6 +45,7 @@ def run_experiment(console: Console, experiment: Experiment) -> None:
         ValueError: Options do not fit together, or folders hold something else.
         RuntimeError: A run failed for another reason than divergence; the message names its folder.
     """
+    _find_modules_here(experiment)
     configs = experiment.configs()
     if not configs:  # an array of jobs may be wider than the grid
         console.print("This part has no runs: there are more parts than runs.")
@@ -51,6 +55,7 @@ def run_experiment(console: Console, experiment: Experiment) -> None:
     with process_group(device):
         if rank() == 0:
             _refuse_taken(experiment, configs, folders)
+            _refuse_unnamed(experiment)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         _data(experiment)  # wrong data is found here, once, before any process is started
@@ -60,7 +65,8 @@ def run_experiment(console: Console, experiment: Experiment) -> None:
             experiment.out.mkdir(parents=True, exist_ok=True)
             runs = f"{len(configs)} run{'s' if len(configs) > 1 else ''}"
             processes = f"{workers} process{'es' if workers > 1 else ''}"
-            console.print(f"{runs} on {device} in {processes} → {experiment.out}", soft_wrap=True)
+            out = visible(str(experiment.out))
+            console.print(f"{runs} on {device} in {processes} → {out}", soft_wrap=True)
         _work(console, experiment, jobs, workers)
         if rank() == 0:
             _print_results(console, experiment, folders)
@@ -82,6 +88,46 @@ def _refuse_taken(experiment: Experiment, configs: list[Any], folders: list[Path
         if experiment.exist() == "resume":
             # Refuses runs of other options: now, and not when the runs before it are trained.
             Run.is_finished(folder, config)
+
+
+def _refuse_unnamed(experiment: Experiment) -> None:
+    """An unfinished run whose activation function is an import path is resumed only by name: what a
+    folder records is never imported.
+    """
+    out = experiment.out
+    if experiment.exist() != "resume" or not out.is_dir():
+        return
+    named = vars(experiment).get("activation", ())
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        recorded = _unfinished_activation(experiment, folder)
+        if is_import_path(recorded) and recorded not in named:
+            raise ValueError(
+                f"'{folder}' is an unfinished run whose activation is imported only when you name "
+                f"it. Give --activation {recorded}, or another --out."
+            )
+
+
+def _unfinished_activation(experiment: Experiment, folder: Path) -> Any:
+    """What an unfinished run of the experiment records; None of any other folder."""
+    try:
+        config = read_config(folder) if is_run(folder) else {}
+        state = read_json(folder, "state.json", {}).get("state", "running")
+    except (ValueError, OSError):  # damaged: no run of this command, or refused before
+        return None
+    unfinished = state in ("running", "interrupted")
+    return (
+        config.get("activation")
+        if unfinished and config.get("experiment") == experiment.name
+        else None
+    )
+
+
+def _find_modules_here(experiment: Experiment) -> None:
+    """Lets an import path that was named be found in the current folder, behind all others."""
+    named = vars(experiment).get("activation", ())
+    here = str(Path.cwd())
+    if any(map(is_import_path, named)) and not sys.flags.safe_path and here not in sys.path:
+        sys.path.append(here)
 
 
 def _jobs(experiment: Experiment, configs: list[Any]) -> list[Job]:
@@ -147,7 +193,7 @@ def run_job(experiment: Experiment, configs: Job, report: Report) -> None:
 def _print_results(console: Console, experiment: Experiment, folders: list[Path]) -> None:
     table, states = read(*folders), run_states(*folders)
     for name in states[states["state"] == "failed"]["run"]:
-        console.print(f"{name}: training diverged; the run ends there.", soft_wrap=True)
+        console.print(f"{visible(name)}: training diverged; the run ends there.", soft_wrap=True)
     diverged = set(states["state"]) == {"failed"}
     if diverged or not (experiment.whole and experiment.figures):
         print_runs(console, states, table)

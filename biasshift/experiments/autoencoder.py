@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from biasshift.activations import folder_part
 from biasshift.data import DataSet, TensorStream, mnist, synthetic_mnist
 from biasshift.distributed import rank, world_size
 from biasshift.experiments.experiment import Activation, Experiment
@@ -70,7 +71,8 @@ class Autoencoder(Experiment):
     """Train the paper's MNIST autoencoders, at four learning rates."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
-    """Activation functions; each gets all seeds and learning rates."""
+    """Activation functions; each gets all seeds and learning rates. Also elu:α, lrelu:slope, or
+    any module by package.module:Class."""
     seeds: int = SEEDS
     """Runs per activation function and learning rate."""
     epochs: int = EPOCHS
@@ -141,7 +143,7 @@ class Autoencoder(Experiment):
 
     def folder(self, config: AutoencoderConfig) -> Path:
         """Returns the run folder of a config, named by activation, learning rate and seed."""
-        return self.out / f"{config.activation}-lr{config.lr:g}-{config.seed}"
+        return self.out / f"{folder_part(config.activation)}-lr{config.lr:g}-{config.seed}"
 
     def trial(self, config: AutoencoderConfig, data: DataSet) -> Trial:
         """Returns the network of a config, whose labels are its images, and its measurements.

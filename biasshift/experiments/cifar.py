@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from biasshift.activations import folder_part
 from biasshift.data import (
     Augment,
     DataSet,
@@ -87,7 +88,8 @@ class Cifar(Experiment):
     """The options of both. An experiment adds its defaults, `network` and `phases`."""
 
     activation: tuple[Activation, ...]
-    """Activation functions; each gets all seeds."""
+    """Activation functions; each gets all seeds. Also elu:α, lrelu:slope, or
+    any module by package.module:Class."""
     seeds: int
     """Runs per activation function."""
     steps: int
@@ -190,7 +192,9 @@ class Cifar(Experiment):
 
     def folder(self, config: CifarConfig) -> Path:
         """Returns the run folder of a config, named by activation, normalization and seed."""
-        return self.out / f"{config.activation}{'-bn' * config.batch_norm}-{config.seed}"
+        return (
+            self.out / f"{folder_part(config.activation)}{'-bn' * config.batch_norm}-{config.seed}"
+        )
 
     def trial(self, config: CifarConfig, data: DataSet) -> Trial:
         """Returns the network of a config, its minibatches and its measurements.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from biasshift.activations import folder_part
 from biasshift.experiments.cifar import GEOMETRY, Cifar, CifarConfig, Geometry
 from biasshift.experiments.convnet_trial import phases_of
 from biasshift.experiments.experiment import Activation
@@ -58,5 +59,5 @@ class Cifar18(Cifar):
 
     def folder(self, config: CifarConfig) -> Path:
         """Returns the run folder of a config, whose name also tells the data set."""
-        kind = f"{config.activation}-{config.dataset}{'-bn' * config.batch_norm}"
+        kind = f"{folder_part(config.activation)}-{config.dataset}{'-bn' * config.batch_norm}"
         return self.out / f"{kind}-{config.seed}"

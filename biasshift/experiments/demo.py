@@ -11,11 +11,12 @@ and why:
   would take eight times as long.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from biasshift.data import DataSet, digits, shifted
+from biasshift.experiments.experiment import Activation
 from biasshift.experiments.mlp_trial import SMOKE, MlpConfig, MlpExperiment
 
 EPOCHS, QUICK_EPOCHS = 60, 15
@@ -24,7 +25,7 @@ BATCH_SIZE = 64  # as in the paper
 LEARNING_RATE = 0.01  # as in the paper, for every activation function
 MOMENTUM = 0.0  # the paper names none
 DEPTH, WIDTH = 8, 128  # as in the paper
-ACTIVATIONS = ("elu", "relu", "lrelu", "srelu")
+ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 PROBE, EXAM_PROBE = 2_000, 5_000  # of the 12,933 shifted images; there are two disjoint exam probes
 UNITS = 16
 MEANS_EVERY, FISHER_EVERY = 5, 20
@@ -35,8 +36,13 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(MlpExperiment):
-    """Compare ELU, ReLU, LReLU and SReLU networks on handwritten digits. Needs no download."""
+    """Compare ELU, ReLU, LReLU and SReLU networks, or others, on handwritten digits. Needs no
+    download.
+    """
 
+    activation: tuple[Activation, ...] = field(default_factory=lambda: ACTIVATIONS)
+    """Activation functions to compare; each gets all seeds. Also elu:α, lrelu:slope, or
+    any module by package.module:Class."""
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
     out: Path = Path("runs/demo")
@@ -49,6 +55,7 @@ class Demo(MlpExperiment):
     smoke_config: ClassVar[dict[str, Any]] = SMOKE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Shortened runs could not be compared with full ones, nor may one spoil the other.
         if self.out == Path("runs/demo") and (self.quick or self.smoke):
             object.__setattr__(self, "out", self.out / ("smoke" if self.smoke else "quick"))
@@ -87,5 +94,5 @@ class Demo(MlpExperiment):
                 skip_input_layer=False,
             )
             for seed in range(QUICK_SEEDS if self.quick else SEEDS)
-            for activation in ACTIVATIONS
+            for activation in self.activation
         ]

@@ -15,13 +15,22 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 
+from biasshift.activations import canonical, folder_part
 from biasshift.distributed import local_device, processes_here, under_torchrun
+from biasshift.nets.activation_modules import activation_constructor
 from biasshift.precision import Precision
 from biasshift.training.trial import NO_TENSORBOARD, Execution, Exist, Trial
 
 REPLACE_OR_RESUME = "--replace and --resume exclude each other: give one of them."
 DEVICE = re.compile(r"cpu|cuda(:(?P<gpu>0|[1-9][0-9]{0,5}))?")
-Activation = Literal["elu", "relu", "lrelu", "srelu"]
+# The names of `biasshift.activations.ACTIVATIONS`, which the help shows; or elu:α, lrelu:slope, or
+# an import path package.module:Class.
+Activation = (
+    Literal[
+        "elu", "relu", "lrelu", "srelu", "prelu", "selu", "gelu", "silu", "mish", "softplus", "tanh"
+    ]
+    | str
+)  # fmt: skip
 T = TypeVar("T")
 
 # -- ranges of options -------------------------------------------------------------------------
@@ -115,6 +124,11 @@ class Experiment:
     ranges: ClassVar[dict[str, Range]] = RANGES
     smoke_config: ClassVar[dict[str, Any]] = {}
 
+    def __post_init__(self) -> None:
+        # One spelling of every activation function: runs record it, and folders are named by it.
+        if isinstance(named := vars(self).get("activation"), tuple):
+            object.__setattr__(self, "activation", tuple(map(_spelled, named)))
+
     @property
     def whole(self) -> bool:
         """Whether the runs of this command are all that its figures are to show."""
@@ -161,7 +175,7 @@ class Experiment:
 
     def folder(self, config: Any) -> Path:
         """Returns the run folder of a config, below ``out``; no two configs have the same."""
-        return self.out / f"{config.activation}-{config.seed}"
+        return self.out / f"{folder_part(config.activation)}-{config.seed}"
 
     def alike(self, config: Any) -> Hashable:
         """Returns a key that is equal for runs which differ in nothing but their seed.
@@ -258,6 +272,8 @@ class Experiment:
                 "out."
             )
         self._check_ranges()
+        for name in vars(self).get("activation", ()):
+            activation_constructor(name, "--activation")
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():
@@ -278,3 +294,11 @@ class Experiment:
         names = kind.__annotations__
         options = {name: value for name, value in vars(self).items() if name in names}
         return kind(**options | values)
+
+
+def _spelled(name: Any) -> Any:
+    """The one spelling of a name; what is not one stays as it is, for `Experiment.check`."""
+    try:
+        return canonical(name)
+    except ValueError:
+        return name

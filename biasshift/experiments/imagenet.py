@@ -111,7 +111,8 @@ class Imagenet(Experiment):
     """Train the paper's 15-layer network on ImageNet or any folder of images, instrumented."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
-    """Activation functions; each gets all seeds."""
+    """Activation functions; each gets all seeds. Also elu:α, lrelu:slope, or
+    any module by package.module:Class."""
     seeds: int = SEEDS
     """Runs per activation function."""
     steps: int = STEPS

@@ -32,7 +32,8 @@ class Mnist(MlpExperiment):
     """Train the paper's MNIST networks, instrumented, and show what the runs say."""
 
     activation: tuple[Activation, ...] = ACTIVATIONS
-    """Activation functions; each gets all seeds."""
+    """Activation functions; each gets all seeds. Also elu:α, lrelu:slope, or
+    any module by package.module:Class."""
     seeds: int = SEEDS
     """Runs per activation function. Equal seeds start from equal weights and see equal batches."""
     epochs: int = EPOCHS

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from biasshift.activations import folder_part
 from biasshift.data import DataSet, mnist, synthetic_mnist
 from biasshift.experiments.experiment import Activation
 from biasshift.experiments.mlp_trial import MlpConfig, MlpExperiment, Update
@@ -42,7 +43,8 @@ class Sweep(MlpExperiment):
     """
 
     activation: tuple[Activation, ...] = ACTIVATIONS
-    """Activation functions; each gets all updates, learning rates and seeds."""
+    """Activation functions; each gets all updates, learning rates and seeds. Also elu:α,
+    lrelu:slope, or any module by package.module:Class."""
     update: tuple[Update, ...] = UPDATES
     """Gradient descent, centered (bias shift removed), quasi-diagonal or full natural gradient."""
     lr: tuple[float, ...] = LEARNING_RATES
@@ -99,6 +101,7 @@ class Sweep(MlpExperiment):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.replace:
             object.__setattr__(self, "resume", False)
 
@@ -181,7 +184,7 @@ class Sweep(MlpExperiment):
         update, learning rate, seed; such as ``elu-plus0.5-plain-lr0.1-0``.
         """
         plus = f"-plus{config.constant:g}" if config.constant else ""
-        kind = config.activation + (plus or "-bn" * config.batch_norm)
+        kind = folder_part(config.activation) + (plus or "-bn" * config.batch_norm)
         return self.out / f"{kind}-{config.update}-lr{config.lr:g}-{config.seed}"
 
     def check(self) -> None:

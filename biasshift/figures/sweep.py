@@ -1,12 +1,14 @@
 """theory4: networks trained by updates that take the bias shift out, beside those that do not."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 
 from biasshift import plots
-from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cells_of
+from biasshift.activations import display_name, ordered
+from biasshift.analysis.grid import CELL, Cell, best_rate, cells_of
 from biasshift.analysis.learning_curves import common_levels, curve_of, reached
 from biasshift.analysis.quantities import end_loss, has_ended
 from biasshift.figures.captions import described, finish, over_seeds
@@ -76,7 +78,7 @@ def theory4(table: pd.DataFrame) -> plots.Figure:
     count = len(updates) + len(levels)
     figure, axes = plots.panels(count, rows=1 if count < 4 else 2, width=3.0, height=2.7)
     shown = _named(at_best(table))
-    dashed = {name: "--" for name in shown["activation"].unique() if name not in NAMES}
+    dashed = {_label(name): "--" for name in shown["network"].unique() if _parts(name)[1]}
     # Where training starts is high enough: a run that diverges and returns would squeeze all
     # others.
     starts = shown.loc[shown["step"] == shown["step"].min(), "train_loss"]
@@ -110,12 +112,13 @@ def numbers(table: pd.DataFrame) -> list[Number]:
     curves = at_best(table).drop_duplicates(CURVE).to_dict("records")
     edges, listed = _at_an_edge(table), []
     updates = [*UPDATES, *sorted({row["update"] for row in curves} - {*UPDATES})]
-    networks = [*plots.looks(NAMES), *sorted({row["network"] for row in curves} - {*NAMES})]
+    present = {row["network"] for row in curves}
+    networks = [*ordered(present), *sorted(present - {*ordered(present)})]
     for row in sorted(
         curves, key=lambda row: (updates.index(row["update"]), networks.index(row["network"]))
     ):
         update, network = row["update"], row["network"]
-        at = update, network if network in NAMES else _label(network)
+        at = update, _drawn_as(network)
         here = [f"{steps.loc[at]:.0f} steps to {level:g}" for level, steps in means.items()]
         edge = ", an edge of the grid" * ((update, network) in edges)
         name = f"{Cell(_label(network), update).name}, learning rate {row['lr']:g}{edge}"
@@ -197,14 +200,25 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     """Networks to which something is added, as activations of their own; in every part of the table
     they look the same.
     """
-    names = [name if name in NAMES else _label(name) for name in table["network"]]
+    names = [_drawn_as(name) for name in table["network"]]
     return table.assign(activation=pd.Categorical(names, categories=sorted(set(names))))
 
 
 def _label(network: str) -> str:
     """ "ELU + 0.5"."""
-    activation, space, added = network.partition(" ")
-    return NAMES.get(activation, activation) + space + added
+    activation, added = _parts(network)
+    return display_name(activation) + added
+
+
+def _drawn_as(network: str) -> str:
+    """The name of an activation function where nothing is added, which has a look of its own."""
+    return _label(network) if _parts(network)[1] else network
+
+
+def _parts(network: str) -> tuple[str, str]:
+    """The activation, and what is added to the network: " + 0.5 with batch norm"."""
+    (parts,) = re.findall(r"(?s)^(.*?)((?: \+ \S+)?(?: with batch norm)?)$", network)
+    return parts
 
 
 FIGURES = {

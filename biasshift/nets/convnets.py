@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from biasshift.nets.activation_modules import Activation, ActivationModules
 from biasshift.nets.convolution_stacks import (
     Dropout,
     Geometry,
@@ -53,7 +54,7 @@ FULLY_CONNECTED = (4096, 4096)  # units of its hidden fully connected layers
 
 
 def cifar11(
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     classes: int = 100,
     geometry: Geometry = "same",
@@ -89,7 +90,7 @@ def cifar11(
 
 
 def cifar18(
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     classes: int = 100,
     geometry: Geometry = "same",
@@ -125,7 +126,7 @@ def cifar18(
 
 
 def imagenet15(
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     classes: int = 1000,
     stride: int = 2,
@@ -146,7 +147,8 @@ def imagenet15(
     long as the last maps can be cut into the pyramid's bins.
 
     Args:
-        activation: a name in `biasshift.activations.ACTIVATIONS`.
+        activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
+            an import path ``package.module:Class``, or a class of modules.
         seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
             zero.
         stride: of the 6×6 layer, not in the paper. Stride 2 gives maps of 112, then 56, 28, 14 and
@@ -170,7 +172,8 @@ def imagenet15(
             "'classes' must be at least 1, and 'dropout' a rate from 0 to below 1, got classes "
             f"{classes}, dropout {dropout}."
         )
-    style = Style(activation, init, "same", batch_norm, norm_at, "all", width)
+    activations = ActivationModules(activation, seed)
+    style = Style(activations, init, "same", batch_norm, norm_at, "all", width)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(convolutions(IMAGENET15, style, generator, stride=stride))
     modules["pyramid"] = pyramid = SpatialPyramidPooling(bins)

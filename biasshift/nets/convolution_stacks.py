@@ -9,9 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from biasshift.nets.activation_modules import (
+    Activation,
+    ActivationModules,
+    activation_constructor,
+    activation_module,
+)
 from biasshift.nets.initialization import (
     Init,
-    activation_module,
     convolution,
     refuse_unknown,
     scaled_units,
@@ -53,7 +58,7 @@ class Style:
         ValueError: a name that is unknown, or a width that is not positive.
     """
 
-    activation: str = "elu"
+    activation: Activation = "elu"
     init: Init = "normal"
     geometry: Geometry = "same"
     batch_norm: bool = False
@@ -62,11 +67,17 @@ class Style:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        activation_module(self.activation)
+        if not isinstance(self.activation, ActivationModules):  # which are checked
+            activation_constructor(self.activation)
         scaled_units(1, self.width)
         refuse_unknown("geometry", self.geometry, get_args(Geometry))
         refuse_unknown("norm_at", self.norm_at, get_args(NormAt))
         refuse_unknown("dropout", self.dropout, get_args(Dropout))
+
+    def _new_activation(self) -> nn.Module:
+        if isinstance(self.activation, ActivationModules):
+            return self.activation()
+        return activation_module(self.activation)
 
     def followers(self, layer: str, norm: nn.Module, rate: float, last: bool) -> NamedModules:
         """Yields what follows the weights of a hidden layer: normalization, activation, dropout.
@@ -77,7 +88,7 @@ class Style:
             rate: the dropout rate of the stack; 0 yields no dropout.
             last: whether the layer is the last of its stack.
         """
-        modules = [(f"act{layer}", activation_module(self.activation))]
+        modules = [(f"act{layer}", self._new_activation())]
         if self.batch_norm:
             modules.insert(0 if self.norm_at == "before" else 1, (f"bn{layer}", norm))
         yield from modules
@@ -87,7 +98,7 @@ class Style:
 
 def stacks(
     specification: Sequence[Stack],
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     *,
     rates: Sequence[float] = (),
@@ -113,7 +124,8 @@ def stacks(
     Args:
         specification: the stacks, each a list of (layers, units, receptive field); the last one
             ends with a layer of as many units as there are classes.
-        activation: a name in `biasshift.activations.ACTIVATIONS`.
+        activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
+            an import path ``package.module:Class``, or a class of modules.
         seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
             zero.
         rates: dropout rate of each stack, 0 for those beyond the list. The paper does not say on
@@ -138,7 +150,8 @@ def stacks(
     >>> " ".join(name for name, _ in net.named_children())
     'conv1_1 act1_1 pool1 conv2_1 act2_1 drop2_1 conv2_2 act2_2 drop2_2 pool2 conv3_1 pool3 flatten'
     """
-    style = Style(activation, init, geometry, batch_norm, norm_at, dropout, width)
+    activations = ActivationModules(activation, seed)
+    style = Style(activations, init, geometry, batch_norm, norm_at, dropout, width)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(
         convolutions(specification, style, generator, rates=rates, channels=channels, logits=True)

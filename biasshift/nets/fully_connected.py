@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from biasshift.nets.activation_modules import Activation, ActivationModules
 from biasshift.nets.initialization import (
     Init,
-    activation_module,
     linear,
     refuse_unknown,
     scaled_units,
@@ -63,7 +63,7 @@ def mlp(
     hidden: int = 128,
     depth: int = 8,
     classes: int = 10,
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     init: Init = "normal",
     constant: float = 0.0,
@@ -77,7 +77,8 @@ def mlp(
     "0", "2", …, "2·depth", the activations between them "1", "3", ….
 
     Args:
-        activation: a name in `biasshift.activations.ACTIVATIONS`.
+        activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
+            an import path ``package.module:Class``, or a class of modules.
         seed: of the weights. They are drawn from a generator of their own: the global random state
             is untouched.
         init: "normal" draws from N(0, 2/fan_in), "uniform" from U(±√(6/fan_in)). The paper leaves
@@ -95,7 +96,7 @@ def mlp(
     >>> len(net), net[0], net[1]
     (17, Linear(in_features=784, out_features=128, bias=True), ReLU())
     """
-    activation_module(activation)  # refused also where there is no hidden layer
+    new_activation = ActivationModules(activation, seed)
     if min(inputs, hidden, classes) < 1 or depth < 0:
         raise ValueError(
             f"Sizes must be positive, got inputs {inputs}, hidden {hidden}, classes {classes}, "
@@ -109,13 +110,13 @@ def mlp(
         if number < depth:
             if batch_norm:
                 modules[f"norm{2 * number}"] = nn.BatchNorm1d(units)
-            module = activation_module(activation)
+            module = new_activation()
             modules[f"{2 * number + 1}"] = Shifted(module, constant) if constant else module
     return nn.Sequential(modules)
 
 
 def autoencoder(
-    activation: str = "elu",
+    activation: Activation = "elu",
     seed: int = 0,
     init: Init = "normal",
     *,
@@ -137,7 +138,8 @@ def autoencoder(
     from x. For linear outputs with a squared error, the same net's output is the reconstruction.
 
     Args:
-        activation: a name in `biasshift.activations.ACTIVATIONS`.
+        activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
+            an import path ``package.module:Class``, or a class of modules.
         seed: of the weights, drawn from a generator of their own.
         init: "normal" or "uniform", as in `mlp`.
         code: "activation" puts "act4" behind the code layer.
@@ -157,6 +159,7 @@ def autoencoder(
     refuse_unknown("output", output, ("logits", "logistic"))
     if inputs < 1:
         raise ValueError(f"'inputs' must be at least 1, got {inputs}.")
+    new_activation = ActivationModules(activation, seed)
     generator = torch.Generator().manual_seed(seed)
     hidden = [scaled_units(units, width) for units in ENCODER]
     widths = [inputs, *hidden, *hidden[-2::-1], inputs]
@@ -164,7 +167,7 @@ def autoencoder(
     for number, (fan_in, units) in enumerate(pairwise(widths), start=1):
         modules[f"fc{number}"] = linear(fan_in, units, init, generator)
         if number < 2 * len(ENCODER) and (number != len(ENCODER) or code == "activation"):
-            modules[f"act{number}"] = activation_module(activation)
+            modules[f"act{number}"] = new_activation()
     if output == "logistic":
         modules["reconstruct"] = nn.Sigmoid()
     return nn.Sequential(modules)

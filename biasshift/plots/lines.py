@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from biasshift.activations import ACTIVATIONS
+from biasshift.activations import constructor
 from biasshift.plots.reductions import (
     mean_and_sd_over_seeds,
     median_over_runs,
@@ -40,11 +40,16 @@ def activation_functions(
     """Returns `ax` with activation functions over x from −10 to 2 (figure 1).
 
     Args:
-        names: names of `biasshift.activations.ACTIVATIONS`, or other functions by name. They get a
-            float64 tensor of shape (601,).
+        names: names of `biasshift.activations.ACTIVATIONS`, ``elu:α`` and ``lrelu:slope``, or any
+            functions by name. They get a float64 tensor of shape (601,).
+
+    Raises:
+        ValueError: an unknown name, or an import path, which nothing here follows.
     """
     functions = (
-        names if isinstance(names, Mapping) else {name: ACTIVATIONS[name]() for name in names}
+        names
+        if isinstance(names, Mapping)
+        else {name: constructor(name)().double() for name in names}
     )
     x = torch.linspace(-10, 2, 601, dtype=torch.float64)
     for name, look in looks(functions).items():

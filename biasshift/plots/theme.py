@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from biasshift.analysis.grid import NAMES
+from biasshift.activations import ACTIVATIONS, LABELS, display_name, ordered
 
 STYLE = {
     "figure.figsize": (5.0, 3.0),
@@ -55,16 +56,25 @@ class Look(NamedTuple):
     line: str
 
 
-ORDER = ("elu", "srelu", "lrelu", "relu")  # of the paper, in every legend
-# Paul Tol's "high contrast" colors: color-blind readers can tell them apart, and so can readers of
-# a grey print, by their lightness (0, 29, 48 and 72 of 100).
+ORDER = tuple(ordered(ACTIVATIONS))  # in every legend: the paper's, then the others
+# The paper's four have Paul Tol's "high contrast" colors: color-blind readers can tell them apart,
+# and so can readers of a grey print, by their lightness (0, 29, 48 and 72 of 100). The colors of
+# the others are far from them and from each other, for color-blind readers, too; in grey print
+# their markers tell them from each other.
 LOOKS = {
-    "elu": Look(NAMES["elu"], "#004488", "o", "-"),
-    "lrelu": Look(NAMES["lrelu"], "#DDAA33", "^", "-."),
-    "relu": Look(NAMES["relu"], "#BB5566", "s", "--"),
-    "srelu": Look(NAMES["srelu"], "#000000", "D", ":"),
+    "elu": Look(LABELS["elu"], "#004488", "o", "-"),
+    "lrelu": Look(LABELS["lrelu"], "#DDAA33", "^", "-."),
+    "relu": Look(LABELS["relu"], "#BB5566", "s", "--"),
+    "srelu": Look(LABELS["srelu"], "#000000", "D", ":"),
+    "prelu": Look(LABELS["prelu"], "#AA1100", ">", "-."),
+    "selu": Look(LABELS["selu"], "#66AADD", "<", "-"),
+    "gelu": Look(LABELS["gelu"], "#DD0099", "p", "--"),
+    "silu": Look(LABELS["silu"], "#3344FF", "h", ":"),
+    "mish": Look(LABELS["mish"], "#665555", "d", "-"),
+    "softplus": Look(LABELS["softplus"], "#BBAA99", "8", "-."),
+    "tanh": Look(LABELS["tanh"], "#EE5500", "H", "--"),
 }
-# For groups that are not activations (learning rates, optimizers), in order of appearance.
+# For other activations, and for groups that are not activations (learning rates, optimizers).
 OTHER_LOOKS = (
     ("#117733", "v", "-"),
     ("#AA4499", "P", "--"),
@@ -72,7 +82,7 @@ OTHER_LOOKS = (
     ("#999933", "*", ":"),
 )
 # On a dark ground: the light partners of the same hues in Tol's "medium contrast", and his light
-# green, pink, cyan and olive.
+# green, pink, cyan and olive; then lighter colors of the same hues.
 ON_DARK = {
     "#004488": "#6699CC",
     "#DDAA33": "#EECC66",
@@ -82,6 +92,13 @@ ON_DARK = {
     "#AA4499": "#FFAABB",
     "#44AA99": "#99DDFF",
     "#999933": "#BBCC33",
+    "#AA1100": "#FF8C80",
+    "#66AADD": "#97C5E8",
+    "#DD0099": "#FF80D8",
+    "#3344FF": "#808AFF",
+    "#665555": "#C5B9B9",
+    "#BBAA99": "#DDD2C8",
+    "#EE5500": "#FFAD80",
 }
 # The paper's published numbers: hollow and grey, so that nobody takes them for measured here.
 PAPER: Any = {
@@ -97,15 +114,17 @@ PAPER: Any = {
 def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
     """Returns the look of each name: the activations in the order of the paper, then the others.
 
-    Names that are not activation functions get `OTHER_LOOKS` in order of appearance, and the same
-    again when these run out. Names of a categorical column look the same in every part of its
-    table, because looks are given to all of its categories.
+    Of a column that does not hold activations, names get `OTHER_LOOKS` in order of appearance;
+    other activations than those of `LOOKS` get one by their names, and so the same in every figure,
+    unless two would get the same one. When these run out, they come again with other line styles.
+    Names of a categorical column look the same in every part of its table, because looks are given
+    to all of its categories.
 
     Args:
         group: the column that the names come from; it is part of the labels of other columns.
 
-    >>> [look.label for look in looks(["relu", "tanh", "elu"]).values()]
-    ['ELU', 'ReLU', 'tanh']
+    >>> [look.label for look in looks(["relu", "elu:0.5", "tanh", "elu"]).values()]
+    ['ELU', 'ReLU', 'tanh', 'ELU (α = 0.5)']
     >>> looks([0.1], "lr")[0.1].label
     'lr = 0.1'
     """
@@ -113,10 +132,36 @@ def looks(names: Iterable, group: str = "activation") -> dict[Any, Look]:
     every = list(getattr(names, "categories", present))
     by_name = {name: LOOKS[name] for name in ORDER if name in every and group == "activation"}
     others = [name for name in dict.fromkeys(every) if name not in by_name]
-    for place, name in enumerate(others):
-        label = str(name) if group == "activation" else f"{group} = {name}"
-        by_name[name] = Look(label, *OTHER_LOOKS[place % len(OTHER_LOOKS)])
+    if group != "activation":
+        places = {name: place for place, name in enumerate(others)}
+        by_name = {name: _other_look(f"{group} = {name}", place) for name, place in places.items()}
+    else:
+        places = _places(others)
+        by_name |= {name: _other_look(_own_label(name), places[name]) for name in others}
     return {name: look for name, look in by_name.items() if name in present}
+
+
+def _places(names: list[Any]) -> dict[Any, int]:
+    """A place in the cycle of other looks for every name, by a checksum, and no place twice."""
+    places, size = {}, len(OTHER_LOOKS)
+    for name in sorted(names, key=str):
+        first, turn = zlib.crc32(str(name).encode(errors="replace")), len(places) // size
+        taken = set(places.values())
+        every = (turn * size + (first + step) % size for step in range(size))
+        places[name] = next(place for place in every if place not in taken)
+    return places
+
+
+def _own_label(name: object) -> str:
+    """A label that is not that of a known activation function."""
+    text = display_name(name)
+    return f"'{text}'" if text in LABELS.values() else text
+
+
+def _other_look(name: str, place: int) -> Look:
+    turn, place = divmod(place, len(OTHER_LOOKS))
+    color, marker, _ = OTHER_LOOKS[place]
+    return Look(name, color, marker, OTHER_LOOKS[(place + turn) % len(OTHER_LOOKS)][2])
 
 
 # -- figures and their panels ------------------------------------------------------------------

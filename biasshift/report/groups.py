@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from biasshift.activations import display_name
 from biasshift.analysis.grid import best_rate
-from biasshift.plots.theme import LOOKS, ON_DARK, OTHER_LOOKS
+from biasshift.plots.theme import ON_DARK, looks
 from biasshift.report.html import distinct, number, plain
 
 MAX_GROUPS = 12  # of more lines in one chart, the colors look alike
@@ -131,7 +132,7 @@ def _value(value: Any) -> str:
 
 
 def _label(activation: str, setting: str, runs: int) -> str:
-    name = LOOKS[activation].label if activation in LOOKS else plain(activation, 40)
+    name = display_name(activation) if activation else ""
     return f"{', '.join(filter(None, [name, plain(setting, 80)])) or 'all runs'} (n = {runs})"
 
 
@@ -139,11 +140,7 @@ def _label(activation: str, setting: str, runs: int) -> str:
 
 
 def _hues(activations: Iterable[str]) -> dict[str, str]:
-    others = [name for name in dict.fromkeys(activations) if name not in LOOKS]
-    hues = {
-        name: OTHER_LOOKS[position % len(OTHER_LOOKS)][0] for position, name in enumerate(others)
-    }
-    return {name: look.color for name, look in LOOKS.items()} | hues
+    return {name: look.color for name, look in looks(activations).items()}
 
 
 def _mixed(color: str, background: int, share: float) -> str:

@@ -138,7 +138,7 @@ def test_equal_seeds_give_equal_weights_whatever_surrounds_them():
     for net in variants:
         state = net.state_dict()
         assert all(torch.equal(state[name], reference[name]) for name in reference)
-        assert all("bn" in name for name in state.keys() - reference.keys())
+        assert all(name.startswith(("bn", "act")) for name in state.keys() - reference.keys())
     other = cifar11("relu", 4, width=TINY).state_dict()
     assert not torch.equal(other["conv1_1.weight"], reference["conv1_1.weight"])
 
@@ -283,7 +283,7 @@ def test_two_stacked_members_run_as_one(geometry):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "'activation' must be one of .*, got 'gelu'"),
+        ({"activation": "tahn"}, "'activation' must be one of .*, got 'tahn'"),
         ({"geometry": "valid"}, "'geometry' must be one of same, caffe, got 'valid'"),
         ({"dropout": "first"}, "'dropout' must be one of none, last, all, got 'first'"),
         ({"norm_at": "behind"}, "'norm_at' must be one of before, after, got 'behind'"),

@@ -174,7 +174,7 @@ def test_every_layer_can_be_measured(batch_norm):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "'activation' must be one of .*, got 'gelu'"),
+        ({"activation": "tahn"}, "'activation' must be one of .*, got 'tahn'"),
         ({"classes": 0}, "got classes 0"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"stride": 0}, "stride 0"),

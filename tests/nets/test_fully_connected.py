@@ -44,8 +44,7 @@ def test_equal_seeds_give_equal_weights_whatever_the_activation():
         mlp(20, hidden=8, depth=3, activation=name, seed=4).state_dict() for name in ACTIVATIONS
     ]
     for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(state[name], states[0][name]) for name in state)
+        assert all(torch.equal(state[name], states[0][name]) for name in states[0])
     other = mlp(20, hidden=8, depth=3, seed=5).state_dict()
     assert not torch.equal(other["0.weight"], states[0]["0.weight"])
 
@@ -95,8 +94,8 @@ def test_relu_networks_keep_the_size_of_their_signal(generator):
     ("wrong", "message"),
     [
         (
-            {"activation": "gelu"},
-            "'activation' must be one of elu, relu, lrelu, srelu, got 'gelu'",
+            {"activation": "tahn"},
+            "'activation' must be one of elu, relu, lrelu, srelu, .*, got 'tahn'",
         ),
         ({"hidden": 0}, "hidden 0"),
         ({"depth": -1}, "depth -1"),
@@ -114,7 +113,7 @@ def test_without_a_constant_nothing_changes():
     assert repr(mlp(6, hidden=5, depth=2, constant=0.0)) == repr(mlp(6, hidden=5, depth=2))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "prelu"])
 def test_the_next_bias_can_absorb_the_constant(activation, randn):
     """The same function and gradients by the weights below, with other mean activations."""
     x = randn(30, 6)
@@ -201,7 +200,7 @@ def test_an_autoencoder_can_be_measured(randn):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"activation": "gelu"}, "'activation' must be one of .*, got 'gelu'"),
+        ({"activation": "tahn"}, "'activation' must be one of .*, got 'tahn'"),
         ({"inputs": 0}, "'inputs' must be at least 1, got 0"),
         ({"width": -1.0}, r"'width' must be positive, got -1\.0"),
         ({"code": "logistic"}, "'code' must be one of linear, activation, got 'logistic'"),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from biasshift import plots
 from biasshift.activations import ACTIVATIONS
+from biasshift.plots.theme import ON_DARK
 
 SEEDS = (0, 1, 2)
 EPOCHS = (0, 1, 2)
@@ -89,16 +90,54 @@ def lightness(color: str) -> float:
     return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
 
 
-def test_the_colors_are_told_apart_in_grey_print():
-    grey = sorted([*(lightness(look.color) for look in plots.LOOKS.values()), lightness("white")])
+PAPER = ("elu", "relu", "lrelu", "srelu")
+
+
+def lab_of(color: str) -> np.ndarray:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    ) @ np.array(linear)
+    f = xyz / np.array([0.9505, 1, 1.089])
+    f = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_the_colors_of_the_paper_s_four_are_told_apart_in_grey_print():
+    grey = sorted([*(lightness(plots.LOOKS[name].color) for name in PAPER), lightness("white")])
     assert min(np.diff(grey)) > 15
 
 
 def test_every_activation_has_its_own_look_and_display_name():
     assert plots.LOOKS.keys() == ACTIVATIONS.keys()
-    for looks in zip(*plots.LOOKS.values(), strict=True):
+    labels, colors, markers, _ = zip(*plots.LOOKS.values(), strict=True)
+    assert all(len(set(looks)) == len(ACTIVATIONS) for looks in (labels, colors, markers))
+    for looks in zip(*(plots.LOOKS[name] for name in PAPER), strict=True):
         assert len(set(looks)) == 4
-    assert [look.label for look in plots.LOOKS.values()] == ["ELU", "LReLU", "ReLU", "SReLU"]
+    assert [plots.LOOKS[name].label for name in PAPER] == ["ELU", "ReLU", "LReLU", "SReLU"]
+
+
+def test_all_colors_differ_from_each_other_and_from_white():
+    """By Lab distance, which is about 2.3 where one can just see a difference."""
+    others = [color for color, _, _ in plots.OTHER_LOOKS]
+    colors = [*(look.color for look in plots.LOOKS.values()), *others, "#FFFFFF"]
+    lab = np.array([lab_of(color) for color in colors])
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    assert distances[~np.eye(len(colors), dtype=bool)].min() > 25
+    assert {look.color for look in plots.LOOKS.values()} | {*others} <= ON_DARK.keys()
+    assert len(set(ON_DARK.values())) == len(ON_DARK)
+
+
+def test_other_activations_look_the_same_in_every_figure():
+    names = ["mine:Own", "torch.nn:Hardswish", "elu:0.5", "lrelu:0.01", "a:A", "b:B", "c:C", "d:D"]
+    for name in names:
+        assert plots.looks([name])[name] == plots.looks([name, "gelu", "elu"])[name]
+    together = plots.looks(names)
+    assert together == {name: plots.looks(names[::-1])[name] for name in together}
+    assert len({(look.color, look.line) for look in together.values()}) == len(names)
+    hostile = ["elu", "ELU", "x" * 10_000, "y\n" * 50, "$x$", "\x1b[31m"]
+    labels = [look.label for look in plots.looks(hostile).values()]
+    assert len(set(labels)) == len(hostile) and all(len(label) <= 42 for label in labels)
 
 
 def test_the_same_color_in_every_figure():
@@ -196,8 +235,8 @@ def test_activation_functions(ax):
 
 
 def test_other_functions_get_other_looks(ax):
-    plots.activation_functions(ax, {"tanh": lambda x: x.tanh(), "elu": ACTIVATIONS["elu"]()})
-    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "tanh"]
+    plots.activation_functions(ax, {"cosine": lambda x: x.cos(), "elu": ACTIVATIONS["elu"]()})
+    assert [str(line.get_label()) for line in ax.lines] == ["ELU", "cosine"]
     assert ax.lines[1].get_color() not in {look.color for look in plots.LOOKS.values()}
 
 
