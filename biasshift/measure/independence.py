@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from biasshift.measure import layer_types
 from biasshift.measure.examples import Inputs, tensors
-from biasshift.measure.hooks import Tape, output_hooks
+from biasshift.measure.hooks import Tape, call_hooks, output_hooks
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.layouts import Layout
 from biasshift.measure.sandbox import forward
@@ -58,10 +58,8 @@ def batch_dependent(
             )
     elsewhere = []
     for name, calls in tape.calls.items():
-        row_counts = rows.get(name, set())
-        if not row_counts:
-            reasons[name] = "whether it is called depends on the other examples"
-        elif row_counts != {examples} or any(len(call.a) != len(x) for call in calls):
+        row_counts = rows.get(name, set())  # none where it is called for other examples only
+        if row_counts != {examples} or any(len(call.a) != len(x) for call in calls):
             elsewhere.append(name)
     return reasons, elsewhere
 
@@ -119,7 +117,7 @@ def _inputs_alone(
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         read.setdefault(name, []).append(a.detach().clone())
 
-    with suppress(Exception), torch.no_grad(), output_hooks(modules, record, raw=True):
+    with suppress(Exception), torch.no_grad(), call_hooks(modules, record):
         forward(model, x[index : index + 1], read.clear)
         return read
     return {}
@@ -146,17 +144,24 @@ def _run_alone(
         rows.setdefault(name, set()).add(len(a))
         if why := why_not_affine(modules[name], a, output):
             reasons[name] = why
+        if own[name] != _identities(modules[name]):
+            reasons[name] = "it runs with weights that are not its own (a functional call)"
 
+    own = {name: _identities(module) for name, module in modules.items()}
     for count in sorted({1, max(len(x) - 1, 1), len(x)}):
         rows.clear()
         try:
-            with torch.no_grad(), output_hooks(modules, record, raw=True):
+            with torch.no_grad(), call_hooks(modules, record):
                 alone = forward(model, x[:count])
                 return count, alone, rows, reasons
         except Exception:  # a model for one size of batch: what it raises depends on the model
             if count == len(x):
                 raise
     raise AssertionError("x is not empty")
+
+
+def _identities(module: nn.Module) -> list[int]:
+    return [id(layer_types.parameter(module, key)) for key in ("weight", "bias")]
 
 
 def _run_among_others(model: nn.Module, x: Inputs, examples: int) -> list[tuple[Tensor, Any]]:

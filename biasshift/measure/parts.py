@@ -42,6 +42,11 @@ class LinearPart(nn.Linear):
         """The rows of the owner's bias that belong to this part; None without one."""
         return self._rows("bias")
 
+    @property
+    def names(self) -> list[str]:
+        """The owner's names of the weight, and of the bias where there is one."""
+        return [name for name in self._keys.values() if name is not None]
+
     def parameter(self, key: str) -> Tensor | None:
         """Returns the whole parameter of the owner that ``"weight"`` or ``"bias"`` is read from.
 

@@ -59,6 +59,9 @@ def undisturbed(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(full_precision({device.type for device in devices}))
+        # A copy of a weight that autocast keeps would hide how often the weight is used.
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         # Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is
         # compiled before dynamo was imported.
         if "torch._dynamo" in sys.modules:

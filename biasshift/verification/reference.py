@@ -126,20 +126,26 @@ def _plain(layer: nn.Module) -> WeightLayer:
     """The layer with its weight as an ordinary parameter, and with a bias, which may be 0."""
     assert layer_types.is_covered(layer)
     if isinstance(layer, LinearPart):
-        _remove_parametrizations(layer.owner)
+        _make_parameters(layer.owner, layer.names)
         return layer
-    _remove_parametrizations(layer)
-    if "weight" not in layer._parameters:
-        # made before every call, by a hook of the older weight_norm, spectral_norm or pruning
-        value = layer.weight.detach().clone()
-        for key, hook in list(layer._forward_pre_hooks.items()):
-            if type(hook).__module__.startswith("torch.nn.utils"):
-                del layer._forward_pre_hooks[key]
-        del layer.weight
-        layer.weight = nn.Parameter(value)
+    _make_parameters(layer, ["weight"])
     if layer.bias is None and has_bias_row(layer):
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer_types.unit_count(layer)))
     return layer
+
+
+def _make_parameters(layer: nn.Module, names: list[str]) -> None:
+    """Turns what is computed before every call into ordinary parameters."""
+    _remove_parametrizations(layer)
+    for name in names:
+        if name not in layer._parameters:
+            # by a hook of the older weight_norm, spectral_norm or pruning
+            value = getattr(layer, name).detach().clone()
+            for key, hook in list(layer._forward_pre_hooks.items()):
+                if type(hook).__module__.startswith("torch.nn.utils"):
+                    del layer._forward_pre_hooks[key]
+            delattr(layer, name)
+            setattr(layer, name, nn.Parameter(value))
 
 
 def _remove_parametrizations(layer: nn.Module) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from composite_oracles import blocks_by_parameters
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import biasshift as bs
@@ -191,6 +191,56 @@ def test_a_parametrized_owner() -> None:
     assert parametrize.is_parametrized(model.attn, "in_proj_weight")
     table = bs.check(model, x).set_index("module")
     assert (table.error[[*PARTS, "gru.hh_l0"]] < 1e-10).all(), table.to_string()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_hooks_compute_before_every_call() -> None:
+    model, plain, x = Attentive(), Attentive(), probe()
+    nn.utils.weight_norm(model.gru, "weight_hh_l0")
+    prune.l1_unstructured(model.attn, "in_proj_weight", amount=0.3)
+    with torch.no_grad():
+        model.gru.weight_hh_l0_g.mul_(2)
+        plain.gru.weight_hh_l0.mul_(2)
+        plain.attn.in_proj_weight.mul_(model.attn.in_proj_weight_mask)
+    found, expected = bs.unit_fisher(model, x), bs.unit_fisher(plain, x)
+    for layer, fisher in expected.items():
+        torch.testing.assert_close(found[layer].matrix(), fisher.matrix())
+    table = bs.check(model, x).set_index("module")
+    assert (table.error[[*PARTS, "gru.hh_l0"]] < 1e-10).all(), table.to_string()
+
+
+@pytest.mark.parametrize("name", ["gru", "head"])
+def test_weights_of_a_functional_call_are_not_the_layers_own(name: str) -> None:
+    class Doubled(Attentive):
+        def forward(self, x: Tensor) -> Tensor:
+            own = getattr(self, name)
+            twice = {key: 2 * p for key, p in own.named_parameters()}
+
+            def call(a: Tensor) -> Any:
+                return torch.func.functional_call(own, twice, (a,))
+
+            hidden = (call if name == "gru" else self.gru)(self.mix(x))[0].mean(1)
+            return (call if name == "head" else self.head)(hidden)
+
+    layers = ["gru.ih_l0", "gru.hh_l0"] if name == "gru" else ["head"]
+    for layer in layers:
+        with pytest.raises(ValueError, match=rf"'{layer}'.*weights that are not its own"):
+            bs.unit_fisher(Doubled(), probe(), layers=[layer])
+
+
+def test_recurrent_modules_under_autocast() -> None:
+    class Mixed(Attentive):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = super().forward(x)
+            return out.float()
+
+    model, x = Mixed().float(), probe(4).float()
+    cached = torch.is_autocast_cache_enabled()
+    table = bs.check(model, x).set_index("module")
+    assert table.covered[[*PARTS, "gru.ih_l0", "gru.hh_l0"]].all(), table.to_string()
+    assert (table.error.dropna() < 0.1).all()
+    assert torch.is_autocast_cache_enabled() == cached
 
 
 def test_the_output_projection_is_run_as_pytorch_runs_it() -> None:
