@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from biasshift.measure import layer_types
 from biasshift.measure.coverage import are_named, refuse, selected_layers, warn_of_left_out
-from biasshift.measure.hooks import output_hooks, underlying
+from biasshift.measure.hooks import call_hooks, underlying
 from biasshift.measure.independence import Reasons, why_not_affine
 from biasshift.measure.layer_types import Selection, WeightLayer
 from biasshift.measure.options import Options
@@ -120,7 +120,10 @@ def bias_shift(
     before, left_out = net_means(model, probe, options)
     warn_of_left_out(underlying(model), left_out, stacklevel=4)
     yield shifts
-    shifts._layers = compare(before, net_means(model, probe, options)[0])
+    after, since = net_means(model, probe, options)
+    lost = {name: why for name, why in since.items() if name in before}
+    warn_of_left_out(underlying(model), lost, stacklevel=4)
+    shifts._layers = compare(before, after)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def net_means(model: nn.Module, x: Probe, options: Options) -> tuple[dict[str, N
             output.dtype,
         )
 
-    with undisturbed(model, evaluate=True), output_hooks(modules, record, raw=True):
+    with undisturbed(model, evaluate=True), call_hooks(modules, record):
         for batch in batches(model, x, None, options.batch_size, inputs=options.inputs):
             before = dict(sums)
             forward(model, batch.x, lambda before=before: (sums.clear(), sums.update(before)))
@@ -178,6 +181,8 @@ def net_means(model: nn.Module, x: Probe, options: Options) -> tuple[dict[str, N
             w0 = torch.zeros_like(net) if w0 is None else w0
             mean = layer_types.per_unit(modules[name], incoming / positions)
             means[name] = NetMeans(w, w0, mean, net / positions, dtype, positions)
+        if not means:
+            refuse(modules, {name: why for name, why in left_out.items() if name in modules})
         return means, left_out
 
 
@@ -185,14 +190,15 @@ def compare(before: Mapping[str, NetMeans], after: Mapping[str, NetMeans]) -> di
     """Returns the bias shift of every layer between two moments.
 
     Args:
-        before, after: of the same layers on the same probe; `net_means` measures them.
+        before, after: on the same probe; `net_means` measures them. Layers that are not in both
+            have no shift.
 
     Returns:
         Differences of float64 means, in the layer's dtype.
     """
     shifts = {}
-    for name, old in before.items():
-        new = after[name]
+    for name in (name for name in before if name in after):
+        old, new = before[name], after[name]
         parts = shift_parts(old.w, new.w - old.w, new.w0 - old.w0, old.mean, new.mean - old.mean)
         shifts[name] = BiasShift(*(part.to(old.dtype) for part in (new.net - old.net, *parts)))
     return shifts

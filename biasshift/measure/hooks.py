@@ -7,7 +7,7 @@ overwritten by an in-place activation, while the edge still leads to the net inp
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from biasshift.measure.examples import Inputs
+from biasshift.measure.function_calls import function_calls
 from biasshift.measure.sandbox import forward
 
 # May return something else for the module to have returned.
@@ -54,6 +55,26 @@ def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def call_hooks(
+    modules: Mapping[str, nn.Module], hook: OutputHook, *, copy_inputs: bool = False
+) -> Iterator[None]:
+    """Calls ``hook(name, module, input, output)`` after each use of a layer, in the block.
+
+    It may be a call of the module, whose own output is shown, or one of ``F.linear`` with its
+    parameters.
+
+    Args:
+        copy_inputs: let every layer read a copy of its input.
+    """
+    with ExitStack() as stack:
+        if copy_inputs:
+            stack.enter_context(_reading_copies(modules.values()))
+        stack.enter_context(output_hooks(modules, hook, raw=True))
+        stack.enter_context(function_calls(modules, hook, copy_inputs))
+        yield
 
 
 @contextmanager
@@ -168,11 +189,11 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> tup
     is repeated with every layer reading a copy.
     """
     tape = Tape()
-    with output_hooks(modules, tape.record, raw=True):
+    with call_hooks(modules, tape.record):
         outputs = forward(model, x)
     if tape.overwritten():
         tape = Tape()
-        with _reading_copies(modules.values()), output_hooks(modules, tape.record, raw=True):
+        with call_hooks(modules, tape.record, copy_inputs=True):
             outputs = forward(model, x)
     return tape, outputs
 

@@ -33,7 +33,13 @@ from biasshift.measure.coverage import (
 )
 from biasshift.measure.fisher import fishers_of, measure
 from biasshift.measure.gradient_gap import PredictedShift, gap
-from biasshift.measure.hooks import LayerGraph, add_output_hook, output_hooks, underlying
+from biasshift.measure.hooks import (
+    LayerGraph,
+    add_output_hook,
+    call_hooks,
+    output_hooks,
+    underlying,
+)
 from biasshift.measure.independence import Reasons
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.options import Options
@@ -217,8 +223,11 @@ class ProbeLog(Log):
 
     def _run_one_example(self, batch_size: int | None) -> None:
         """Which layers feed which, and which take part at all."""
-        modules: dict[str, nn.Module] = {**self.weights, **self.activations}
-        with undisturbed(self.model, evaluate=True), output_hooks(modules, self._graph.record):
+        with (
+            undisturbed(self.model, evaluate=True),
+            output_hooks(self.activations, self._graph.record),
+            call_hooks(self.weights, self._graph.record),
+        ):
             first = next(batches(self.model, self.x, None, batch_size, inputs=self._inputs))
             forward(self.model, first.x[:1])
         self._graph.finish()
@@ -341,8 +350,13 @@ class ProbeLog(Log):
         return merged
 
     def _net_means(self) -> dict[str, NetMeans]:
-        options = replace(self.options, layers=list(self.weights), skip=None)
-        means, _ = net_means(self.model, self.x, options)
+        options = self.options
+        if callable(options.layers):  # tied ones have means, but no Fisher matrices
+            options = replace(options, layers=lambda name, module: name in self.weights)
+        means, left_out = net_means(self.model, self.x, options)
+        new = {name: why for name, why in left_out.items() if name not in self._unmeasured}
+        warn_of_left_out(self.model, new, stacklevel=6)
+        self._unmeasured |= set(new)
         return all_reduce.merged_means(means) if self._merging else means
 
     def _has_fisher(self, name: str, module: nn.Module) -> bool:

@@ -1,0 +1,80 @@
+"""Linear layers whose weights a function applies, in place of a call of the module."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+# (name, module, input, output) → another output to go on with, or None
+Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def function_calls(
+    modules: Mapping[str, nn.Module], hook: Hook, copy_inputs: bool = False
+) -> Iterator[None]:
+    """Calls the hook for every ``F.linear`` with the weight and bias of a layer, in the block.
+
+    Attention of torchvision's Swin transformers, for example, hands the weights of its layers to a
+    function. Calls inside of a layer's own forward are the module's, and have hooks of their own.
+
+    Args:
+        copy_inputs: let the function read a copy, so that later writes into its input are harmless.
+    """
+    layers = {
+        id(module._parameters["weight"]): (name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
+    }
+    running: Counter[str] = Counter()
+    handles = []
+    try:
+        for name, module in layers.values():
+            handles += [
+                module.register_forward_pre_hook(partial(_count, running, name, 1)),
+                module.register_forward_hook(
+                    partial(_count, running, name, -1), prepend=True, always_call=True
+                ),
+            ]
+        with _FunctionCalls(layers, running, hook, copy_inputs):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count(running: Counter[str], name: str, step: int, *_: object) -> None:
+    running[name] += step
+
+
+class _FunctionCalls(TorchFunctionMode):
+    def __init__(
+        self,
+        layers: Mapping[int, tuple[str, nn.Module]],
+        running: Counter[str],
+        hook: Hook,
+        copy_inputs: bool,
+    ) -> None:
+        super().__init__()
+        self.layers, self.running, self.hook, self.copy_inputs = layers, running, hook, copy_inputs
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        names = ("input", "weight", "bias")
+        a, weight, bias = (*args, *(kwargs.get(name) for name in names[len(args) :]))
+        name, module = self.layers.get(id(weight), ("", None))
+        if module is None or self.running[name] > 0 or bias is not module._parameters.get("bias"):
+            return func(*args, **kwargs)
+        a = a.clone() if self.copy_inputs else a
+        output = func(a, weight, bias)
+        replaced = self.hook(name, module, a, output)
+        return output if replaced is None else replaced
