@@ -41,8 +41,9 @@ def judge(console: Console, options: Claims) -> None:
     text = f"{claims_markdown(verdicts)}\n{provenance_sentence(made_by)}\n"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        with replacing(options.out / "claims.parquet") as temporary:
-            verdicts.to_parquet(temporary)
+        # By an open file: to pyarrow, names are UTF-8.
+        with replacing(options.out / "claims.parquet") as temporary, open(temporary, "wb") as file:
+            verdicts.to_parquet(file)
         with replacing(options.out / "claims.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -41,8 +41,8 @@ def save(
     arrow = arrow.replace_schema_metadata({KEY: json.dumps(metadata, ensure_ascii=False).encode()})
     path = Path(folder) / f"{name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        pq.write_table(arrow, temporary, compression="zstd")
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(arrow, file, compression="zstd")  # to pyarrow, names are UTF-8
         if (size := temporary.stat().st_size) > MOST_BYTES:
             raise ValueError(
                 f"The table of figure {name} has {size:,} bytes, more than {MOST_BYTES:,}. Give "

@@ -101,7 +101,8 @@ def memory_bytes() -> int:
 def _footers(folder: Path) -> Iterator[pq.FileMetaData]:
     for _, name in segment_files(folder):
         try:
-            footer = pq.read_metadata(own_file(folder, name))
+            with open(own_file(folder, name), "rb") as file:
+                footer = pq.read_metadata(file)
             refuse_swollen(footer)
         except (pa.ArrowException, OSError, ValueError):
             continue

@@ -258,7 +258,8 @@ class Run:
         if self._waiting:
             rows = pa.concat_tables(self._waiting, promote_options="default").unify_dictionaries()
             with replacing(self.folder / segment_name(self.segments)) as temporary:
-                pq.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
+                with open(temporary, "wb") as file:  # to pyarrow, names are UTF-8
+                    pq.write_table(rows, file, compression="zstd", write_page_checksum=True)
                 with open(temporary, "rb") as file:
                     sha256 = file_digest(file)
             last = int(rows["step"].to_numpy().max())
