@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         activation_moments as activation_moments,
     )
     from biasshift.measure.bias_shift import bias_shift as bias_shift
+    from biasshift.measure.coverage import UncoveredWarning as UncoveredWarning
     from biasshift.measure.fisher import unit_fisher as unit_fisher
     from biasshift.measure.gradient_gap import gradient_gap as gradient_gap
     from biasshift.tracking.instrument import instrument as instrument
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationMoments",
     "FewSamplesWarning",
+    "UncoveredWarning",
     "UnitFisher",
     "activation_moments",
     "bias_shift",
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "ActivationMoments": "measure.activation_moments",
     "FewSamplesWarning": "fisher.sample_size",
+    "UncoveredWarning": "measure.coverage",
     "UnitFisher": "fisher.unit_fisher",
     "activation_moments": "measure.activation_moments",
     "bias_shift": "measure.bias_shift",

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from biasshift.measure import layer_types
 from biasshift.measure.examples import Inputs
-from biasshift.measure.hooks import Tape, output_hooks, traced
+from biasshift.measure.hooks import Call, Tape, output_hooks, traced
 from biasshift.measure.independence import (
     Layers,
     Layouts,
@@ -38,6 +38,11 @@ from biasshift.measure.sandbox import forward
 Uses = defaultdict[Tensor, Counter[tuple[int, int]]]  # parameter → rows (from, to) → how often
 BY_FUNCTION = "it is not called as a module: its weight is used inside a function"
 NAMED = 4  # layers with their reasons in one warning
+# What PyTorch makes of a weight before it reads it, as autograd names it.
+_VIEWS = re.compile(
+    "(T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Alias|Slice|Unsqueeze|Squeeze|Expand|ToCopy)"
+    r"Backward\d*$"
+)
 
 
 class UncoveredWarning(UserWarning):
@@ -358,6 +363,11 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
             )
         elif weight is not None and used < reached:
             reasons[name] = "it runs with weights that are not its own (a functional call)"
+        elif weight is None and _reads_weights_apart(module, calls, outputs):
+            reasons[name] = (
+                "its weight is also used inside a function, or in a gradient that the forward pass "
+                "takes"
+            )
         elif any(call.edge.node in behind for call in calls):
             reasons[name] = (
                 "it runs before a reentrant checkpoint, which autograd does not follow "
@@ -366,6 +376,16 @@ def _unrecorded_uses(tape: Tape, modules: Layers, outputs: Tensor) -> Reasons:
         elif any(call.edge.node in cut_off for call in calls):
             reasons[name] = "it runs before an operation without a gradient, as of quantized layers"
     return reasons
+
+
+def _reads_weights_apart(module: nn.Module, calls: list[Call], outputs: Tensor) -> bool:
+    """Whether the outputs depend on a parametrized weight by another way than its recorded calls.
+
+    The weight is computed of other parameters, which may be read more than once for one call.
+    """
+    own = {p for p in module.parameters() if p is not layer_types.parameter(module, "bias")}
+    _, uses = _walk(outputs, stop={call.edge.node for call in calls})
+    return not own.isdisjoint(uses)
 
 
 def _before_quantizers(model: nn.Module, modules: Layers, x: Inputs) -> Reasons:
@@ -405,19 +425,36 @@ def _rows(node: Node) -> tuple[int, int]:
     return (start, end) if dim == 0 and start >= 0 and end >= 0 else (0, sys.maxsize)
 
 
-def _walk(start: Any) -> tuple[set[Any], Uses]:
-    """All nodes below a tensor or node, and how often every parameter is used, by the rows read."""
+def _walk(start: Any, stop: Collection[Any] = ()) -> tuple[set[Any], Uses]:
+    """All nodes below a tensor or node, and how often every parameter is used, by the rows read.
+
+    What lies below the nodes of ``stop`` alone is not seen.
+    """
     first = start.grad_fn if isinstance(start, Tensor) else start
-    nodes, uses = {first} if first is not None else set(), Uses(Counter)
+    nodes, readers = {first} if first is not None else set(), defaultdict[Any, list[Any]](list)
     waiting = list(nodes)
     while waiting:
         above = waiting.pop()
-        for node, _ in above.next_functions:
+        for node, _ in above.next_functions if above not in stop else ():
             if node is None:
                 continue
-            if type(node).__name__ == "AccumulateGrad":
-                uses[node.variable][_rows(above)] += 1  # pyright: ignore[reportAttributeAccessIssue]
+            readers[node].append(above)
             if node not in nodes:
                 nodes.add(node)
                 waiting.append(node)
+    uses = Uses(Counter)
+    for node in nodes:
+        if type(node).__name__ == "AccumulateGrad":
+            for reader in readers[node]:
+                uses[node.variable][_rows(reader)] += _readings(reader, readers)  # pyright: ignore[reportAttributeAccessIssue]
     return nodes, uses
+
+
+def _readings(node: Any, readers: Mapping[Any, list[Any]]) -> int:
+    """How often a parameter is read through a node: a view of it may be read several times.
+
+    The gradient that a forward pass takes reads the view of the weight that the layer has made.
+    """
+    if not _VIEWS.match(node.name()) or node not in readers:
+        return 1
+    return sum(_readings(reader, readers) for reader in readers[node])

@@ -274,7 +274,7 @@ def _add_batch(
     outputs = options.outputs(returned, examples)
     reasons = unmeasurable(model, tape, modules, x, outputs, options, where, first_batch=not states)
     named = are_named(options.layers) or options.uncovered == "raise"
-    if states or named or left_out is None or len(reasons) == len(modules):
+    if states or named or left_out is None or not tape.calls.keys() - reasons.keys():
         refuse(modules, reasons)
     else:
         for name, why in reasons.items():
@@ -301,6 +301,8 @@ def _add_batch(
         LayerBatch(name, modules[name], calls, examples, options, where.get(name))
         for name, calls in tape.calls.items()
     ]
+    if not layers:  # none is called
+        return
     if isinstance(states, LayerStates):
         states.add_layers(layers)
     for layer in layers:

@@ -5,6 +5,7 @@ Among them are the edge cases that break other libraries.
 
 import copy
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,8 +69,46 @@ def right(model: nn.Module, x: Tensor, reference: nn.Module | None = None, **opt
 def refused(model: nn.Module, x: Tensor, words: str, **options: Any) -> None:
     hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=words):
-        bs.unit_fisher(model, x, **options)
+        bs.unit_fisher(model, x, **{"uncovered": "raise", **options})
     assert hooks == {name: len(module._forward_hooks) for name, module in model.named_modules()}
+
+
+def left_out(
+    model: nn.Module,
+    x: Tensor,
+    words: dict[str, str],
+    reference: nn.Module | dict[str, oracles.Block] | None = None,
+    **options: Any,
+) -> None:
+    """By default one warning says why of every layer, and all other layers are right.
+
+    ``reference`` is the same function in a form that the oracle can run, or what it found.
+    """
+    with pytest.warns(bs.UncoveredWarning) as caught:
+        fishers = bs.unit_fisher(model, x, **options)
+    [said] = [str(w.message) for w in caught if w.category is bs.UncoveredWarning]
+    for name, why in words.items():
+        assert re.search(rf"'{re.escape(name)}' \(\w+\): [^']*{why}", said)
+    covered = {n for n, m in model.named_modules() if layer_types.is_covered(m)}
+    assert covered - set(fishers) == set(words)
+    if not isinstance(reference, dict):
+        reference = oracles.unit_fishers(
+            reference or model,
+            x,
+            options.get("likelihood", "categorical"),
+            options.get("weight_sharing", "per_example"),
+        )
+    agree(fishers, reference)
+    assert list(bs.unit_fisher(model, x, skip=list(words), **options)) == list(fishers)
+
+
+def last_layer(model: nn.Module, name: str, x: Tensor) -> dict[str, oracles.Block]:
+    """Of a layer that returns the outputs, whatever the model does before it."""
+    layer, seen = model.get_submodule(name), []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    return {name: oracles.unit_fishers(nn.Sequential(layer), seen[0])["0"]}
 
 
 def mlp() -> nn.Sequential:
@@ -537,13 +576,21 @@ def test_a_forward_of_one_s_own_that_is_the_same_function() -> None:
 def test_a_forward_of_one_s_own_that_computes_something_else_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(layer, nn.ELU(), nn.Linear(6, 3)).double()
     refused(model, inputs(), r"'0' \(.*\).*its own forward.*Linear")
-    with pytest.raises(ValueError, match=r"'0'.*its own forward"), bs.bias_shift(model, inputs()):
+    left_out(model, inputs(), {"0": "its own forward"})
+    with (
+        pytest.raises(ValueError, match=r"'0'.*its own forward"),
+        bs.bias_shift(model, inputs(), uncovered="raise"),
+    ):
         pass
-    refused(
-        nn.Sequential(PaddedConv(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double(),
-        inputs(4, 1, 5, 5),
-        "'0'.*Conv2d",
-    )
+    with (
+        pytest.warns(bs.UncoveredWarning, match=r"'0' \(.*\): its own forward"),
+        bs.bias_shift(model, inputs()) as shift,
+    ):
+        pass
+    assert list(shift) == ["2"]
+    padded = nn.Sequential(PaddedConv(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double()
+    refused(padded, inputs(4, 1, 5, 5), "'0'.*Conv2d")
+    left_out(padded, inputs(4, 1, 5, 5), {"0": "its own forward.*Conv2d"})
 
 
 # -- weights with more than one use ----------------------------------------------------------------
@@ -578,6 +625,11 @@ class Substituted(TwoLayers):
 )
 def test_hidden_uses_of_a_weight_are_refused(kind: type[nn.Module], words: str) -> None:
     refused(two_layers(kind), inputs(), f"'stem'.*{words}")
+    if kind is Autoencoder:  # which has no other layer
+        refused(two_layers(kind), inputs(), f"'stem'.*{words}", uncovered="skip")
+    else:
+        model = two_layers(kind)
+        left_out(model, inputs(), {"stem": words}, last_layer(model, "head", inputs()))
 
 
 def tied(what: str) -> nn.Module:
@@ -606,13 +658,21 @@ def tied(what: str) -> nn.Module:
 def test_tied_parameters_are_refused_with_both_names(what: str) -> None:
     model = tied(what)
     refused(model, inputs(), "'0' .*tied to that of '2'")
-    refused(model, inputs(), "'2' .*tied to that of '0'", layers=["2", "4"])
+    refused(model, inputs(), "'2' .*tied to that of '0'", layers=["2", "4"], uncovered="skip")
+    words = {"0": "its .* is tied to that of '2'", "2": "its .* is tied to that of '0'"}
+    left_out(model, inputs(), words, last_layer(model, "4", inputs()))
     assert list(bs.unit_fisher(model, inputs(), layers=["4"])) == ["4"]
 
 
 def test_the_second_name_of_a_layer_leads_to_the_first() -> None:
     model = BY_NAME["tied"].factory().double()
-    refused(model, inputs(), "'again' is 'first' under another name", layers=["again"])
+    refused(
+        model,
+        inputs(),
+        "'again' is 'first' under another name",
+        layers=["again"],
+        uncovered="skip",
+    )
     assert list(bs.unit_fisher(model, inputs())) == ["first", "head"]
 
 
@@ -635,8 +695,14 @@ class Tokens(nn.Module):
 def test_a_head_tied_to_an_embedding() -> None:
     torch.manual_seed(0)
     x = torch.randint(6, (5, 3))
-    refused(Tokens(tie=True).double(), x, "'head'.*tied to that of 'embed'")
-    assert list(bs.unit_fisher(Tokens(tie=True).double(), x, layers=["inner"])) == ["inner"]
+    model = Tokens(tie=True).double()
+    refused(model, x, "'head'.*tied to that of 'embed'")
+    alone = bs.unit_fisher(model, x, layers=["inner"])
+    assert list(alone) == ["inner"]
+    with pytest.warns(bs.UncoveredWarning, match="'head' .*tied to that of 'embed'"):
+        fishers = bs.unit_fisher(model, x)
+    assert list(fishers) == ["inner"]
+    assert torch.equal(fishers["inner"].matrix(), alone["inner"].matrix())
 
 
 # -- outputs with positions ------------------------------------------------------------------------
@@ -710,8 +776,9 @@ class Counting(TwoLayers):
 )
 def test_coupled_or_random_functions_are_refused(kind: type[nn.Module], words: str) -> None:
     model = two_layers(kind)
-    refused(model, inputs(), words)
-    refused(model, inputs(), words, weight_sharing="expand")
+    for uncovered in ("raise", "skip"):  # no layer of such a model can be measured
+        refused(model, inputs(), words, uncovered=uncovered)
+        refused(model, inputs(), words, uncovered=uncovered, weight_sharing="expand")
     assert not any(bs.check(model, inputs())["covered"])
     assert all(float(buffer) == 0 for buffer in model.buffers())
 
@@ -868,6 +935,7 @@ def test_examples_that_depend_on_some_of_their_batch_are_refused(
     assert depend_on_each_other(model, x)
     options = {"layers": ["stem", "head"], "weight_sharing": weight_sharing}
     refused(model, x, "change with the rest of its batch", **options)
+    refused(model, x, "change with the rest of its batch", **options, uncovered="skip")
 
 
 @pytest.mark.parametrize(
@@ -916,9 +984,23 @@ class Experts(nn.Module):
         return self.head(F.elu(h))
 
 
+class EveryExpert(Experts):
+    """The same function: both layers run on every example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        chosen = (p.argmax(-1, keepdim=True) == torch.arange(2)) * p
+        return self.head(
+            F.elu(sum(chosen[:, i : i + 1] * e(x) for i, e in enumerate(self.experts)))
+        )
+
+
 def test_experts_that_see_some_examples() -> None:
     model, x = two_layers(Experts), inputs(20, 5)
-    refused(model, x, r"'experts\.\d'.*rows")
+    why = "how often it is called depends on the other examples"
+    refused(model, x, rf"'experts\.\d' .*{why}")
+    words = {"experts.0": why, "experts.1": "it sees 16 rows for 20 examples"}
+    left_out(model, x, words, two_layers(EveryExpert))
     table = bs.check(model, x, weight_sharing="expand", examples=8)
     assert table["error"].max() < 1e-12 and table["covered"].sum() == 4
 
@@ -1127,7 +1209,12 @@ def test_models_that_differentiate_inside_their_forward_pass(
         oracles.unit_fishers(scale, forces),
     )
     if kind is Forces:
-        refused(model, x, "'(stem|energy)'.*a gradient that the forward pass takes")
+        words = "a gradient that the forward pass takes"
+        refused(model, x, f"'(stem|energy)'.*{words}")
+        with pytest.warns(bs.UncoveredWarning, match=f"'stem' .*{words}.*'energy' .*{words}"):
+            fishers = bs.unit_fisher(model, x)
+        assert list(fishers) == ["scale"]
+        agree({"0": fishers["scale"]}, oracles.unit_fishers(scale, forces))
     else:  # as if detached
         assert bs.unit_fisher(model, x)["stem"].dead.all()
     assert bs.check(model, x).set_index("module").error["scale"] < 1e-12

@@ -13,7 +13,17 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, Case, ChangedLater, Checkpointed, SequenceFirst, Windows, pristine
+from cases import (
+    BY_NAME,
+    CASES,
+    Case,
+    ChangedLater,
+    Checkpointed,
+    Pool,
+    SequenceFirst,
+    Windows,
+    pristine,
+)
 from torch import Tensor, nn
 
 import biasshift as bs
@@ -104,6 +114,16 @@ def right_or_refused(layers: tuple[str, ...], measure: Callable[[], Any]) -> Any
     except (ValueError, RuntimeError, NotImplementedError) as error:
         assert any(f'"{name}"' in str(error) or f"'{name}'" in str(error) for name in layers), error
         return None
+
+
+def left_out(model: nn.Module, x: Tensor, *names: str) -> dict[str, Any]:
+    """What is measured by default, where one warning names the layers that are not."""
+    with pytest.warns(bs.UncoveredWarning) as caught:
+        fishers = bs.unit_fisher(model, x, damping=DAMPING)
+    [said] = [str(w.message) for w in caught if w.category is bs.UncoveredWarning]
+    assert all(f"'{name}' (Linear): " in said for name in names)
+    assert not set(names) & set(fishers)
+    return fishers
 
 
 # -- the oracle, first against itself --------------------------------------------------------------
@@ -466,11 +486,15 @@ def test_a_checkpoint_is_right_or_refused_by_name(reentrant: bool) -> None:
     torch.manual_seed(0)
     model, x = Checkpointed(reentrant).double(), torch.randn(30, 5, dtype=DOUBLE)
     fishers = right_or_refused(
-        ("block.0", "block.2"), lambda: bs.unit_fisher(model, x, damping=DAMPING)
+        ("block.0", "block.2"),
+        lambda: bs.unit_fisher(model, x, damping=DAMPING, uncovered="raise"),
     )
     assert (fishers is None) == reentrant
+    if fishers is None:
+        fishers = left_out(model, x, "stem", "block.0", "block.2")
+        assert list(fishers) == ["head"]
     model.reentrant = None
-    for name, fisher in (fishers or {}).items():
+    for name, fisher in fishers.items():
         matches(fisher, oracles.unit_fishers(model, x)[name])
     pristine(model)
 
@@ -491,12 +515,13 @@ def test_a_layer_that_runs_without_gradients_is_refused_by_name() -> None:
     torch.manual_seed(0)
     model, x = Backbone().double(), torch.randn(30, 5, dtype=DOUBLE)
     with pytest.raises((ValueError, RuntimeError), match=r"[\"']inner[\"']"):
-        bs.unit_fisher(model, x)
+        bs.unit_fisher(model, x, uncovered="raise")
     pristine(model)
-    matches(
-        bs.unit_fisher(model, x, layers=["head"], damping=DAMPING)["head"],
-        oracles.unit_fishers(model, x)["head"],
-    )
+    block = oracles.unit_fishers(model, x)["head"]
+    matches(bs.unit_fisher(model, x, layers=["head"], damping=DAMPING)["head"], block)
+    fishers = left_out(model, x, "inner")
+    assert list(fishers) == ["head"]
+    matches(fishers["head"], block)
 
 
 def test_autocast_around_a_measurement_changes_nothing() -> None:
@@ -601,18 +626,34 @@ def test_too_many_passes_are_refused_and_sampling_suggested() -> None:
     assert list(bs.unit_fisher(model, x, labels="sampled")) == ["0"]
 
 
-def test_outputs_that_are_not_a_tensor_are_refused() -> None:
+def test_outputs_that_are_no_tensor_are_chosen_or_refused() -> None:
     class Dictionary(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, *keys: str) -> None:
             super().__init__()
-            self.inner = nn.Linear(5, 3)
+            self.inner, self.keys = nn.Linear(5, 3), keys
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.inner(x)}
+            outputs = self.inner(x)
+            return {key: -i * outputs if i else outputs for i, key in enumerate(self.keys)}
 
-    model = Dictionary()
-    with pytest.raises(ValueError, match="dict"):
-        bs.unit_fisher(model, torch.randn(4, 5))
+    torch.manual_seed(0)
+    x = torch.randn(30, 5, dtype=DOUBLE)
+    for keys, choice in (
+        (("logits", "features"), None),
+        (("out", "aux"), None),
+        (("scores",), None),
+        (("scores", "features"), "scores"),
+        (("scores", "features"), lambda returned: returned["scores"]),
+    ):
+        model = Dictionary(*keys).double()
+        fisher = bs.unit_fisher(model, x, output=choice, damping=DAMPING)["inner"]
+        matches(fisher, oracles.unit_fishers(nn.Sequential(model.inner), x)["0"])
+        pristine(model)
+    model = Dictionary("scores", "features").double()
+    with pytest.raises(ValueError, match=r"dict with the keys 'scores', 'features'.*output="):
+        bs.unit_fisher(model, x)
+    with pytest.raises(ValueError, match=r"'output' must be a key.*'classes'"):
+        bs.unit_fisher(model, x, output="classes")
     pristine(model)
 
 
@@ -632,28 +673,84 @@ def test_no_data_is_refused() -> None:
             bs.unit_fisher(model, empty)
 
 
-def test_positions_folded_into_the_examples_are_refused_by_name() -> None:
+@sharing
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_positions_folded_into_the_examples_are_right(
+    weight_sharing: str, batch_size: int | None
+) -> None:
     torch.manual_seed(0)
     model, x = Windows().double(), torch.randn(12, 4, 3, dtype=DOUBLE)
-    with pytest.raises(ValueError, match=r"[\"']inner[\"']"):
-        bs.unit_fisher(model, x, weight_sharing="per_example")
-    fishers = bs.unit_fisher(
-        model, x, weight_sharing="per_example", layers=["head"], damping=DAMPING
-    )
-    matches(fishers["head"], oracles.unit_fishers(model, x)["head"])
+    options: dict[str, Any] = {"weight_sharing": weight_sharing, "damping": DAMPING}
+    # the same function, with the positions of an example behind it
+    plain = nn.Sequential(model.inner, nn.ELU(), Pool(), model.head)
+    blocks = oracles.unit_fishers(plain, x, weight_sharing=weight_sharing)
+    fishers = bs.unit_fisher(model, x, batch_size=batch_size, **options)
+    assert list(fishers) == ["inner", "head"]
+    matches(fishers["inner"], blocks["0"])
+    matches(fishers["head"], blocks["3"])
+    fishers = bs.unit_fisher(model, x, layers=["head"], **options)
+    matches(fishers["head"], blocks["3"])
 
 
-def test_positions_in_front_are_right_or_refused_also_when_the_sizes_agree() -> None:
+def test_rows_whose_examples_depend_on_the_batch_are_refused_by_name() -> None:
+    class Doubled(Windows):
+        """Every example runs twice: all examples, and then all again."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.elu(self.inner(torch.cat([x, x])))
+            return self.head(h[: len(x)] + h[len(x) :])
+
+    torch.manual_seed(0)
+    model, x = Doubled().double(), torch.randn(12, 3, dtype=DOUBLE)
+    fishers = bs.unit_fisher(model, x, damping=DAMPING, uncovered="raise")
+    plain = nn.Sequential(model.inner, nn.ELU(), Twice(), model.head)
+    for name, block in (("inner", "0"), ("head", "3")):
+        matches(fishers[name], oracles.unit_fishers(plain, x)[block])
+
+    class Sorted(Windows):
+        """Both copies of an example stand where its first feature puts it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.cat([x, x])
+            order = rows[:, 0].argsort()
+            h = F.elu(self.inner(rows[order]))[order.argsort()]
+            return self.head(h[: len(x)] + h[len(x) :])
+
+    model = Sorted().double()
+    with pytest.raises(ValueError, match=r"'inner' .*sees 24 rows for 12 examples"):
+        bs.unit_fisher(model, x, uncovered="raise")
+    fishers = left_out(model, x, "inner")
+    assert list(fishers) == ["head"]
+    plain = nn.Sequential(model.inner, nn.ELU(), Twice(), model.head)
+    matches(fishers["head"], oracles.unit_fishers(plain, x)["3"])
+
+
+class Twice(nn.Module):
+    """Every number times two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_positions_in_front_are_right_also_when_the_sizes_agree() -> None:
     """6 positions of 6 examples: to take the leading axis for theirs would be silently wrong."""
     torch.manual_seed(0)
     model = SequenceFirst().double()
     for n in (6, 9):
         x = torch.randn(n, 6, 3, dtype=DOUBLE)
-        fishers = right_or_refused(
-            ("inner",), lambda x=x: bs.unit_fisher(model, x, damping=DAMPING)
-        )
-        if fishers is not None:
-            matches(fishers["inner"], oracles.unit_fishers(model, x)["inner"])
+        fishers, blocks = bs.unit_fisher(model, x, damping=DAMPING), by_parameters(model, x)
+        assert list(fishers) == ["inner", "head"]
+        for name, block in blocks.items():
+            close(fishers[name].matrix(), block, 1e-10)
+
+
+def by_parameters(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Unit Fisher matrices of the gradients of every example alone, wherever its positions are."""
+    blocks = {}
+    for name, score in oracles.scores(model, x, "categorical")[0].items():
+        p = model(x).softmax(-1).detach()
+        blocks[name] = torch.einsum("nk,nkui,nkuj->uij", p, score, score) / len(x)
+    return blocks
 
 
 # -- activation moments ----------------------------------------------------------------------------

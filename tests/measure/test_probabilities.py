@@ -45,6 +45,11 @@ ENDS = [(f, "categorical", "softmax") for f in SOFTMAX.values()]
 ENDS += [(f, "bernoulli", "sigmoid") for f in SIGMOID.values()]
 
 
+def alarms(caught: pytest.WarningsRecorder) -> int:
+    """How many warnings there were, but for those of few samples."""
+    return sum(warning.category is not bs.FewSamplesWarning for warning in caught)
+
+
 @pytest.mark.parametrize(("function", "likelihood", "last"), ENDS)
 def test_probabilities_are_one_warning_wherever_logits_are_due(function, likelihood, last) -> None:
     model = Ending(function)
@@ -55,7 +60,7 @@ def test_probabilities_are_one_warning_wherever_logits_are_due(function, likelih
     ):
         with pytest.warns(UserWarning, match=f"{likelihood}.*without its last {last}") as caught:
             measure()
-        assert len(caught) == 1
+        assert alarms(caught) == 1
 
 
 def test_a_log_warns_once() -> None:
@@ -67,7 +72,7 @@ def test_a_log_warns_once() -> None:
                 optimizer.zero_grad()
                 model(X).log()[range(8), Y].mean().neg().backward()
                 optimizer.step()
-    assert len(caught) == 1
+    assert alarms(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,4 +94,5 @@ def test_a_log_warns_once() -> None:
 def test_outputs_that_are_logits_give_no_alarm(function, likelihood, scale, bias) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", bs.FewSamplesWarning)
         bs.unit_fisher(Ending(function, scale, bias), X, likelihood=likelihood)

@@ -176,5 +176,5 @@ def test_labels_of_other_kinds_are_left_alone_until_they_are_read(
 
 def test_a_batch_whose_examples_are_not_a_tensor_is_refused_in_batches_too() -> None:
     for batch_size in (None, 2):
-        with pytest.raises(ValueError, match=r"pair \(x, y\), got list"):
+        with pytest.raises(ValueError, match=r"pair \(x, y\) or a dict, got list"):
             bs.activation_moments(network(), [([x, x], y)], batch_size=batch_size)

@@ -293,7 +293,7 @@ def shift(model: nn.Module, probe: Tensor) -> None:
 def fisher(model: nn.Module, probe: Tensor) -> None:
     """What depends on earlier calls is refused, and left as found."""
     with pytest.raises(ValueError, match=r"by the call|draws random numbers|sees 1 rows"):
-        bs.unit_fisher(model, probe)
+        bs.unit_fisher(model, probe, uncovered="raise")
 
 
 def moments(model: nn.Module, probe: Tensor) -> None:
