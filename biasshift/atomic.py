@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # a disk is full, or fails
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # of file systems that cannot sync a folder
 
 
@@ -31,6 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: when the block has written nothing.
+        OSError: when the disk is full or fails, with the name of ``path``.
     """
     _remove_left_behind(path)
     temporary = _created(path)
@@ -42,10 +44,25 @@ def replacing(path: Path) -> Iterator[Path]:
             # Before the renaming, or a power cut may leave the name on an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception) and (reason := _no_room(error, temporary)):
+            raise OSError(reason.errno, os.strerror(reason.errno or 0), str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def _no_room(error: BaseException | None, temporary: Path) -> OSError | None:
+    """The error of a disk that is full or fails, if that is behind this one: without a name that
+    anybody knows. PyTorch covers it by an error of its own.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error if error.filename in (None, str(temporary)) else None
+        seen.append(error)
+        error = error.__context__
+    return None
 
 
 def sync_folder(folder: Path) -> None:

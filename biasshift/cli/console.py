@@ -20,8 +20,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from biasshift.atomic import NO_ROOM
 from biasshift.escapes import visible
 from biasshift.training import trial
+
+ROOM = (
+    "All files that were there are still good. Make room and give the same command again, with "
+    "--resume where it trains."
+)
 
 
 class Terminal(Console):
@@ -43,7 +49,8 @@ def error_message(error: BaseException) -> str:
     "'runs': No such file or directory."
     """
     if isinstance(error, OSError) and error.filename is not None:
-        return visible(f"'{os.fsdecode(error.filename)}': {error.strerror}.")
+        room = f" {ROOM}" * (error.errno in NO_ROOM)
+        return visible(f"'{os.fsdecode(error.filename)}': {error.strerror}.{room}")
     if isinstance(error, MemoryError):
         return f"Memory is too small. {visible(str(error))}".strip()
     return visible(str(error))
