@@ -58,7 +58,9 @@ def refuse_swollen(footer: pq.FileMetaData) -> None:
         )
     rows, held = footer.num_rows, _stored_bytes(footer)
     if rows < 0 or rows > max(FEW_ROWS, ROWS_PER_BYTE * held):
-        raise ValueError(f"Its {held:,} bytes cannot hold the {rows:,} different rows they promise.")
+        raise ValueError(
+            f"Its {held:,} bytes cannot hold the {rows:,} different rows they promise."
+        )
 
 
 def refuse_too_large(folders: Sequence[Path], columns: Sequence[str] | None) -> None:
