@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     outcomes, finished = run(
         range(options.seed, options.seed + options.models), options.resume, options.workers
     )

@@ -69,7 +69,9 @@ def compare_moments(examination: Any) -> None:
     }
     values = _values(oracle, set(axes))
     moved = any(
-        w in rule for rule in oracle.drawn.used for w in ("positions", "map.linear", "view")
+        w in rule
+        for rule in oracle.drawn.used
+        for w in ("positions", "map.linear", "view", "to_sequence", "unreached")
     )
     if not SEES_PARAMETRIZED and any(
         hasattr(m, "parametrizations") for m in examination.model.modules()
@@ -411,10 +413,11 @@ def compare_training(examination: Any) -> None:
         return [*losses, *(p.detach() for p in model.parameters()), *model.buffers()]
 
     try:
-        plain = trained(False)
+        plain, again = trained(False), trained(False)
     except (RuntimeError, ValueError):  # cannot train as it is
         return
-    if plain is None:
+    # RReLU behind a checkpoint is not: PyTorch loses its slopes.
+    if plain is None or again is None or not all(map(torch.equal, plain, again)):
         return
     results: list[Any] = []
     called(examination, "instrument", lambda: results.append(trained(True)))

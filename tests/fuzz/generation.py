@@ -228,9 +228,8 @@ def differentiable(steps: list[Step], x: Tensor, dtype: torch.dtype) -> bool:
         with torch.random.fork_rng():
             out = model(x)
             if out.requires_grad:
-                torch.autograd.grad(
-                    out.sum(), list(model.parameters()), allow_unused=True, materialize_grads=False
-                )
+                by = list(model.parameters()) or [x]
+                torch.autograd.grad(out.sum(), by, allow_unused=True)
         return True
     except RuntimeError:
         return False

@@ -145,6 +145,7 @@ class Seen:
     incoming: Tensor | float = 0.0  # Σ of the incoming activations, (units, inputs), float64
     net: Tensor | float = 0.0  # Σ of the net inputs, (units,)
     positions: int = 0
+    largest: float = 0.0  # incoming activation
     patches: list[Tensor] = field(default_factory=list)  # (positions, units, inputs) of each call
 
 
@@ -153,10 +154,11 @@ class Oracle:
 
     Args:
         dtype: that the model runs in; sums are float64.
+        size: examples that the model runs on together.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
-        self.case, self.dtype = case, dtype
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64, size: int = 1) -> None:
+        self.case, self.dtype, self.size = case, dtype, size
         built = case.build()
         self.biased = {n: m.bias is not None for n, m in layers_of(built.model).items()}
         self.model, self.drawn = plain(built.model, dtype), built.drawn
@@ -194,7 +196,7 @@ class Oracle:
         ]
         rows: dict[str, list[Tensor]] = {name: [] for name in self.slots}
         with self._copied_inputs():
-            out = self._outputs(self.x[i : i + 1])
+            out = self._output(i)
             for w, term in label_terms(out, y, self.case.likelihood, self._mask(i)):
                 got = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
                 of_parameters = iter(got)
@@ -218,7 +220,7 @@ class Oracle:
                 m.register_forward_hook(add_zeros(n), prepend=True) for n, m in self.layers.items()
             ]
             with self._copied_inputs():
-                out = self._outputs(self.x[i : i + 1])
+                out = self._output(i)
             for handle in handles:
                 handle.remove()
         rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -264,6 +266,11 @@ class Oracle:
         """The outputs of some examples together, classes last."""
         with torch.no_grad(), repeatable(seed):
             return self._outputs(x)
+
+    def _output(self, i: int) -> Tensor:
+        """Those of one example, (1, …)."""
+        start = i - i % self.size
+        return self._outputs(self.x[start : start + self.size])[i - start : i - start + 1]
 
     def _outputs(self, x: Tensor) -> Tensor:
         """What the model returns, classes last."""
@@ -317,6 +324,7 @@ class Oracle:
                     s.incoming = s.incoming + by_unit(module, by_weight[0], None).double()
                     s.net = s.net + of_units.detach().double().sum(0)
                     s.positions += len(of_units)
+                    s.largest = max(s.largest, float(a.abs().max()) if a.numel() else 0.0)
                     if patches:
                         s.patches.append(_patches(module, of_units))
 
