@@ -177,7 +177,9 @@ class Recorder:
         # What a checkpoint computes again in the backward pass is not recorded.
         tape, self._tape = self._tape, None
         heads, self._heads = self._heads, []
-        if tape is None or module is not self.root or not self.layers:
+        if tape is None or module is not self.root:
+            return
+        if not self.layers and self.rule.reduction == "mean":  # else the examples are counted
             return
         output = chosen_output(returned, self.outputs.output)
         if not (output.requires_grad and output.numel()):

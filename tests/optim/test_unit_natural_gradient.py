@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 from io import BytesIO
 
 import oracles
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import BY_NAME, Tied, pristine
+from cases import BY_NAME, Pool, Tied, pristine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -857,7 +858,13 @@ def test_parameters_of_no_unit_take_the_plain_gradient():
         model, x, y = Odd().double(), torch.randint(7, (30,)), torch.randint(3, (30,))
     model.tied.again = nn.Linear(5, 5).double()
     model.tied.again.weight = model.tied.first.weight
-    optimizer = UnitNaturalGradient(model, 1.0)
+    words = "'tied.first' .*tied to that of 'tied.again'.*'tied.again' .*to that of 'tied.first'"
+    with pytest.raises(ValueError, match=r"Layer 'tied\.first' .*tied to that of 'tied\.again'"):
+        UnitNaturalGradient(model, 1.0, uncovered="raise")
+    UnitNaturalGradient(model, 1.0, skip=["tied"]).remove()
+    with pytest.warns(bs.UncoveredWarning, match=words) as caught:
+        optimizer = UnitNaturalGradient(model, 1.0)
+    assert len(caught) == 1
     before = parameters(model)
     take_step(model, optimizer, x, y)
     for name in ("table.weight", "tied.first.weight", "used.weight"):
@@ -956,7 +963,7 @@ def test_a_layer_whose_errors_cannot_come_back_is_refused(way, labels, rule, dim
     """And takes the step that it is due when called as the others are."""
     model, x, y = bypassed(way, dims)
     before = parameters(model)
-    optimizer = UnitNaturalGradient(model, 0.1, *rule, labels=labels)
+    optimizer = UnitNaturalGradient(model, 0.1, *rule, labels=labels, uncovered="raise")
     error, words = ValueError, r"Layer 'inner' has a gradient, .* no error came"
     if (way, labels) == ("reentrant", "sampled"):  # PyTorch lets nobody else differentiate it
         error, words = RuntimeError, "use_reentrant=False"
@@ -969,6 +976,32 @@ def test_a_layer_whose_errors_cannot_come_back_is_refused(way, labels, rule, dim
     optimizer = UnitNaturalGradient(model, 1.0, *rule, damping=DAMPING, labels="empirical")
     take_step(model, optimizer, x, y)
     assert_same(updates(model, before), expected)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("rule", READ_ERRORS)
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+@pytest.mark.parametrize("way", BYPASSES)
+def test_a_layer_whose_errors_cannot_come_back_takes_the_plain_gradient(way, labels, rule, dims):
+    """With one warning; all others take the steps that they take beside a layer that is called."""
+    if (way, labels) == ("reentrant", "sampled"):
+        pytest.skip("PyTorch lets nobody else differentiate it")
+    options = {"damping": DAMPING, "labels": labels}
+    steps = []
+    for net, x, y in (bypassed("called", dims), bypassed(way, dims)):
+        before, optimizer = parameters(net), UnitNaturalGradient(net, 1.0, *rule, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            take_step(net, optimizer, x, y)
+        steps.append((updates(net, before), caught, net, optimizer))
+    (called, none, *_), (found, caught, net, optimizer) = steps
+    said = [str(warning.message) for warning in caught]
+    assert not none and len(said) == 1 and caught[0].category is bs.UncoveredWarning
+    assert "Layer 'inner' has a gradient" in said[0] and "plain gradient from now on" in said[0]
+    torch.testing.assert_close(found["inner"], (net.inner.weight.grad, net.inner.bias.grad))
+    assert_same({n: found[n] for n in ("first", "last")}, {n: called[n] for n in ("first", "last")})
+    take_step(net, optimizer, x, y)  # says it once
+    assert set(optimizer.state_dict()["biasshift"]["curvature"]) == {"first", "last"}
 
 
 @pytest.mark.parametrize("labels", ["sampled", "empirical"])
@@ -987,7 +1020,7 @@ def test_net_inputs_of_another_node_are_refused(monkeypatch, labels):
     viewed = nn.Sequential(nn.Linear(5, 4), nn.ELU(inplace=True), nn.Linear(4, 3)).double()
     viewed[0].forward = lambda x: F.linear(x, viewed[0].weight, viewed[0].bias).view(len(x), 4)
     for net, refused in ((model, False), (viewed, True)):
-        optimizer = UnitNaturalGradient(net, 0.1, labels=labels)
+        optimizer = UnitNaturalGradient(net, 0.1, labels=labels, uncovered="raise")
         x, y = torch.ones(6, 5, dtype=torch.float64), torch.arange(6) % 3
         if refused:
             with pytest.raises(ValueError, match="Layer '0' has a gradient"):
@@ -1172,9 +1205,17 @@ def test_large_layers_with_dead_units_and_positions():
     assert torch.equal(model[0].weight[1], before["0.weight"][1])
     case = BY_NAME["tokens-pooled"]
     model, x, y = case.build()
-    optimizer = UnitNaturalGradient(model, 0.1, likelihood=case.likelihood, max_dense_inputs=2)
-    with pytest.raises(ValueError, match=r"positions an example.*expand"):
+    options = {"likelihood": case.likelihood, "max_dense_inputs": 2, "damping": DAMPING}
+    optimizer = UnitNaturalGradient(model, 0.1, **options, uncovered="raise")
+    with pytest.raises(ValueError, match=r"Layer '0' .* positions an example.*expand"):
         take_step(model, optimizer, x, y, case.likelihood)
+    optimizer = UnitNaturalGradient(model, 1.0, **options, labels="empirical")
+    before, expected = parameters(model), definitions(model, x, y, ("q", "full"))
+    with pytest.warns(bs.UncoveredWarning, match="Layer '0' has 3 inputs a unit and 4 positions"):
+        take_step(model, optimizer, x, y, case.likelihood)
+    found = updates(model, before)
+    torch.testing.assert_close(found["0"], (model[0].weight.grad, model[0].bias.grad))
+    assert_same({"3": found["3"]}, {"3": expected["3"]}, rtol=1e-6)
 
 
 # -- singular cases --------------------------------------------------------------------------------
@@ -1298,18 +1339,49 @@ def test_layers_whose_examples_are_not_in_front_are_refused():
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.inner(x.flatten(0, 1)).unflatten(0, (len(x), -1)).mean(1))
 
-    model, x, y = Folded(), torch.ones(6, 2, 3), torch.zeros(6, dtype=torch.long)
-    with pytest.raises(ValueError, match="Layer 'inner' sees 12 rows for 6 examples"):
-        take_step(model, UnitNaturalGradient(model, 0.1), x, y)
+    torch.manual_seed(0)
+    model, x, y = Folded().double(), torch.randn(6, 2, 3).double(), torch.arange(6) % 3
+    words = "Layer 'inner' sees 12 rows for 6 examples"
+    with pytest.raises(ValueError, match=words):
+        take_step(model, UnitNaturalGradient(model, 0.1, uncovered="raise"), x, y)
+    before = parameters(model)
+    plain = nn.Sequential(model.inner, Pool(), model.head)  # the same function
+    expected = definitions(plain, x, y, ("q", "full"))["2"]
+    optimizer = UnitNaturalGradient(model, 1.0, damping=DAMPING, labels="empirical")
+    with pytest.warns(bs.UncoveredWarning, match=f"{words}.*plain gradient from now on") as caught:
+        take_step(model, optimizer, x, y)
+    found = updates(model, before)
+    assert len(caught) == 1
+    torch.testing.assert_close(found["inner"], (model.inner.weight.grad, model.inner.bias.grad))
+    assert_same({"head": found["head"]}, {"head": expected})
     take_step(model, UnitNaturalGradient(model, 0.1, weight_sharing="expand"), x, y)
 
 
-def test_maps_with_their_classes_on_axis_one_are_refused():
-    model = nn.Sequential(nn.Conv2d(1, 3, 1))
-    UnitNaturalGradient(model, 0.1)
+def test_maps_with_their_classes_on_axis_one_are_refused_or_given_it():
+    class Last(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).movedim(1, -1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1)).double()
+    x, y = torch.randn(5, 1, 4, 4).double(), torch.randint(3, (5, 4, 4))
     optimizer = UnitNaturalGradient(model, 0.1)
-    with pytest.raises(ValueError, match=r"axis 1.*movedim"):
-        take_step(model, optimizer, torch.ones(2, 1, 4, 4), None)
+    with pytest.raises(ValueError, match=r"axis 1.*class_axis=1"):
+        take_step(model, optimizer, x, None)
+    optimizer.remove()
+    ends = []
+    for labels in ("sampled", "empirical"):
+        for net, options in ((model, {"class_axis": 1}), (Last(*model), {})):
+            net = copy.deepcopy(net)
+            optimizer = UnitNaturalGradient(net, 0.1, damping=DAMPING, labels=labels, **options)
+            outputs = net(x)
+            optimizer.zero_grad()
+            F.cross_entropy(outputs if options else outputs.movedim(-1, 1), y).backward()
+            optimizer.step()
+            ends.append(flat(net))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ends[2], ends[3], rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(ends[0], ends[2]) and not torch.allclose(ends[0], flat(model))
 
 
 # -- several processes -----------------------------------------------------------------------------
