@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures report notebooks lab docs test lint bench clean
+.PHONY: help demo figures report notebooks lab docs test faults lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -34,6 +34,9 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/; a warning i
 
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+
+faults: $(VENV)/.installed-test ## kill, damage and race run folders at length (half an hour)
+	@$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed-dev ## check style and types
 	@$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 without trusting it.
 """
 
+from biasshift.runs.integrity import DamagedRunWarning, UncheckedRunWarning
 from biasshift.runs.reader import read_run, read_runs, run_states
 from biasshift.runs.writer import Run
 
-__all__ = ["Run", "read_run", "read_runs", "run_states"]
+__all__ = ["DamagedRunWarning", "Run", "UncheckedRunWarning", "read_run", "read_runs", "run_states"]

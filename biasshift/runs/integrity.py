@@ -45,7 +45,7 @@ def unsealed(value: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         return value, False
     rest = {key: item for key, item in value.items() if key != SEAL}
     if value[SEAL] != digest(rest):
-        raise ValueError("its content is not what its SHA-256 was taken of")
+        raise ValueError("Its content is not what its SHA-256 was taken of.")
     return rest, True
 
 

@@ -31,7 +31,6 @@ from biasshift.runs.state import Record, State, read_record, settled
 
 _DEPTH = 3  # how far below a folder its runs may lie
 _TEXT = pa.dictionary(pa.int32(), pa.string())
-_REST = "The rest can be read with damaged='skip'; give --replace to start the run again."
 # The table of a run without segments.
 _NO_ROWS = pa.schema([("step", pa.int64()), ("layer", _TEXT), ("unit", pa.int32())]).empty_table()
 
@@ -238,11 +237,11 @@ def _read_segment(
     folder: Path, name: str, sha256: str | None, columns: Sequence[str] | None, units: bool
 ) -> pa.Table:
     if sha256 is not None and not os.path.lexists(folder / name):
-        raise ValueError(f"'{folder / name}' is missing. {_REST}")
+        raise _lost(folder / name, "is missing")
     path = own_file(folder, name)
     with open(path, "rb") as content:
         if sha256 is not None and file_digest(content) != sha256:
-            raise ValueError(f"'{path}' is damaged: it is not what the run has written. {_REST}")
+            raise _lost(path, "is damaged: it is not what the run has written")
         try:
             with pq.ParquetFile(
                 content, read_dictionary=["layer"], page_checksum_verification=True
@@ -253,6 +252,13 @@ def _read_segment(
                 f"'{path}' is not a readable segment ({first_line(error)}). Delete that file to "
                 "read the rest of the run."
             ) from error
+
+
+def _lost(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"'{path}' {what}. The rest can be read with damaged='skip'; give --replace to start the "
+        "run again."
+    )
 
 
 def _warn_unchecked(folders: Sequence[Path], records: Sequence[Record]) -> None:

@@ -42,7 +42,9 @@ SEGMENT = re.compile(r"segment-(\d{5,})\.parquet")
 RUN_FILE = re.compile(
     r"segment-\d{5,}\.parquet|(config|provenance|state)\.json|checkpoint(\.next)?\.pt"
 )
-TEMPORARY_FILE = re.compile(rf"\.({RUN_FILE.pattern})(\.[0-9a-f]{{8}}-\d+-[0-9a-f]{{8}})?\.tmp")
+TEMPORARY_FILE = re.compile(
+    rf"\.({RUN_FILE.pattern}|\.lock)(\.[0-9a-f]{{8}}-\d+-[0-9a-f]{{8}})?\.tmp"
+)
 LOCK = ".lock"
 CHECKPOINT, NEXT_CHECKPOINT = "checkpoint.pt", "checkpoint.next.pt"
 MAX_JSON_BYTES = 10_000_000

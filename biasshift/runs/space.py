@@ -19,12 +19,14 @@ from biasshift.runs.schema import (
 from biasshift.runs.state import State, write_state
 
 
-def refuse_occupied(folder: Path, exist: str) -> None:
+def refuse_occupied(folder: Path, exist: str, owned: bool = False) -> None:
     """Creates the folder, and refuses one in which no run may begin.
 
     Args:
         folder: the run's.
         exist: "refuse" or "replace": what to do about a run that is there.
+        owned: whether this process has the right to write the folder. If not, and another one seems
+            to have it, nothing is refused: what is there may change at any moment.
 
     Raises:
         FileExistsError: if the folder holds a run and `exist` is "refuse", or files of something
@@ -36,7 +38,10 @@ def refuse_occupied(folder: Path, exist: str) -> None:
     names = [name for name in os.listdir(folder) if not _is_left_over(name)]
     if not names or _is_beginning(folder, names):
         return
-    if not _is_run(folder):
+    ours = _is_run(folder)
+    if not owned and os.path.lexists(folder / LOCK):
+        return
+    if not ours:
         raise FileExistsError(
             f"'{folder}' is not empty and not a run folder. Choose another folder (--out)."
         )
@@ -53,7 +58,7 @@ def make_room(folder: Path, exist: str) -> None:
     Raises:
         FileExistsError: as `refuse_occupied`.
     """
-    refuse_occupied(folder, exist)
+    refuse_occupied(folder, exist, owned=True)
     if _is_run(folder) and not _is_empty(folder):
         # From here on the earlier run has neither rows nor a checkpoint.
         config, origin = (_digest(folder, name) for name in ("config.json", "provenance.json"))

@@ -7,10 +7,9 @@ readable up to its last flush; its state stays "running".
 
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from biasshift.atomic import replacing
-from biasshift.escapes import storable
-from biasshift.runs.integrity import UncheckedRunWarning, digest, file_digest, sealed
+from biasshift.runs.integrity import digest, file_digest, sealed
+from biasshift.runs.options import options, require_same_config, to_json, write_json
 from biasshift.runs.ownership import Ownership
 from biasshift.runs.provenance import now, provenance
+from biasshift.runs.resumption import segment_digests, with_checksums
 from biasshift.runs.schema import (
     CHECKPOINT,
     LAYOUT,
     NEXT_CHECKPOINT,
     check_config,
-    config_of,
     conform,
     first_line,
     is_run,
-    own_file,
-    parse_json,
     read_sealed,
     segment_files,
     segment_name,
@@ -117,22 +114,22 @@ class Run:
         """
         if exist not in ("refuse", "replace"):
             raise ValueError(f'\'exist\' must be "refuse" or "replace", got {exist!r}.')
-        folder, config = Path(folder), _options(config)
+        folder, config = Path(folder), options(config)
         check_config(config)
-        _to_json(config)
+        to_json(config)
         origin = provenance(config, device)
         refuse_occupied(folder, exist)
         with _owning(folder, owner) as right:
             make_room(folder, exist)
-            stored = {"biasshift_run": LAYOUT, "config": json.loads(_to_json(config))}
+            stored = {"biasshift_run": LAYOUT, "config": json.loads(to_json(config))}
             state = State(
-                checked=True, config=digest(stored), provenance=digest(json.loads(_to_json(origin)))
+                checked=True, config=digest(stored), provenance=digest(json.loads(to_json(origin)))
             )
             run = cls(folder, config, max_rows, right, state, owner is None)
             # The config comes last: it makes the folder a run, and all else is there by then.
             run._write_state("running")
-            _write_json(folder / "provenance.json", origin)
-            _write_json(folder / "config.json", sealed(stored))
+            write_json(folder / "provenance.json", origin)
+            write_json(folder / "config.json", sealed(stored))
         return run
 
     @classmethod
@@ -176,13 +173,13 @@ class Run:
         ...         run.segments
         0
         """
-        folder, config = Path(folder), _options(config)
-        _require_same_config(folder, config)
+        folder, config = Path(folder), options(config)
+        require_same_config(folder, config)
         with _owning(folder, owner) as right:
             before = read_state(folder)
-            digests = _digests(folder, before, segments)
+            digests = segment_digests(folder, before, segments)
             state = replace(
-                before if before.checked else _with_checksums(folder),
+                before if before.checked else with_checksums(folder),
                 last_step=last_step,
                 segments=digests,
                 checkpoints=() if checkpoint is None else (checkpoint,),
@@ -193,7 +190,7 @@ class Run:
             run._write_state("running")
             if not before.checked:
                 stored, _ = read_sealed(folder, "config.json")
-                _write_json(folder / "config.json", sealed(stored))
+                write_json(folder / "config.json", sealed(stored))
             for number, name in segment_files(folder):
                 if number >= segments:
                     (folder / name).unlink()
@@ -209,7 +206,7 @@ class Run:
         folder = Path(folder)
         if not (folder.is_dir() and is_run(folder)):
             return False
-        _require_same_config(folder, _options(config))
+        require_same_config(folder, options(config))
         return read_state(folder).state == "finished"
 
     def append(self, frame: pd.DataFrame) -> None:
@@ -329,10 +326,6 @@ class Run:
         write_state(self.folder, self._state)
 
 
-def _options(config: Any) -> dict[Any, Any]:
-    return dict(config) if isinstance(config, Mapping) else asdict(config)
-
-
 @contextmanager
 def _owning(folder: Path, owner: Ownership | None) -> Iterator[Ownership]:
     """The right to write the folder, which is given back only where the block fails."""
@@ -343,82 +336,3 @@ def _owning(folder: Path, owner: Ownership | None) -> Iterator[Ownership]:
         if owner is None:
             taken.release()
         raise
-
-
-def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Compares what would be stored with what is. Nothing is read from the file but that."""
-    path = folder / "config.json"
-    stored = config_of(path, parse_json(folder, path.name))
-    wanted = json.loads(_to_json(config))
-    for name in {**stored, **wanted}:
-        if name not in stored:
-            raise ValueError(
-                f"'{folder}' holds a run of another version, which does not record {name}. Choose "
-                "another folder (--out), or give --replace."
-            )
-        if stored.get(name) != wanted.get(name):
-            raise ValueError(
-                f"'{folder}' holds a run with {name} = {stored.get(name)!r}, and this one has "
-                f"{wanted.get(name)!r}. Choose another folder (--out), or give --replace."
-            )
-
-
-def _digests(folder: Path, state: State, segments: int) -> tuple[str, ...]:
-    """Returns the SHA-256 of the first segments, which are what the run has written."""
-    names = dict(segment_files(folder))
-    if missing := set(range(segments)) - set(names):
-        raise ValueError(
-            f"'{folder}' has lost segment {min(missing)}. Give --replace to start it again."
-        )
-    if state.checked and segments > len(state.segments):
-        raise ValueError(
-            f"'{folder / 'state.json'}' lists {len(state.segments)} segments, and {segments} are "
-            "needed. Give --replace to start the run again."
-        )
-    digests = []
-    for number in range(segments):
-        path = own_file(folder, segment_name(number))
-        with open(path, "rb") as file:
-            digests.append(file_digest(file))
-        if state.checked and digests[-1] != state.segments[number]:
-            raise ValueError(
-                f"'{path}' is damaged. The other segments can be read with damaged='skip'; give "
-                "--replace to start the run again."
-            )
-    return tuple(digests)
-
-
-def _with_checksums(folder: Path) -> State:
-    """The state of a run of version 0.1, which gets checksums of what is there."""
-    warnings.warn(
-        UncheckedRunWarning(
-            f"'{folder}' may be damaged unseen: written without checksums, by version 0.1."
-        ),
-        stacklevel=4,
-    )
-    return State(
-        checked=True,
-        config=digest(read_sealed(folder, "config.json")[0]),
-        provenance=digest(read_sealed(folder, "provenance.json", {})[0]),
-    )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = _to_json(value)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _to_json(value: Mapping[str, Any]) -> str:
-    def plain(item: object) -> str:
-        if isinstance(item, os.PathLike):
-            return storable(os.fspath(item))
-        raise TypeError(f"{item!r} is of type {type(item).__name__}.")
-
-    try:
-        return json.dumps(value, indent=2, default=plain, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "A config must hold numbers, text, lists and dicts, all finite, but "
-            f"{first_line(error)}."
-        ) from error

@@ -116,14 +116,15 @@ CHANGES: list[Callable[[random.Random, Path, list[Path]], None]] = [
 # -- what follows ------------------------------------------------------------------------------
 
 
-def tallies(count: int, seed: int, work: Path) -> list[Tally]:
-    """``count`` changes of each kind of file."""
+def tallies(count: int, seed: int, work: Path, only: str = "") -> list[Tally]:
+    """``count`` changes of each kind of file, or of one kind."""
     chance, whole = random.Random(seed), interrupted(work / "whole")
     expected = [content(folder) for folder in members(whole)]
     assert all(len(kept) == 2 for *_, kept in expected), "both checkpoints are there"
     return [
         _tally(kind, pattern, count, chance, whole, expected, work / "changed")
         for kind, pattern in KINDS.items()
+        if only in kind
     ]
 
 

@@ -49,7 +49,7 @@ def trial(seed: int) -> Trial:
         score_every=SCORE_EVERY,
         schedules=[ProbeSchedule((x[:20], y[:20]), 4, ("activations", "bias_shift"))],
         at_end=lambda model, step: pd.DataFrame(
-            {"step": [step], "closing": [sum(float(p.double().sum()) for p in model.parameters())]}
+            {"step": [step], "closing": [sum(p.double().sum().item() for p in model.parameters())]}
         ),
     )
 
