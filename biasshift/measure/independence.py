@@ -92,6 +92,9 @@ def layouts(
             ]
             for k, call in enumerate(calls)
         ]
+        # A hidden state of zeros fits every layout, and has that of the other steps.
+        of_all = [layout for layout in fitting[0] if all(layout in of_call for of_call in fitting)]
+        fitting = [of_all if len(of_call) > 1 else of_call for of_call in fitting]
         if all(len(of_call) == 1 for of_call in fitting):
             found[name] = [of_call[0] for of_call in fitting]
         else:
@@ -201,20 +204,22 @@ def _random_states(x: Inputs) -> list[Tensor]:
 
 def _first_difference(model: nn.Module, x: Inputs, chosen: Tensor) -> str:
     """The first module whose output for the chosen examples differs between two runs, in words."""
-    runs: list[list[tuple[str, Tensor | None]]] = []
+    runs: list[dict[str, list[Tensor | None]]] = []  # by module, call by call
 
     def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
         has_rows = output.dim() > 0 and len(output) == len(part)
-        runs[-1].append((name, output.clone() if has_rows else None))
+        runs[-1].setdefault(name, []).append(output.clone() if has_rows else None)
 
     with torch.no_grad(), output_hooks(dict(model.named_modules()), record):
         for part in (x, x[chosen]):
-            runs.append([])
+            runs.append({})
             forward(model, part, runs[-1].clear)
-    for (name, in_batch), (_, alone) in zip(*runs, strict=False):
-        if name and in_batch is not None and alone is not None and in_batch.is_floating_point():
-            if not agree(in_batch[chosen], alone):
-                return f", first seen at '{name}'"
+    together, apart = runs
+    for name, calls in together.items():  # of a loop over examples, there may be fewer calls
+        for in_batch, alone in zip(calls, apart.get(name, []), strict=False):
+            if name and in_batch is not None and alone is not None and in_batch.is_floating_point():
+                if not agree(in_batch[chosen], alone):
+                    return f", first seen at '{name}'"
     return ""
 
 

@@ -34,6 +34,24 @@ class Moved(nn.Module):
         return self.head(h.tanh().sum(1))
 
 
+class Unrolled(nn.Module):
+    """A cell over the second half of the axes, on positions that are folded into the examples."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.step, self.back, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 4 positions, 3)
+        n, t, _ = x.shape
+        rows = (x.transpose(0, 1) if self.turned else x).flatten(0, 1)
+        h = rows.new_zeros(len(rows), 4)
+        for _ in range(3):
+            h = (self.step(rows) + self.back(h)).tanh()
+        h = h.unflatten(0, (t, n)).sum(0) if self.turned else h.unflatten(0, (n, t)).sum(1)
+        return self.head(h)
+
+
 class Frames(nn.Module):
     """A convolution on the frames of a video, folded into the examples."""
 
@@ -105,3 +123,14 @@ def test_a_first_batch_of_one_example_cannot_tell_for_the_next() -> None:
     model, x = build("interleaved")
     with pytest.raises(ValueError, match=r"'inner\.0'"):
         bs.unit_fisher(model, [x[:1], x[1:]])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_state_of_zeros_has_the_layout_of_the_other_steps(turned: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Unrolled(turned).double(), torch.randn(3, 4, 3).double()
+    fishers = bs.unit_fisher(model, x)
+    for layer in ("step", "back", "head"):
+        expected = unit_fishers(model.get_submodule(layer), lambda n: model(x[n : n + 1])[0], 3)
+        assert_same(fishers[layer].matrix(), expected)
