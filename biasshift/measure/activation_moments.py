@@ -173,12 +173,20 @@ def activation_modules(model: nn.Module, select: Selection = None) -> dict[str, 
     """
     candidates = {
         name: module
-        for name, module in model.named_modules()
-        if name
-        and next(module.children(), None) is None
-        and (next(module.parameters(), None) is None or _is_parametric_activation(module))
+        for name, module in _leaves(model).items()
+        if name and (next(module.parameters(), None) is None or _is_parametric_activation(module))
     }
     return selected_modules(model, candidates, select, "activation module", candidates)
+
+
+def _leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules without children, and layers whose only children compute their parameters."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "parametrizations" not in name.split(".")
+        and all(child == "parametrizations" for child, _ in module.named_children())
+    }
 
 
 def _is_parametric_activation(module: nn.Module) -> bool:
@@ -288,11 +296,7 @@ class ActivationRecorder:
 
     def __post_init__(self) -> None:
         self.activations = activation_modules(self.model, self.select)
-        self.modules = {
-            name: module
-            for name, module in self.model.named_modules()
-            if next(module.children(), None) is None
-        }
+        self.modules = _leaves(self.model)
         self.decided: dict[tuple[str, int], int] = {}
         self.shapes: dict[str, Axes] = {}
         self.reported: set[str] = set()

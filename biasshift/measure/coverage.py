@@ -26,6 +26,7 @@ from biasshift.measure.independence import (
     Reasons,
     batch_dependent,
     layouts,
+    refuse_coupled_gradients,
     why_not_in_front,
 )
 from biasshift.measure.layer_types import Selection, WeightLayer, weight_layers
@@ -94,6 +95,13 @@ def are_named(select: Selection) -> bool:
     return select is not None and not callable(select)
 
 
+def names_of(select: Selection) -> list[str]:
+    """Returns the names among a selection by names."""
+    if select is None or callable(select):
+        return []
+    return [select] if isinstance(select, str) else list(select)
+
+
 def selected_layers(
     model: nn.Module, options: Options, may_be_tied: bool = False, required: bool = True
 ) -> tuple[dict[str, WeightLayer], Reasons]:
@@ -111,7 +119,7 @@ def selected_layers(
     skipped = skipped_names(model, options.skip)
     reasons: Reasons = {}
     if are_named(options.layers):
-        names = [options.layers] if isinstance(options.layers, str) else list(options.layers or ())
+        names = names_of(options.layers)
         modules = weight_layers(model, [name for name in names if name not in skipped])
     else:
         accepts = options.layers if callable(options.layers) else lambda name, module: True
@@ -285,13 +293,17 @@ def unmeasurable(
         unfit, elsewhere = batch_dependent(model, tape, modules, x, outputs, read)
         if options.class_axis == -1 and outputs.dim() > 2:
             _refuse_other_axes(model, x, options)
-        unlike: Reasons = {}
-        if elsewhere and not expand:
-            found, unlike = layouts(model, tape, modules, x, elsewhere)
+        found, unlike = layouts(model, tape, modules, x, elsewhere) if elsewhere else ({}, {})
+        apart = {*reasons, *unlike}  # whose examples are not known
+        if expand:  # every position by itself
+            unlike: Reasons = {}
+        else:
             where |= found
         cut_off = _before_quantizers(model, modules, x)
         for more in (_unrecorded_uses(tape, modules, outputs), cut_off, unfit, unlike):
             reasons |= more | reasons  # the first reason of a layer stands
+        fit = {n: calls for n, calls in tape.calls.items() if n not in apart and n not in reasons}
+        refuse_coupled_gradients(Tape(fit), modules, outputs, found)
     return reasons
 
 
@@ -315,6 +327,8 @@ def _unfit_calls(tape: Tape, modules: Layers) -> Reasons:
             if not layer_types.is_batched(modules[name], call.a):
                 why = f"it was called without an axis of examples, on {tuple(call.a.shape)}"
                 reasons.setdefault(name, why)
+            elif not len(call.a):
+                reasons.setdefault(name, "it was called on no rows, as an expert without examples")
     return reasons
 
 

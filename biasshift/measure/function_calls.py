@@ -71,6 +71,7 @@ class _FunctionCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("input", "weight", "bias")
         a, weight, bias = (*args, *(kwargs.get(name) for name in names[len(args) :]))
+        assert isinstance(a, Tensor)
         name, module = self.layers.get(id(weight), ("", None))
         if module is None or self.running[name] > 0 or bias is not module._parameters.get("bias"):
             return func(*args, **kwargs)

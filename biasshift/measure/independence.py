@@ -64,6 +64,43 @@ def batch_dependent(
     return reasons, elsewhere
 
 
+def refuse_coupled_gradients(tape: Tape, modules: Layers, outputs: Tensor, where: Layouts) -> None:
+    """Raises ValueError where the errors of one example reach the net inputs of others.
+
+    Outputs may not change with the other examples and their gradients all the same, as in ``x + m −
+    m.detach()`` with the mean m of a batch.
+
+    Args:
+        outputs: of all examples, on the graph.
+        where: the layouts of layers whose examples are not in front.
+    """
+    calls = [
+        (name, call, layout)
+        for name, of_layer in tape.calls.items()
+        for call, layout in zip(
+            of_layer, where.get(name, [Layout.FIRST] * len(of_layer)), strict=True
+        )
+        if layout.fits(modules[name], call.a, len(outputs))
+    ]
+    for example in sorted({0, len(outputs) - 1}) if len(outputs) > 1 and calls else ():
+        seed = torch.zeros_like(outputs)
+        generator = torch.Generator().manual_seed(0)
+        seed[example] = torch.randn(seed[example].shape, generator=generator).to(seed)
+        edges = [call.edge for _, call, _ in calls]
+        deltas = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
+        for (name, _, layout), delta in zip(calls, deltas, strict=True):
+            if delta is None:
+                continue
+            errors = layer_types.errors(modules[name], delta[None])[0]
+            sizes = layout.arrange(errors, 0, len(outputs)).abs().flatten(1).amax(1)
+            others = torch.cat([sizes[:example], sizes[example + 1 :]])
+            if others.max() > torch.finfo(sizes.dtype).eps ** 0.5 * sizes[example]:
+                raise ValueError(
+                    f"The errors of an example reach other examples at '{name}', though its outputs "
+                    "do not change with them: it has no error of its own."
+                )
+
+
 def layouts(
     model: nn.Module, tape: Tape, modules: Layers, x: Inputs, names: list[str]
 ) -> tuple[Layouts, Reasons]:
@@ -260,4 +297,6 @@ def agree(x: Tensor, y: Tensor) -> bool:
     Kernels depend on the size of the batch.
     """
     tolerance = torch.finfo(x.dtype).eps ** (1 / 3)
-    return x.shape == y.shape and bool((x - y).abs().max() <= tolerance * x.abs().max())
+    if x.shape != y.shape or not x.numel():
+        return x.shape == y.shape
+    return bool((x - y).abs().max() <= tolerance * x.abs().max())

@@ -61,9 +61,9 @@ def chosen_output(returned: Any, output: OutputChoice = None) -> Any:
 
 def _named(returned: Any, output: str | int) -> Any:
     try:
-        if isinstance(returned, Mapping) or (
-            isinstance(output, int) and isinstance(returned, tuple | list)
-        ):
+        if isinstance(returned, Mapping):
+            return returned[output]
+        if isinstance(output, int) and isinstance(returned, tuple | list):
             return returned[output]
         if isinstance(output, str):
             return getattr(returned, output)

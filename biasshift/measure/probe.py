@@ -86,7 +86,9 @@ def has_labels(x: Probe, inputs: InputNames = None) -> bool | None:
         return False
     if isinstance(x, Mapping):
         return _label_key(x, inputs) is not None
-    return len(x) > _count(inputs) if _are_inputs(x, inputs) else None
+    if isinstance(x, tuple) and _are_inputs(x, inputs):
+        return len(x) > _count(inputs)
+    return None
 
 
 def batches(

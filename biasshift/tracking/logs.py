@@ -27,6 +27,7 @@ from biasshift.measure.activation_moments import (
 from biasshift.measure.bias_shift import NetMeans, compare, net_means, unit_weights, used_gradients
 from biasshift.measure.coverage import (
     are_named,
+    names_of,
     selected_layers,
     skipped_names,
     warn_of_left_out,
@@ -499,7 +500,7 @@ def _split(
             required=False,
         )
         return weights, activation_modules(model, chosen), left_out
-    names = [select] if isinstance(select, str) else list(select or ())
+    names = names_of(select)
     modules = activation_modules(model)
     activations = {name: modules[name] for name in names if name in modules}
     others = [name for name in names if name not in modules]

@@ -96,10 +96,10 @@ def check(
     model = underlying(model)
     with torch.inference_mode(False):
         first = next(batches(model, x, y, inputs=inputs, mask=mask))
-        copied, x, why = _double(model, first.x[:examples])
+        copied, few, why = _double(model, first.x[:examples])
         with undisturbed(copied), call_counts(named_modules(copied)) as calls:
-            forward(copied, x, calls.clear)
-        reasons = _reasons(model, copied, x, options)
+            forward(copied, few, calls.clear)
+        reasons = _reasons(model, copied, few, options)
         y = None if first.y is None else refuse_unreadable(first.y)[:examples]
         kept = None if first.mask is None else first.mask[:examples]
         layers = {
@@ -112,7 +112,7 @@ def check(
         comparison = (
             Comparison(uncompared=dict.fromkeys(layers, why))
             if why
-            else compare_layers(copied, layers, Batch(x, y, kept, first.y_in_call), options)
+            else compare_layers(copied, layers, Batch(few, y, kept, first.y_in_call), options)
         )
     reasons |= comparison.failed | comparison.uncompared
     return pd.DataFrame(

@@ -61,7 +61,7 @@ def products(
         terms = partial(
             _label_terms,
             options=options,
-            y=y[own] if options.labels == "empirical" else None,
+            y=y[own] if y is not None and options.labels == "empirical" else None,
             counted=_counted(None if y is None else y[own], None if mask is None else mask[own]),
         )
         for name, value in route(model, layers, units, vectors, x[own], terms).items():

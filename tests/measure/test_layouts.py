@@ -108,7 +108,7 @@ def test_moments_of_the_inputs_are_over_all_positions(kind: str) -> None:
 
 def test_examples_in_no_order_that_is_known_are_left_out_by_name() -> None:
     model, x = build("flipped")
-    with pytest.warns(bs.measure.coverage.UncoveredWarning, match=r"'inner\.0'.*'inner\.2'"):
+    with pytest.warns(bs.UncoveredWarning, match=r"'inner\.0'.*'inner\.2'"):
         fishers = bs.unit_fisher(model, x)
     assert list(fishers) == ["head"]
     expected = unit_fishers(model.head, lambda n: model(x[n : n + 1])[0], 4)
