@@ -96,8 +96,8 @@ def refuse_coupled_gradients(tape: Tape, modules: Layers, outputs: Tensor, where
             others = torch.cat([sizes[:example], sizes[example + 1 :]])
             if others.max() > torch.finfo(sizes.dtype).eps ** 0.5 * sizes[example]:
                 raise ValueError(
-                    f"The errors of an example reach other examples at '{name}', though its outputs "
-                    "do not change with them: it has no error of its own."
+                    f"The errors of an example reach other examples at '{name}', though its "
+                    "outputs do not change with them: it has no error of its own."
                 )
 
 
