@@ -4,7 +4,7 @@ from importlib import import_module
 
 from .table import ROWS, Row
 
-SUBJECTS = ["updates", "axes", "examples"]
+SUBJECTS = "updates axes examples state activations optimizers samples files layers".split()
 
 
 def every_row() -> list[Row]:
