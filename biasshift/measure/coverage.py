@@ -76,11 +76,8 @@ def warn_of_left_out(model: nn.Module, reasons: Reasons, stacklevel: int = 4) ->
         for name, why in list(reasons.items())[:NAMED]
     ]
     more = f" And {len(reasons) - NAMED} more." if len(reasons) > NAMED else ""
-    left_out = "1 layer is left out, because it"
-    if len(reasons) > 1:
-        left_out = f"{len(reasons)} layers are left out, because they"
     warnings.warn(
-        f"{left_out} cannot be measured. {' '.join(shown)}{more} "
+        f"Layers that cannot be measured are left out. {' '.join(shown)}{more} "
         'Name them in skip= to silence this, or make it an error by uncovered="raise".',
         UncoveredWarning,
         stacklevel=stacklevel,

@@ -35,7 +35,7 @@ class UnfitLayer(ValueError):
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"Layer '{name}' {why}")
-        self.name = name
+        self.name, self.why = name, why
 
 
 class Recorder:
@@ -352,7 +352,9 @@ class Recorder:
         if self.outputs.uncovered == "raise":
             raise unfit
         warnings.warn(
-            f"{unfit} It takes the plain gradient from now on.", UncoveredWarning, stacklevel=2
+            f"Layer '{unfit.name}' {unfit.why} It takes the plain gradient from now on.",
+            UncoveredWarning,
+            stacklevel=2,
         )
         del self.layers[unfit.name]
 

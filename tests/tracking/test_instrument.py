@@ -317,7 +317,10 @@ def test_a_layer_that_does_not_run_has_no_rows() -> None:
 
 
 def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
-    """A transposed convolution has no unit Fisher matrix here, but its activation has means."""
+    """Maps with their classes on axis 1 have moments without a word about the axis.
+
+    A bilinear layer is left out, and its activation is not.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.ConvTranspose2d(2, 3, 3), nn.ReLU())
     x = torch.randn(6, 1, 5, 5)
@@ -326,8 +329,38 @@ def test_activations_of_a_model_with_a_layer_that_cannot_be_measured() -> None:
         model(x)
     rows = log.table()
     equal(rows[rows["layer"] == "3"].sort_values("unit")["mean"], moments["3"].mean, 1e-6)
-    with pytest.raises(ValueError, match=r"[\"']2[\"']"):
+    with pytest.raises(ValueError, match=r"axis 1, not on the last\. Give class_axis=1"):
         bs.unit_fisher(model, x)
+    assert list(bs.unit_fisher(model, x, class_axis=1)) == ["0", "2"]
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pairs, self.act = nn.Linear(5, 4), nn.Bilinear(4, 4, 3), nn.ELU()
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.stem(x).tanh()
+            return self.head(self.act(self.pairs(h, h)))
+
+    model, x, y = Pairs(), torch.randn(40, 5), torch.arange(40) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"Layer 'pairs' \(Bilinear\) cannot be measured"):
+        bs.instrument(model, optimizer, probe=(x, y), uncovered="raise")
+    with pytest.warns(bs.UncoveredWarning, match=r"'pairs' \(Bilinear\): ") as caught:
+        log = bs.instrument(model, optimizer, probe=(x, y), every=1)
+    assert sum(warning.category is bs.UncoveredWarning for warning in caught) == 1
+    quiet = bs.instrument(model, optimizer, probe=(x, y), every=1, skip=["pairs"])
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    log.remove()
+    quiet.remove()
+    assert set(log.table().layer) == {"stem", "act", "head"}
+    assert log.table().equals(quiet.table())
+    last = log.table()[lambda rows: (rows.step == 2) & (rows.layer == "head") & (rows.unit >= 0)]
+    equal(last["mean_delta2"], bs.unit_fisher(model, x, layers=["head"])["head"].c.float(), 1e-6)
 
 
 # -- the loop is untouched -------------------------------------------------------------------------

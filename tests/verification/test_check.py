@@ -18,6 +18,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import biasshift as bs
 from biasshift.measure import layer_types, likelihoods
+from biasshift.measure.options import Options
+from biasshift.measure.probe import Batch
 from biasshift.verification import reference
 
 DOUBLE = torch.float64
@@ -56,8 +58,11 @@ def test_the_second_opinion_is_the_oracle(case: Case, weight_sharing: str) -> No
             name: torch.eye(block.F.shape[-1], dtype=DOUBLE).expand_as(block.F)
             for name, block in blocks.items()
         }
+        options = Options(
+            "expected" if labels is None else "empirical", case.likelihood, weight_sharing
+        )
         products = reference.products(
-            copy.deepcopy(model), units, vectors, x, case.likelihood, weight_sharing, labels
+            copy.deepcopy(model), units, vectors, Batch(x, labels), options
         )
         for name, block in blocks.items():
             tolerance = 1e-12 * float(block.F.abs().max())
@@ -151,7 +156,9 @@ def test_a_wrong_label_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         likelihoods,
         "_expected",
-        lambda outputs, likelihood: likelihoods.seeds(outputs, likelihood, "sampled", None, None),
+        lambda outputs, likelihood, kept=None: likelihoods.seeds(
+            outputs, likelihood, "sampled", None, None
+        ),
     )
     table = rows(mlp(), inputs())
     assert all(table[name]["error"] > 1e-2 for name in ("0", "2", "4"))
@@ -201,30 +208,50 @@ def test_layers_that_do_not_run_or_run_inside_a_function() -> None:
             super().__init__()
             self.stem = nn.Linear(5, 4)
             self.inside = nn.Linear(4, 4)
+            self.product = nn.Linear(4, 4)
             self.unused = nn.Linear(4, 4)
             self.head = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.elu(self.stem(x))
-            return self.head(F.elu(F.linear(h, self.inside.weight, self.inside.bias)))
+            h = F.elu(F.linear(h, self.inside.weight, self.inside.bias))
+            return self.head(F.elu(h @ self.product.weight.t() + self.product.bias))
 
-    table = rows(Strange().double(), inputs())
-    inside = table["inside"]
-    assert "not called as a module: its weight is used inside a function" in inside["reason"]
-    assert "not called in the forward pass" in table["unused"]["reason"] and inside["calls"] == 0
-    assert table["stem"]["error"] < 1e-12 and table["head"]["error"] < 1e-12
-
-
-def test_windows_are_refused_per_example_and_right_under_expand() -> None:
     torch.manual_seed(0)
-    model, x = Windows().double(), torch.randn(6, 4, 3, dtype=DOUBLE)
+    table = rows(Strange().double(), inputs())
+    product = table["product"]
+    assert "not called as a module: its weight is used inside a function" in product["reason"]
+    assert "not called in the forward pass" in table["unused"]["reason"] and product["calls"] == 0
+    assert all(table[name]["error"] < 1e-12 for name in ("stem", "inside", "head"))
+
+
+@pytest.mark.parametrize("weight_sharing", ["per_example", "expand"])
+@pytest.mark.parametrize("kind", [Windows, SequenceFirst])
+@pytest.mark.parametrize("examples", [1, 4, 6])
+def test_windows_and_sequences_are_right(
+    kind: type[nn.Module], examples: int, weight_sharing: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(examples, 4, 3, dtype=DOUBLE)
+    table = rows(model, x, weight_sharing=weight_sharing)
+    assert all(table[name]["error"] < 1e-12 for name in ("inner", "head"))
+
+
+def test_rows_whose_examples_depend_on_the_batch_are_refused_per_example() -> None:
+    class Sorted(Windows):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.cat([x, x])
+            order = rows[:, 0].argsort()
+            h = F.elu(self.inner(rows[order]))[order.argsort()]
+            return self.head(h[: len(x)] + h[len(x) :])
+
+    torch.manual_seed(0)
+    model, x = Sorted().double(), torch.randn(6, 3, dtype=DOUBLE)
     table, expanded = rows(model, x), rows(model, x, weight_sharing="expand")
     reason = table["inner"]["reason"]
-    assert "rows" in reason and "24 rows" not in reason
-    assert table["head"]["error"] < 1e-12
+    assert "rows" in reason and "12 rows" not in reason  # of the few examples that are checked
+    assert not table["inner"]["covered"] and table["head"]["error"] < 1e-12
     assert all(expanded[name]["error"] < 1e-12 for name in ("inner", "head"))
-    sequences = rows(SequenceFirst().double(), torch.randn(4, 4, 3, dtype=DOUBLE))
-    assert "rows" in sequences["inner"]["reason"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -358,9 +385,12 @@ def test_models_that_cannot_be_compared_say_so() -> None:
 def test_outputs_and_inputs_of_other_kinds() -> None:
     class Dictionary(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
-            return {"logits": super().forward(x)}
+            outputs = super().forward(x)
+            return {"first": outputs, "second": 2 * outputs}
 
     assert "dict" in rows(Dictionary(*mlp()), inputs())["0"]["reason"]
+    chosen = rows(Dictionary(*mlp()), inputs(), output="second")
+    assert all(chosen[name]["error"] < 1e-12 for name in ("0", "2", "4"))
     with torch.inference_mode():
         built, x = mlp(), inputs()
         assert "inference_mode" in rows(built, x)["0"]["reason"]
@@ -513,9 +543,8 @@ def test_the_second_opinion_of_parametrized_weights_is_the_oracle(
     blocks = oracles.unit_fishers(plain, x, weight_sharing=weight_sharing)
     units = {name: torch.arange(len(block.F)) for name, block in blocks.items()}
     vectors = {n: torch.eye(b.F.shape[-1], dtype=DOUBLE).expand_as(b.F) for n, b in blocks.items()}
-    products = reference.products(
-        copy.deepcopy(model), units, vectors, x, "categorical", weight_sharing
-    )
+    options = Options(weight_sharing=weight_sharing)
+    products = reference.products(copy.deepcopy(model), units, vectors, Batch(x), options)
     for name, block in blocks.items():
         tolerance = 1e-12 * float(block.F.abs().max())
         torch.testing.assert_close(products[name], block.F, rtol=0, atol=tolerance)
