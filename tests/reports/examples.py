@@ -247,5 +247,3 @@ def do_not_count_in_a_step() -> tuple[Tensor, Tensor]:
     optimizer.step()
     right = oracle.update(matrix, g, "q", "full", 0.03)
     return oracle.moved(model[2], before), right
-
-

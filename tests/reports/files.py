@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import math
 import re
 import struct
 import tempfile
@@ -26,8 +25,8 @@ def gray_png(values: Tensor, rows: int | None = None) -> bytes:
     height, width = values.shape
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(
-            ">I", zlib.crc32(kind + body)
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
     packed = b"".join(
@@ -65,9 +64,10 @@ def truncated(how: str) -> tuple[str, re.Pattern]:
 
     values = torch.randint(0, 65_536, (20, 20))
     content = gray_png(values, rows=7 if how == "rows are missing" else None)
-    content = {"the file ends early": content[: len(content) // 2], "only the header": content[:33]}.get(
-        how, content
-    )
+    content = {
+        "the file ends early": content[: len(content) // 2],
+        "only the header": content[:33],
+    }.get(how, content)
     with written(content) as path:
         said = refusal(lambda: read_photograph(path, 9))
     return said, re.compile(r"RuntimeError: .*image\.png.* cannot be read as an image")
@@ -146,7 +146,7 @@ def that_is_not_there(device: str) -> tuple[str, re.Pattern]:
 
 @report("figure theory2")
 def without_qualifying_later_units() -> tuple[dict, dict]:
-    """At every step behind the first, all units have too few samples; k is 0.5 where they do not."""
+    """Behind the first step all units have too few samples; k is 0.5 at the first."""
     import pandas as pd
 
     from biasshift import figures
@@ -156,6 +156,7 @@ def without_qualifying_later_units() -> tuple[dict, dict]:
         for step in (0, 25, 50, 75, 100):
             for layer in ("2", "4"):
                 common = {
+                    "run": f"elu-{seed}",
                     "experiment": "planted",
                     "activation": "elu",
                     "seed": seed,

@@ -15,9 +15,7 @@ def gradients(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Those of every unit, (units, inputs + 1), bias last; without a bias (units, inputs)."""
     leaves = [weight] if bias is None else [weight, bias]
     found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-    g, *rest = [
-        torch.zeros_like(p) if d is None else d for d, p in zip(found, leaves, strict=True)
-    ]
+    g, *rest = [torch.zeros_like(p) if d is None else d for d, p in zip(found, leaves, strict=True)]
     return torch.cat([g.flatten(1), *(g0[:, None] for g0 in rest)], 1)
 
 

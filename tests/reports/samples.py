@@ -68,7 +68,11 @@ def warnings_a_call(how: str) -> tuple[list, list]:
             "instrument": train,
         }[how]
     )
-    return [said.count("FewSamplesWarning"), "Layer '2'" in said, "reliable" in said], [1, True, True]
+    return [said.count("FewSamplesWarning"), "Layer '2'" in said, "reliable" in said], [
+        1,
+        True,
+        True,
+    ]
 
 
 @report("too few effective samples", 50, 500)
@@ -146,8 +150,11 @@ def k_in_double(model: nn.Sequential, x: Tensor, damping: float = 1e-4) -> dict[
     return found
 
 
-@report("small variance of large means", *product((1e3, 1e4), ("maps", "one batch of many")),
-        tolerance=1e-6)
+@report(
+    "small variance of large means",
+    *product((1e3, 1e4), ("maps", "one batch of many")),
+    tolerance=1e-6,
+)
 def feature_maps_with_a_spread_of_a_tenth(variant: tuple[float, str]) -> tuple[Tensor, Tensor]:
     mean, kind = variant
     x = (mean + 0.1 * torch.randn(12, 4, 9, 9, dtype=torch.float64)).float()

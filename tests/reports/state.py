@@ -120,7 +120,9 @@ class Stateful(nn.Module):
             self.calls += 1
             h = self.act(net * self.calls)
         elif self.kind == "list as a cache":
-            h = self.act(net + self.back(torch.stack(self.cache).mean(0) if self.cache else 0 * net))
+            h = self.act(
+                net + self.back(torch.stack(self.cache).mean(0) if self.cache else 0 * net)
+            )
             self.cache.append(h.detach())
         elif self.kind == "dict":
             h = self.act(net + self.table.get("h", 0))

@@ -43,7 +43,7 @@ ROWS: list[Row] = []
 def report(
     subject: str, *variants: Any, tolerance: float = TOLERANCE
 ) -> Callable[[Measure], Measure]:
-    """Adds a row for every variant, which the function gets; its name says what the situation is."""
+    """Adds a row for every variant, which the function gets; its name is the situation."""
 
     def add(function: Measure) -> Measure:
         situation = function.__name__.replace("_", " ")
@@ -88,10 +88,12 @@ def difference(ours: Any, oracle: Any) -> float:
     found, expected = (torch.as_tensor(value).detach().double() for value in (ours, oracle))
     if found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
         return float("inf")
-    if not expected.numel():
+    kept = ~expected.isnan()
+    if not kept.any():
         return 0.0
-    apart = (found - expected).nan_to_num().abs().max()
-    return float(apart / (expected.nan_to_num().abs().max() or 1.0))
+    found, expected = found[kept], expected[kept]
+    size = float(expected.abs().max()) or 1.0
+    return float(torch.where(found == expected, 0.0, found - expected).abs().max()) / size
 
 
 def shown(value: Any) -> str:
@@ -99,7 +101,7 @@ def shown(value: Any) -> str:
     if isinstance(value, re.Pattern):
         return f"/{value.pattern}/"
     if isinstance(value, dict):
-        return f"{len(value)} layers: {shown(next(iter(value.values())))}" if value else "none"
+        return f"{len(value)} parts: {shown(next(iter(value.values())))}" if value else "none"
     if isinstance(value, Tensor) and value.dim():
         flat = value.detach().double().flatten()
         top = flat[flat.nan_to_num().abs().argmax()] if len(flat) else flat.sum()
@@ -117,7 +119,7 @@ def short(text: str, width: int) -> str:
 def lines(rows: list[Row]) -> Iterator[str]:
     """The table, line by line, as rows are run; the last line counts what is wrong."""
     wrong = 0
-    yield f"{'report':74} {'ours':46} {'oracle':46} difference"
+    yield f"{'report':100} {'ours':50} {'oracle':50} difference"
     for row in rows:
         try:
             ours, oracle = row.run()
@@ -127,7 +129,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
         wrong += apart > row.tolerance
         sign = "" if apart <= row.tolerance else "  WRONG"
         yield (
-            f"{short(row.name, 74):74} {short(shown(ours), 46):46} "
-            f"{short(shown(oracle), 46):46} {apart:.1e}{sign}"
+            f"{short(row.name, 100):100} {short(shown(ours), 50):50} "
+            f"{short(shown(oracle), 50):50} {apart:.1e}{sign}"
         )
     yield f"{len(rows)} rows, {wrong} wrong"

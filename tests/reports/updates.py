@@ -164,8 +164,9 @@ def flags_and_numbers_that_do_not_exist(name: str) -> tuple[dict, dict]:
             other = copy.deepcopy(model)
             other.k.bias[unit] += 1.0
             influence[unit] = float((other(x) - outputs).abs().max() > 1e-9)
-    return found, {key: (1 - influence).view(-1, *[1] * (v.dim() - 1)).expand_as(v)
-                   for key, v in found.items()}
+    return found, {
+        key: (1 - influence).view(-1, *[1] * (v.dim() - 1)).expand_as(v) for key, v in found.items()
+    }
 
 
 @report("bias without influence", *ALIVE)
@@ -198,9 +199,7 @@ def labels_left_out_change_from_step_to_step(variant: tuple[str, int]) -> tuple[
     kind, left_out = variant
     model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 3)).double()
     x, y = torch.randn(30, 3).double(), torch.randint(3, (30,))
-    optimizer = UnitNaturalGradient(
-        model, 0.0, damping=DAMPING, labels="empirical", decay=0.0
-    )
+    optimizer = UnitNaturalGradient(model, 0.0, damping=DAMPING, labels="empirical", decay=0.0)
     F.cross_entropy(model(x), y).backward()  # a first step, with all labels
     optimizer.step()
     optimizer.zero_grad()
@@ -228,9 +227,7 @@ def labels_left_out_change_from_step_to_step(variant: tuple[str, int]) -> tuple[
 @report("divisor of the loss", 0, 1, 2)
 def padded_positions_of_sequences(left_out: int) -> tuple[dict, dict]:
     model, x, y = sequences()
-    optimizer = UnitNaturalGradient(
-        model, 0.0, damping=DAMPING, labels="empirical", decay=0.0
-    )
+    optimizer = UnitNaturalGradient(model, 0.0, damping=DAMPING, labels="empirical", decay=0.0)
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     optimizer.step()
     optimizer.zero_grad()
