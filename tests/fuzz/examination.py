@@ -162,6 +162,7 @@ class Examination:
             options["units"] = {
                 name: [u for u in options["units"] if u < self.expected[name].shape[0]]
                 for name in self.oracle.slots
+                if name in self.expected
             }
         with torch.no_grad() if case.without_gradients else nullcontext():
             return bs.unit_fisher(

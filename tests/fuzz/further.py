@@ -16,9 +16,6 @@ from .oracle import Oracle, log_likelihood
 
 # A condition number of W beyond which updates are not compared.
 MOST_CONDITION = 1e7
-# Whether `activation_moments` follows units through layers with a parametrization. It does not yet:
-# `test_moments_behind_parametrized_layers` says when it does.
-SEES_PARAMETRIZED = False
 
 
 def compare(examination: Any, fishers: dict[str, bs.UnitFisher]) -> None:
@@ -73,10 +70,6 @@ def compare_moments(examination: Any) -> None:
         for rule in oracle.drawn.used
         for w in ("positions", "map.linear", "view", "to_sequence", "unreached")
     )
-    if not SEES_PARAMETRIZED and any(
-        hasattr(m, "parametrizations") for m in examination.model.modules()
-    ):
-        return
     for name, found in moments.items():
         base, _, call = name.partition("#")
         if base not in axes or moved:

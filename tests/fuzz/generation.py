@@ -18,8 +18,6 @@ RANDOM_IN_TRAINING = (
     nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase,
 )  # fmt: skip
 CROSS = "cross gradient"  # couples the errors of examples, and not their outputs
-# They are measured as if nothing were wrong; `test_coupled_gradients_are_refused` says when not.
-DRAWS_CROSS = False
 MOST_BACKWARD_PASSES = 160  # of the oracle
 
 
@@ -277,7 +275,7 @@ def head(
         yield g.linear(width, classes), "vector"
     if g.chance(0.15):
         yield g.pick(torch.tanh, lambda x: x / 0.7, lambda x: x.log_softmax(-1)), "vector"
-    if g.wrong and DRAWS_CROSS and g.chance(0.1):
+    if g.wrong and g.chance(0.1):
         g.drawn.refused = CROSS
         yield wrongs.cross_gradient, "vector"
 
