@@ -3,12 +3,12 @@
 import contextlib
 import hashlib
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from biasshift.atomic import replacing
 from biasshift.data.dataset import data_root
 
 Arrays = dict[str, np.ndarray]
@@ -90,17 +90,8 @@ def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Arrays | None:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    """Under another name first: whoever reads meanwhile finds a whole file or none."""
-    # Not `biasshift.atomic.replacing`, which has one temporary name per file: the processes of one
-    # run compute the same entry at the same time, and each needs a name of its own.
-    part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
-    try:
+    """The processes of one run compute the same entry at the same time: the last one's stays."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        part.replace(path)
-    except OSError:
-        pass
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
