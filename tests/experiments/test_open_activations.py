@@ -98,7 +98,7 @@ def test_the_help_shows_the_names(capsys):
 # -- runs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_runs_of_other_activations_are_drawn_and_judged(here, capsys):
     """A run each, by the command: trained, then drawn, listed, judged and reported."""
     words = ["train", "mnist", "--smoke", "--workers", "1", "--out", "runs", "--device", "cpu"]
@@ -156,7 +156,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_nothing_that_a_folder_names_is_imported(here, capsys):
     words = ["train", "mnist", "--smoke", "--workers", "1", "--out", "made", "--activation", "elu"]
     assert call(capsys, *words)[0] == 0
@@ -167,13 +167,12 @@ def test_nothing_that_a_folder_names_is_imported(here, capsys):
         columns=[name for name in {"run", *vars(config)} if name in measured]
     )
     for number, name in enumerate(HOSTILE):
-        stored = vars(config) | {"activation": name, "seed": number}
+        stored = vars(config) | {"activation": name, "seed": number % 8}
         with Run.create(f"planted/{number}", stored) as run:
             run.append(rows.astype({"layer": object}))
     for number, name in enumerate(HOSTILE):
-        # Drawing takes a second: the first few, and what is not text.
-        more = ("claims", "figure 2", "figure gap") if number < 2 or name in (5, None) else ()
-        for command in ("runs", "report", *more):
+        more = ("claims", "figure 2") if number == 0 or name in (5, None, "x" * 50_000) else ()
+        for command in ("runs", *more):
             code, _, errors = call(capsys, *command.split(), f"planted/{number}", "made")
             assert code in (0, 2), (name, command, errors)
             assert len(errors) < 1000 and "Traceback" not in errors
