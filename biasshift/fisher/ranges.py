@@ -32,6 +32,7 @@ def with_range(a: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     (low, high), (least, most) = _extent(a, -1), _extent(weights, -1)
     rows = weights.numel() // weights.shape[-1]
     fits = _fits(low**2 * least, rows * high**2 * most) and _fits(low**2, rows * high**2)
+    fits = fits and a.dtype == weights.dtype  # errors may have been made wider for their squares
     return (a, weights) if fits else (a.double(), weights.double())
 
 
@@ -58,6 +59,7 @@ def with_squares(
         and _fits(low**2, rows * high**2)
         and _fits(least**2, rows * most**2)
     )
+    fits = fits and a.dtype == delta.dtype
     return (a, delta) if fits else (a.double(), delta.double())
 
 

@@ -163,3 +163,16 @@ def test_damping_makes_precise_and_dead_and_singular_units_are_not_called_imprec
     assert flat.singular.all() and not flat.imprecise.any()
     none = UnitFisher.from_samples(torch.ones(9, 2).double(), torch.rand(9, 1).double())
     assert not none.imprecise.any() and not none.reliable.any()
+
+
+@storages
+def test_a_unit_with_vanishing_errors_leaves_the_kept_ones_alone(storage: str) -> None:
+    """Its squares widen the errors of the layer, while the inputs stay in single precision."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(20, 3)
+    with torch.no_grad():
+        model[2].weight[:, 1] *= 1e-20
+    single = bs.unit_fisher(model, x, units={"0": [0]}, storage=storage)["0"]
+    double = copy.deepcopy(model).double()
+    exact = bs.unit_fisher(double, x.double(), units={"0": [0]}, storage=storage)["0"]
+    torch.testing.assert_close(single.k.double(), exact.k, rtol=1e-3, atol=1e-4)
