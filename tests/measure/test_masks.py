@@ -56,7 +56,7 @@ def test_empirical_labels_leave_them_out_too() -> None:
 
 
 def test_sampled_labels_converge_to_the_masked_matrix() -> None:
-    model, x, y, mask = tagger()
+    model, x, _, mask = tagger()
     sampled = bs.unit_fisher(model, x, mask=mask, labels="sampled", draws=3000)["3"]
     exact = bs.unit_fisher(model, x, mask=mask)["3"]
     torch.testing.assert_close(sampled.c, exact.c, rtol=0.1, atol=1e-3)
