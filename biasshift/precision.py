@@ -8,11 +8,12 @@ operations. PyTorch raises when the older are read while the newer say something
 set here, such that they agree, and whatever model or user reads or sets works.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
+
+from biasshift.restoration import Restoration, restoring
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
@@ -26,52 +27,50 @@ FLAGS = (
 _read, _write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 
 
-@contextmanager
-def full_precision(devices: Iterable[str]) -> Iterator[None]:
-    """Turns autocast and TF32 off: products in bfloat16 put the Fisher blocks 4e-3 off.
+def set_full_precision(restoration: Restoration, devices: Iterable[str]) -> None:
+    """Turns autocast and TF32 off until the restoration: products in bfloat16 put F 4e-3 off.
 
-    All flags are restored at the end, whatever is set inside the block.
+    All flags are restored, whatever is set in between.
 
     Args:
         devices: the device types that autocast may be on for, such as "cuda"; the CPU is included.
     """
-    with ExitStack() as stack:
-        for device in {*devices, "cpu"}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_restored_flags())
-        torch.set_float32_matmul_precision("highest")
-        torch._C._set_cudnn_allow_tf32(False)
-        for flag in FLAGS:
-            _write(*flag, "ieee")
-        yield
+    for device in {*devices, "cpu"}:
+        restoration.undo(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+        torch.set_autocast_enabled(device, False)
+    _leave_flags_to_others(restoration)
+    torch.set_float32_matmul_precision("highest")
+    torch._C._set_cudnn_allow_tf32(False)
+    for flag in FLAGS:
+        _write(*flag, "ieee")
 
 
-@contextmanager
-def product_precision(precision: Precision) -> Iterator[None]:
+full_precision = restoring()(set_full_precision)
+
+
+@restoring("ends")
+def product_precision(restoration: Restoration, precision: Precision) -> None:
     """Allows TF32 in products of float32 for "tf32" only, whatever the process is set to.
 
     For every other precision the factors are not rounded; autocast is the caller's. All flags are
     restored at the end.
     """
-    with _restored_flags():
-        # The older flags, because torch.compile reads those; the others stay as PyTorch begins.
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch._C._set_cudnn_allow_tf32(precision == "tf32")
-        yield
+    _leave_flags_to_others(restoration)
+    # The older flags, because torch.compile reads those; the others stay as PyTorch begins.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch._C._set_cudnn_allow_tf32(precision == "tf32")
 
 
-@contextmanager
-def _restored_flags() -> Iterator[None]:
-    """Leaves every flag to the others inside the block, and restores all of them at its end."""
+def _leave_flags_to_others(restoration: Restoration) -> None:
+    """Leaves every flag to the others until the restoration of all of them."""
     # Restored from the last to the first: an older flag also sets newer ones.
-    with ExitStack() as restored:
-        for flag in FLAGS:
-            # What those above it say would be read in place of "none", were they not "none" too.
-            restored.callback(_write, *flag, _read(*flag))
-            _write(*flag, "none")
-        restored.callback(torch._C._set_cudnn_allow_tf32, _older_cudnn_flag())
-        restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        yield
+    for flag in FLAGS:
+        # What those above it say would be read in place of "none", were they not "none" too.
+        restoration.undo(_write, *flag, _read(*flag))
+        _write(*flag, "none")
+    restoration.undo(torch._C._set_cudnn_allow_tf32, _older_cudnn_flag())
+    older = torch.get_float32_matmul_precision()
+    restoration.undo(torch.set_float32_matmul_precision, older)
 
 
 def _older_cudnn_flag() -> bool:

@@ -14,6 +14,7 @@ import biasshift
 
 PACKAGE = Path(__file__).parent.parent / "biasshift"
 LADDER = [  # bottom to top; a name stands for a module or for a folder of modules
+    {"restoration"},
     {"_sigint", "theory", "activations", "precision", "distributed", "atomic", "escapes"},
     {"fisher", "nets", "runs", "data"},
     {"measure", "analysis"},

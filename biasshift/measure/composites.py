@@ -1,14 +1,12 @@
 """Composite modules, taken apart: attention and recurrent networks as the linear layers in them.
 
-PyTorch runs them as one function. Inside `taken_apart` their forward calls its `parts` as modules,
+PyTorch runs them as one function. After `take_apart` their forward calls its `parts` as modules,
 so that hooks see what goes into every layer, and returns the same up to rounding. PyTorch's fused
 transformer layers, which call no module at all, are off meanwhile.
 """
 
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +16,7 @@ from torch import nn
 
 from biasshift.measure import attention, recurrence
 from biasshift.measure.parts import LinearPart
+from biasshift.restoration import Restoration
 
 Parts = dict[str, LinearPart]
 KINDS: dict[type[nn.Module], tuple[Callable[..., Parts], Callable[..., Any]]] = {
@@ -74,18 +73,13 @@ def why_whole(module: nn.Module) -> str | None:
 
 # -- in place of PyTorch's forward -----------------------------------------------------------------
 
-_lock = threading.Lock()
-_active: Counter[nn.Module] = Counter()  # modules that are taken apart, and how many blocks do so
-_parts: dict[nn.Module, Parts] = {}  # of these modules
-_originals: dict[type[nn.Module], Callable[..., Any]] = {}
-_hooks: dict[nn.Module, tuple[Any, Any]] = {}  # the user's own, of layers that PyTorch never calls
-_depth = 0  # blocks at this moment
-_fast_path = True
+_parts: dict[nn.Module, Parts] = {}  # of the modules that are taken apart
+_dispatching_kinds: set[type[nn.Module]] = set()
+_at_rest: set[nn.Module] = set()  # layers that PyTorch never calls, without the user's hooks
 
 
-@contextmanager
-def taken_apart(model: nn.Module, apart: bool = True) -> Iterator[None]:
-    """Has the composite modules of a model call their parts inside the block.
+def take_apart(restoration: Restoration, model: nn.Module, apart: bool = True) -> None:
+    """Has the composite modules of a model call their parts until the restoration.
 
     Other models that run at the same time are left alone.
 
@@ -94,52 +88,29 @@ def taken_apart(model: nn.Module, apart: bool = True) -> Iterator[None]:
     """
     composites = [m for m in model.modules() if isinstance(m, COMPOSITES)]
     if not composites:
-        yield
         return
     modules = {m: of_module for m in composites if apart and (of_module := parts(m))}
-    with _lock:
-        _enter(modules)
-    try:
-        yield
-    finally:
-        with _lock:
-            _leave(modules)
-
-
-def _enter(modules: dict[nn.Module, Parts]) -> None:
-    global _depth, _fast_path
-    _depth += 1
-    if _depth == 1:
-        _fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        for kind, (_, run) in KINDS.items():
-            _originals[kind] = kind.forward
+    mha, undo = torch.backends.mha, restoration.undo
+    undo(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+    mha.set_fastpath_enabled(False)
+    for kind, (_, run) in KINDS.items():
+        if kind not in _dispatching_kinds:
+            undo(_dispatching_kinds.discard, kind)
+            undo(setattr, kind, "forward", kind.forward)
             kind.forward = _dispatching(kind.forward, run)
+            _dispatching_kinds.add(kind)
     for module, of_module in modules.items():
-        _active[module] += 1
-        _parts.setdefault(module, of_module)
+        if module not in _parts:
+            undo(_parts.pop, module, None)
+            _parts[module] = of_module
         output = module._modules.get("out_proj")
-        if output is not None and output not in _hooks:
+        if output is not None and output not in _at_rest:
             # PyTorch reads the weights of this layer and does not call it: hooks never run.
-            _hooks[output] = output._forward_hooks, output._forward_pre_hooks
-            output._forward_hooks, output._forward_pre_hooks = OrderedDict(), OrderedDict()
-
-
-def _leave(modules: dict[nn.Module, Parts]) -> None:
-    global _depth
-    _depth -= 1
-    for module in modules:
-        _active[module] -= 1
-        if not _active[module]:
-            del _active[module], _parts[module]
-            output = module._modules.get("out_proj")
-            if output in _hooks:
-                output._forward_hooks, output._forward_pre_hooks = _hooks.pop(output)
-    if not _depth:
-        torch.backends.mha.set_fastpath_enabled(_fast_path)
-        for kind, original in _originals.items():
-            kind.forward = original
-        _originals.clear()
+            undo(_at_rest.discard, output)
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                undo(setattr, output, name, getattr(output, name))
+                setattr(output, name, OrderedDict())
+            _at_rest.add(output)
 
 
 def _dispatching(original: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,24 +1,28 @@
 """Linear layers whose weights a function applies, in place of a call of the module."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+
+from biasshift.measure.module_hooks import add_hook
+from biasshift.restoration import Restoration
 
 # (name, module, input, output) → another output to go on with, or None
 Hook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
 
 
-@contextmanager
-def function_calls(
-    modules: Mapping[str, nn.Module], hook: Hook, copy_inputs: bool = False
-) -> Iterator[None]:
-    """Calls the hook for every ``F.linear`` with the weight and bias of a layer, in the block.
+def watch_function_calls(
+    restoration: Restoration,
+    modules: Mapping[str, nn.Module],
+    hook: Hook,
+    copy_inputs: bool = False,
+) -> None:
+    """Calls the hook for every ``F.linear`` with the weight and bias of a layer, until restored.
 
     Attention of torchvision's Swin transformers, for example, hands the weights of its layers to a
     function. Calls inside of a layer's own forward are the module's, and have hooks of their own.
@@ -32,20 +36,19 @@ def function_calls(
         if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
     }
     running: Counter[str] = Counter()
-    handles = []
-    try:
-        for name, module in layers.values():
-            handles += [
-                module.register_forward_pre_hook(partial(_count, running, name, 1)),
-                module.register_forward_hook(
-                    partial(_count, running, name, -1), prepend=True, always_call=True
-                ),
-            ]
-        with _FunctionCalls(layers, running, hook, copy_inputs):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, module in layers.values():
+        add_hook(restoration, module, partial(_count, running, name, 1), before=True)
+        leave = partial(_count, running, name, -1)
+        add_hook(restoration, module, leave, prepend=True, always_call=True)
+    mode = _FunctionCalls(layers, running, hook, copy_inputs)
+    restoration.undo(_leave, mode)
+    mode.__enter__()
+
+
+def _leave(mode: TorchFunctionMode) -> None:
+    """Leaves a mode, and those inside of it that an exception has left behind."""
+    while any(one is mode for one in _get_current_function_mode_stack()):
+        _pop_mode()
 
 
 def _count(running: Counter[str], name: str, step: int, *_: object) -> None:

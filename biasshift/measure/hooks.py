@@ -5,11 +5,13 @@ overwritten by an in-place activation, while the edge still leads to the net inp
 `biasshift.measure` adds hooks to modules.
 """
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from biasshift.measure.examples import Inputs
-from biasshift.measure.function_calls import function_calls
+from biasshift.measure.function_calls import watch_function_calls
+from biasshift.measure.module_hooks import add_hook
 from biasshift.measure.sandbox import forward
+from biasshift.restoration import Restoration, restoring
 
 # May return something else for the module to have returned.
 OutputHook = Callable[[str, nn.Module, Tensor, Tensor], Tensor | None]
@@ -47,20 +51,14 @@ def underlying(model: nn.Module) -> nn.Module:
             return model
 
 
-@contextmanager
-def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Hooks are on their modules within the block only."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
+@restoring()
 def call_hooks(
-    modules: Mapping[str, nn.Module], hook: OutputHook, *, copy_inputs: bool = False
-) -> Iterator[None]:
+    restoration: Restoration,
+    modules: Mapping[str, nn.Module],
+    hook: OutputHook,
+    *,
+    copy_inputs: bool = False,
+) -> None:
     """Calls ``hook(name, module, input, output)`` after each use of a layer, in the block.
 
     It may be a call of the module, whose own output is shown, or one of ``F.linear`` with its
@@ -69,18 +67,19 @@ def call_hooks(
     Args:
         copy_inputs: let every layer read a copy of its input.
     """
-    with ExitStack() as stack:
-        if copy_inputs:
-            stack.enter_context(_reading_copies(modules.values()))
-        stack.enter_context(output_hooks(modules, hook, raw=True))
-        stack.enter_context(function_calls(modules, hook, copy_inputs))
-        yield
+    for module in modules.values() if copy_inputs else ():
+        add_hook(restoration, module, partial(_with_copies), before=True, with_kwargs=True)
+    add_output_hooks(restoration, modules, hook, raw=True)
+    watch_function_calls(restoration, modules, hook, copy_inputs)
 
 
-@contextmanager
-def output_hooks(
-    modules: Mapping[str, nn.Module], hook: OutputHook, *, raw: bool = False
-) -> Iterator[None]:
+def add_output_hooks(
+    restoration: Restoration,
+    modules: Mapping[str, nn.Module],
+    hook: OutputHook,
+    *,
+    raw: bool = False,
+) -> None:
     """Calls ``hook(name, module, first input, output)`` after each forward of the modules.
 
     The hooks are on the modules within the block only, and skip outputs that are not tensors.
@@ -88,8 +87,12 @@ def output_hooks(
     Args:
         raw: show the module's own output, before the user's forward hooks may replace it.
     """
-    with _removed([add_output_hook(name, m, hook, raw=raw) for name, m in modules.items()]):
-        yield
+    for name, module in modules.items():
+        call = partial(_call_hook, name, hook)
+        add_hook(restoration, module, call, with_kwargs=True, prepend=raw)
+
+
+output_hooks = restoring()(add_output_hooks)
 
 
 def add_output_hook(
@@ -125,9 +128,42 @@ def call_counts(modules: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
     def count(name: str, *_: object) -> None:
         counts[name] += 1
 
-    named = modules.items()
-    with _removed([m.register_forward_hook(partial(count, name)) for name, m in named]):
+    def change(restoration: Restoration) -> None:
+        for name, module in modules.items():
+            add_hook(restoration, module, partial(count, name))
+
+    with Restoration(change):
         yield counts
+
+
+class WeakHook:
+    """A hook that does not keep its owner alive, and does nothing in a copied model.
+
+    A model may thus outlive what watches it, and be copied or pickled with its hooks: what a copy
+    or a pickle holds is a function that returns None.
+    """
+
+    def __init__(self, owner: object, method: str) -> None:
+        self._owner, self._method = weakref.ref(owner), method
+
+    def __call__(self, *args: object) -> Any:
+        """Returns what the method returns: another output of the module, or None for its own."""
+        owner = self._owner()
+        return None if owner is None else getattr(owner, self._method)(*args)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _deaf_ear, ()
+
+
+# Users' pickled models refer to the next two functions by module and name: `_deaf_ear` stands in a
+# model that was pickled with its hooks, and `_hear_nothing` in a copy of one. Neither may be
+# renamed or moved. Models of version 0.1 look for them in `biasshift.optim.passes`.
+def _deaf_ear() -> Callable:
+    return _hear_nothing
+
+
+def _hear_nothing(*args: object) -> None:
+    pass
 
 
 # -- one recorded forward pass ---------------------------------------------------------------------
@@ -198,16 +234,14 @@ def traced(model: nn.Module, modules: Mapping[str, nn.Module], x: Inputs) -> tup
     return tape, outputs
 
 
-@contextmanager
-def _reading_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
-    def copied(value: object) -> object:
-        return value.clone() if isinstance(value, Tensor) else value
+def _with_copies(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A hook before a forward pass that lets it read copies."""
+    copies = {name: _copied(value) for name, value in kwargs.items()}
+    return tuple(map(_copied, args)), copies
 
-    def copy(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 
-    with _removed([m.register_forward_pre_hook(copy, with_kwargs=True) for m in modules]):
-        yield
+def _copied(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def edge_gradients(

@@ -1,11 +1,11 @@
 """Measurements leave the model and the process as they found them, also after an exception."""
 
 import random
+import re
 import sys
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from functools import partial
 from operator import is_
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from biasshift.measure.composites import taken_apart
+from biasshift.measure.composites import take_apart
 from biasshift.measure.examples import Inputs, call
-from biasshift.precision import full_precision
+from biasshift.measure.module_hooks import HOOKS
+from biasshift.precision import full_precision, set_full_precision
+from biasshift.restoration import Restoration, restoring
 
 # Warnings about what is intended here: operations without a batching rule are looped over, and
 # nothing trains through a checkpoint.
@@ -34,11 +36,16 @@ MADE_OF = ("_orig", "_g")  # ends of parameters' names: "weight_orig" of the att
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
-@contextmanager
+@restoring()
 def undisturbed(
-    model: nn.Module, *, evaluate: bool = False, gradients: bool = False, apart: bool = True
-) -> Iterator[None]:
-    """Restores the model and the process after the block.
+    restoration: Restoration,
+    model: nn.Module,
+    *,
+    evaluate: bool = False,
+    gradients: bool = False,
+    apart: bool = True,
+) -> None:
+    """Restores the model and the process after the block, which one thread at a time may be in.
 
     Of the model these are modes, requires_grad, buffers, hooks and plain attributes: tensors,
     numbers, lists, dicts and the like, such as a hidden state, a cache or a count of steps. Of the
@@ -53,31 +60,28 @@ def undisturbed(
             `composites.taken_apart`.
     """
     devices = {p.device for p in model.parameters()}
-    cuda = sorted({device.index for device in devices if device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(full_precision({device.type for device in devices}))
-        # A copy of a weight that autocast keeps would hide how often the weight is used.
-        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)
-        # Compiled parts run uncompiled: hooks added after compilation would never fire. Nothing is
-        # compiled before dynamo was imported.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(warnings.catch_warnings())
-        for message in INTENDED:
-            warnings.filterwarnings("ignore", message=message)
-        stack.enter_context(_same_attributes(model))
-        stack.enter_context(_same_buffers(model))
-        stack.enter_context(_same_modes(model))
-        stack.enter_context(taken_apart(model, apart))
-        if gradients:
-            stack.enter_context(_all_on_the_graph(model))
-        if evaluate:
-            model.eval()
-        yield
+    undo = restoration.undo
+    _keep_random_state(restoration, devices)
+    if torch.is_inference_mode_enabled():
+        guard = torch._C._InferenceMode(False)
+        undo(guard.__exit__, None, None, None)
+        guard.__enter__()
+    undo(torch._C._set_grad_enabled, torch.is_grad_enabled())
+    torch._C._set_grad_enabled(gradients)
+    set_full_precision(restoration, {device.type for device in devices})
+    # A copy of a weight that autocast keeps would hide how often the weight is used.
+    undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+    torch.set_autocast_cache_enabled(False)
+    _run_uncompiled(restoration)
+    _ignore_intended_warnings(restoration)
+    _keep_attributes(restoration, model)
+    _keep_buffers(restoration, model)
+    _keep_modes(restoration, model)
+    take_apart(restoration, model, apart)
+    if gradients:
+        _put_all_on_the_graph(restoration, model)
+    if evaluate:
+        model.eval()
 
 
 def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda: None) -> Any:
@@ -100,31 +104,66 @@ def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda:
             return call(model, x.clone())
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+@restoring("never")
+def evaluation_mode(restoration: Restoration, model: nn.Module) -> None:
     """Switches a model to eval mode inside the block, and restores the mode of every module.
 
     Nothing else is restored: running statistics do not move in eval mode. It costs less than
-    `undisturbed`.
+    `undisturbed`, and other threads do not wait.
     """
-    with _same_modes(model):
-        model.eval()
-        yield
+    _keep_modes(restoration, model)
+    model.eval()
 
 
-@contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
+# -- the process -----------------------------------------------------------------------------------
+
+
+def _keep_random_state(restoration: Restoration, devices: Iterable[torch.device]) -> None:
+    generator = torch.default_generator
+    restoration.undo(generator.set_state, generator.get_state())
+    for device in devices:
+        if device.type == "cuda":
+            state = torch.cuda.get_rng_state(device)
+            restoration.undo(torch.cuda.set_rng_state, state, device)
+
+
+def _run_uncompiled(restoration: Restoration) -> None:
+    """Compiled parts run uncompiled: hooks added after compilation would never fire."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:  # nothing is compiled before it is imported
+        restoration.undo(setattr, dynamo, "_stance", dynamo._stance)
+        torch.compiler.set_stance("force_eager")
+
+
+def _ignore_intended_warnings(restoration: Restoration) -> None:
+    """Puts filters before the others, and takes them away from wherever threads have put them."""
+    filters: list[Any] = warnings.filters  # pyright: ignore[reportAssignmentType]
+    own = [("ignore", re.compile(message), Warning, None, 0) for message in INTENDED]
+    restoration.undo(_restore_filters, filters, list(filters), own)
+    filters[:0] = own
+
+
+def _restore_filters(filters: list[Any], before: list[Any], own: list[Any]) -> None:
+    present: list[Any] = warnings.filters  # pyright: ignore[reportAssignmentType]
+    _restore_list(filters, before)
+    if present is not filters:  # another thread's, which it has copied from these
+        _restore_list(present, [f for f in present if not any(f is one for one in own)])
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+def _keep_modes(restoration: Restoration, model: nn.Module) -> None:
     # Module by module: somebody may keep a part in eval mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    restoration.undo(_restore_modes, [(module, module.training) for module in model.modules()])
 
 
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _keep_buffers(restoration: Restoration, model: nn.Module) -> None:
     """Running statistics, a count of calls, a cache: changed in place, or new tensors."""
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -132,21 +171,20 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and buffer.layout == torch.strided and not buffer.is_inference()
     ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+    restoration.undo(_restore_buffers, buffers)
 
 
-@contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
+def _restore_buffers(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for module, name, buffer, value in buffers:
+        module._buffers[name] = buffer
+        if not torch.equal(buffer, value):
+            buffer.detach().copy_(value)
+
+
+def _keep_attributes(restoration: Restoration, model: nn.Module) -> None:
     """Hidden states, caches and counts: assigned anew, or changed in place.
 
-    Modules, parameters and buffers that a forward pass adds go too.
+    Modules, parameters, buffers and hooks that a forward pass adds go too.
     """
     # Lazy modules become others in their first forward pass, for good.
     modules = [
@@ -154,27 +192,38 @@ def _same_attributes(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
     ]
+    attributes = [(vars(module), module._parameters, dict(vars(module))) for module in modules]
     members = [
         (names, dict(names))
         for module in modules
-        for names in (vars(module), module._parameters, module._buffers, module._modules)
+        for names in (
+            module._parameters,
+            module._buffers,
+            module._modules,
+            *(vars(module)[name] for name in HOOKS),
+        )
     ]
-    restored: dict[int, tuple[object, Callable[[], object]]] = {}
-    for _, before in members[::4]:
+    contents: dict[int, tuple[object, Callable[[], object]]] = {}
+    for _, _, before in attributes:
         for name, value in before.items():
             if type(value) not in CONSTANT and name not in OWN:
-                _add_contents(value, restored)
-    try:
-        yield
-    finally:
-        for module, (names, before) in zip(modules, members[::4], strict=True):
-            # Hooks of older weight_norm, spectral_norm and pruning make these before every call.
-            made = (key.rpartition("_")[0] for key in module._parameters if key.endswith(MADE_OF))
-            before.update((name, names[name]) for name in made if name in names)
-        for names, before in members:
-            _restore_dict(names, before)
-        for _, restore in restored.values():
-            restore()
+                _add_contents(value, contents)
+    restoration.undo(_restore_attributes, attributes, members, contents)
+
+
+def _restore_attributes(
+    attributes: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]],
+    members: list[tuple[dict, dict]],
+    contents: dict[int, tuple[object, Callable[[], object]]],
+) -> None:
+    for names, parameters, before in attributes:
+        # Hooks of older weight_norm, spectral_norm and pruning make these before every call.
+        made = (key.rpartition("_")[0] for key in parameters if key.endswith(MADE_OF))
+        _restore_dict(names, before | {name: names[name] for name in made if name in names})
+    for names, before in members:
+        _restore_dict(names, before)
+    for _, restore in contents.values():
+        restore()
 
 
 def _add_contents(value: Any, restored: dict[int, tuple[object, Callable[[], object]]]) -> None:
@@ -247,30 +296,17 @@ def _restore_set(value: set, before: set) -> None:
         value.update(before)
 
 
-@contextmanager
-def _all_on_the_graph(model: nn.Module) -> Iterator[None]:
+def _put_all_on_the_graph(restoration: Restoration, model: nn.Module) -> None:
     """Frozen parameters require gradients too.
 
     The user's own backward hooks rest: they may change gradients, and are no part of F.
     """
-    frozen = [
-        p
-        for p in model.parameters()
-        if not p.requires_grad and (p.is_floating_point() or p.is_complex())
-    ]
-    hooks = [
-        (module, module._backward_hooks, module._backward_pre_hooks)
-        for module in model.modules()
-        if module._backward_hooks or module._backward_pre_hooks
-    ]
-    try:
-        for p in frozen:
+    for p in list(model.parameters()):
+        if not p.requires_grad and (p.is_floating_point() or p.is_complex()):
+            restoration.undo(p.requires_grad_, False)
             p.requires_grad_(True)
-        for module, _, _ in hooks:
-            module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-        for module, after, before in hooks:
-            module._backward_hooks, module._backward_pre_hooks = after, before
+    for module in list(model.modules()):
+        for name in ("_backward_hooks", "_backward_pre_hooks"):
+            if getattr(module, name):
+                restoration.undo(setattr, module, name, getattr(module, name))
+                setattr(module, name, OrderedDict())

@@ -1,19 +1,16 @@
-"""A forward pass until its errors are there, and hooks that keep nothing alive.
+"""A forward pass until its errors are there: what is kept of it, without its graph."""
 
-`Pass` and `RecordedCall` are what is kept of a forward pass, without its graph. `WeakHook` calls a
-`Recorder` as long as there is one.
-"""
-
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from biasshift.measure import hooks
 from biasshift.measure.outputs import classes_last
 from biasshift.optim.running_sums import RunningSums
+
+# Models that were pickled with the hooks of version 0.1 look for them here.
+_deaf_ear, _hear_nothing = hooks._deaf_ear, hooks._hear_nothing
 
 
 @dataclass(eq=False)
@@ -61,36 +58,3 @@ class Pass:
     outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient
     bypassed: list[str] = field(default_factory=list)  # layers whose errors cannot come back
     without_gradients: set[str] = field(default_factory=set)  # layers that ran in torch.no_grad
-
-
-# -- hooks -----------------------------------------------------------------------------------------
-
-
-class WeakHook:
-    """A hook that does not keep its recorder alive, and does nothing in a copied model.
-
-    A model may thus outlive its optimizer, and be copied or pickled with its hooks: what a copy or
-    a pickle holds is a function that returns None.
-    """
-
-    def __init__(self, recorder: object, method: str) -> None:
-        self._recorder, self._method = weakref.ref(recorder), method
-
-    def __call__(self, *args: object) -> Any:
-        """Returns what the recorder returns: another output of the module, or None for its own."""
-        recorder = self._recorder()
-        return None if recorder is None else getattr(recorder, self._method)(*args)
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return _deaf_ear, ()
-
-
-# Users' pickled models refer to the next two functions by module and name, also those of version
-# 0.1: `_deaf_ear` stands in a model that was pickled with its hooks, and `_hear_nothing` in a copy
-# of one. Neither may be renamed or moved.
-def _deaf_ear() -> Callable:
-    return _hear_nothing
-
-
-def _hear_nothing(*args: object) -> None:
-    pass

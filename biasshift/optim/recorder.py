@@ -20,12 +20,12 @@ from biasshift.fisher.moments import rounding_share
 from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.coverage import UncoveredWarning
 from biasshift.measure.examples import Examples, arguments_as_given
-from biasshift.measure.hooks import Call, Tape, add_output_hook
+from biasshift.measure.hooks import Call, Tape, WeakHook, add_output_hook
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.outputs import all_heads, chosen_output, classes_last, refuse_other_axes
 from biasshift.optim.divisor import Divisor, Share
-from biasshift.optim.passes import Pass, RecordedCall, WeakHook
+from biasshift.optim.passes import Pass, RecordedCall
 from biasshift.optim.running_sums import RunningSums, batch_sums
 from biasshift.optim.update_rule import OutputRule, UpdateRule
 

@@ -4,10 +4,12 @@
 on its training batches. Both come off the model when the block ends, and keep their table.
 """
 
+import copy
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -36,18 +38,21 @@ from biasshift.measure.fisher import fishers_of, measure
 from biasshift.measure.gradient_gap import PredictedShift, gap
 from biasshift.measure.hooks import (
     LayerGraph,
-    add_output_hook,
+    WeakHook,
+    add_output_hooks,
     call_hooks,
     output_hooks,
     underlying,
 )
 from biasshift.measure.independence import Reasons
 from biasshift.measure.layer_types import WeightLayer
+from biasshift.measure.module_hooks import add_hook
 from biasshift.measure.options import Options
 from biasshift.measure.outputs import NonFiniteOutputs
 from biasshift.measure.parts import LinearPart
 from biasshift.measure.probe import Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
+from biasshift.restoration import Restoration
 from biasshift.tracking.rows import (
     activation_columns,
     fisher_columns,
@@ -82,15 +87,18 @@ class Log:
         self._saw_step = False  # counted or not
         self._trained_from = _signature(self.model)
         self._graph = LayerGraph()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = Restoration(lambda hooks: None, "never")
+        self._is_on = False  # whether its hooks are on the model and the optimizer
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if all(part is None for part in exception):
-            self._warn_of_unseen_steps(stacklevel=3)
-        self._take_off()
+        try:
+            if all(part is None for part in exception):
+                self._warn_of_unseen_steps(stacklevel=3)
+        finally:
+            self._take_off()
 
     def remove(self) -> None:
         """Takes all hooks off the model and the optimizer.
@@ -101,16 +109,42 @@ class Log:
         Warns:
             RuntimeWarning: If the model was trained, and no step of the optimizer was seen.
         """
-        self._warn_of_unseen_steps(stacklevel=3)
-        self._take_off()
+        try:
+            self._warn_of_unseen_steps(stacklevel=3)
+        finally:
+            self._take_off()
+
+    def _put_on(self, *hooks: Callable[[], object]) -> None:
+        """Adds all hooks, or none where an interruption comes in between.
+
+        They do not keep the log alive, and do nothing in copies of the model.
+        """
+        try:
+            for hook in hooks:
+                hook()
+            self._is_on = True
+        except BaseException:
+            self._take_off()
+            raise
 
     def _take_off(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._is_on = False
+        self._hooks.__exit__(None, None, None)
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, before: str, after: str) -> None:
+        """Has methods called before and after every step; "" stands for none."""
+        for method, hooks, register in (
+            (before, optimizer._optimizer_step_pre_hooks, optimizer.register_step_pre_hook),
+            (after, optimizer._optimizer_step_post_hooks, optimizer.register_step_post_hook),
+        ):
+            if method:
+                hook: Any = WeakHook(self, method)
+                self._hooks.undo(_take_out, hooks, hook)
+                register(hook)
 
     def _warn_of_unseen_steps(self, stacklevel: int) -> None:
         unseen = self.optimizer is not None and not self._saw_step and self._was_trained()
-        if self._handles and unseen:
+        if self._is_on and unseen:
             warnings.warn(
                 f"The model was trained, and no step of {type(self.optimizer).__name__} was seen. "
                 "Another optimizer took the steps, a gradient scaler skipped all, or they do not "
@@ -192,13 +226,15 @@ class ProbeLog(Log):
         self._unmeasured: set[str] = set()  # layers without Fisher matrices
         weights_by_name = self._by_name or options.uncovered == "raise"
         self.options = replace(
-            options, layers=list(self.weights) if weights_by_name else self._has_fisher, skip=None
+            options,
+            layers=list(self.weights) if weights_by_name else WeakHook(self, "_has_fisher"),
+            skip=None,
         )
+        self._notes: list[str] = []  # of what could not be measured before the present step
+        self._failed: Exception | None = None  # what is raised behind the present step
+        self._reported: set[str] = set()  # kinds of errors
         self._measure(defaultdict(dict))
-        self._handles += [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._put_on(lambda: self._on_step(optimizer, "_before_step", "_after_step"))
 
     def table(self) -> pd.DataFrame:
         """Returns all rows since the last `flush`: (step, layer, unit) and every quantity.
@@ -237,7 +273,12 @@ class ProbeLog(Log):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._before, self._predicted = None, {}
-        if not self.weights or not self.due or _skipped(optimizer):
+        if self.weights and self.due:
+            step = self.step + 1
+            self._attempt(step, lambda: self._measure_before(optimizer, args, kwargs))
+
+    def _measure_before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if _skipped(optimizer):
             return
         if "bias_shift" in self.quantities:
             self._before = self._net_means()
@@ -246,18 +287,46 @@ class ProbeLog(Log):
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._saw_step = True
-        if _skipped(optimizer):
-            return
-        due, self.step = self.due, self.step + 1
-        if due:
-            columns: LayerColumns = defaultdict(dict)
-            shifts = {} if self._before is None else compare(self._before, self._net_means())
-            for name, shift in shifts.items():
-                columns[name].update(shift_columns(shift, self._units(name)))
-            for name, predicted in self._predicted.items():
-                columns[name].update(predicted.columns(self._weights_of_units(name)))
-            self._before, self._predicted = None, {}
-            self._measure(columns)
+        if not _skipped(optimizer):
+            due, self.step = self.due, self.step + 1
+            if due and self._failed is None:
+                self._attempt(self.step, self._measure_after)
+        notes, self._notes = self._notes, []
+        failed, self._failed = self._failed, None
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        if failed is not None:
+            raise failed
+
+    def _measure_after(self) -> None:
+        columns: LayerColumns = defaultdict(dict)
+        shifts = {} if self._before is None else compare(self._before, self._net_means())
+        for name, shift in shifts.items():
+            columns[name].update(shift_columns(shift, self._units(name)))
+        for name, predicted in self._predicted.items():
+            columns[name].update(predicted.columns(self._weights_of_units(name)))
+        self._before, self._predicted = None, {}
+        self._measure(columns)
+
+    def _attempt(self, step: int, measure: Callable[[], object]) -> None:
+        """Measures around a step, which is taken whatever happens here.
+
+        What goes wrong, as where the memory is full, is told behind the step, once for each kind of
+        error. Other processes would wait for the numbers of this one: there it is raised.
+        """
+        try:
+            measure()
+        except Exception as error:
+            if self._merging:
+                self._failed = error.with_traceback(None)  # which would keep activations alive
+                return
+            kind, words = type(error).__name__, str(error).partition("\n")[0]
+            if kind not in self._reported:
+                self._reported.add(kind)
+                self._notes.append(
+                    f"Step {step} was not measured ({kind}: {words.rstrip('.')}). Training goes "
+                    "on, and other steps that fail this way are left out without a warning."
+                )
 
     def _predict(
         self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
@@ -284,10 +353,9 @@ class ProbeLog(Log):
                 }
         except ValueError as error:
             if not isinstance(error, NonFiniteOutputs):  # of which the measurement afterwards warns
-                warnings.warn(
+                self._notes.append(
                     f"Step {self.step + 1} gets no shifts of its gradient. {error} "
-                    "Training goes on.",
-                    stacklevel=2,
+                    "Training goes on."
                 )
             return {}
 
@@ -339,7 +407,7 @@ class ProbeLog(Log):
             return {}
 
     def _measured(self, options: Options, gradient: bool = False) -> dict[str, Measured]:
-        first = not self._handles  # the measurement on entry
+        first = not self._is_on  # the measurement on entry
         measured = measure(self.model, self.x, self.y, options, gradient, first, self._merging)
         if first and callable(options.layers):
             self._unmeasured = set(self.weights) - set(measured)
@@ -399,19 +467,22 @@ class TrainingLog(Log):
         super().__init__(model, optimizer, options, measure_weights=False)
         # PyTorch's own forward passes of training do not call the parts of composites.
         self.weights = {n: m for n, m in self.weights.items() if not isinstance(m, LinearPart)}
-        self._recording = False  # inside a training forward pass of the whole model
         self._has_recorded = False
-        self._watcher = ActivationRecorder(self.model, list(self.activations))
-        self._handles += [
-            *(
-                add_output_hook(name, module, self._record)
-                for name, module in {**self._watcher.modules, **self.weights}.items()
-            ),
-            self.model.register_forward_pre_hook(self._start),
-            self.model.register_forward_hook(self._stop, always_call=True),
-        ]
-        if optimizer is not None:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._watcher = ActivationRecorder(self.model, list(self.activations))  # of whole passes
+        self._passes = threading.local()  # the pass of every thread, unfinished
+        self._finishing = threading.RLock()
+        modules = {**self._watcher.modules, **self.weights}
+        self._put_on(
+            lambda: add_output_hooks(self._hooks, modules, WeakHook(self, "_record")),
+            lambda: self._on_model("_start", before=True),
+            lambda: self._on_model("_finish"),
+            # Behind an exception only this one is called, and finds a pass that is not finished.
+            lambda: self._on_model("_stop", always_call=True),
+            *([lambda: self._on_step(optimizer, "", "_after_step")] if optimizer else []),
+        )
+
+    def _on_model(self, method: str, **options: bool) -> None:
+        add_hook(self._hooks, self.model, WeakHook(self, method), **options)
 
     def table(self) -> pd.DataFrame:
         """Returns the moments of all training batches since the last `flush`, at the present step.
@@ -437,32 +508,55 @@ class TrainingLog(Log):
         Without calls of it the table is of all training since the start, in which early batches
         weigh as much as late ones.
         """
-        table = self.table()
-        self._watcher.sums.clear()
+        with self._finishing:
+            table = self.table()
+            self._watcher.sums.clear()
         return table
 
     def _start(self, module: nn.Module, args: object) -> None:
-        self._recording = module.training
-        if self._recording:
-            self._watcher.start_forward()
+        # A pass that was interrupted, and never ended, is dropped here.
+        self._passes.present = None
+        if module.training:
+            watcher = copy.copy(self._watcher)
+            watcher.sums = {}
+            watcher.start_forward()
+            self._passes.present = _TrainingPass(
+                watcher, None if self._has_recorded else LayerGraph()
+            )
 
     def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        if not self._recording:
+        present: _TrainingPass | None = getattr(self._passes, "present", None)
+        if present is None:
             return
-        if not self._has_recorded:
-            self._graph.record(name, module, a, output)
+        if present.graph is not None:
+            present.graph.record(name, module, a, output)
         if name in self._watcher.modules:
             with torch.no_grad():
-                self._watcher.record(name, module, a, output)
+                present.watcher.record(name, module, a, output)
 
-    def _stop(self, module: nn.Module, args: object, output: object) -> None:
-        if self._recording:
-            if not self._has_recorded:
-                self._graph.finish()
+    def _finish(self, module: nn.Module, args: object, output: object) -> None:
+        """Adds a pass to the sums: one that has returned."""
+        present: _TrainingPass | None = getattr(self._passes, "present", None)
+        if present is None:
+            return
+        self._passes.present = (
+            None  # a checkpoint's recomputation in the backward pass does not count
+        )
+        with self._finishing:
+            for key, new in present.watcher.sums.items():
+                old = self._watcher.sums.get(key, new)
+                self._watcher.sums[key] = (
+                    new if old is new else {i: old[i] + m for i, m in new.items() if i in old}
+                )
+            if present.graph is not None and not self._has_recorded:
+                present.graph.finish()
+                self._graph = present.graph
             self._has_recorded = True
             self.step += self.optimizer is None
-        self._watcher.start_forward()  # lets go of the last activation and its graph
-        self._recording = False  # a checkpoint's recomputation in the backward pass does not count
+
+    def _stop(self, module: nn.Module, args: object, output: object) -> None:
+        """Lets go of the last activation and its graph, and of sums of a pass that raised."""
+        self._passes.present = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._saw_step = True
@@ -472,7 +566,16 @@ class TrainingLog(Log):
         return self._has_recorded
 
     def _moments(self) -> dict[str, ActivationMoments]:
-        return self._watcher.moments()
+        with self._finishing:
+            return self._watcher.moments()
+
+
+@dataclass
+class _TrainingPass:
+    """A forward pass that has not returned yet."""
+
+    watcher: ActivationRecorder
+    graph: LayerGraph | None
 
 
 def _split(
@@ -529,3 +632,9 @@ def _skipped(optimizer: torch.optim.Optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _take_out(hooks: dict[int, Callable], hook: Callable) -> None:
+    """Removes a hook from an optimizer."""
+    for number in [number for number, value in hooks.items() if value is hook]:
+        del hooks[number]

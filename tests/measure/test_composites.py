@@ -294,12 +294,12 @@ def test_everything_is_left_as_found(fast_path: bool) -> None:
             assert not torch.backends.mha.get_fastpath_enabled()
             with undisturbed(model):
                 model(x)
-            assert composites.KINDS.keys() <= composites._originals.keys()
+            assert composites._dispatching_kinds == {*composites.KINDS}
             raise ZeroDivisionError
         assert state(model) == before
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert not composites._active and not composites._hooks and not composites._depth
+    assert not composites._parts and not composites._dispatching_kinds and not composites._at_rest
 
 
 def test_copies_and_pickles_know_nothing_of_parts() -> None:
