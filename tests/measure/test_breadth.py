@@ -588,9 +588,59 @@ def test_a_forward_of_one_s_own_that_computes_something_else_is_refused(layer: n
     ):
         pass
     assert list(shift) == ["2"]
+    with (
+        pytest.raises(ValueError, match=r"Layer '0' .*its own forward"),
+        bs.bias_shift(nn.Sequential(layer), inputs()),
+    ):
+        pass
     padded = nn.Sequential(PaddedConv(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double()
     refused(padded, inputs(4, 1, 5, 5), "'0'.*Conv2d")
     left_out(padded, inputs(4, 1, 5, 5), {"0": "its own forward.*Conv2d"})
+
+
+def test_a_layer_that_turns_into_another_function_between_two_measurements() -> None:
+    model, x = nn.Sequential(Masked(5, 6), nn.ELU(), nn.Linear(6, 3)).double(), inputs()
+    with torch.no_grad():
+        model[0].weight.abs_()  # as long as they are positive, all weights count
+    options = {"probe": x, "every": 1, "quantities": "bias_shift"}
+    log = bs.instrument(model, torch.optim.SGD(model.parameters(), lr=1.0), **options)
+    with bs.bias_shift(model, x) as shift:
+        pass
+    assert list(shift) == ["0", "2"]
+    with (
+        pytest.warns(bs.UncoveredWarning, match="'0' .Masked.: its own forward"),
+        bs.bias_shift(model, x) as shift,
+    ):
+        take_step(log.optimizer, model, -1.0)
+    assert list(shift) == ["2"] and set(log.table().layer) == {"2"}
+    take_step(log.optimizer, model, 1.0)  # nothing is said again
+    log.remove()
+    assert log.table().step.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def take_step(optimizer: torch.optim.Optimizer, model: nn.Module, size: float) -> None:
+    """Adds a number to all parameters."""
+    for p in model.parameters():
+        p.grad = torch.full_like(p, -size)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("quantities", [None, "bias_shift"])
+def test_a_log_of_a_model_with_a_forward_of_one_s_own(quantities: str | None) -> None:
+    model, x = nn.Sequential(Normalizing(5, 6), nn.ELU(), nn.Linear(6, 3)).double(), inputs()
+    y, optimizer = torch.arange(9) % 3, torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(bs.UncoveredWarning) as caught:
+        log = bs.instrument(model, optimizer, probe=(x, y), every=1, quantities=quantities)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        log.remove()
+    [said] = [str(w.message) for w in caught if w.category is bs.UncoveredWarning]
+    assert "'0' (Normalizing): its own forward" in said and "'2'" not in said
+    table = log.table()
+    assert set(table.layer) - {"1"} == {"2"} and table.step.max() == 2
+    assert table[table.layer == "2"].total.notna().any()
 
 
 # -- weights with more than one use ----------------------------------------------------------------
@@ -1225,6 +1275,48 @@ def test_models_that_differentiate_inside_their_forward_pass(
             measured = getattr(shift[name], part)
             torch.testing.assert_close(measured, value, rtol=1e-9, atol=1e-12)
             assert not measured.requires_grad
+
+
+class ForcesOfPositions(Forces):
+    """The gradient reads the view of a weight that the layer has made for its own product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.energy = nn.Linear(1, 4), nn.Linear(20, 1)
+
+    def forces(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(self.act(self.stem(x[:, :, None])).flatten(1)).sum()
+        return -torch.autograd.grad(energy, x, create_graph=torch.is_grad_enabled())[0]
+
+
+class ForcesOfAConvolution(ForcesOfPositions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.stem = nn.Conv1d(1, 4, 1), nn.Identity()
+
+    def forces(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(self.act(self.conv(x[:, None])).flatten(1)).sum()
+        return -torch.autograd.grad(energy, x, create_graph=torch.is_grad_enabled())[0]
+
+
+@pytest.mark.parametrize(
+    "change", [None, parametrizations.weight_norm, parametrizations.orthogonal]
+)
+@pytest.mark.parametrize("kind", [Forces, ForcesOfPositions, ForcesOfAConvolution])
+def test_weights_that_a_gradient_in_the_forward_pass_reads(
+    kind: type[nn.Module], change: Callable[[nn.Module], nn.Module] | None
+) -> None:
+    """A layer's one call is on the graph, and yet not the only use of its weight."""
+    model, x = two_layers(kind), inputs()
+    name = "conv" if kind is ForcesOfAConvolution else "stem"
+    if change is not None:
+        change(model.get_submodule(name))
+    words = {name: "a gradient that the forward pass takes", "energy": "a gradient"}
+    scale = last_layer(model, "scale", x)
+    left_out(model, x, words, scale)
+    refused(model, x, f"'{name}' .*{words[name]}", layers=[name, "scale"])
 
 
 def test_an_error_of_the_model_s_own_is_raised_once() -> None:
