@@ -120,8 +120,8 @@ def _call_hook(
 def call_counts(modules: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
     """Counts how often every module is called inside the block, by name.
 
-    Calls that return something else than a tensor count too. The counter fills while the block
-    runs, and can be read after it.
+    Calls that return something else than a tensor count too, and those of ``F.linear`` with a
+    layer's parameters. The counter fills while the block runs, and can be read after it.
     """
     counts: Counter[str] = Counter()
 
@@ -131,6 +131,7 @@ def call_counts(modules: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
     def change(restoration: Restoration) -> None:
         for name, module in modules.items():
             add_hook(restoration, module, partial(count, name))
+        watch_function_calls(restoration, modules, count)
 
     with Restoration(change):
         yield counts

@@ -182,4 +182,5 @@ def test_without_processes_it_is_an_error():
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", bs.FewSamplesWarning)
     work(int(sys.argv[1]), Path(sys.argv[2]))

@@ -15,7 +15,6 @@ import biasshift as bs
 from biasshift.measure.layer_types import named_modules
 
 models = pytest.importorskip("torchvision").models
-BY_FUNCTION = "it is not called as a module: its weight is used inside a function"
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ CASES = [
     Published(
         "swin_t",
         64,
-        {"Linear": (24, BY_FUNCTION)},
-        ("features.0.0", "features.1.0.mlp.0"),
+        {},  # its attention applies the weights of its layers by a function
+        ("features.0.0", "features.1.0.attn.qkv", "features.1.0.mlp.0"),
         {},
         examples=1,
     ),
