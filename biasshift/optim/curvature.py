@@ -117,8 +117,8 @@ class Curvature:
             ValueError: If a W has no inverse and ``damping`` is 0.
         """
         moments = self._moments()
-        r, inert = _per_unit(moments.center, len(g)), self._inert(len(g))
-        r = r.where(~inert[:, None], 0)
+        r, inert = _per_unit(moments.center, len(g)), self.sums.bias_inert
+        r = r if inert is None else r.where(~inert[:, None], 0)
         dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
         dw0 = g0
         if self.rule.scale != "none":
@@ -127,34 +127,38 @@ class Curvature:
             solved, solvable = inverse.solve(dw)
             usable = solvable & (c > 0)
             c = c + unit_damping * c.mean()
-            if self.rule.center == "p":
+            if inert is None:
+                pass
+            elif self.rule.center == "p":
                 usable = usable & ~inert
             else:  # W is A itself
                 usable, c = usable | (inert & solvable), c.where(~inert, 1)
             dw = torch.where(usable[:, None], solved / c[:, None], dw)
             dw0 = None if g0 is None else torch.where(usable, g0 / c, g0)
-        return dw, None if dw0 is None else (dw0 - dot(r, dw)).where(~inert, 0)
-
-    def _inert(self, units: int) -> Tensor:
-        """Which units have a bias without influence, as far as that is known; (units,) bool."""
-        inert = self.sums.bias_inert
-        return self.sums.reference.new_zeros(units, dtype=torch.bool) if inert is None else inert
+        if dw0 is None:
+            return dw, None
+        dw0 = dw0 - dot(r, dw)
+        return dw, dw0 if inert is None else dw0.where(~inert, 0)
 
     def _moments(self) -> Moments:
         """The mean of dead units is 0."""
         parts, reference = self.sums.parts, self.sums.reference
+        inert = None
         if self.rule.center == "p":
             weight = reference.new_full((len(reference), 1), self.sums.positions)
-            first, inert = parts["total"][0], torch.zeros_like(weight, dtype=torch.bool)
+            first = parts["total"][0]
         else:
-            inert = self._inert(len(parts["first"][0]))[:, None]
-            weight = parts["weight"][0][:, None].where(~inert, self.sums.counted)
-            # errors that cancel have second moments that are the same about every point, 0 too
-            first = parts["first"][0].where(~inert, 0)
+            weight, first = parts["weight"][0][:, None], parts["first"][0]
+            inert = self.sums.bias_inert
+            if inert is not None:
+                weight = weight.where(~inert[:, None], self.sums.counted)
+                # errors that cancel have second moments that are the same about every point, 0 too
+                first = first.where(~inert[:, None], 0)
         alive = weight > 0
         weight = torch.where(alive, weight, 1.0)
         offset = first / weight
-        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive & ~inert)
+        alive = alive if inert is None else alive & ~inert[:, None]
+        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive)
         center = torch.zeros_like(mean) if self.rule.center == "none" else mean
         return Moments(weight, offset, mean, center)
 

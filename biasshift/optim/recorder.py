@@ -317,7 +317,8 @@ class Recorder:
                     a.new_zeros(call.shape) if call.delta is None else call.delta for call in calls
                 ]
                 delta = _side_by_side([layer_types.errors(module, d[None])[0] for d in deltas])
-                share = rounding_share(delta)
+                if self.rule.weight_sharing == "per_example" and delta.shape[1] > 1:
+                    share = rounding_share(delta)
                 delta = delta.to(a.dtype) if factor == 1 else factor * delta.to(a.dtype)
             kept = None if delta is None or counted is None else _kept(counted, delta, len(calls))
             if self.rule.weight_sharing == "expand":

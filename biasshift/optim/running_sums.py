@@ -23,7 +23,8 @@ class RunningSums:
 
     * ``weight``: Σ δ², (units,).
     * ``rounding``: What ``weight`` may be of rounding alone, (units,), where errors of the
-      positions of an example add up; see `sum_rounding`. Missing in states of older versions.
+      positions of an example add up; see `sum_rounding`. Missing where they have only one, and
+      in states of older versions.
     * ``first``: Σ δ² (a − reference), (units, inputs).
     * ``second``: Σ δ² times the squares of a − reference, (units, inputs), or times their outer
       products, as the rows of `packed`.
@@ -55,6 +56,9 @@ class RunningSums:
         self.examples = decay * self.examples + other.examples
         self.left_out = decay * self.left_out + other.left_out
         self.positions = decay * self.positions + other.positions
+        for rounding in self.parts.get("rounding", ()):
+            if "rounding" not in other.parts:  # of examples of one position
+                rounding.mul_(decay)
         for name, theirs in other.parts.items():
             mine = self.parts.setdefault(name, [torch.zeros_like(x) for x in theirs])
             if name == "samples":
@@ -145,10 +149,8 @@ def batch_sums(
     count = a.shape[0] * a.shape[1] if kept is None else int(kept.sum())
     parts = {"total": [shifted.sum((0, 1), dtype=torch.float64)]} if rule.center == "p" else {}
     if delta is not None:
-        if rule.weight_sharing == "per_example":
-            together = delta.shape[1] > 1
-            rounding = sum_rounding(delta[None], share) if together else delta.new_zeros(1)
-            parts["rounding"] = [rounding.double().expand(delta.shape[2]).clone()]
+        if rule.weight_sharing == "per_example" and delta.shape[1] > 1:
+            parts["rounding"] = [sum_rounding(delta[None], share).double()]
         # (samples, positions, groups, units of a group)
         delta = delta.unflatten(2, (a.shape[2], -1))
         whole = delta.sum(1)
