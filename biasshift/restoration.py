@@ -12,6 +12,7 @@ into it are raised behind it.
 import os
 import signal
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ P = ParamSpec("P")
 # How long a block has the turn: all along, only while it changes and undoes things, or not at all.
 Turn = Literal["block", "ends", "never"]
 
-PATIENCE = 0.05  # seconds, between two looks whether it is this thread's turn
+PATIENCE = 0.002  # seconds, between two looks whether it is this thread's turn
 ATTEMPTS = 3  # to undo a change: an exception from outside spoils one
 # Signals whose handlers may raise an exception, of those that this system has.
 RAISING = tuple(
@@ -176,14 +177,12 @@ def restoring(
 # that was forgotten must not block the others.
 _turn: dict[str, "weakref.ref[Restoration]"] = {}
 _begun: list["weakref.ref[Restoration]"] = []  # all blocks of that thread, the outermost first
-_given_back = threading.Event()
 
 
 def _take_turn(block: Restoration) -> None:
     """Waits until it is this thread's turn, which it may be already."""
     own = weakref.ref(block)
     while True:
-        _given_back.clear()
         holder = _turn.setdefault("turn", own)
         outermost = holder()
         if outermost is None:
@@ -193,7 +192,8 @@ def _take_turn(block: Restoration) -> None:
             break
         else:
             del outermost
-            _given_back.wait(PATIENCE)
+            # An event of `threading` stays locked for good where an exception comes into it.
+            time.sleep(PATIENCE)
     if holder is own and own not in _begun:
         _begun.clear()
         block.take_signals()
@@ -217,7 +217,6 @@ def _leave(block: Restoration) -> None:
     if holder is not None and holder() is block:
         block.give_signals_back()
         _turn.pop("turn", None)
-        _given_back.set()
 
 
 def _forget_other_threads() -> None:

@@ -1,8 +1,11 @@
 """Linear layers whose weights a function applies, in place of a call of the module."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +50,14 @@ def watch_function_calls(
 
 def _leave(mode: TorchFunctionMode) -> None:
     """Leaves a mode, and those inside of it that an exception has left behind."""
-    while any(one is mode for one in _get_current_function_mode_stack()):
+    if mode not in _get_current_function_mode_stack():
+        # PyTorch takes it off the stack for the length of a call, in a generator that puts it back.
+        # An interruption has left that behind, and it would do so when its traceback is freed.
+        for holder in gc.get_referrers(mode):
+            if isinstance(holder, GeneratorType):
+                with suppress(ValueError):  # one that runs
+                    holder.close()
+    while mode in _get_current_function_mode_stack():
         _pop_mode()
 
 
