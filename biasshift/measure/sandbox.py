@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import threading
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -146,7 +147,11 @@ def _ignore_intended_warnings(restoration: Restoration) -> None:
 def _restore_filters(filters: list[Any], before: list[Any], own: list[Any]) -> None:
     present: list[Any] = warnings.filters  # pyright: ignore[reportAssignmentType]
     _restore_list(filters, before)
-    if present is not filters:  # another thread's, which it has copied from these
+    if present is filters:
+        return
+    if threading.active_count() == 1:  # left behind by an exception inside of catch_warnings
+        warnings.filters = filters
+    else:  # another thread's, which it has copied from these
         _restore_list(present, [f for f in present if not any(f is one for one in own)])
 
 
