@@ -1,6 +1,7 @@
 """A forward pass until its errors are there: what is kept of it, without its graph."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,3 +59,29 @@ class Pass:
     outputs: RecordedCall | None = None  # the model's, where labels are read off their gradient
     bypassed: list[str] = field(default_factory=list)  # layers whose errors cannot come back
     without_gradients: set[str] = field(default_factory=set)  # layers that ran in torch.no_grad
+    owned: set[str] = field(default_factory=set)  # layers whose sums are no other pass's
+    counted_in: object = None  # the period between two steps in which a backward pass reached it
+
+    def copied(self) -> "Pass":
+        """Returns a pass that others can be added to."""
+        return replace(
+            self, sums=dict(self.sums), without_gradients=set(self.without_gradients), owned=set()
+        )
+
+    def add(self, other: "Pass") -> None:
+        """Adds what another pass has recorded, whose calls do not wait for errors."""
+        self.examples += other.examples
+        self.left_out += other.left_out
+        self.bypassed = list(dict.fromkeys([*self.bypassed, *other.bypassed]))
+        self.without_gradients |= other.without_gradients
+        for name, new in other.sums.items():
+            old = self.sums.get(name)
+            # about another reference: from before a state was loaded
+            if old is None or old.reference is not new.reference:
+                self.sums[name] = new
+                self.owned.discard(name)
+                continue
+            if name not in self.owned:  # a backward pass may come to the first pass once more
+                old = copy.deepcopy(old, {id(old.reference): old.reference})
+                self.owned.add(name)
+            self.sums[name] = old.add(new)

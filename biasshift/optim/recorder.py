@@ -29,6 +29,11 @@ from biasshift.optim.passes import Pass, RecordedCall
 from biasshift.optim.running_sums import RunningSums, batch_sums
 from biasshift.optim.update_rule import OutputRule, UpdateRule
 
+# Passes after which one without gradients in any ``.grad`` says that they are nobody's: fewer may
+# be added up elsewhere, and be put back before a step.
+IDLE = 32
+MOST_WAITING = 1024  # passes whose activations are kept until a step
+
 
 class UnfitLayer(ValueError):
     """A layer whose curvature cannot be formed of the passes as they are."""
@@ -61,9 +66,11 @@ class Recorder:
         self.generator, self.distributed = generator, distributed
         self.due = True  # whether the curvature of the present step's passes is wanted
         self.references: dict[str, Tensor] = {}
-        self._passes: list[Pass] = []
-        self._tape: Tape | None = None
+        self._passes: list[Pass] = []  # that wait for the step, since it tells the loss's divisor
+        self._done: Pass | None = None  # what the others have recorded, together
         self._called_apart: set[str] = set()  # layers that ran outside of a pass, with gradients
+        self._pass_count, self._period = 0, object()  # passes since the last step, and its mark
+        self._tape: Tape | None = None
         self._divisor = Divisor(rule)
         # Layers that are not measured may be the ones that tell the axis of the classes.
         self._heads: list[tuple[WeightLayer, GradientEdge]] = []
@@ -82,6 +89,7 @@ class Recorder:
         self._handles = [
             root.register_forward_pre_hook(WeakHook(self, "_start")),
             root.register_forward_hook(WeakHook(self, "_stop"), with_kwargs=True, prepend=True),
+            root.register_forward_hook(WeakHook(self, "_end"), always_call=True),
             *(
                 add_output_hook(name, module, WeakHook(self, "_record"), raw=True)
                 for name, module in layers.items()
@@ -110,8 +118,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Drops the passes of gradients that were dropped, as by ``zero_grad``."""
-        self._passes.clear()
-        self._called_apart.clear()
+        self._begin_period()
 
     def take(self) -> tuple[float, dict[str, RunningSums]]:
         """Returns what the passes since the last call have recorded, and forgets it.
@@ -124,8 +131,8 @@ class Recorder:
             such means, and the sums of every layer over the examples of all processes. No sums
             where a pass has overflowed.
         """
-        passes, self._passes = self._passes, []
-        called_apart, self._called_apart = self._called_apart, set()
+        passes, called_apart = self._all_passes(), self._called_apart
+        self._begin_period()
         self._check_errors(passes, called_apart)
         # These have waited for the errors of the user's losses.
         waiting = [forward_pass for forward_pass in passes if forward_pass.outputs is not None]
@@ -158,6 +165,8 @@ class Recorder:
 
     def _start(self, module: nn.Module, args: object) -> None:
         if module is self.root:  # not a replica
+            if self._pass_count >= IDLE and all(p.grad is None for p in self.root.parameters()):
+                self._drop_unused()
             self._tape = Tape() if module.training and torch.is_grad_enabled() else None
 
     def _record(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> Tensor | None:
@@ -203,8 +212,46 @@ class Recorder:
         """
         if forward_pass.outputs is not None:
             forward_pass.outputs.keep(output, gradients)
-        if forward_pass not in self._passes:
+        if forward_pass.counted_in is self._period:
+            return
+        forward_pass.counted_in = self._period
+        self._pass_count += 1
+        if forward_pass.outputs is not None:
             self._passes.append(forward_pass)
+        elif self._done is None:
+            self._done = forward_pass.copied()
+        else:
+            self._done.add(forward_pass)
+        if len(self._passes) > MOST_WAITING:
+            del self._passes[0]
+
+    def _drop_unused(self) -> None:
+        """Drops passes whose gradients nobody keeps: the optimizer is idle, and others train.
+
+        Their examples stay, which the gradient of a sum may be of all the same.
+        """
+        examples = sum(of_pass.examples - of_pass.left_out for of_pass in self._all_passes())
+        self.forget()
+        if self.rule.reduction == "sum":
+            self._done = Pass(float(examples))
+
+    def _all_passes(self) -> list[Pass]:
+        return [*([] if self._done is None else [self._done]), *self._passes]
+
+    def _begin_period(self) -> None:
+        """Forgets what is recorded since the last step."""
+        self._passes, self._done, self._called_apart = [], None, set()
+        self._pass_count, self._period = 0, object()
+        self._let_go()
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        """Lets go of a pass that raised."""
+        if module is self.root:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._tape = None
+        self._heads.clear()
 
     def _take_calls(
         self,
