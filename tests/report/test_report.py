@@ -36,6 +36,7 @@ from biasshift.report.downsample import (
 )
 from biasshift.report.equal_loss import MAX_LAYERS
 from biasshift.report.html import as_json, distinct, escaped, plain
+from biasshift.runs.integrity import digest, sealed, unsealed
 from biasshift.runs.reader import read_runs
 from biasshift.runs.writer import Run
 
@@ -348,6 +349,14 @@ def test_steep_losses_begin_on_a_logarithmic_scale(tmp_path, last, scale):
     assert f'<option value="{scale}" selected>' in found.source
 
 
+def write_provenance(folder, origin):
+    """Makes another provenance the one that the run has written."""
+    (folder / "provenance.json").write_text(json.dumps(origin), encoding="utf-8")
+    state, _ = unsealed(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    state = sealed(state | {"provenance": digest(origin)})
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
 def test_a_command_of_all_runs_stands_once(small, tmp_path):
     shutil.copytree(small, tmp_path / "runs")
     origin = json.loads((small / "elu-0" / "provenance.json").read_text()) | {
@@ -355,12 +364,10 @@ def test_a_command_of_all_runs_stands_once(small, tmp_path):
     }
     command = "made of-all"
     for folder in (tmp_path / "runs").iterdir():
-        (folder / "provenance.json").write_text(json.dumps(origin))
+        write_provenance(folder, origin)
     found = Page(report([tmp_path / "runs"], tmp_path / "same.html"))
     assert sum(command in text for text in found.text) == 1
-    (tmp_path / "runs" / "elu-0" / "provenance.json").write_text(
-        json.dumps({**origin, "command": ["another"]})
-    )
+    write_provenance(tmp_path / "runs" / "elu-0", {**origin, "command": ["another"]})
     found = Page(report([tmp_path / "runs"], tmp_path / "others.html"))
     assert sum(command in text for text in found.text) == 5 and found.text.count("another") == 1
 
@@ -575,7 +582,7 @@ def test_no_path_of_a_machine_is_on_the_page(small, tmp_path):
             "command": command,
             "code": "/opt/secret/code",
         }
-        (folder / "provenance.json").write_text(json.dumps(origin))
+        write_provenance(folder, origin)
     found = page_of(tmp_path / "runs")
     assert "secret" not in found.source
     assert "biasshift train --data sets --out=runs --lr 1/3" in found.text
@@ -631,7 +638,7 @@ def hostile(tmp_path_factory) -> Path:
         "seed": HOSTILE,
         "started": HOSTILE,
     }
-    (run / "provenance.json").write_text(json.dumps({**origin, HOSTILE: HOSTILE}), encoding="utf-8")
+    write_provenance(run, {**origin, HOSTILE: HOSTILE})
     return report([folder / "runs"], folder / "hostile.html")
 
 
