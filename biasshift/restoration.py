@@ -47,7 +47,7 @@ class Restoration:
         self._change, self._kind = change, turn
         self._undo: list[tuple[Callable[..., object], tuple]] = []
         self._handlers: dict[int, Any] = {}  # of signals, by number
-        self._thread = 0  # the one that runs the block
+        self._thread = threading.get_ident()  # the one that runs the block
 
     def undo(self, function: Callable[..., object], *args: object) -> None:
         """Notes how to undo a change that is about to be made.

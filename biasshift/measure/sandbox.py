@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from biasshift.measure.composites import take_apart
 from biasshift.measure.examples import Inputs, call
 from biasshift.measure.module_hooks import HOOKS
+from biasshift.measure.random_state import RandomState, note_forward
 from biasshift.precision import full_precision, set_full_precision
 from biasshift.restoration import Restoration, restoring
 
@@ -62,7 +63,8 @@ def undisturbed(
     """
     devices = {p.device for p in model.parameters()}
     undo = restoration.undo
-    _keep_random_state(restoration, devices)
+    random_state = RandomState(devices)
+    random_state.keep(restoration)
     if torch.is_inference_mode_enabled():
         guard = torch._C._InferenceMode(False)
         undo(guard.__exit__, None, None, None)
@@ -83,6 +85,7 @@ def undisturbed(
         _put_all_on_the_graph(restoration, model)
     if evaluate:
         model.eval()
+    random_state.ask(restoration)
 
 
 def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda: None) -> Any:
@@ -94,6 +97,7 @@ def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda:
     Args:
         restart: called before the model runs again, to forget what hooks have recorded so far.
     """
+    note_forward(model, x)
     with full_precision({x.device.type}):
         try:
             return call(model, x.clone())
@@ -117,15 +121,6 @@ def evaluation_mode(restoration: Restoration, model: nn.Module) -> None:
 
 
 # -- the process -----------------------------------------------------------------------------------
-
-
-def _keep_random_state(restoration: Restoration, devices: Iterable[torch.device]) -> None:
-    generator = torch.default_generator
-    restoration.undo(generator.set_state, generator.get_state())
-    for device in devices:
-        if device.type == "cuda":
-            state = torch.cuda.get_rng_state(device)
-            restoration.undo(torch.cuda.set_rng_state, state, device)
 
 
 def _run_uncompiled(restoration: Restoration) -> None:

@@ -1,0 +1,311 @@
+"""Threads that measure at the same time take turns, and other threads see nothing of it.
+
+What one thread measures is what it would measure alone. What belongs to the process is as found
+when all have ended, and is never another's on the way.
+"""
+
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # the stance of torch.compile is among what is as found
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import biasshift as bs
+from biasshift.precision import full_precision, product_precision
+from biasshift.restoration import Restoration, restoring
+
+ROUNDS = 3
+PATIENCE = 120  # seconds
+
+
+class Mixed(nn.Module):
+    """Statistics, dropout that is off, and attention, which is taken apart."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.norm, self.drop = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(F.elu(self.norm(self.stem(x))))[:, None]
+        return self.head(h + self.attention(h, h, h, need_weights=False)[0]).flatten(1)
+
+
+def examples(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(seed))
+    return x, torch.arange(40) % 3
+
+
+def numbers(model: nn.Module, seed: int) -> list[Tensor]:
+    """All that can be measured of a model, as tensors."""
+    x, y = examples(seed)
+    found = [fisher.matrix() for fisher in bs.unit_fisher(model, x, labels="sampled").values()]
+    found += [moments.var for moments in bs.activation_moments(model, x).values()]
+    with bs.bias_shift(model, x) as shift, torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    found += [layer.total for layer in shift.values()]
+    gap = bs.gradient_gap(model, x, y).select_dtypes("number")
+    return [*found, torch.from_numpy(gap.to_numpy(copy=True))]
+
+
+def training(model: nn.Module, seed: int) -> list[Tensor]:
+    """A few steps under both logs."""
+    x, y = examples(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    with (
+        bs.instrument(model, optimizer, probe=(x, y), every=2) as log,
+        bs.instrument(model, optimizer) as own,
+    ):
+        for batch, labels in zip(x.split(8), y.split(8), strict=True):
+            optimizer.zero_grad()
+            model.train(mode=True)
+            model.drop.eval()
+            F.cross_entropy(model(batch), labels).backward()
+            optimizer.step()
+    for table in (log.table(), own.table()):
+        values = table.select_dtypes("number").to_numpy(dtype=float, copy=True)
+        found.append(torch.from_numpy(values))
+    return [*found, *(p.detach() for p in model.parameters())]
+
+
+def process() -> dict[str, Any]:
+    flags = [("generic", "all")]
+    flags += [(at, name) for at in ("cuda", "mkldnn") for name in ("all", "matmul", "conv", "rnn")]
+    return {
+        "flags": [torch._C._get_fp32_precision_getter(*flag) for flag in flags],
+        "older flag": torch.get_float32_matmul_precision(),
+        "stance": sys.modules["torch._dynamo.eval_frame"]._stance,
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "forward": [nn.MultiheadAttention.forward, nn.LSTM.forward, nn.GRUCell.forward],
+        "filters": (id(warnings.filters), list(warnings.filters)),
+    }
+
+
+def run_together(*actions: Callable[[], object]) -> None:
+    """Runs every action in a thread of its own, and raises what one of them raises."""
+    errors: list[BaseException] = []
+
+    def run(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.fixture(autouse=True)
+def _precision():
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("measure", [numbers, training])
+def test_threads_measure_what_each_would_alone(measure):
+    alone = [measure(Mixed(seed), seed) for seed in range(3)]
+    for _ in range(ROUNDS):
+        models, before = [Mixed(seed) for seed in range(3)], process()
+        together: dict[int, list[Tensor]] = {}
+
+        def run(seed: int, models=models, together=together) -> None:
+            together[seed] = measure(models[seed], seed)
+
+        run_together(*(lambda seed=seed: run(seed) for seed in range(3)))
+        assert process() == before
+        for seed in range(3):
+            for found, expected in zip(together[seed], alone[seed], strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_thread_that_draws_gets_its_stream_of_random_numbers():
+    """Also with a model whose attention could drop, and is asked whether it does."""
+    torch.manual_seed(7)
+    expected = torch.stack([torch.rand(4) for _ in range(30000)])
+    model, (x, _), measured = Mixed(0), examples(0), [0]
+    over = threading.Event()
+
+    def measure() -> None:
+        while not over.is_set() or measured[0] < 2:
+            bs.unit_fisher(model, x)
+            bs.activation_moments(model, x)
+            measured[0] += 1
+
+    def draw() -> None:
+        drawn = []
+        for i in range(30000):
+            drawn.append(torch.rand(4))
+            if i % 1000 == 0:
+                time.sleep(0.01)
+        over.set()
+        assert torch.equal(torch.stack(drawn), expected)
+
+    torch.manual_seed(7)
+    run_together(measure, draw)
+
+
+def test_a_model_that_draws_leaves_the_random_state_as_found_beside_idle_threads():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.act = nn.Linear(5, 4), nn.ELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.stem(x)) + torch.rand(4)
+
+    model, (x, _), over = Noisy(), examples(0), threading.Event()
+    idle = threading.Thread(target=over.wait, daemon=True)
+    idle.start()
+    before = torch.get_rng_state()
+    bs.activation_moments(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        bs.unit_fisher(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    over.set()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_threads_measure_while_a_block_of_bias_shift_runs():
+    """Its block is the user's, and may take as long as it likes."""
+    model, (x, _) = Mixed(0), examples(0)
+    with bs.bias_shift(model, x):
+        run_together(lambda: bs.unit_fisher(Mixed(1), x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_threads_warnings_are_caught_by_them_alone():
+    """A block of `catch_warnings` may begin before a measurement and end within it."""
+    model, (x, _), before = Mixed(0), examples(0), process()
+    over = threading.Event()
+
+    def catch() -> None:
+        while not over.is_set():
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                time.sleep(0.001)
+
+    def measure() -> None:
+        for _ in range(20):
+            bs.activation_moments(model, x)
+        over.set()
+
+    run_together(catch, measure)
+    assert process() == before
+
+
+# -- the turn --------------------------------------------------------------------------------------
+
+
+def test_blocks_of_threads_do_not_overlap_and_may_be_nested():
+    inside, seen = [0], []
+
+    @restoring()
+    def alone(restoration: Restoration) -> None:
+        restoration.undo(inside.__setitem__, 0, inside[0])
+        inside[0] += 1
+
+    def run() -> None:
+        for _ in range(50):
+            with alone():
+                seen.append(inside[0])
+                time.sleep(0)
+                with alone():
+                    seen.append(inside[0])
+                seen.append(inside[0])
+
+    run_together(run, run, run)
+    assert seen == [1, 2, 1] * 150 and inside == [0]
+
+
+def test_what_cannot_be_undone_does_not_keep_the_rest_from_it():
+    undone = []
+
+    @restoring()
+    def change(restoration: Restoration) -> None:
+        restoration.undo(undone.append, "first")
+        restoration.undo(lambda: 1 / 0)
+        restoration.undo(undone.append, "last")
+
+    with pytest.raises(ZeroDivisionError), change():
+        pass
+    assert undone == ["last", "first"]
+    run_together(change().__enter__)  # the turn is free again
+
+
+def test_a_block_that_was_forgotten_blocks_nobody():
+    undone = []
+
+    @restoring()
+    def change(restoration: Restoration) -> None:
+        restoration.undo(undone.append, 1)
+
+    block = change()
+    block.__enter__()
+    del block
+    assert undone == [1]
+    run_together(lambda: change().__enter__())
+
+
+def test_precision_flags_of_threads_are_as_found():
+    before = process()
+
+    def measure() -> None:
+        for _ in range(30):
+            with full_precision(["cpu"]):
+                assert torch.get_float32_matmul_precision() == "highest"
+                time.sleep(0.001)
+
+    def train() -> None:
+        for _ in range(30):
+            with product_precision("tf32"):
+                time.sleep(0.001)
+
+    run_together(measure, measure, train)
+    assert process() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork of Unix")
+@pytest.mark.filterwarnings("ignore")
+def test_a_forked_process_measures_though_another_thread_had_the_turn():
+    begun, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with full_precision([]):
+            begun.set()
+            over.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    begun.wait(PATIENCE)
+    child = os.fork()
+    if child == 0:
+        with full_precision([]):
+            os._exit(0)
+    until = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    over.set()
+    thread.join()
+    assert ended == (child, 0)
