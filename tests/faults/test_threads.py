@@ -115,9 +115,10 @@ def run_together(*actions: Callable[[], object]) -> None:
 
 @pytest.fixture(autouse=True)
 def _precision():
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
+    """Flags that differ from those of measurements; other tests find all of them as they were."""
+    with product_precision("float32"):
+        torch.set_float32_matmul_precision("high")
+        yield
 
 
 @pytest.mark.filterwarnings("ignore")
