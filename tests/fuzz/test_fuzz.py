@@ -1,6 +1,7 @@
 """A short campaign of the fuzzer, and faults that are planted to see whether it finds them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
