@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import wraps
 from types import FrameType, TracebackType
 from typing import Any, Concatenate, Literal, ParamSpec
@@ -85,7 +85,7 @@ class Restoration:
 
     def __del__(self) -> None:
         # An exception from outside was thrown just as the block was left.
-        if self._undo and self._thread == threading.get_ident():
+        if getattr(self, "_undo", None) and self._thread == threading.get_ident():
             with suppress(Exception):
                 self._close()
 
@@ -236,7 +236,9 @@ if hasattr(os, "register_at_fork"):
 
 _handlers: dict[int, Any] = {}  # those that signals had before
 _waiting: list[int] = []  # signals
-_UNDISTURBED = {Restoration.__enter__.__code__, Restoration.__exit__.__code__}
+_UNDISTURBED = {
+    method.__code__ for method in (Restoration.__enter__, Restoration.__exit__, Restoration.__del__)
+}
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -251,8 +253,10 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _deliver() -> None:
-    """Hands the signals that have waited to their handlers."""
-    if threading.current_thread() is threading.main_thread():
-        while _waiting:
-            signum = _waiting.pop(0)
-            _handlers[signum](signum, None)
+    """Hands the signals that have waited to their handlers, one of each, as the system does."""
+    if _waiting and threading.current_thread() is threading.main_thread():
+        signals = list(dict.fromkeys(_waiting))
+        _waiting.clear()
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for signum in reversed(signals):
+                stack.callback(_handlers[signum], signum, None)

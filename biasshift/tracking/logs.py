@@ -128,8 +128,11 @@ class Log:
             raise
 
     def _take_off(self) -> None:
-        self._is_on = False
-        self._hooks.__exit__(None, None, None)
+        try:
+            self._is_on = False
+            self._hooks.__exit__(None, None, None)
+        finally:  # where it was interrupted before it began
+            self._hooks.__exit__(None, None, None)
 
     def _on_step(self, optimizer: torch.optim.Optimizer, before: str, after: str) -> None:
         """Has methods called before and after every step; "" stands for none."""
