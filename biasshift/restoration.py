@@ -62,6 +62,7 @@ class Restoration:
             if self._kind != "never":
                 _take_turn(self)
             self._change(self)
+            self._change = _nothing  # what it refers to may refer to this block
             if self._kind == "ends":
                 _leave(self)
             _deliver()
@@ -86,6 +87,7 @@ class Restoration:
     def __del__(self) -> None:
         # An exception from outside was thrown just as the block was left.
         if getattr(self, "_undo", None) and self._thread == threading.get_ident():
+            self._kind = "never"  # whoever collects garbage must not wait
             with suppress(Exception):
                 self._close()
 
@@ -138,6 +140,10 @@ class Restoration:
             if signal.getsignal(signum) is _handle:
                 signal.signal(signum, handler)
         self._handlers.clear()
+
+
+def _nothing(block: Restoration) -> None:
+    pass
 
 
 def restoring(

@@ -87,7 +87,7 @@ class Log:
         self._saw_step = False  # counted or not
         self._trained_from = _signature(self.model)
         self._graph = LayerGraph()
-        self._hooks = Restoration(lambda hooks: None, "never")
+        self._hooks = Restoration(lambda _: None, "ends")
         self._is_on = False  # whether its hooks are on the model and the optimizer
 
     def __enter__(self) -> "Log":
@@ -119,13 +119,9 @@ class Log:
 
         They do not keep the log alive, and do nothing in copies of the model.
         """
-        try:
-            for hook in hooks:
-                hook()
-            self._is_on = True
-        except BaseException:
-            self._take_off()
-            raise
+        self._hooks = Restoration(lambda _: [add() for add in hooks], "ends")
+        self._hooks.__enter__()
+        self._is_on = True
 
     def _take_off(self) -> None:
         try:
@@ -534,8 +530,7 @@ class TrainingLog(Log):
         if present.graph is not None:
             present.graph.record(name, module, a, output)
         if name in self._watcher.modules:
-            with torch.no_grad():
-                present.watcher.record(name, module, a, output)
+            present.watcher.record(name, module, a, output)
 
     def _finish(self, module: nn.Module, args: object, output: object) -> None:
         """Adds a pass to the sums: one that has returned."""
