@@ -176,6 +176,11 @@ def restoring(
     return decorated
 
 
+@restoring()
+def alone(restoration: Restoration) -> None:
+    """Runs the block while no other thread measures."""
+
+
 # -- whose turn it is ------------------------------------------------------------------------------
 
 # At most one entry: the outermost block of the thread whose turn it is. A dict, because

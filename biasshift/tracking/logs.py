@@ -98,7 +98,10 @@ class Log:
             if all(part is None for part in exception):
                 self._warn_of_unseen_steps(stacklevel=3)
         finally:
-            self._take_off()
+            try:
+                self._take_off()
+            finally:  # where it was interrupted before it began
+                self._take_off()
 
     def remove(self) -> None:
         """Takes all hooks off the model and the optimizer.
@@ -491,15 +494,7 @@ class TrainingLog(Log):
         Raises:
             RuntimeError: If no training forward pass of the model was ever recorded.
         """
-        if not self._has_recorded:
-            raise RuntimeError(
-                "No forward pass in training mode was recorded: the model was compiled first, is "
-                "in eval mode, or is called in parts. Instrument a model before torch.compile, "
-                "call it as a whole, or give a probe."
-            )
-        return tidy(
-            unit_rows(self.step, name, activation_columns(m)) for name, m in self._moments().items()
-        )
+        return self._table(flush=False)
 
     def flush(self) -> pd.DataFrame:
         """Returns the table, and starts the sums anew.
@@ -507,10 +502,20 @@ class TrainingLog(Log):
         Without calls of it the table is of all training since the start, in which early batches
         weigh as much as late ones.
         """
-        with self._finishing:
-            table = self.table()
-            self._watcher.sums.clear()
-        return table
+        return self._table(flush=True)
+
+    def _table(self, flush: bool) -> pd.DataFrame:
+        if not self._has_recorded:
+            raise RuntimeError(
+                "No forward pass in training mode was recorded: the model was compiled first, is "
+                "in eval mode, or is called in parts. Instrument a model before torch.compile, "
+                "call it as a whole, or give a probe."
+            )
+        with self._finishing:  # and not while the table is made, which waits for other threads
+            step, moments = self.step, self._moments()
+            if flush:
+                self._watcher.sums.clear()
+        return tidy(unit_rows(step, name, activation_columns(m)) for name, m in moments.items())
 
     def _start(self, module: nn.Module, args: object) -> None:
         # A pass that was interrupted, and never ended, is dropped here.

@@ -11,6 +11,7 @@ from biasshift.fisher.cholesky import variances
 from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure.activation_moments import ActivationMoments
 from biasshift.measure.bias_shift import BiasShift
+from biasshift.restoration import alone
 
 KEYS = ("step", "layer", "unit")
 ACTIVATION_COLUMNS = ("mean", "var")
@@ -120,7 +121,9 @@ def tidy(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
     ``step`` and ``unit`` are int64, ``layer`` is text. All else is float64, NaN where a row has no
     such quantity.
     """
-    filled = [frame.reindex(columns=COLUMNS) for frame in frames]
-    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
-    floats = {name: "float64" for name in COLUMNS if name not in KEYS}
-    return table.astype({"step": "int64", "unit": "int64", "layer": "str", **floats})
+    frames = list(frames)
+    with alone():  # pandas sets warning filters meanwhile, which belong to the process
+        filled = [frame.reindex(columns=COLUMNS) for frame in frames]
+        table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
+        floats = {name: "float64" for name in COLUMNS if name not in KEYS}
+        return table.astype({"step": "int64", "unit": "int64", "layer": "str", **floats})

@@ -122,14 +122,7 @@ def _precision():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "measure",
-    [
-        numbers,
-        # Now and then, on a busy machine, the process is not as before: not explained yet.
-        pytest.param(training, marks=pytest.mark.xfail(strict=False, reason="not explained yet")),
-    ],
-)
+@pytest.mark.parametrize("measure", [numbers, training])
 def test_threads_measure_what_each_would_alone(measure):
     alone = [measure(Mixed(seed), seed) for seed in range(3)]
     for _ in range(ROUNDS):
