@@ -64,11 +64,16 @@ def _is_interrupted(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Interruption]:
+def interruptible(last: bool = False) -> Iterator[Interruption]:
     """Handles Ctrl-C, SIGTERM and SIGHUP in the block, and yields what handles them.
 
     Handlers that somebody else has set stay, as do signals that are ignored, such as SIGHUP below
     ``nohup``. In another thread than the main one nothing is handled.
+
+    Args:
+        last: Whether the process ends behind the block. Its signals then stay handled when it was
+            interrupted: the interpreter takes half a second to end, in which another Ctrl-C would
+            show a traceback.
     """
     interruption = Interruption()
     before = {}
@@ -81,8 +86,9 @@ def interruptible() -> Iterator[Interruption]:
     try:
         yield interruption
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        if not (last and interruption.over):
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 def _open_standard_streams() -> None:

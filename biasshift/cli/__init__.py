@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     with enduring_streams() as (output, errors):
-        status = _run(words)
+        status = _run(words, last=arguments is None)
         output.flush()
         # Nobody wants to hear of it who has closed the output, as `| head -1` does.
         if output.error is not None and not isinstance(output.error, BrokenPipeError):
@@ -70,8 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def _run(words: Sequence[str]) -> int:
-    """Carries out a command line, says in a sentence why it cannot, and returns the status."""
+def _run(words: Sequence[str], last: bool) -> int:
+    """Carries out a command line, says in a sentence why it cannot, and returns the status.
+
+    Args:
+        last: Whether the process ends behind it.
+    """
     options: Any = None
     status, usual = INTERRUPTED, warnings.formatwarning
     warnings.formatwarning = _warnings_in_a_line()
@@ -81,7 +85,7 @@ def _run(words: Sequence[str]) -> int:
             return 0
         options = parse(words)
         run_command = _command(options)
-        with interruptible() as interruption:
+        with interruptible(last) as interruption:
             try:
                 run_command(_console())
             except KeyboardInterrupt:

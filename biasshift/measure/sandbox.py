@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import (
+    get_dynamic_layer_stack_depth,
+    pop_dynamic_layer_stack_and_undo_to_depth,
+)
 from torch.nn.parameter import UninitializedParameter
 
 from biasshift.measure.composites import take_apart
@@ -59,7 +63,7 @@ def undisturbed(
         gradients: have every parameter require gradients inside the block, so that every layer is
             on the graph.
         apart: have composite modules call the linear layers inside of them inside the block, see
-            `composites.taken_apart`.
+            `composites.take_apart`.
     """
     devices = {p.device for p in model.parameters()}
     undo = restoration.undo
@@ -86,6 +90,8 @@ def undisturbed(
     if evaluate:
         model.eval()
     random_state.ask(restoration)
+    # An interruption inside of torch.func leaves a transform in force.
+    undo(pop_dynamic_layer_stack_and_undo_to_depth, get_dynamic_layer_stack_depth())
 
 
 def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda: None) -> Any:

@@ -61,10 +61,13 @@ class Backend:
         return [torch.bfloat16, torch.float16]
 
 
-if torch._C._get_privateuse1_backend_name() != "fakegpu":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _setup_privateuseone_for_python_backend("fakegpu", backend_module=Backend())
+def register() -> None:
+    """Gives the process the device for good; no import does, for pytest imports this file."""
+    if torch._C._get_privateuse1_backend_name() != "fakegpu":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _setup_privateuseone_for_python_backend("fakegpu", backend_module=Backend())
+
 
 # -- what is remembered ----------------------------------------------------------------------------
 

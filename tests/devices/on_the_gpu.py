@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_tensors import GpuTensor
+from gpu_tensors import GpuTensor, register
 from simulated_gpu import simulated_gpu
 from torch import Tensor, nn
 
@@ -24,6 +24,11 @@ SEEDED = torch.Generator().manual_seed(5)
 X, Y = torch.randn(40, 6, generator=SEEDED), torch.randint(4, (40,), generator=SEEDED)
 MAPS = torch.randn(20, 2, 8, 8, generator=SEEDED)
 Work = Callable[[str], list[Tensor]]  # a measurement on a device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> None:
+    register()  # before the first backward pass, which counts the devices
 
 
 def build(*parts: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -11,7 +11,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_tensors import GENERATORS, STATE, WAITS, Generator, GpuTensor, on_gpu, run, seed_gpu, wait
+from gpu_tensors import (
+    GENERATORS,
+    STATE,
+    WAITS,
+    Generator,
+    GpuTensor,
+    on_gpu,
+    run,
+    seed_gpu,
+    wait,
+)
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 from torch.overrides import TorchFunctionMode

@@ -5,8 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
+
+
+def test_this_process_has_no_simulated_gpu():
+    """With one, `nn.DataParallel` takes it for the machine's, in any test that comes later."""
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone"
 
 
 @pytest.mark.timeout(900)

@@ -64,6 +64,13 @@ class Net(nn.Module):
         return self.head(h + self.attention(h, h, h, need_weights=False)[0]).flatten(1)
 
 
+class Still(torch.optim.SGD):
+    """Its steps do nothing: an interruption in those of PyTorch leaves gradients switched off."""
+
+    def step(self, closure=None):
+        pass
+
+
 def _nothing(*_: object) -> None:
     pass
 
@@ -111,7 +118,7 @@ TRAINING = (probe, training)
 def made() -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = Still(model.parameters(), lr=0.1)
     F.cross_entropy(model(X), Y).backward()
     return model, optimizer
 
@@ -148,6 +155,7 @@ def state(model: Net, optimizer: torch.optim.Optimizer, trains: bool) -> dict[st
         "filters": [list(warnings.filters), id(warnings.filters)],
         "modes of autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
         "function modes": torch._C._len_torch_function_stack(),
         "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
     }
