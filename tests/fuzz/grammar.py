@@ -312,7 +312,7 @@ def _wrapped(form: str) -> dict[str, tuple[float, Rule]]:
 def _norm_of_vectors(g: Grammar, x: Tensor):
     d = x.shape[-1]
     return g.pick(
-        partial(nn.LayerNorm, d, elementwise_affine=g.chance(0.7)), partial(nn.RMSNorm, d)
+        partial(nn.LayerNorm, d, elementwise_affine=g.chance(0.7)), partial(nn.RMSNorm, d, eps=1e-6)
     )()
 
 

@@ -156,7 +156,11 @@ class Twice(nn.Module):
 
 
 class Checkpoint(nn.Module):
-    """A block that is computed again in the backward pass."""
+    """A block that is computed again in the backward pass.
+
+    It gets a copy: where a block changes its input, PyTorch computes it again from the changed one,
+    and its own gradients are wrong.
+    """
 
     def __init__(self, block: nn.Module, reentrant: bool) -> None:
         super().__init__()
@@ -165,7 +169,7 @@ class Checkpoint(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.off or not torch.is_grad_enabled():
             return self.block(x)
-        return checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return checkpoint(lambda x: self.block(x.clone()), x, use_reentrant=self.reentrant)
 
 
 class NoGrad(nn.Module):
