@@ -2,14 +2,22 @@
 
 A step is forward, backward, update, with the mean cross-entropy; ``every 10`` updates and factors
 the curvature on every tenth step only. The learning rate is 0 while the clock runs: all methods
-work on the same network. What each one's first step would be is compared in float64 with
-`formulas`, at the labels that the method draws. The damping is each method's own: relative to the
-mean diagonal here, shared out between the factors in the peers.
+work on the same network. Each run of a method has a run of SGD right before it, on one thread; the
+cost is the median ratio of these pairs. What each one's first step would be is compared in float64
+with `formulas`, at the labels that the method draws. The damping is each method's own: relative to
+the mean diagonal here, shared out between the factors in the peers.
+
+``python -m benchmarks.updates [words of a method …]`` measures those on the CPU and prints every
+ratio with its goal; without words it measures all and writes ``results/updates.csv``.
 """
 
 import copy
+import csv
+import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +29,15 @@ from biasshift.optim import UnitNaturalGradient
 
 from .cnn import network as cnn
 from .formulas import LayerBatch, kfac_step, layer_batches, unit_step
-from .harness import interleaved, median_ratio, seconds, summary
+from .harness import RESULTS, commit, device_name, median_ratio, seconds, summary, version
+from .updates_kfac import asdl_loop, curvlinops_loop
 
-TITLE = "A training step: MLP 196-128×8-10, batch 64; CNN 3-32-32-32, 3×3, 16×16 images, batch 32"
+TITLE = (
+    "A training step: MLP 196-128×8-10, batch 64; wide MLP 784-512×4-10, batch 256; CNN "
+    "3-32-32-32, 3×3, 16×16 images, batch 32"
+)
 STEPS = 10  # of one timed run: one update of the curvature with `every 10`
+PATIENCE = 60.0  # seconds for all runs of one method on one network, of which there are 3 or more
 DAMPING, DECAY = 1e-3, 0.95
 HEADER: dict = {}
 
@@ -100,75 +113,19 @@ def ours(center: str, scale: str, labels: str = "sampled") -> Update:
 
 
 def asdl() -> Update:
-    """Returns ASDL's K-FAC.
-
-    Weights and biases are apart, and factors are running averages that start from 0.
-    """
+    """Returns ASDL's K-FAC."""
 
     def make(model: nn.Module, every: int, rate: float) -> Step:
-        from asdl import KfacGradientMaker, PreconditioningConfig
-
-        config = PreconditioningConfig(
-            preconditioner_upd_interval=every,
-            curvature_upd_interval=every,
-            data_size=1,
-            damping=DAMPING,
-            ema_decay=1 - DECAY,
-        )
-        maker = KfacGradientMaker(model, config, seed=0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-
-        def step(x: Tensor, y: Tensor) -> None:
-            config.data_size = len(x)
-            optimizer.zero_grad()
-            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
-            maker.forward_and_backward()
-            optimizer.step()
-
-        return step
+        return asdl_loop(model, every, rate, DAMPING, DECAY)
 
     return Update(make, lambda layer: kfac_step(layer, DAMPING, joint=False, kept=1 - DECAY), drawn)
 
 
 def curvlinops() -> Update:
-    """Returns curvlinops' K-FAC: a linear operator, with a step of plain SGD around it.
-
-    It is of the latest batch alone, for which it goes through the model once more.
-    """
+    """Returns curvlinops' K-FAC."""
 
     def make(model: nn.Module, every: int, rate: float) -> Step:
-        from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-
-        params = list(model.parameters())
-        optimizer = torch.optim.SGD(params, lr=rate)
-        inverse, steps = None, 0
-
-        def step(x: Tensor, y: Tensor) -> None:
-            nonlocal inverse, steps
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            if steps % every == 0:
-                kfac = KFACLinearOperator(
-                    model,
-                    nn.CrossEntropyLoss(),
-                    params,
-                    [(x, y)],
-                    check_deterministic=False,
-                    seed=steps,
-                    num_per_example_loss_terms=1,
-                    separate_weight_and_bias=False,
-                    num_data=len(x),
-                )
-                inverse = KFACInverseLinearOperator(
-                    kfac, damping=DAMPING, use_heuristic_damping=True
-                )
-            for p, update in zip(params, inverse @ [p.grad for p in params], strict=True):
-                p.grad = update
-            optimizer.step()
-            steps += 1
-
-        return step
+        return curvlinops_loop(model, every, rate, DAMPING)
 
     return Update(make, lambda layer: kfac_step(layer, DAMPING, joint=True), drawn)
 
@@ -176,8 +133,9 @@ def curvlinops() -> Update:
 UPDATES = {  # name → update, steps between two updates of the curvature
     "SGD": (sgd(), 1),
     "centering trick (p, none)": (ours("p", "none"), 1),
-    "centered (q, none)": (ours("q", "none"), 1),
     "centered (q, none), empirical": (ours("q", "none", "empirical"), 1),
+    "centered (q, none), sampled": (ours("q", "none"), 1),
+    "centered (q, none), sampled, every 10": (ours("q", "none"), 10),
     "quasi-diagonal (q, diagonal)": (ours("q", "diagonal"), 1),
     "unit K-FAC (p, full)": (ours("p", "full"), 1),
     "unit K-FAC (p, full), every 10": (ours("p", "full"), 10),
@@ -188,7 +146,17 @@ UPDATES = {  # name → update, steps between two updates of the curvature
     "K-FAC of curvlinops": (curvlinops(), 1),
     "K-FAC of curvlinops, every 10": (curvlinops(), 10),
 }
-NETWORKS = ("MLP", "CNN")
+NETWORKS = ("MLP", "wide MLP", "CNN")
+GOALS = {  # in steps of SGD on the CPU, network by network
+    "centering trick (p, none)": (1.25, 1.15, 1.25),
+    "centered (q, none), empirical": (1.6, 1.4, 1.6),
+    "centered (q, none), sampled": (1.9, 1.75, 2.0),
+    "quasi-diagonal (q, diagonal)": (2.3, 2.0, 2.3),
+    "full (q, full)": (80.0, None, 6.0),
+    "full (q, full), every 10": (12.0, None, 1.8),
+}
+# A unit of the wide network has up to 785² numbers: 3 GB for the three layers, 8 s to factor.
+TOO_LARGE = {("wide MLP", name) for name in ("full (q, full)", "full (q, full), every 10")}
 
 
 # -- the question ----------------------------------------------------------------------------------
@@ -197,12 +165,15 @@ NETWORKS = ("MLP", "CNN")
 def problem(network: str, small: bool) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """Returns a network and the batches of one timed run."""
     torch.manual_seed(0)
-    if network == "MLP":
-        shape = (4, 8) if small else (64, 196)
-        model = mlp(shape[1], *((6, 2) if small else (128, 8)))
-    else:
+    if network == "CNN":
         shape = (2, 3, 4, 4) if small else (32, 3, 16, 16)
         model = cnn(4 if small else 32)
+    elif small:
+        shape = (4, 8)
+        model = mlp(8, 6, 2)
+    else:
+        shape = (64, 196) if network == "MLP" else (256, 784)
+        model = mlp(shape[1], *((128, 8) if network == "MLP" else (512, 4)))
     return model, [(torch.rand(shape), torch.randint(10, shape[:1])) for _ in range(STEPS)]
 
 
@@ -218,41 +189,111 @@ def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) ->
     return ((moved - expected).norm() / expected.norm()).item()
 
 
-def costs(network: str, device: str, repeats: int, small: bool = False) -> list[dict]:
-    """Returns one row per method: a few steps in turn, in multiples of the SGD beside it."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has PyTorch work on one thread in the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def costs(
+    network: str,
+    device: str,
+    repeats: int,
+    small: bool = False,
+    names: Sequence[str] = tuple(UPDATES),
+) -> list[dict]:
+    """Returns one row per method: its steps in multiples of those of SGD, timed in pairs.
+
+    Args:
+        repeats: pairs of runs; fewer where they would take longer than `PATIENCE`.
+        names: those of the methods.
+    """
     model, batches = problem(network, small)
     on_device, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
-    errors: dict[str, float] = {}
-    steps: dict[str, Step] = {}
+    sgd_step = UPDATES["SGD"][0].make(copy.deepcopy(model).to(device), 1, 0.0)
+
+    def timed(step: Step) -> float:
+        def run() -> None:
+            for x, y in on_device:
+                step(x, y)
+
+        return seconds(run, device) / STEPS
+
     rows = []
-    for name, (update, every) in UPDATES.items():
+    for name in names:
+        update, every = UPDATES[name]
+        row: dict = {"method": f"{network}: {name}"}
+        if not small and (network, name) in TOO_LARGE:
+            rows.append({**row, "skipped": "its matrices take 3 GB"})
+            continue
         try:
-            errors[name] = error(update, every, copy.deepcopy(model).double(), x.double(), y)
-            steps[name] = update.make(copy.deepcopy(model).to(device), every, 0.0)
+            wrong = error(update, every, copy.deepcopy(model).double(), x.double(), y)
+            step = update.make(copy.deepcopy(model).to(device), every, 0.0)
         except ImportError as reason:
-            rows.append({"method": f"{network}: {name}", "skipped": str(reason)})
-
-    def run(name: str) -> None:
-        for x, y in on_device:
-            steps[name](x, y)
-
-    def seconds_of_step(name: str) -> float:
-        return seconds(lambda: run(name), device) / STEPS
-
-    times = interleaved(steps, seconds_of_step, repeats)
-    for name, of_method in times.items():
-        row = {"method": f"{network}: {name}", **summary(of_method)}
-        ratio = median_ratio(of_method, times["SGD"])
-        rows.append({**row, "steps_of_sgd": ratio, "error": errors[name]})
+            rows.append({**row, "skipped": str(reason)})
+            continue
+        times, plain = _pairs(lambda step=step: timed(step), lambda: timed(sgd_step), repeats)
+        ratio = 1.0 if name == "SGD" else median_ratio(times, plain)
+        goal = _goal(network, name)
+        rows.append({**row, **summary(times), "steps_of_sgd": ratio, "goal": goal, "error": wrong})
+        wanted = "" if goal is None else f" (goal {goal:g}: {'met' if ratio <= goal else 'missed'})"
         print(
-            f"  {row['method']}: {row['seconds'] * 1e3:.2f} ms, {ratio:.2f} × SGD, error "
-            f"{errors[name]:.0e}",
+            f"  {row['method']}: {rows[-1]['seconds'] * 1e3:.2f} ms, {ratio:.2f} × SGD{wanted}, "
+            f"error {wrong:.0e}, {len(times)} pairs",
             flush=True,
         )
     return rows
 
 
-def rows(device: str, repeats: int = 11) -> list[dict]:
-    """Returns the rows of both networks."""
+def _pairs(
+    method: Callable[[], float], reference: Callable[[], float], repeats: int
+) -> tuple[list[float], list[float]]:
+    """The seconds of both, measured right after each other again and again."""
+    times, plain = [], []
+    method(), reference()  # warm up
+    start = time.perf_counter()
+    while len(times) < repeats:
+        plain.append(reference())
+        times.append(method())
+        if len(times) >= 3 and time.perf_counter() - start > PATIENCE:
+            break
+    return times, plain
+
+
+def _goal(network: str, name: str) -> float | None:
+    return GOALS[name][NETWORKS.index(network)] if name in GOALS else None
+
+
+def rows(device: str, repeats: int = 31, names: Sequence[str] = tuple(UPDATES)) -> list[dict]:
+    """Returns the rows of all networks."""
     warnings.filterwarnings("ignore", module="torch")  # what the peers use of it is deprecated
-    return [row for network in NETWORKS for row in costs(network, device, repeats)]
+    with one_thread():
+        return [row for network in NETWORKS for row in costs(network, device, repeats, names=names)]
+
+
+def main(words: list[str]) -> None:
+    """Measures the methods whose names hold a word; all of them are written down."""
+    names = [name for name in UPDATES if not words or any(word in name for word in words)]
+    measured = rows("cpu", names=names)
+    if words:
+        return
+    columns = ["method", "seconds", "fastest", "repeats", "steps_of_sgd", "goal", "error"]
+    where = {
+        "device": f"{device_name('cpu')}, of which 1 was used",
+        "torch": version("torch"),
+        "commit": commit(),
+        "command": "python -m benchmarks.updates",
+    }
+    with (RESULTS / "updates.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [*columns, "skipped", *where], lineterminator="\n")
+        table.writeheader()
+        table.writerows({**row, **where} for row in measured)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
