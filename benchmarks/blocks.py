@@ -45,9 +45,13 @@ def add_outer(blocks: Blocks, name: str, g: Tensor) -> None:
 # -- ours, and the peers: (model, x, pieces) → blocks times the number of examples -----------------
 
 
-def biasshift(model: nn.Module, x: Tensor, piece: int) -> object:
-    """Measures all layers at once."""
-    return bs.unit_fisher(model, x)
+def biasshift(model: nn.Module, x: Tensor, piece: int) -> Blocks:
+    """Measures all layers at once, and reads the finished matrices, as peers return them.
+
+    Ours are means over the examples, and become sums in place.
+    """
+    fishers = bs.unit_fisher(model, x)
+    return {name: fisher.matrix().mul_(len(x)) for name, fisher in fishers.items()}
 
 
 def asdl(model: nn.Module, x: Tensor, piece: int) -> Blocks:
@@ -207,17 +211,13 @@ def oracle(model: nn.Module, x: Tensor, r: dict[str, Tensor]) -> dict[str, Tenso
     return {name: v / len(x) for name, v in product.items()}
 
 
-def products(result: object, examples: int, r: dict[str, Tensor]) -> dict[str, Tensor]:
+def products(result: Blocks, examples: int, r: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns ``F r`` from what a method returned."""
     by_layer = {}
     for name, v in r.items():
-        layer = result[name]  # pyright: ignore[reportIndexIssue]
-        if isinstance(layer, bs.UnitFisher):
-            w, w0 = layer.matvec(v[:, :-1].to(layer.mean_q), v[:, -1].to(layer.mean_q))
-            by_layer[name] = torch.cat([w, w0[:, None]], 1)  # pyright: ignore[reportOptionalSubscript]
-        else:
-            vectors = v.to(layer.device)[:, :, None]
-            by_layer[name] = (layer.double() @ vectors)[:, :, 0] / examples
+        layer = result[name]
+        vectors = v.to(layer.device)[:, :, None]
+        by_layer[name] = (layer.double() @ vectors)[:, :, 0] / examples
     return by_layer
 
 

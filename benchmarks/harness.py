@@ -43,6 +43,7 @@ PACKAGES = [
 ]
 # The relative error against float64 that float32 work may have; a method beyond it is not timed.
 TOLERANCE = 1e-4
+PRODUCT = 2048  # the size of the matrix product that times are compared with
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def compare(
 ) -> list[dict]:
     """Returns one row per method: seconds (median, lowest), memory, error; or why there is none.
 
+    ``products`` is their number of float32 products of 2048³ that were timed right before each run.
     Without repeats, the seconds are those of the one run whose memory was measured.
     """
     rows, workers, once = [], [], {}
@@ -218,14 +220,19 @@ def compare(
     times: dict[str, list[float]] = {
         w.method: [] if repeats else [once[w.method]] for w in workers if not w.why
     }
+    products: dict[str, list[float]] = {method: [] for method in times}
+    left, right = torch.randn(2, PRODUCT, PRODUCT, device=device).unbind()
     for _ in range(repeats):
         for worker in workers:
             if not worker.why:
+                products[worker.method].append(seconds(lambda: left @ right, device))
                 times[worker.method].append(worker.ask("time"))
     for worker, row in zip(workers, rows, strict=True):
         worker.close()
         if worker.method in times and not worker.why:
             row |= summary(times[worker.method])
+            if repeats:
+                row["products"] = median_ratio(times[worker.method], products[worker.method])
             memory = "" if row["bytes"] is None else f", +{row['bytes'] / 2**20:.0f} MiB"
             print(
                 f"  {worker.method}: {row['seconds'] * 1e3:.1f} ms (fastest "
@@ -279,7 +286,7 @@ def device_name(device: str) -> str:
     return f"{name}, {'1 thread, CPU seconds' if SHARED in os.environ else f'{threads} threads'}"
 
 
-def gemm_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
+def gemm_rate(device: str, size: int = PRODUCT, repeats: int = 5) -> float:
     """Returns the floating-point operations per second of a float32 matrix product."""
     a, b = torch.randn(2, size, size, device=device).unbind()
     return 2 * size**3 / median([seconds(lambda: a @ b, device) for _ in range(repeats + 1)][1:])

@@ -2,11 +2,13 @@
 
 import json
 
-from .harness import RESULTS
+from .harness import PRODUCT, RESULTS
 
-QUESTIONS = ("kernel", "mlp", "cnn", "implicit", "overhead", "loop", "updates")
+QUESTIONS = ("kernel", "mlp", "cnn", "whole", "implicit", "overhead", "loop", "updates")
+PRODUCT_OPERATIONS = 2 * PRODUCT**3
 COLUMNS = {  # behind method and time; of all other questions memory and error
     "kernel": ["over the matrix product", "wanted", "error"],
+    "whole": ["products of 2048³", "over its floor", "extra memory", "error"],
     "overhead": ["share of a step"],
     "loop": ["more than by hand"],
     "updates": ["steps of SGD", "error"],
@@ -16,6 +18,12 @@ CELLS = {
         "" if row.get("bytes") is None else f"{row['bytes'] / 2**20:.0f} MiB"
     ),
     "error": lambda row: f"{row['error']:.0e}",
+    "products of 2048³": lambda row: f"{row['products']:.2f}",
+    "over its floor": lambda row: (
+        f"{row['products'] / (row['operations'] / PRODUCT_OPERATIONS):.1f} ×"
+        if row.get("operations")
+        else ""
+    ),
     "share of a step": lambda row: f"{row['share']:+.1%}",
     "more than by hand": lambda row: f"{row['share']:+.1%}",
     "steps of SGD": lambda row: f"{row['steps_of_sgd']:.1f} ×",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import report, updates
+from benchmarks import report, updates, whole
 from benchmarks.formulas import LayerBatch, kfac_step, layer_batches, unit_step
 
 PEERS = {"ASDL": "asdl", "curvlinops": "curvlinops"}
@@ -93,3 +93,31 @@ def test_the_table_has_the_cost_in_steps_of_sgd(tmp_path, monkeypatch):
     assert "| MLP: SGD | 1.0 ms | 1.0 × | 0e+00 |" in text
     assert "| MLP: K-FAC of ASDL | 12 ms | 12.5 × | 1e-15 |" in text
     assert "| MLP: other | no module |  |  |" in text
+
+
+@pytest.mark.parametrize("method", whole.METHODS)
+def test_a_whole_job_is_done_as_its_definition_says(method):
+    try:
+        task = whole.prepare(method, "cpu", small=True)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    assert task.error(task.run()) < (5e-3 if method.endswith("biasshift") else 5e-2)
+
+
+@pytest.mark.parametrize("job", whole.JOBS)
+def test_another_result_of_a_whole_job_has_an_error(job):
+    p = whole.problem(whole.CASES["MLP, 256 examples"], True, "cpu").wide()
+    right, wrong = whole.exact(job, p), whole.exact(job, p)
+    assert whole.worst(right, right) == 0
+    wrong["2"] = wrong["2"] * 1.5
+    assert whole.worst(wrong, right) == pytest.approx(0.5)
+
+
+def test_formulas_by_hand_of_one_unit():
+    """Errors ±1 at inputs 1 and 3: c = 1, m = μ = 2, V = 1, hence s = 5, k = 1, h = 4/5."""
+    block = torch.tensor([[[5.0, 2.0], [2.0, 1.0]]])
+    mu, g, g0 = torch.tensor([2.0]), torch.tensor([[7.0]]), torch.tensor([2.0])
+    numbers = whole.by_hand("s, k, coupling", block, mu, g, g0, damping=0)
+    assert numbers[0].tolist() == pytest.approx([5, 1, 0.8])
+    step = whole.by_hand("natural gradient", block, mu, g, g0, damping=0)
+    assert step[0].tolist() == pytest.approx([3, -4])
