@@ -35,7 +35,7 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/; a warning i
 test: $(VENV)/.installed-test ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
-faults: $(VENV)/.installed-test ## kill, damage and race run folders at length (half an hour)
+faults: $(VENV)/.installed-test ## kill, damage, race and interrupt at length (an hour on one core)
 	@$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed-dev ## check style and types

@@ -1,10 +1,6 @@
 """Measurements leave the model and the process as they found them, also after an exception."""
 
 import random
-import re
-import sys
-import threading
-import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
@@ -16,25 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import (
-    get_dynamic_layer_stack_depth,
-    pop_dynamic_layer_stack_and_undo_to_depth,
-)
 from torch.nn.parameter import UninitializedParameter
 
 from biasshift.measure.composites import take_apart
 from biasshift.measure.examples import Inputs, call
 from biasshift.measure.module_hooks import HOOKS
+from biasshift.measure.process_state import (
+    ignore_intended_warnings,
+    leave_transforms,
+    run_uncompiled,
+)
 from biasshift.measure.random_state import RandomState, note_forward
 from biasshift.precision import full_precision, set_full_precision
 from biasshift.restoration import Restoration, restoring
-
-# Warnings about what is intended here: operations without a batching rule are looped over, and
-# nothing trains through a checkpoint.
-INTENDED = (
-    "There is a performance drop because we have not yet implemented the batching rule",
-    "None of the inputs have requires_grad=True",
-)
 
 # Values of these types cannot change in place.
 CONSTANT = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
@@ -79,8 +69,8 @@ def undisturbed(
     # A copy of a weight that autocast keeps would hide how often the weight is used.
     undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
     torch.set_autocast_cache_enabled(False)
-    _run_uncompiled(restoration)
-    _ignore_intended_warnings(restoration)
+    run_uncompiled(restoration)
+    ignore_intended_warnings(restoration)
     _keep_attributes(restoration, model)
     _keep_buffers(restoration, model)
     _keep_modes(restoration, model)
@@ -90,8 +80,7 @@ def undisturbed(
     if evaluate:
         model.eval()
     random_state.ask(restoration)
-    # An interruption inside of torch.func leaves a transform in force.
-    undo(pop_dynamic_layer_stack_and_undo_to_depth, get_dynamic_layer_stack_depth())
+    leave_transforms(restoration)
 
 
 def forward(model: nn.Module, x: Inputs, restart: Callable[[], object] = lambda: None) -> Any:
@@ -124,36 +113,6 @@ def evaluation_mode(restoration: Restoration, model: nn.Module) -> None:
     """
     _keep_modes(restoration, model)
     model.eval()
-
-
-# -- the process -----------------------------------------------------------------------------------
-
-
-def _run_uncompiled(restoration: Restoration) -> None:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None:  # nothing is compiled before it is imported
-        restoration.undo(setattr, dynamo, "_stance", dynamo._stance)
-        torch.compiler.set_stance("force_eager")
-
-
-def _ignore_intended_warnings(restoration: Restoration) -> None:
-    """Puts filters before the others, and takes them away from wherever threads have put them."""
-    filters: list[Any] = warnings.filters  # pyright: ignore[reportAssignmentType]
-    own = [("ignore", re.compile(message), Warning, None, 0) for message in INTENDED]
-    restoration.undo(_restore_filters, filters, list(filters), own)
-    filters[:0] = own
-
-
-def _restore_filters(filters: list[Any], before: list[Any], own: list[Any]) -> None:
-    present: list[Any] = warnings.filters  # pyright: ignore[reportAssignmentType]
-    _restore_list(filters, before)
-    if present is filters:
-        return
-    if threading.active_count() == 1:  # left behind by an exception inside of catch_warnings
-        warnings.filters = filters
-    else:  # another thread's, which it has copied from these
-        _restore_list(present, [f for f in present if not any(f is one for one in own)])
 
 
 # -- the model -------------------------------------------------------------------------------------

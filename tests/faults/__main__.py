@@ -1,43 +1,63 @@
-"""Tries many faults on run folders, and prints the table of docs/promises.md: `make faults`."""
+"""Tries many faults, and prints the table of docs/promises.md: `make faults`."""
 
 import argparse
-import tempfile
+import importlib
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
-import torch
+from tests.faults.kills import server
+from tests.faults.one import tried
+from tests.faults.tally import HEADER, Tally, merged
 
-from tests.faults import full_disk, kills, mutations, writers
-from tests.faults.tally import HEADER, Tally
+# How many are tried, and of what; no more than MOST, or it takes days.
+PROGRAMS = {
+    "mutations": (2000, "of each kind of file"),
+    "kills": (200, "moments of each kind of training, of some 330"),
+    "full_disk": (50, "moments of each kind of training"),
+    "writers": (10, "races of each kind"),
+    "threads": (50, "rounds of each kind"),
+    "interrupts": (1008, "in all"),
+    "exceptions": (400, "in all"),
+}
+MOST = 100_000
+
+
+def tallies(options: argparse.Namespace) -> Iterator[list[Tally]]:
+    """Those of each program, as soon as all of its parts have ended."""
+    with ProcessPoolExecutor(options.workers, server(), max_tasks_per_child=1) as pool:
+        begun = []
+        for program in options.only or PROGRAMS:
+            parts = importlib.import_module(f"tests.faults.{program}").PARTS
+            count = getattr(options, program)
+            begun.append([pool.submit(tried, program, part, count, options.seed) for part in parts])
+        for futures in begun:
+            yield merged(tally for future in futures for tally in future.result())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--mutations", type=int, default=340, help="of each kind of file")
-    parser.add_argument("--kills", type=int, help="moments; without, all")
-    parser.add_argument("--full-disk", type=int, help="moments; without, all")
-    parser.add_argument("--writers", type=int, default=20, help="races of each kind")
+    for program, (count, what) in PROGRAMS.items():
+        name = f"--{program.replace('_', '-')}"
+        parser.add_argument(name, type=_count, default=count, help=f"{what}; {count} by default")
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, help="some of them")
+    parser.add_argument("--workers", type=_count, default=1, help="processes; 1 by default")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    began, tallies = time.monotonic(), list[Tally]()
+    began, lost = time.monotonic(), list[str]()
     print(HEADER, flush=True)
-    for module, count in (
-        (mutations, options.mutations),
-        (kills, options.kills),
-        (full_disk, options.full_disk),
-        (writers, options.writers),
-    ):
-        with tempfile.TemporaryDirectory() as work:
-            made = module.tallies(count, options.seed, Path(work))
+    for made in tallies(options):
         for tally in made:
             print(tally.row(), flush=True)
-        tallies += made
-    print(f"\nSeed {options.seed}, {time.monotonic() - began:.0f} s.")
-    for tally in tallies:
-        for loss in tally.lost:
-            print(f"LOST: {tally.kind}: {loss}")
-    return any(tally.lost for tally in tallies)
+            lost += [f"LOST: {tally.kind}: {loss}" for loss in tally.lost]
+    print(f"\nSeed {options.seed}, {time.monotonic() - began:.0f} s.", *lost, sep="\n")
+    return bool(lost)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"it must be 1 to {MOST:,}, got {text[:20]}")
+    return int(text)
 
 
 if __name__ == "__main__":

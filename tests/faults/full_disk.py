@@ -14,18 +14,18 @@ from tests.faults.points import Points, full, watching
 from tests.faults.small import members, result, same, train
 from tests.faults.tally import Tally
 
+PARTS = list(EXECUTIONS)
 
-def tallies(count: int | None, seed: int, work: Path) -> list[Tally]:
-    """A disk that is full at ``count`` moments; None: at each."""
-    chance = random.Random(seed)
-    expected, moments = whole(work / "whole")
+
+def tallies(count: int, seed: int, work: Path, part: str | None = None) -> list[Tally]:
+    """A disk that is full at ``count`` moments of each kind of training, or of one kind."""
+    chance = random.Random(f"{seed} {part}")
+    expected, moments = whole(work / "whole", part)
     made = []
     for name, length in (("disk full for one write", 1), ("disk full from then on", 10**9)):
         tally = Tally(name)
         for how, passed in moments.items():
-            every = range(len(passed))
-            some = every if count is None else chance.sample(every, min(count, len(passed)))
-            for point in some:
+            for point in chance.sample(range(len(passed)), min(count, len(passed))):
                 fault = _end(work / "full", point, length, how, expected[how])
                 if fault:
                     tally.lost.append(f"{passed[point]} at {point}, {how}: {fault}")

@@ -20,6 +20,7 @@ from tests.faults.tally import Tally
 
 ROOT = Path(__file__).parents[2]
 EXECUTIONS = {"with weights": KEEP, "without": replace(KEEP, keep_weights=False)}
+PARTS = list(EXECUTIONS)
 PATIENCE = 120  # seconds
 
 
@@ -35,31 +36,34 @@ def server() -> Any:
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.kills", "sklearn.datasets", "torch._dynamo"])
+    programs = ["tests.faults.interrupts", "tests.faults.kills", "tests.faults.one"]
+    context.set_forkserver_preload([*programs, "sklearn.datasets", "torch._dynamo"])
     return context
 
 
-def whole(work: Path) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
-    """What undisturbed trainings bring, and the moments that they pass."""
+def whole(work: Path, part: str | None = None) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
+    """What undisturbed trainings of each kind, or of one, bring, and the moments that they pass."""
     results, moments = {}, {}
-    for how, execution in EXECUTIONS.items():
+    for how in PARTS if part is None else [part]:
         with watching(Points()) as points:
-            train(work / how, execution=execution)
-        results[how], moments[how] = result(work / how, execution), points.passed
+            train(work / how, execution=EXECUTIONS[how])
+        results[how], moments[how] = result(work / how, EXECUTIONS[how]), points.passed
     return results, moments
 
 
-def tallies(count: int | None, seed: int, work: Path) -> list[Tally]:
-    """Kills at ``count`` moments, evenly spaced, of each kind of training; None: at each."""
-    chance, context = random.Random(seed), server()
-    expected, moments = whole(work / "whole")
+def tallies(count: int, seed: int, work: Path, part: str | None = None) -> list[Tally]:
+    """Kills at ``count`` moments of each kind of training, or of one, and others while resuming.
+
+    Of these there are a third as many. There are some 330 moments.
+    """
+    chance, context = random.Random(f"{seed} {part}"), server()
+    expected, moments = whole(work / "whole", part)
     made = []
     for how, passed in moments.items():
-        every = range(len(passed))
-        some = every if count is None else sorted(chance.sample(every, min(count, len(passed))))
+        some = sorted(chance.sample(range(len(passed)), min(count, len(passed))))
         once, twice = Tally(f"kill, {how}"), Tally(f"kill, and another while resuming, {how}")
         for tally, second in ((once, False), (twice, True)):
-            for point in some if not second else some[:: 1 if count is None else 3]:
+            for point in some[::3] if second else some:
                 points = [point, chance.randrange(len(passed))] if second else [point]
                 fault = _end(context, work / "killed", points, how, expected[how])
                 if fault:

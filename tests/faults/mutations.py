@@ -22,6 +22,7 @@ KINDS = {
     "checkpoint.pt": "checkpoint.pt",
     "checkpoint.next.pt": "checkpoint.next.pt",
 }
+PARTS = list(KINDS)
 
 
 def interrupted(out: Path) -> Path:
@@ -116,15 +117,15 @@ CHANGES: list[Callable[[random.Random, Path, list[Path]], None]] = [
 # -- what follows ------------------------------------------------------------------------------
 
 
-def tallies(count: int, seed: int, work: Path, only: str = "") -> list[Tally]:
+def tallies(count: int, seed: int, work: Path, part: str | None = None) -> list[Tally]:
     """``count`` changes of each kind of file, or of one kind."""
-    chance, whole = random.Random(seed), interrupted(work / "whole")
+    chance, whole = random.Random(f"{seed} {part}"), interrupted(work / "whole")
     expected = [content(folder) for folder in members(whole)]
     assert all(len(kept) == 2 for *_, kept in expected), "both checkpoints are there"
     return [
         _tally(kind, pattern, count, chance, whole, expected, work / "changed")
         for kind, pattern in KINDS.items()
-        if only in kind
+        if part in (None, kind)
     ]
 
 

@@ -1,5 +1,6 @@
 """What came of many faults of one kind."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -32,3 +33,14 @@ class Tally:
 HEADER = (
     "| fault | tried | refused by name | unharmed | lost |\n| --- | ---: | ---: | ---: | ---: |"
 )
+
+
+def merged(tallies: Iterable[Tally]) -> list[Tally]:
+    """Those of the same kind as one, in their order."""
+    by_kind: dict[str, Tally] = {}
+    for tally in tallies:
+        whole = by_kind.setdefault(tally.kind, Tally(tally.kind))
+        whole.refused += tally.refused
+        whole.unharmed += tally.unharmed
+        whole.lost += tally.lost
+    return list(by_kind.values())

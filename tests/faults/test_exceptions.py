@@ -1,133 +1,25 @@
-"""Exceptions inside of measurements cost no step of the user's optimizer, and leave nothing behind.
-
-At length, with 200 exceptions by default:
-
-    python -m tests.faults.test_exceptions 200
-"""
+"""Exceptions inside of measurements cost no step of the user, and leave nothing behind."""
 
 import copy
 import gc
 import io
 import pickle
-import random
-import subprocess
-import sys
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import biasshift as bs
 from biasshift.tracking.logs import TrainingLog
-
-ERRORS = {
-    "out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-    "memory": lambda: MemoryError(),
-    "runtime": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] data. DefaultCPUAllocator"),
-    "value": lambda: ValueError("Something does not fit."),
-}
-TRIALS = 40  # in the tests
-ROOT = Path(__file__).parents[2]
-STEPS = 3
-
-
-class Failing(TorchDispatchMode):
-    """Raises an exception at the n-th operation of PyTorch, once."""
-
-    def __init__(self, at: int, error: Exception | None) -> None:
-        super().__init__()
-        self.at, self.error, self.operations = at, error, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        if self.error is not None and self.operations == self.at:
-            raise self.error
-        return func(*args, **(kwargs or {}))
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.ELU(), nn.Linear(5, 3))
-
-
-X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
-
-
-def trained(at: int, error: Exception | None, watched: bool = True) -> tuple[nn.Module, int, int]:
-    """The model after a few steps, how many steps there were, and the operations of hooks.
-
-    The exception comes inside of a hook around a step, never in the step itself.
-    """
-    model, steps = net(), 0
-    failing = Failing(at, error)
-
-    class Counted(torch.optim.SGD):
-        def step(self, closure=None):
-            nonlocal steps
-            steps += 1
-            with outside(failing):
-                return super().step(closure)
-
-    # The wrapper around `step` calls the hooks, inside of which the mode is on.
-    optimizer = Counted(model.parameters(), lr=0.1, momentum=0.9)
-    log = bs.instrument(model, optimizer, probe=(X, Y), every=1) if watched else None
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), Y).backward()
-        with failing:
-            optimizer.step()
-    if log is not None:
-        log.table()
-        log.remove()
-    return model, steps, failing.operations
-
-
-@contextmanager
-def outside(mode: Failing) -> Iterator[None]:
-    """The user's own step is not part of the count, and does not fail."""
-    error, mode.error, count = mode.error, None, mode.operations
-    yield
-    mode.error, mode.operations = error, count
-
-
-def losses(trials: int, seed: int) -> list[str]:
-    """What was not as without the exception: its number, and what differs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, _, _ = trained(0, None, watched=False)
-        _, _, operations = trained(0, None)
-    draw, lost = random.Random(seed), []
-    for _ in range(trials):
-        kind, at = draw.choice(list(ERRORS)), draw.randint(1, operations)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                model, steps, _ = trained(at, ERRORS[kind]())
-            except Exception as error:
-                lost.append(f"{kind} at {at} of {operations}: raised {error!r}")
-                continue
-        told = [w for w in caught if "Training goes on" in str(w.message)]
-        same = all(
-            torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True)
-        )
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-        if not same or steps != STEPS or hooks or len(told) > 1:
-            lost.append(f"{kind} at {at} of {operations}: {same=} {steps=} {hooks=} {len(told)=}")
-    return lost
+from tests.faults.alone import run_alone
+from tests.faults.exceptions import X, Y, net
 
 
 def test_steps_are_taken_once_whatever_a_measurement_around_them_raises():
-    """In a process of its own, where nothing checks types at every call."""
-    command = [sys.executable, "-m", "tests.faults.test_exceptions", str(TRIALS), "0"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    run_alone("exceptions", 40)
 
 
 @pytest.mark.parametrize("where", ["_net_means", "_measured"])
@@ -316,11 +208,3 @@ def test_passes_that_are_added_up_give_the_step_of_one_batch():
         optimizer.step()
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-12)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    lost = losses(count, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    print(*lost, f"{count} exceptions, {len(lost)} lost.", sep="\n")
-    raise SystemExit(bool(lost))

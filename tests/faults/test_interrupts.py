@@ -1,265 +1,57 @@
-"""Measurements that are interrupted at any line leave everything as found.
+"""An interruption at any line leaves everything as found."""
 
-Three kinds of interruption come at random lines of Python, of PyTorch's files and ours: an
-exception that a debugger raises there, one that another thread throws into this one, and Ctrl-C,
-which is pressed again while the first is on its way up.
-
-The tests run a few of each. At length, with 1,000 by default:
-
-    python -m tests.faults.test_interrupts 1000
-"""
-
-import ctypes
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from types import FrameType
-from typing import Any
-
+import pytest
 import torch
-import torch._dynamo  # the stance of torch.compile is among what is as found
-import torch.nn.functional as F
 from torch import nn
+from torch._C import _functorch as functorch
 
 import biasshift as bs
-
-TRIALS = 210  # in the tests
-ROOT = Path(__file__).parents[2]
-SEED = 0
-FLAGS = [("generic", "all")]
-FLAGS += [
-    (place, name) for place in ("cuda", "mkldnn") for name in ("all", "matmul", "conv", "rnn")
-]
-
-
-# -- what is measured ------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A bit of everything: statistics, a count, attention, a frozen layer, user's hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm, self.act = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ELU()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Linear(4, 3)
-        self.calls, self.seen = 0, [torch.zeros(2)]
-        self.stem.weight.requires_grad_(False)
-        self.norm.eval()
-        self.head.register_forward_hook(_nothing)
-        self.attention.out_proj.register_forward_hook(_nothing)
-        self.act.register_full_backward_hook(_nothing)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self.seen[0].add_(1)
-        h = self.act(self.norm(self.stem(x)))[:, None]
-        return self.head(h + self.attention(h, h, h, need_weights=False)[0]).flatten(1)
-
-
-class Still(torch.optim.SGD):
-    """Its steps do nothing: an interruption in those of PyTorch leaves gradients switched off."""
-
-    def step(self, closure=None):
-        pass
-
-
-def _nothing(*_: object) -> None:
-    pass
-
-
-X, Y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
-
-
-def fisher(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    bs.unit_fisher(model, X)
-
-
-def gap(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    bs.gradient_gap(model, X, Y)
-
-
-def shift(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    with bs.bias_shift(model, X):
-        pass
-
-
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    bs.activation_moments(model, X)
-
-
-def check(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    bs.check(model, X, examples=2)
-
-
-def probe(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    with bs.instrument(model, optimizer, probe=(X, Y), every=1):
-        optimizer.step()
-
-
-def training(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    with bs.instrument(model, optimizer):
-        model(X)
-        optimizer.step()
-
-
-MEASUREMENTS = (fisher, gap, shift, moments, check, probe, training)
-# The user's own training goes on inside: its parameters, counts and random numbers move.
-TRAINING = (probe, training)
-
-
-def made() -> tuple[Net, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = Still(model.parameters(), lr=0.1)
-    F.cross_entropy(model(X), Y).backward()
-    return model, optimizer
-
-
-def state(model: Net, optimizer: torch.optim.Optimizer, trains: bool) -> dict[str, Any]:
-    """Everything that must be as found, in a form that compares."""
-    modules = dict(model.named_modules())
-    found = {
-        "hooks": {
-            (name, key): {n: id(hook) for n, hook in value.items()}
-            for name, module in modules.items()
-            for key, value in vars(module).items()
-            if "_hooks" in key and isinstance(value, dict)
-        },
-        "steps": [
-            [id(hook) for hook in hooks.values()]
-            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-        ],
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
-        "modes": {name: module.training for name, module in modules.items()},
-        "forward": [
-            kind.forward
-            for kind in (nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell)
-        ],
-        "own forward": [name for name, module in modules.items() if "forward" in vars(module)],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "parameters": [p.tolist() for p in model.parameters()],
-        "gradients": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "identities": [(id(p), id(p.grad)) for p in model.parameters()],
-        "flags": [torch._C._get_fp32_precision_getter(*flag) for flag in FLAGS],
-        "older flags": (torch.get_float32_matmul_precision(), torch._C._get_cudnn_allow_tf32()),
-        "fast path": torch.backends.mha.get_fastpath_enabled(),
-        "stance": sys.modules["torch._dynamo.eval_frame"]._stance,
-        "filters": [list(warnings.filters), id(warnings.filters)],
-        "modes of autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
-        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
-        "function modes": torch._C._len_torch_function_stack(),
-        "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
-    }
-    if not trains:
-        found |= {
-            "buffers": [b.tolist() for b in model.buffers()],
-            "plain attributes": (model.calls, id(model.seen), model.seen[0].tolist()),
-            "random state": torch.get_rng_state().tolist(),
-        }
-    return found
-
-
-# -- interruptions ---------------------------------------------------------------------------------
-
-
-class Interrupter:
-    """Counts lines, and interrupts at the ``at``-th of them; and again ``again`` lines later.
-
-    It is a trace function: one that raises an exception is gone.
-    """
-
-    def __init__(self, kind: str, at: int, again: int) -> None:
-        self.kind, self.at, self.again, self.lines, self.where = kind, at, again, 0, ""
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event != "line":
-            return self
-        self.lines += 1
-        if self.lines == self.at or (self.kind == "signal" and self.lines == self.at + self.again):
-            self.where += f" {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-            if self.kind == "trace":
-                raise KeyboardInterrupt
-            if self.kind == "async":
-                thread = ctypes.c_ulong(threading.get_ident())
-                error = ctypes.py_object(KeyboardInterrupt)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
-            else:
-                signal.raise_signal(signal.SIGINT)
-        return self
-
-
-def lines(measure: Callable) -> int:
-    """How many lines of Python a measurement runs."""
-    interrupter = Interrupter("trace", 0, 0)
-    for _ in range(3):  # the first ones fill caches
-        interrupter.lines = 0
-        interrupted(measure, *made(), interrupter)
-    return interrupter.lines
-
-
-def interrupted(
-    measure: Callable, model: Net, optimizer: torch.optim.Optimizer, trace: Interrupter
-) -> None:
-    before = sys.gettrace()
-    try:
-        sys.settrace(trace)
-        measure(model, optimizer)
-    finally:
-        sys.settrace(before)
-
-
-def losses(measure: Callable, kind: str, trials: int, seed: int) -> list[str]:
-    """What was not as found after random interruptions: the place, and the names of states."""
-    draw, total, lost = random.Random(f"{seed} {measure.__name__} {kind}"), lines(measure), []
-    for _ in range(trials):
-        model, optimizer = made()
-        trains = measure in TRAINING
-        # Other than what blocks set, so that nothing is as found by chance.
-        torch.set_float32_matmul_precision("high")
-        before = state(model, optimizer, trains)
-        trace = Interrupter(kind, draw.randint(1, total), draw.randint(1, 60))
-        # Python itself drops exceptions inside of destructors: not every one comes out.
-        with suppress(KeyboardInterrupt):
-            interrupted(measure, model, optimizer, trace)
-            time.sleep(0)  # what was thrown at the very end comes here
-        after = state(model, optimizer, trains)
-        differing = [name for name, value in before.items() if after[name] != value]
-        if differing:
-            what = ", ".join(differing)
-            lost.append(f"{measure.__name__}, {kind} at{trace.where}: {what}")
-    torch.set_float32_matmul_precision("highest")
-    return lost
+from tests.faults.alone import run_alone
 
 
 def test_an_interruption_at_any_line_leaves_everything_as_found():
-    """In a process of its own, where nothing checks types at every call."""
-    command = [sys.executable, "-m", "tests.faults.test_interrupts", str(TRIALS), str(SEED)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    run_alone("interrupts", 210)
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else SEED
-    began, tried, all_lost = time.monotonic(), 0, []
-    for measure in MEASUREMENTS:
-        for kind in ("trace", "async", "signal"):
-            trials = -(-count // (3 * len(MEASUREMENTS)))
-            new = losses(measure, kind, trials, seed)
-            tried, all_lost = tried + trials, all_lost + new
-            print(f"{measure.__name__} {kind}: {trials} tried, {len(new)} lost", flush=True)
-            for loss in new:
-                print("   LOST:", loss, flush=True)
-    print(f"{tried} interruptions, {len(all_lost)} lost, {time.monotonic() - began:.0f} s.")
-    raise SystemExit(bool(all_lost))
+class Interrupted(nn.Module):
+    """Leaves behind what an interruption inside of PyTorch does, at its worst moment."""
+
+    def __init__(self, transforms: str) -> None:
+        super().__init__()
+        self.transforms, self.stem, self.act = transforms, nn.Linear(3, 2), nn.ELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for kind in self.transforms:
+            if kind == "v":
+                functorch._vmap_increment_nesting(3, "error")
+            elif kind == "g":
+                functorch._grad_increment_nesting()
+            elif kind == "b":
+                torch._C._vmapmode_increment_nesting()
+            else:
+                torch._C._autograd._saved_tensors_hooks_disable("inside")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("transforms", ["v", "g", "vv", "vg", "gv", "gvg", "b", "bb", "s", "svgb"])
+def test_transforms_of_functions_do_not_stay_in_force(transforms):
+    model, x = Interrupted(transforms), torch.randn(5, 3)
+    with pytest.raises(KeyboardInterrupt):
+        bs.activation_moments(model, x)
+    assert functorch.get_dynamic_layer_stack_depth() == 0
+    torch.rand(2)  # fails inside of either vmap
+    with torch.autograd.graph.save_on_cpu():  # fails where such hooks are disabled
+        model.stem(x).sum().backward()
+
+
+def test_transforms_around_a_measurement_stay_in_force():
+    model, x, depths = nn.Sequential(nn.Linear(3, 2), nn.ELU()), torch.randn(5, 3), []
+
+    def measured(value):
+        depths.append(functorch.get_dynamic_layer_stack_depth())
+        bs.activation_moments(model, x)
+        depths.append(functorch.get_dynamic_layer_stack_depth())
+        return value.sum()
+
+    torch.func.grad(measured)(torch.ones(2))
+    assert depths == [1, 1]

@@ -63,7 +63,7 @@ def test_a_forked_child_neither_writes_its_parents_run_nor_keeps_its_lock(tmp_pa
 def test_readers_without_checksums_are_found(tmp_path):
     """Or the test above would not say much."""
     with mock.patch("biasshift.runs.reader.file_digest", lambda file: _listed(Path(file.name))):
-        tallies = mutations.tallies(40, 1, tmp_path, only="segment")
+        tallies = mutations.tallies(40, 1, tmp_path, part="segment")
     assert tallies[0].lost
 
 

@@ -19,6 +19,7 @@ from biasshift.runs.writer import Run
 from tests.faults.kills import server
 from tests.faults.tally import Tally
 
+PARTS = ["locks", "names of owners"]
 PATIENCE = 120  # seconds
 
 
@@ -43,11 +44,15 @@ def write(folder: Path, number: int, locks: bool, begun: Any, told: Any, seconds
             told.put((number, os.getpid(), 0, f"{type(error).__name__}: {error}"))
 
 
-def tallies(count: int, seed: int, work: Path) -> list[Tally]:
-    """``count`` races of three processes for one folder, and as many owners that are killed."""
-    chance, context = random.Random(seed), server()
+def tallies(count: int, seed: int, work: Path, part: str | None = None) -> list[Tally]:
+    """``count`` races of three processes for one folder, and as many owners that are killed.
+
+    They are told by locks, by names, or by one of both.
+    """
+    chance, context = random.Random(f"{seed} {part}"), server()
     made = []
-    for name, locks in (("locks", True), ("names of owners", False)):
+    for name in PARTS if part is None else [part]:
+        locks = name == "locks"
         races, deaths = Tally(f"three writers at once, {name}"), Tally(f"killed owner, {name}")
         for number in range(count):
             folder = work / f"{name}-{number}"
