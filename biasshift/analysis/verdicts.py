@@ -17,7 +17,14 @@ from biasshift.analysis.claims.means import drift_claims, mean_claims
 from biasshift.analysis.claims.speed import speed_claims
 from biasshift.analysis.evidence import Evidence
 from biasshift.analysis.grid import RULE
-from biasshift.analysis.statistics import FEWEST_SEEDS, LEVEL, holm, seeds_needed, verdict
+from biasshift.analysis.statistics import (
+    FEWEST_SEEDS,
+    LEVEL,
+    holm,
+    name_of_test,
+    seeds_needed,
+    verdict,
+)
 from biasshift.runs.reader import read_runs
 
 QUESTIONS = (
@@ -105,7 +112,7 @@ def _row(
         "number": claim.number,
         "family": claim.family,
         "predicted": f"{sign} 0",
-        "test": f"exact Wilcoxon signed-rank, one-sided: effect {sign} 0",
+        "test": f"{name_of_test(estimate.n + estimate.left_out)}, one-sided: effect {sign} 0",
         "p_holm": p_holm,
         "p_contrary": p_contrary,
     }

@@ -4,6 +4,8 @@ must say so.
 
 import itertools
 import re
+import time
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -463,6 +465,32 @@ def test_p_is_exact_and_one_sided(seed, rounded):
     assert paired(pd.Series(effects)).p == pytest.approx(exact_p(effects))
     assert paired(pd.Series(effects)).p_contrary == pytest.approx(exact_p(-effects))
     assert paired(pd.Series(effects), predicted=1).p == pytest.approx(exact_p(-effects))
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "with ties and zeros"])
+def test_p_of_many_values_is_that_of_all_assignments_of_signs(rounded):
+    """Of 2⁴⁰, which nobody goes through: each sum of ranks is counted as often as it occurs."""
+    effects = np.random.default_rng(0).normal(size=40) - 0.3
+    effects = np.round(effects, 1) if rounded else effects
+    ranks, sums = stats.rankdata(np.abs(effects)), Counter({0.0: 1})
+    for rank in ranks[effects != 0]:
+        shifted = Counter({total + rank: often for total, often in sums.items()})
+        sums = sums + shifted
+    observed = ranks[effects > 0].sum()
+    as_small = sum(often for total, often in sums.items() if total <= observed)
+    assert paired(pd.Series(effects)).p == pytest.approx(as_small / sums.total(), rel=1e-12)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "with ties and zeros"])
+def test_p_of_very_many_values_is_that_of_the_normal_approximation(rounded):
+    effects = np.random.default_rng(0).normal(size=201) - 0.1
+    effects = np.round(effects, 1) if rounded else effects
+    expected = stats.wilcoxon(effects, zero_method="zsplit", alternative="less", method="approx")
+    found = paired(pd.Series(effects))  # with the variance of the ranks that there are
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-2 if rounded else 1e-9)
+    began = time.perf_counter()
+    paired(pd.Series(np.tile(effects, 500)))
+    assert time.perf_counter() - began < 10
 
 
 def test_six_equal_signs_have_p_1_in_64():
