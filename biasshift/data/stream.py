@@ -4,7 +4,7 @@ The minibatches of an epoch are a pure function of the seed and the epoch's numb
 sees those of an uninterrupted one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, runtime_checkable
 
@@ -262,8 +262,7 @@ class TensorStream(BatchedStream):
         return Batching(images, self.batch_size, self.rank, self.world, self.drop_last)
 
     def _batches(self, number: int, shares: Iterator[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = epoch_generator(self.seed, number)
-        order = epoch_order(len(self.x) // self.views, self.views, generator).to(self.x.device)
+        order, generator = self._order(number)
         # One row of draws per place in the order: whoever has a share of the order has its rows of
         # the draws.
         draws = self.augment.draw(len(order), generator).to(self.x.device) if self.augment else None
@@ -272,6 +271,32 @@ class TensorStream(BatchedStream):
             if self.augment is not None and draws is not None:
                 x = self.augment.apply(x, draws[share])
             yield (self.prepare(x) if self.prepare else x), self.y.index_select(0, order[share])
+
+    def _order(self, number: int) -> tuple[Tensor, torch.Generator]:
+        generator = epoch_generator(self.seed, number)
+        order = epoch_order(len(self.x) // self.views, self.views, generator)
+        return order.to(self.x.device), generator
+
+
+def epoch_of_all(
+    streams: Sequence[TensorStream], number: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Returns the minibatches of an epoch of all streams, stacked, by one selection each.
+
+    They are x (streams, batch, …) and y (streams, batch, …).
+
+    Args:
+        streams: of the same tensors and batches, without augmentation or preparation; they differ
+            in their seeds alone.
+        number: the epoch, from 1.
+        start: how many minibatches are skipped.
+    """
+    x, y = streams[0].x, streams[0].y
+    orders = torch.stack([stream._order(number)[0] for stream in streams])
+    for share in streams[0]._batching.shares(start):
+        rows = orders[:, share]
+        x_rows, y_rows = (t.index_select(0, rows.flatten()) for t in (x, y))
+        yield x_rows.unflatten(0, rows.shape), y_rows.unflatten(0, rows.shape)
 
 
 def batches(

@@ -105,7 +105,8 @@ class Experiment:
     compile: bool = False
     """Train through torch.compile."""
     graph: bool = False
-    """Replay training steps as CUDA graphs: for small networks on a GPU, by gradient descent."""
+    """Replay training steps as CUDA graphs: for small networks on a GPU, by gradient descent. With
+    --ensemble, one graph has the steps of all seeds."""
     channels_last: bool = False
     """Keep the channels of feature maps innermost: faster on GPUs with Tensor Cores."""
     keep_weights: bool = False
@@ -261,10 +262,9 @@ class Experiment:
             )
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError(NO_TENSORBOARD)
-        if self.graph and (not on_gpu or self.ensemble or self.compile or under_torchrun()):
+        if self.graph and (not on_gpu or self.compile or under_torchrun()):
             raise ValueError(
-                "--graph needs a GPU, and one process that trains one network, uncompiled: leave "
-                "it out."
+                "--graph needs a GPU, and one process that trains uncompiled: leave it out."
             )
         if under_torchrun() and (self.ensemble or (self.workers or 1) > 1):
             raise ValueError(

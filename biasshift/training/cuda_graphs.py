@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biasshift.training.ensemble import Ensemble
 from biasshift.training.step import Gradient
 
 # steps before the first capture: they allocate what the optimizer and the libraries keep
@@ -23,14 +24,14 @@ def cuda_capture(step: Callable[[], Tensor]) -> Capture:
 
 
 class GraphedStep:
-    """The step of a `Gradient`, recorded once and replayed.
+    """The step of a `Gradient` or of an `Ensemble`, recorded once and replayed.
 
     Steps that are measured, shorter minibatches, and the first three run as they are. A graph
-    holds constants: the learning rates, the dropout rates, and the minibatch's shape. It is
-    recorded again when one of them changes.
+    holds constants: the numbers of the optimizer's groups, such as learning rate and momentum, the
+    dropout rates, and the minibatch's shape. It is recorded again when one of them changes.
 
     Args:
-        gradient: The step, on a GPU.
+        update: The step, on a GPU. An ensemble's has all its members.
         due: Whether the next step is measured.
         on_replay: Called at every replayed step: hooks do not fire then.
         capture: Records a step; an argument for tests.
@@ -42,22 +43,23 @@ class GraphedStep:
 
     def __init__(
         self,
-        gradient: Gradient,
+        update: Gradient | Ensemble,
         due: Callable[[], bool] = lambda: False,
         on_replay: Callable[[], None] = lambda: None,
         capture: Callable[[Callable[[], Tensor]], Capture] = cuda_capture,
     ):
-        if capture is cuda_capture and gradient.device.type != "cuda":
+        if capture is cuda_capture and update.device.type != "cuda":
             raise ValueError("CUDA graphs need a GPU: leave --graph out.")
-        if gradient.scaler is not None:
+        if isinstance(update, Gradient) and update.scaler is not None:
             raise ValueError(
                 "CUDA graphs and precision float16 exclude each other: choose bfloat16, which "
                 "needs no scaler."
             )
-        self.gradient, self.due, self.on_replay, self.capture = gradient, due, on_replay, capture
-        self.module, self.optimizer = gradient.module, gradient.optimizer
+        self.update, self.due, self.on_replay, self.capture = update, due, on_replay, capture
+        self.module, self.optimizer = update.module, update.optimizer
         self.steps, self.usual_shape = 0, torch.Size()
         self.constants: Any = None
+        self._side: Any = None  # the stream of the steps that run as they are
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.usual_shape = self.usual_shape if self.steps else x.shape
@@ -67,7 +69,7 @@ class GraphedStep:
         if (constants := self._constants(x, y)) != self.constants:
             self.constants, self.x, self.y = constants, x.clone(), y.clone()
             # Hooks fire while a step is recorded: they count this step.
-            self.replay, self.loss = self.capture(lambda: self.gradient(self.x, self.y))
+            self.replay, self.loss = self.capture(lambda: self.update(self.x, self.y))
         else:
             self.x.copy_(x)
             self.y.copy_(y)
@@ -77,29 +79,33 @@ class GraphedStep:
 
     def _eager(self, x: Tensor, y: Tensor) -> Tensor:
         if x.device.type != "cuda":
-            return self.gradient(x, y)
+            return self.update(x, y)
         # Autograd remembers streams; a capture must not meet the default one.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            loss = self.gradient(x, y)
-        torch.cuda.current_stream().wait_stream(side)
+        usual = torch.cuda.current_stream(x.device)
+        self._side = self._side or torch.cuda.Stream(x.device)
+        self._side.wait_stream(usual)
+        with torch.cuda.stream(self._side):
+            loss = self.update(x, y)
+        usual.wait_stream(self._side)
         return loss
 
     def _constants(self, x: Tensor, y: Tensor) -> tuple:
         """What a graph that is recorded now holds for good."""
-        rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        numbers = tuple(
+            tuple((name, value) for name, value in group.items() if name != "params")
+            for group in self.optimizer.param_groups
+        )
         drops = tuple(
             module.p
             for module in self.module.modules()
             if isinstance(module, nn.modules.dropout._DropoutNd)
         )
-        return x.shape, x.dtype, y.shape, y.dtype, rates, drops
+        return x.shape, x.dtype, y.shape, y.dtype, numbers, drops
 
     def state_dict(self) -> dict:
         """Returns the state of the step itself: a graph is recorded again."""
-        return self.gradient.state_dict()
+        return self.update.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned."""
-        self.gradient.load_state_dict(state)
+        self.update.load_state_dict(state)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from biasshift.data.stream import Stream
+from biasshift.data.stream import Stream, TensorStream, epoch_of_all
 from biasshift.training.step import Loss
 
 # -- the networks ------------------------------------------------------------------------------
@@ -57,6 +57,7 @@ class Ensemble:
             for name, _ in member.named_buffers():
                 owner, _, own = name.rpartition(".")
                 member.get_submodule(owner)._buffers[own] = self.buffers[name][number]
+        self.device = next(iter(self.parameters.values())).device
         self.module = copy.deepcopy(members[0]).to("meta")  # the architecture alone
         self.optimizer = make_optimizer(iter(self.parameters.values()))
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -73,6 +74,13 @@ class Ensemble:
         losses.sum().backward()
         self.optimizer.step()
         return losses.detach()
+
+    def state_dict(self) -> dict:
+        """Returns an empty dict: the members and the optimizer have state dicts of their own."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Does nothing, see `state_dict`."""
 
     def _loss(
         self, parameters: dict[str, Any], buffers: dict[str, Any], x: Tensor, y: Tensor
@@ -139,13 +147,28 @@ class StackedStream:
 
         They are x (members, batch, …) and y (members, batch); of one stream, without ``members``.
         """
+        if len(self.streams) == 1:
+            yield from self.streams[0].epoch(number, start)
+        elif (tensors := _of_one_data_set(self.streams)) is not None:
+            yield from epoch_of_all(tensors, number, start)
+        else:
+            yield from self._one_by_one(number, start)
+
+    def _one_by_one(self, number: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         epochs = [stream.epoch(number, start) for stream in self.streams]
-        if len(epochs) == 1:
-            yield from epochs[0]
-            return
         for batches in zip(*epochs, strict=True):
             xs, ys = zip(*batches, strict=True)
             yield torch.stack(xs), torch.stack(ys)
+
+
+def _of_one_data_set(streams: Sequence[Stream]) -> list[TensorStream] | None:
+    """The streams, where they differ in their seeds alone and take examples as they are."""
+    tensors = [stream for stream in streams if isinstance(stream, TensorStream)]
+    alike = {
+        (id(s.x), id(s.y), s.batch_size, s.views, s.rank, s.world, s.drop_last) for s in tensors
+    }
+    plain = all(stream.augment is None and stream.prepare is None for stream in tensors)
+    return tensors if len(tensors) == len(streams) and len(alike) == 1 and plain else None
 
 
 # -- a member's part of the optimizer's state --------------------------------------------------

@@ -6,7 +6,7 @@ Along the way: phases, scores, examinations, and checkpoints that a run is resum
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from biasshift.distributed import all_reduce_sum, broadcast, rank, world_size
 from biasshift.precision import product_precision
 from biasshift.runs.reader import run_names
 from biasshift.training import checkpoint
+from biasshift.training.clock import Clock
 from biasshift.training.commit import closing, starts
 from biasshift.training.cuda_graphs import GraphedStep
 from biasshift.training.ensemble import (
@@ -29,7 +30,7 @@ from biasshift.training.ensemble import (
 from biasshift.training.loop import train
 from biasshift.training.step import Gradient, shared
 from biasshift.training.trial import Execution, Exist, Phase, Progress, Report, Trial
-from biasshift.training.trial_run import Clock, TrialRun, tensorboard_writer
+from biasshift.training.trial_run import TrialRun, tensorboard_writer
 
 REPORT_SECONDS = 0.5  # between two reports of progress, each of which waits for the device
 
@@ -66,6 +67,7 @@ def run(
         _refuse_different(trials)
     device = next(trials[0].model.parameters()).device
     with (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         product_precision(execution.precision),
         _random_state(trials[0].config.seed, device),
         ExitStack() as stack,
@@ -153,8 +155,7 @@ class _Training:
         if (state := members[0].state) is not None:
             checkpoint.restore_random_state(members[0].folder, state["random"], device)
             with checkpoint.must_fit(members[0].folder):
-                if not isinstance(self.update, Ensemble):
-                    self.update.load_state_dict(state["update"])
+                self.update.load_state_dict(state["update"])
         for member in members:
             member.instrument(self.optimizer, stack)
 
@@ -162,12 +163,12 @@ class _Training:
         first = self.first
         if len(self.members) > 1:
             models = [member.trial.model for member in self.members]
-            return Ensemble(models, partial(first.make_optimizer, models[0]), first.loss)
-        model = shared(first.model)
-        optimizer = first.make_optimizer(model, first.model.parameters())
-        update = Gradient(
-            model, optimizer, first.loss, self.execution.precision, self.execution.compiled
-        )
+            update = Ensemble(models, partial(first.make_optimizer, models[0]), first.loss)
+        else:
+            model = shared(first.model)
+            optimizer = first.make_optimizer(model, first.model.parameters())
+            precision, compiled = self.execution.precision, self.execution.compiled
+            update = Gradient(model, optimizer, first.loss, precision, compiled)
         if self.execution.graphed:
             return GraphedStep(update, self._due, self._count_replay)
         return update
@@ -259,14 +260,14 @@ class _Training:
         A resumed run writes again what comes after them. Returns the members that have one.
         """
         random, saved = checkpoint.random_state(self.device), []
-        update = {} if isinstance(self.update, Ensemble) else self.update.state_dict()
+        update = self.update.state_dict()
         for part, member in zip(self.parts, self.members, strict=True):
             member.flush()
             # A diverged network that is resumed would pass for a finished one.
             if rank() == 0 and not member.record.failed:
                 state = {
                     "step": step,
-                    "model": member.trial.model.state_dict(),
+                    "model": _own(member.trial.model.state_dict()),
                     "optimizer": state_slice(self.optimizer, part),
                     "update": update,
                     "random": random,
@@ -284,3 +285,12 @@ class _Training:
     def _promote(self, members: list[TrialRun]) -> None:
         for member in members:
             checkpoint.promote(member.folder)
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the rest of the storage of views: a member's weights are a part of the ensemble's."""
+    whole = {name: value.untyped_storage().nbytes() for name, value in state.items()}
+    return {
+        name: value.clone() if whole[name] > value.nbytes else value
+        for name, value in state.items()
+    }

@@ -70,7 +70,7 @@ class Gradient:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             loss = self.loss(self.forward(x), y)
-        loss = loss * self._weight(len(y)) if is_distributed() else loss
+        loss = loss * self._weight(len(y)).to(loss) if is_distributed() else loss
         if self.scaler is None:
             loss.backward()
             self.optimizer.step()
@@ -80,10 +80,14 @@ class Gradient:
             self.scaler.update()
         return loss.detach()
 
-    def _weight(self, examples: int) -> float:
-        """Of this process's mean in the mean over all: 1 where all have as many examples."""
-        everyone = all_reduce_sum(torch.tensor([float(examples)], dtype=torch.float64), 1).item()
-        return examples * world_size() / everyone
+    def _weight(self, examples: int) -> Tensor:
+        """Of this process's mean in the mean over all: 1 where all have as many examples.
+
+        It stays on the device: the host does not wait for it.
+        """
+        everyone = torch.full((1,), float(examples), dtype=torch.float64, device=self.device)
+        weight = examples * world_size() / all_reduce_sum(everyone, 1)
+        return weight.to(self.device).squeeze()
 
     def state_dict(self) -> dict:
         """Returns the state of the gradient scaler; an empty dict where there is none.

@@ -1,9 +1,8 @@
 """One trial and its run folder: what is opened, measured, scored, examined and saved."""
 
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -280,40 +279,3 @@ def tensorboard_writer(folder: Path, start: int) -> Any:
     except ImportError:
         raise ValueError(NO_TENSORBOARD) from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-
-
-class Clock:
-    """The cost of training steps without that of measurements.
-
-    These are CPU seconds on the CPU, which other programs on the machine do not change, and
-    seconds on a GPU.
-
-    Args:
-        device: Where training takes place.
-    """
-
-    def __init__(self, device: torch.device):
-        self.now = time.perf_counter if device.type == "cuda" else time.process_time
-        self.spent, self.undisturbed, self.steps = 0.0, 0, 0
-
-    @contextmanager
-    def step(self, measured: bool) -> Iterator[None]:
-        """Times one step, in a ``with`` block.
-
-        Args:
-            measured: The step holds measurements; it is taken to cost what the others do.
-        """
-        began = self.now()
-        yield
-        self.steps += 1
-        if not measured:
-            self.spent += self.now() - began
-            self.undisturbed += 1
-
-    def take(self) -> float:
-        """Returns the seconds of all steps since the last call.
-
-        They are the mean over all steps without measurements so far, times the steps since then.
-        """
-        steps, self.steps = self.steps, 0
-        return steps * self.spent / self.undisturbed if self.undisturbed else 0.0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import biasshift as bs
-from biasshift.training import Gradient
+from biasshift.training import Ensemble, Gradient
 from biasshift.training.cuda_graphs import WARM_UP, GraphedStep
 
 
@@ -34,12 +34,13 @@ class Tape:
     makes the step.
     """
 
-    def __init__(self):
+    def __init__(self, members=None):
         self.captures = self.replays = 0
+        self.shape = () if members is None else (members,)
 
     def __call__(self, step):
         self.captures += 1
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros(self.shape, dtype=torch.float64)
 
         def replay():
             self.replays += 1
@@ -71,18 +72,52 @@ def test_recorded_steps_are_the_same_steps():
     assert tape.captures == 1 and tape.replays == 20 - WARM_UP - 4  # four of twenty are short
 
 
-def test_a_change_of_the_learning_rate_or_of_dropout_is_recorded_anew():
+@pytest.mark.parametrize(
+    "name, value", [("lr", 0.01), ("momentum", 0.5), ("weight_decay", 0.1), ("nesterov", True)]
+)
+def test_a_change_of_the_optimizer_or_of_dropout_is_recorded_anew(name, value):
     model, tape = network(), Tape()
     optimizer = sgd(model)
 
     def change(i):
         if i == 7:
-            optimizer.param_groups[0]["lr"] = 0.01
+            optimizer.param_groups[0][name] = value
         if i == 11:
             model[2].p = 0.5
 
     trained(model, GraphedStep(Gradient(model, optimizer), capture=tape), minibatches(14), change)
     assert tape.captures == 3
+
+
+def ensemble(device="cpu", dtype=torch.float64):
+    members = [network().to(device, dtype) for _ in range(3)]
+    for number, member in enumerate(members):
+        with torch.no_grad():
+            member[0].weight.mul_(1 + number)
+    return Ensemble(members, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+
+
+def stacked(batches):
+    return [(torch.stack([x, -x, 2 * x]), torch.stack([y] * 3)) for x, y in batches]
+
+
+def steps_of_ensemble(update, batches):
+    losses = torch.stack([update(x, y).clone() for x, y in stacked(batches)])
+    (group,) = update.optimizer.param_groups
+    return losses, [p.detach().clone() for p in group["params"]]
+
+
+def test_an_ensemble_is_one_graph_of_the_same_steps():
+    tape = Tape(members=3)
+    expected = flat(steps_of_ensemble(ensemble(), minibatches(20)))
+    graphed = GraphedStep(ensemble(), capture=tape)
+    found = flat(steps_of_ensemble(graphed, minibatches(20)))
+    assert all(map(torch.equal, found, expected))
+    assert tape.captures == 1 and tape.replays == 20 - WARM_UP - 4
+
+
+def flat(found):
+    return found[0], *found[1]
 
 
 def test_measured_steps_run_as_they_are_and_the_log_counts_all():
@@ -148,3 +183,12 @@ def test_on_a_gpu_the_recorded_steps_are_the_same_steps():
     assert losses == pytest.approx(expected[0], rel=1e-5)
     for name, value in expected[1].items():
         torch.testing.assert_close(state[name], value)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_ensemble_is_one_graph_of_the_same_steps():
+    batches = minibatches(40, "cuda", torch.float32)
+    expected = flat(steps_of_ensemble(ensemble("cuda", torch.float32), batches))
+    found = flat(steps_of_ensemble(GraphedStep(ensemble("cuda", torch.float32)), batches))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

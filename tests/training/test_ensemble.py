@@ -16,7 +16,7 @@ import torch
 from tiny import EPOCH_STEPS, Tiny, data
 from torch import nn
 
-from biasshift.data import TensorStream
+from biasshift.data import Augment, TensorStream
 from biasshift.experiments.mlp_trial import trial
 from biasshift.optim import UnitNaturalGradient
 from biasshift.runs.reader import read_run, run_states
@@ -162,6 +162,31 @@ def test_members_are_what_the_ensemble_trains_at_any_time():
                 not ensemble.parameters["0.weight"][1].any()
                 and ensemble.parameters["0.weight"][0].any()
             )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_minibatches_of_one_data_set_are_those_of_the_members(views):
+    """Taken by one selection for all members; streams of different tensors are stacked."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(EXAMPLES * views, 6, generator=generator), torch.arange(EXAMPLES * views) % 3
+    together = StackedStream([TensorStream(x, y, BATCH, seed, views=views) for seed in SEEDS])
+    apart = StackedStream(
+        [TensorStream(x.clone(), y.clone(), BATCH, seed, views=views) for seed in SEEDS]
+    )
+    for epoch, start in ((1, 0), (2, 0), (2, 3)):
+        found, expected = list(together.epoch(epoch, start)), list(apart.epoch(epoch, start))
+        assert len(found) == len(expected) == len(together) - start
+        for pair, other in zip(found, expected, strict=True):
+            assert all(map(torch.equal, pair, other))
+
+
+def test_augmented_minibatches_are_stacked():
+    x, y = torch.rand(20, 3, 8, 8), torch.arange(20) % 3
+    streams = [TensorStream(x, y, 5, seed, augment=Augment(pad=1)) for seed in SEEDS]
+    for together, *apart in zip(
+        StackedStream(streams).epoch(1), *[stream.epoch(1) for stream in streams], strict=True
+    ):
+        assert torch.equal(together[0], torch.stack([x for x, _ in apart]))
 
 
 def test_the_members_modes_are_left_as_found_and_they_train_in_training_mode():
@@ -380,6 +405,13 @@ def half(tmp_path) -> list[Path]:
         torch.load(folder / CHECKPOINT, weights_only=True)["step"] for folder in folders(tmp_path)
     } == {EPOCH_STEPS}
     return folders(tmp_path)
+
+
+def test_a_members_checkpoint_has_its_own_weights_alone(half):
+    """They are views into those of all members, whose storage would be saved three times."""
+    state = torch.load(half[0] / CHECKPOINT, weights_only=True)
+    for value in state["model"].values():
+        assert value.untyped_storage().nbytes() == value.nbytes
 
 
 def test_members_of_an_ensemble_are_resumed_alone(half, single):
