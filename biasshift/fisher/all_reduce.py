@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, distributed as dist
 
+from biasshift.fisher.held import HeldSums
 from biasshift.fisher.moments import Sums, WeightedSums
 from biasshift.fisher.samples import ImplicitSums
 
@@ -43,6 +44,8 @@ def all_reduced(
             "Merging over processes needs torch.distributed. Call "
             "torch.distributed.init_process_group() first."
         )
+    # samples may outnumber the blocks of one process, and not those of another
+    sums = sums.formed if isinstance(sums, HeldSums) else sums
     device = sums.first.device
     unread = isinstance(sums, ImplicitSums) and any(part.terms == "unread" for part in sums.parts)
     what += ", not held" if unread else ", held"

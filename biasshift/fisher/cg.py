@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from biasshift.fisher.samples import ImplicitSums
+from biasshift.fisher.parts import SampledSums
 
 # times inputs / effective samples: the q of one unit varies by so much less than the mean of all,
 # and in fewer directions
@@ -32,7 +32,7 @@ class Preconditioner:
         dtype: that of the vectors it is applied to.
     """
 
-    def __init__(self, sums: ImplicitSums, usable: Tensor, damping: float, dtype: torch.dtype):
+    def __init__(self, sums: SampledSums, usable: Tensor, damping: float, dtype: torch.dtype):
         typical = sums.effective_samples[usable].median().item()
         self.ridge, self.dtype = max(damping, RIDGE * sums.first.shape[1] / typical), dtype
         if any(part.terms in ("examples", "positions") for part in sums.parts):
@@ -98,7 +98,7 @@ class ConjugateGradients:
 
     def solve(
         self,
-        sums: ImplicitSums,
+        sums: SampledSums,
         r: Tensor,
         goal: Tensor,
         ridge: Tensor,
@@ -135,7 +135,7 @@ class ConjugateGradients:
         return x.double() * size[:, None], iteration
 
     def _start(
-        self, sums: ImplicitSums, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor
+        self, sums: SampledSums, r: Tensor, goal: Tensor, ridge: Tensor, scale: Tensor
     ) -> _State:
         r = r.to(self.dtype)
         z = self.preconditioner(r, scale)
@@ -170,7 +170,7 @@ class ConjugateGradients:
         return replace(s, p=torch.addcmul(z, (rz / s.rz).to(self.dtype)[:, None], s.p), rz=rz)
 
 
-def _product(sums: ImplicitSums, s: _State) -> Tensor:
+def _product(sums: SampledSums, s: _State) -> Tensor:
     """``W p`` in the working precision, for the units that are left."""
     Wp = sums.product(s.p).mul_(s.share)
     Wp.addcmul_(s.offset, _inner(s.offset, s.p).to(s.p.dtype)[:, None], value=-1)

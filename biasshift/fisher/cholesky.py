@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from biasshift.fisher.moments import Sums, WeightedSums
+from biasshift.fisher.triangles import solved
 from biasshift.theory import damp, dot
 
 # Factors are kept for the next solve up to this size, and formed in pieces of it beyond.
@@ -154,7 +155,7 @@ class Factors:
         """
         x = torch.empty_like(rhs)
         for units in self._chunks():
-            x[units] = torch.cholesky_solve(rhs[units], self._factor(units))
+            x[units] = solved(self._factor(units), rhs[units])
         x[~self._usable] = torch.nan
         return x
 

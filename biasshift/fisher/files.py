@@ -18,8 +18,9 @@ from torch import Tensor
 from biasshift.atomic import replacing
 from biasshift.fisher import packed
 from biasshift.fisher.convolution import Geometry, Maps
+from biasshift.fisher.held import HeldSums
 from biasshift.fisher.moments import WeightedSums
-from biasshift.fisher.samples import ImplicitSums, Samples
+from biasshift.fisher.samples import STORAGES, ImplicitSums, Samples
 
 LAYOUT = "1"
 DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -163,7 +164,8 @@ def _made(fields: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
     if any((sums[name] < 0).any() for name in ("weight", "weight_squares", "weight_rounding")):
         raise Refused("sums of squares are negative")
     noise = tensors.take("label_noise", units) if "label_noise" in tensors.tensors else None
-    if _chosen(fields["storage"], ("dense", "implicit")) == "dense":
+    storage = _chosen(fields["storage"], STORAGES)
+    if storage == "dense":
         rows = packed.zeros(units, inputs, torch.device("cpu"))
         second = [
             tensors.take(f"second.{i}", *block.shape, dtypes=(torch.float64, torch.float32))
@@ -175,7 +177,10 @@ def _made(fields: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
         budget, parts = _count(fields["memory_budget"]), _list(fields["parts"])
         put = _put_together
         held = tuple(put(i, part, tensors, units, inputs) for i, part in enumerate(parts))
-        made = ImplicitSums(**sums, parts=held, memory_budget=budget)
+        if storage == "auto" and not all(isinstance(part, Samples) for part in held):
+            raise Refused("its samples are of another kind")
+        kind = HeldSums if storage == "auto" else ImplicitSums
+        made = kind(**sums, parts=held, memory_budget=budget)
     if tensors.tensors:
         raise Refused(f"'{next(iter(tensors.tensors))}' is one tensor too many")
     options = {name: fields[name] for name in OPTIONS}

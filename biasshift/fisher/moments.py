@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.theory import Vectors
+from biasshift.theory import Scalars, Vectors
 
 TOLD = 4096  # errors that are looked at, to tell their precision
 AnySums = TypeVar("AnySums", bound="Sums")
@@ -100,6 +100,14 @@ class Sums:
             positions=self.positions + positions,
             total=self.total + total,
         )
+
+    def with_weight_squares(self: AnySums, delta2: Float[Tensor, "samples units"]) -> AnySums:
+        """Returns these sums and the squared weights that `with_vectors` could not know.
+
+        Args:
+            delta2: ``Σ_y p_y (Σ_t δ_t)²`` of every example, over its labels y and positions t.
+        """
+        return replace(self, weight_squares=self.weight_squares + delta2.double().square().sum(0))
 
     def about(self: AnySums, reference: Tensor) -> AnySums:
         """Returns the moments of order zero and one about another reference.
@@ -218,6 +226,44 @@ class Sums:
         """Returns ``V v`` for every unit, (units, inputs), with ``V = Var_q(a)`` undamped."""
         raise NotImplementedError
 
+    # -- finished blocks ---------------------------------------------------------------------------
+
+    def covariance(self, dtype: torch.dtype) -> Tensor:
+        """Returns ``V = Var_q(a)``, (units, inputs, inputs), in the dtype of its reader.
+
+        It is NaN for dead units. ``V = Σ δ² (a − r)(a − r)ᵀ / Σ δ² − o oᵀ`` with ``o = m − r``.
+        """
+        o = self.offset_q
+        out = self.room(dtype, o.shape[1])
+        self.finish(out, 1 / self.weight, -0.5 * o, o)
+        out[o.isnan().any(1)] = torch.nan
+        return out
+
+    def matrix(self, dtype: torch.dtype, bias: bool) -> Tensor:
+        """Returns F, bias last, or without a bias ``A = E_p(δ² a aᵀ)``, in the dtype of its reader.
+
+        ``A`` follows from the moments about r by adding ``x rᵀ + r xᵀ`` with ``x = E_p(δ² (a − r))
+        + c r / 2``. It is 0 for a dead unit.
+        """
+        inputs = self.first.shape[1]
+        solvable = self.without_inert_biases()
+        r = solvable.reference.expand_as(self.first)
+        x = solvable.first / self.examples + solvable.mean_delta2[:, None] * r / 2
+        out = self.room(dtype, inputs + bias)
+        solvable.finish(out, torch.full_like(self.weight, 1 / self.examples), x, r)
+        if bias:
+            out[:, :inputs, inputs] = out[:, inputs, :inputs] = self.b.to(dtype)
+            out[:, inputs, inputs] = self.mean_delta2.to(dtype)
+        return out
+
+    def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
+        """Writes ``scale Σ δ² (a − r)(a − r)ᵀ + x yᵀ + y xᵀ`` into blocks; see `packed.finish`."""
+        raise NotImplementedError
+
+    def room(self, dtype: torch.dtype, size: int) -> Tensor:
+        """Returns memory for finished blocks, (units, size, size)."""
+        return torch.empty(len(self.first), size, size, dtype=dtype, device=self.first.device)
+
 
 def no_samples(units: int, reference: Tensor) -> dict[str, Any]:
     """Returns the fields of `Sums` over no samples, about a reference; see `WeightedSums.empty`."""
@@ -290,14 +336,6 @@ class WeightedSums(Sums):
             weight, torch.zeros_like(weight), torch.einsum("nu,uni->ui", delta, vectors)
         )
 
-    def with_weight_squares(self, delta2: Float[Tensor, "samples units"]) -> "WeightedSums":
-        """Returns these sums and the squared weights that `with_vectors` could not know.
-
-        Args:
-            delta2: ``Σ_y p_y (Σ_t δ_t)²`` of every example, over its labels y and positions t.
-        """
-        return replace(self, weight_squares=self.weight_squares + delta2.double().square().sum(0))
-
     def _weighted(self, weight: Tensor, squares: Tensor, first: Tensor) -> "WeightedSums":
         return replace(
             self,
@@ -361,6 +399,9 @@ class WeightedSums(Sums):
         m = self.offset_q[units]
         second = packed.dense(self.second, units).div_(self.weight[units][:, None, None])
         return torch.baddbmm(second, m[:, :, None], m[:, None, :], alpha=-1)
+
+    def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
+        packed.finish(out, self.second, scale, x, y)
 
     def times(self, v: Vectors) -> Tensor:
         return torch.bmm(self.var_q(), v.double()[:, :, None])[:, :, 0]

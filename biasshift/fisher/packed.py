@@ -40,7 +40,7 @@ def zeros(units: int, inputs: int, device: torch.device) -> Rows:
     [(3, 16, 20), (3, 4, 4)]
     """
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return [zero.expand(units, j - i, inputs - i) for i, j in _bounds(inputs)]
+    return [zero.expand(units, j - i, inputs - i) for i, j in bounds(inputs)]
 
 
 def block_bytes(units: int, inputs: int) -> int:
@@ -49,7 +49,7 @@ def block_bytes(units: int, inputs: int) -> int:
     It is a little more than half of whole matrices: ``8 units inputs² / 2``, and the lower triangle
     of every block on the diagonal.
     """
-    return 8 * units * sum((j - i) * (inputs - i) for i, j in _bounds(inputs))
+    return 8 * units * sum((j - i) * (inputs - i) for i, j in bounds(inputs))
 
 
 def add_weighted(
@@ -63,7 +63,7 @@ def add_weighted(
     and again, because fresh memory is slow.
     """
     units, inputs, scratch = weights.shape[1], a.shape[1], _Scratch(a)
-    for k, (i, j) in enumerate(_bounds(inputs)):
+    for k, (i, j) in enumerate(bounds(inputs)):
         shape = (units, j - i, inputs - i)
         for start in range(0, len(a), MOST_SAMPLES):
             product = a.new_empty(shape) if _is_empty(rows[k]) else scratch.take("product", shape)
@@ -93,11 +93,11 @@ def add_outer(rows: Rows, vectors: Float[Tensor, "units samples inputs"]) -> Non
     Every unit has vectors of its own, so that one product serves one unit. A few block rows share
     a product: the matrices are small, and a call costs more than the work it saves.
     """
-    bounds = _bounds(vectors.shape[2])
-    for k in range(0, len(bounds), OUTER_ROWS):
-        first, last = bounds[k][0], bounds[k : k + OUTER_ROWS][-1][1]
+    pieces = bounds(vectors.shape[2])
+    for k in range(0, len(pieces), OUTER_ROWS):
+        first, last = pieces[k][0], pieces[k : k + OUTER_ROWS][-1][1]
         product = vectors[:, :, first:last].transpose(1, 2) @ vectors[:, :, first:]
-        for row, (i, j) in enumerate(bounds[k : k + OUTER_ROWS], start=k):
+        for row, (i, j) in enumerate(pieces[k : k + OUTER_ROWS], start=k):
             block = product[:, i - first : j - first, i - first :]
             if _is_empty(rows[row]):  # it is kept, and a view would keep the lower triangle alive
                 block = block.clone(memory_format=torch.contiguous_format)
@@ -111,7 +111,7 @@ def add_symmetric(
 
     The rows must be `copied`: in float64, and in memory of their own.
     """
-    for (i, j), block in zip(_bounds(x.shape[1]), rows, strict=True):
+    for (i, j), block in zip(bounds(x.shape[1]), rows, strict=True):
         block += x[:, i:j, None] * y[:, None, i:] + y[:, i:j, None] * x[:, None, i:]
 
 
@@ -153,15 +153,42 @@ def dense(rows: Rows, units: slice | Tensor = slice(None)) -> Float[Tensor, "uni
     """
     count, inputs = rows[0][units].shape[0], rows[0].shape[2]
     full = torch.empty(count, inputs, inputs, dtype=torch.float64, device=rows[0].device)
-    for (i, j), block in zip(_bounds(inputs), rows, strict=True):
+    for (i, j), block in zip(bounds(inputs), rows, strict=True):
         full[:, i:j, i:] = block[units]
         full[:, j:, i:j] = block[units][:, :, j - i :].transpose(1, 2)
     return full
 
 
-def _bounds(inputs: int) -> list[tuple[int, int]]:
-    """The first and last + 1 input of every block row: a function of ``inputs`` alone, so that any
-    two sums can be added.
+def finish(
+    out: Float[Tensor, "units params params"],
+    rows: Rows,
+    scale: Float[Tensor, " units"],
+    x: Float[Tensor, "units inputs"],
+    y: Float[Tensor, "units inputs"],
+) -> None:
+    """Writes ``scale S + x yᵀ + y xᵀ`` into whole matrices of any dtype, row by row.
+
+    It is worked out in the dtype of the rows; see `finished` for what that loses.
+
+    Args:
+        out: the first ``inputs`` rows and columns of every matrix are written.
+        rows: the sums S.
+        scale, x, y: float64.
+    """
+    inputs = x.shape[1]
+    for (i, j), block in zip(bounds(inputs), rows, strict=True):
+        narrow = [v.to(block.dtype) for v in (x, y)]
+        part = block * scale.to(block.dtype)[:, None, None]
+        for v, w in (narrow, narrow[::-1]):
+            part.addcmul_(v[:, i:j, None], w[:, None, i:])
+        out[:, i:j, i:inputs] = part
+        out[:, j:inputs, i:j] = part[:, :, j - i :].mT
+
+
+def bounds(inputs: int) -> list[tuple[int, int]]:
+    """Returns the first and last + 1 input of every block row.
+
+    They depend on ``inputs`` alone, so that any two sums can be added.
     """
     return [(i, min(i + ROWS, inputs)) for i in range(0, inputs, ROWS)]
 

@@ -62,14 +62,14 @@ def check_summands(mine: tuple, theirs: tuple, storage: str, other: str) -> None
 
     Args:
         mine, theirs: the shape, damping, bias and labels of both, which must be equal.
-        storage, other: those of both, which must be equal, too.
+        storage, other: those of both, of which none or both may be implicit.
     """
     if mine != theirs:
         raise ValueError(
             f"Only layers of equal shape, damping, bias and labels can be added, got {mine} "
             f"and {theirs}. Use damped() for equal damping."
         )
-    if storage != other:
+    if storage != other and "implicit" in (storage, other):
         raise ValueError(
             f"Only layers of equal storage can be added, got '{storage}' and "
             f"'{other}'. Choose storage= for both."

@@ -5,229 +5,33 @@ over the samples, which are kept about the reference mean ``r``; the second is e
 with samples × (inputs + units), where blocks take units × inputs².
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal, Protocol, runtime_checkable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import packed
-from biasshift.fisher.moments import Sums, WeightedSums, no_samples
-from biasshift.fisher.ranges import with_range
+from biasshift.fisher.moments import Sums, no_samples
+from biasshift.fisher.parts import (
+    Moments as Moments,
+    Part as Part,
+    PartWithRows as PartWithRows,
+    RereadParts as RereadParts,
+    Samples as Samples,
+    SharedMoments as SharedMoments,
+    Terms as Terms,
+    Work as Work,
+    added,
+    chunks as chunks,
+)
 from biasshift.theory import Scalars, Vectors, dot
 
 STORAGES = ("dense", "implicit", "auto")
 MEMORY_BUDGET = 2**30  # bytes that the blocks, or the samples, of a layer may take
-TEMPORARY = 2**24  # elements of the largest temporary of a product: 64 MiB in float32
-Moments = tuple[Tensor, Tensor, Tensor, Tensor]  # per unit Σ δ², Σ δ⁴, Σ δ² a and Σ δ² a², float64
-SharedMoments = tuple[Tensor, Tensor, Tensor]  # for all units Σ w, Σ w a and Σ w a aᵀ
-Terms = Literal["samples", "examples", "positions", "unread"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The sizes that decide how to solve, for one unit; those of several batches add up.
-
-    Products with V cost ``4 positions × inputs`` operations, and a few for every error. A
-    factorization costs the cube of the smaller of rows and inputs.
-    """
-
-    rows: int = 0  # terms of rank one in the block
-    positions: int = 0  # places that a product goes through
-    errors: int = 0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.rows + other.rows, self.positions + other.positions, self.errors + other.errors
-        )
-
-
-@runtime_checkable
-class Part(Protocol):
-    """One batch of one layer, as a linear map: it can be multiplied without forming a block.
-
-    Its activations ``a`` are about the reference of the sums. Shapes are those of the layer's
-    units, or of the units that were selected.
-    """
-
-    @property
-    def work(self) -> Work:
-        """The sizes that decide how to solve with it."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """The size of `spread`: a divisor of the number of inputs."""
-        ...
-
-    @property
-    def terms(self) -> Terms:
-        """Of what a block is the sum, which decides how it can be factored.
-
-        "samples": of ``δ² a aᵀ`` with activations that all units share. "positions": the same at
-        the positions of a convolution. "examples": of outer products of a vector per unit and
-        example, see `PartWithRows`. "unread": of parts that are not in memory, so that every use
-        reads the probe again.
-        """
-        ...
-
-    def product(self, v: Vectors) -> Tensor:
-        """Returns ``Σ δ² a aᵀ v`` for every unit, in the dtype of v."""
-        ...
-
-    def select(self, units: Tensor) -> "Part":
-        """Returns the part of some of the units, by index."""
-        ...
-
-    def moved(self, d: Tensor) -> "Part":
-        """Returns the part with ``d``, (inputs,) or (units, inputs), added to its activations."""
-        ...
-
-    def blocks(self) -> packed.Rows:
-        """Returns ``Σ δ² a aᵀ``, which only few units can afford."""
-        ...
-
-    def spread(self, share: Scalars) -> SharedMoments:
-        """Returns ``Σ w``, ``Σ w a`` and ``Σ w a aᵀ`` with one weight for all units.
-
-        The weight of a sample is ``w = Σᵤ shareᵤ δᵤ²``. Where weights are shared, the inputs are
-        the channels alone: all places of an example's maps have the weight of the example.
-        """
-        ...
-
-
-@runtime_checkable
-class PartWithRows(Part, Protocol):
-    """A part whose terms are "examples": every unit has rows of its own."""
-
-    def rows(self) -> tuple[Float[Tensor, "units rows inputs"], Float[Tensor, "units rows"]]:
-        """Returns ``Σ_t δ_t a_t`` and ``Σ_t δ_t`` over the positions t of every example.
-
-        There is one row for every example and label seed, and a block is the sum of their outer
-        products.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The part of a layer in which a sample has one weight per unit.
-
-    That is a linear layer, or one whose positions count as samples.
-    """
-
-    a: Float[Tensor, "samples inputs"]
-    # The weights of one unit lie together: units leave without touching the others.
-    delta2: Float[Tensor, "units samples"]
-
-    @property
-    def terms(self) -> Terms:
-        return "samples"
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that the part takes in memory."""
-        return self.a.nbytes + self.delta2.nbytes
-
-    @property
-    def work(self) -> Work:
-        return Work(len(self.a), len(self.a), len(self.a))
-
-    @property
-    def channels(self) -> int:
-        return self.a.shape[1]
-
-    def weight(self) -> float:
-        """Returns ``Σ δ²`` over samples and units: two readings of the same probe agree in it."""
-        return self.delta2.sum(dtype=torch.float64).item()
-
-    def product(self, v: Vectors) -> Tensor:
-        out = torch.zeros_like(v)
-        for n in chunks(len(self.a), max(v.shape)):
-            a = self.a[n].to(v.dtype)
-            out.addmm_((v @ a.T).mul_(self.delta2[:, n]), a)
-        return out
-
-    def select(self, units: Tensor) -> "Samples":
-        return replace(self, delta2=self.delta2[units])
-
-    def moved(self, d: Tensor) -> "Samples":
-        return replace(self, a=(self.a + d).to(self.a.dtype))
-
-    def blocks(self) -> packed.Rows:
-        rows = packed.zeros(len(self.delta2), self.a.shape[1], self.a.device)
-        packed.add_weighted(rows, self.a, self.delta2.T)
-        return rows
-
-    def spread(self, share: Scalars) -> SharedMoments:
-        w = share.to(self.a.dtype) @ self.delta2
-        return (
-            w.sum(dtype=torch.float64),
-            (w @ self.a).double(),
-            ((w[:, None] * self.a).T @ self.a).double(),
-        )
-
-    def moments(self) -> Moments:
-        """Returns ``Σ δ²``, ``Σ δ⁴``, ``Σ δ² a`` and ``Σ δ² a²`` over the samples, in float64.
-
-        The first two are (units,), the others (units, inputs). `ImplicitSums.with_part` takes them.
-        """
-        fourth = first = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
-        for n in chunks(len(self.a), max(self.a.shape[1], len(self.delta2))):
-            wide = self.delta2[:, n].double()
-            fourth = fourth + wide.square().sum(1)
-            # In float64 from what is held: V v = S v − o oᵀv, and where V is nearly singular the
-            # two parts must agree to the last digit.
-            first = first + wide @ self.a[n].double()
-            squares = squares + (self.delta2[:, n] @ self.a[n].square()).double()
-        return self.delta2.sum(1, dtype=torch.float64), fourth, first, squares
-
-
-@dataclass(frozen=True)
-class RereadParts:
-    """Parts that did not fit into memory, as one part that holds nothing.
-
-    The model reads the probe again whenever the parts are needed. Every product with V costs
-    forward and backward passes over the whole probe.
-    """
-
-    read: Callable[[], Iterator[Part]]
-    channels: int
-    work: Work
-    units: Tensor | None = None  # of those that are read; None for all
-    d: Tensor | None = None  # to be added to their activations
-
-    @property
-    def terms(self) -> Terms:
-        return "unread"
-
-    def parts(self) -> Iterator[Part]:
-        """Yields every part of the probe, of the selected units and about the moved reference."""
-        for part in self.read():
-            part = part if self.units is None else part.select(self.units)
-            yield part if self.d is None else part.moved(self.d)
-
-    def product(self, v: Vectors) -> Tensor:
-        out = torch.zeros_like(v)
-        for part in self.parts():
-            out += part.product(v)
-        return out
-
-    def select(self, units: Tensor) -> "RereadParts":
-        d = self.d if self.d is None or self.d.dim() == 1 else self.d[units]
-        return replace(self, units=units if self.units is None else self.units[units], d=d)
-
-    def moved(self, d: Tensor) -> "RereadParts":
-        return replace(self, d=d if self.d is None else self.d + d)
-
-    def blocks(self) -> packed.Rows:
-        return packed.total([part.blocks() for part in self.parts()])
-
-    def spread(self, share: Scalars) -> SharedMoments:
-        return _added(part.spread(share) for part in self.parts())
+AnySampled = TypeVar("AnySampled", bound="ImplicitSums")
 
 
 @dataclass(eq=False)
@@ -251,7 +55,9 @@ class ImplicitSums(Sums):
     memory_budget: int  # bytes that blocks may take where they are asked for, unit by unit
 
     @classmethod
-    def empty(cls, units: int, reference: Tensor, memory_budget: int) -> "ImplicitSums":
+    def empty(
+        cls: type[AnySampled], units: int, reference: Tensor, memory_budget: int
+    ) -> AnySampled:
         """Returns sums over no samples.
 
         Args:
@@ -267,7 +73,7 @@ class ImplicitSums(Sums):
             memory_budget=memory_budget,
         )
 
-    def with_part(self, moments: Moments, part: Part | None) -> "ImplicitSums":
+    def with_part(self: AnySampled, moments: Moments, part: Part | None) -> AnySampled:
         """Returns these sums and the weighted activations of a batch.
 
         Args:
@@ -364,6 +170,21 @@ class ImplicitSums(Sums):
         second, m = second.div_(few.weight[:, None, None]), few.offset_q
         return torch.baddbmm(second, m[:, :, None], m[:, None, :], alpha=-1)
 
+    def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
+        rows = packed.total([part.blocks() for part in self.parts])
+        packed.finish(out, rows, scale, x, y)
+
+    def room(self, dtype: torch.dtype, size: int) -> Tensor:
+        """Returns memory for finished blocks, (units, size, size).
+
+        Raises:
+            TooLarge: when they, in float64, take more than the memory budget.
+        """
+        units, inputs = self.first.shape
+        if 8 * units * inputs**2 > self.memory_budget:
+            raise TooLarge(units, 8 * units * inputs**2)
+        return super().room(dtype, size)
+
     def spread(self, share: Scalars) -> Float[Tensor, "channels channels"]:
         """Returns the covariance of the activations under ``Σᵤ shareᵤ qᵤ``, float64.
 
@@ -374,47 +195,6 @@ class ImplicitSums(Sums):
             share: ≥ 0, with sum 1; units of share 0 may be dead.
         """
         share = torch.where(share > 0, share / self.weight, 0)
-        weight, first, second = _added(part.spread(share) for part in self.parts)
+        weight, first, second = added(part.spread(share) for part in self.parts)
         mean = first / weight
         return second / weight - mean[:, None] * mean
-
-
-def summed(
-    a: Tensor, delta2: Tensor, storage: str, memory_budget: int
-) -> WeightedSums | ImplicitSums:
-    """Returns the sums over samples that are all there, about their mean.
-
-    Args:
-        a: (samples, inputs), the incoming activations.
-        delta2: (samples, units), the weights.
-        storage: one of `STORAGES`.
-        memory_budget: bytes that blocks may take.
-    """
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    wide, units = a.detach().to(dtype), delta2.shape[1]
-    reference = wide.mean(0)
-    shifted, weights = with_range(wide - reference, delta2.detach().to(dtype))
-    large = packed.block_bytes(units, a.shape[1]) > memory_budget
-    if storage == "implicit" or (storage == "auto" and large):
-        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
-        sums = ImplicitSums.empty(units, reference, memory_budget)
-        sums = sums.with_part(part.moments(), part)
-    else:
-        sums = WeightedSums.empty(units, reference).with_weights(shifted, weights)
-    return sums.with_inputs(len(a), len(a), shifted.sum(0, dtype=torch.float64))
-
-
-def chunks(samples: int, width: int) -> Iterator[slice]:
-    """Returns slices of the samples that bound the memory of a temporary.
-
-    Args:
-        samples: how many there are.
-        width: elements that the temporary has for each of them; a slice has `TEMPORARY` elements
-            at most, or is one sample.
-    """
-    step = max(1, TEMPORARY // max(width, 1))
-    return (slice(i, i + step) for i in range(0, samples, step))
-
-
-def _added(moments: Iterator[SharedMoments]) -> SharedMoments:
-    return reduce(lambda x, y: (x[0] + y[0], x[1] + y[1], x[2] + y[2]), moments)

@@ -41,7 +41,7 @@ def page(fisher: Any) -> str:
     """Returns the layer as HTML: medians and ranges over its units."""
     names, note = ["mean_delta2", "effective_samples"], ""
     units, inputs = fisher.sums.first.shape
-    if fisher.storage == "dense" and units * inputs**3 / 3 <= UNASKED:
+    if fisher.storage != "implicit" and units * inputs**3 / 3 <= UNASKED:
         try:
             _ = fisher.coupling
             names[1:1] = INVERSE if fisher.bias else ("coupling",)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from biasshift.fisher.samples import ImplicitSums, PartWithRows, Samples
+from biasshift.fisher.parts import PartWithRows, SampledSums, Samples
+from biasshift.fisher.triangles import solved
 from biasshift.theory import Scalars, Vectors, dot
 
 FACTOR_BYTES = 2**28  # of the matrices of all units solved together
-DirectSolver = Callable[[ImplicitSums, Tensor, Tensor], Tensor]  # from sums, b and ridge
+DirectSolver = Callable[[SampledSums, Tensor, Tensor], Tensor]  # from sums, b and ridge
 
 
 class Woodbury:
@@ -27,11 +28,11 @@ class Woodbury:
         sums: the sums of a layer whose parts are all `Samples`.
     """
 
-    def __init__(self, sums: ImplicitSums):
+    def __init__(self, sums: SampledSums):
         self.a = torch.cat([part.a for part in sums.parts if isinstance(part, Samples)]).double()
         self.gram = self.a @ self.a.T
 
-    def solve(self, sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+    def solve(self, sums: SampledSums, b: Vectors, ridge: Scalars) -> Tensor:
         """Returns ``(V + τ I)⁻¹ b`` for some units, float64.
 
         Args:
@@ -44,8 +45,11 @@ class Woodbury:
         def solve(units: Tensor) -> Tensor:
             q = delta2[units].double() / sums.weight[units, None]
             root, mean, h = q.sqrt(), q @ self.a, q @ self.gram
-            K = self.gram - h[:, :, None] - h[:, None, :] + dot(q, h)[:, None, None]
-            K.mul_(root[:, :, None]).mul_(root[:, None, :])
+            # root ∘ (gram − h 1ᵀ − 1 hᵀ + qᵀh) ∘ rootᵀ, the last three as one product
+            K = self.gram * root[:, :, None]
+            x = root * (0.5 * dot(q, h)[:, None] - h)
+            K.mul_(root[:, None, :])
+            K.baddbmm_(torch.stack([x, root], 2), torch.stack([root, x], 1))
             Yb = root * (b[units] @ self.a.T - dot(mean, b[units])[:, None])
             z = root * _cholesky_solved(K, ridge[units], Yb)
             return (b[units] - z @ self.a + z.sum(1, keepdim=True) * mean) / ridge[units, None]
@@ -53,7 +57,7 @@ class Woodbury:
         return _in_chunks(b, 3 * len(self.a) ** 2, solve)
 
 
-def unit_woodbury(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+def unit_woodbury(sums: SampledSums, b: Vectors, ridge: Scalars) -> Tensor:
     """Returns ``(V + τ I)⁻¹ b`` like `Woodbury`, where every unit has rows Y of its own.
 
     That is a layer with shared weights, from fewer examples × label seeds than inputs.
@@ -77,7 +81,7 @@ def unit_woodbury(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
     return _in_chunks(b, 3 * sum(part.work.rows for part in sums.parts) * b.shape[1], solve)
 
 
-def block_cholesky(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
+def block_cholesky(sums: SampledSums, b: Vectors, ridge: Scalars) -> Tensor:
     """Returns ``(V + τ I)⁻¹ b`` by the blocks after all, of a few units at a time.
 
     They are given up again, so that the memory is bounded; each call forms and factors them anew.
@@ -97,7 +101,7 @@ def block_cholesky(sums: ImplicitSums, b: Vectors, ridge: Scalars) -> Tensor:
 def _cholesky_solved(K: Tensor, ridge: Tensor, b: Tensor) -> Tensor:
     """``(K + τ I)⁻¹ b``, unchecked: the residual shows what rounding made indefinite. Spoils K."""
     K.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    return torch.cholesky_solve(b[:, :, None], torch.linalg.cholesky_ex(K)[0])[:, :, 0]
+    return solved(torch.linalg.cholesky_ex(K)[0], b[:, :, None])[:, :, 0]
 
 
 def _in_chunks(b: Tensor, width: int, solve: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from biasshift.fisher.held import HeldSums
 from biasshift.fisher.moments import WeightedSums, rounding_share, sum_rounding
 from biasshift.fisher.ranges import with_range, with_square, with_squares
 from biasshift.fisher.samples import ImplicitSums
@@ -127,13 +128,19 @@ class LayerState:
 
     A batch is `start_batch`, `add_errors` for every stack of seeds, and `finish_batch`. The blocks
     are formed as the errors come, so that no samples are kept.
+
+    Args:
+        hold: whether samples may be kept first, while they are fewer numbers than the blocks. That
+            is done for layers of one group whose weights are not shared.
+        memory_budget: bytes that the blocks may take.
     """
 
-    def __init__(self, layer: LayerBatch):
+    def __init__(self, layer: LayerBatch, hold: bool = False, memory_budget: int = 0):
+        self.hold, self.memory_budget = hold, memory_budget
         self.name, self.module, self.dtype = layer.name, layer.module, layer.calls[0].a.dtype
         grouped = enumerate(layer_types.grouped(layer.module, layer.units))
         self.groups = [(group, units) for group, units in grouped if len(units)]
-        self.sums: list[WeightedSums] = []
+        self.sums: list[WeightedSums | HeldSums] = []
         self.g: Tensor | None = None
         self.g0: Tensor | None = None
         self.label_variance = LabelVariance()
@@ -152,7 +159,13 @@ class LayerState:
             means = layer_types.channel_means(module, summed / layer.rows)
             self.reference = means.to(layer_types.dtype_of_sums(layer.calls[0].a))
             references = layer_types.repeat_channels(module, self.reference)
-            self.sums = [WeightedSums.empty(len(units), references[g]) for g, units in self.groups]
+            held = self.hold and not layer.shares_weights and len(references) == 1
+            self.sums = [
+                HeldSums.empty(len(units), references[g], self.memory_budget)
+                if held
+                else WeightedSums.empty(len(units), references[g])
+                for g, units in self.groups
+            ]
         for i, (g, _) in enumerate(self.groups):
             total = summed[g] - layer.rows * self.sums[i].reference
             self.sums[i] = self.sums[i].with_inputs(layer.examples, layer.rows, total)
@@ -237,7 +250,9 @@ class LayerState:
     def total(self) -> WeightedSums | ImplicitSums:
         """Returns the sums of all units."""
         ungrouped = layer_types.group_count(self.module) == 1
-        return self.sums[0] if ungrouped else WeightedSums.stacked(self.sums)
+        if ungrouped:
+            return self.sums[0]
+        return WeightedSums.stacked([own for own in self.sums if isinstance(own, WeightedSums)])
 
     def result(self, options: Options) -> Measured:
         """Returns the measurement over all batches.

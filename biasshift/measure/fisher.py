@@ -99,10 +99,12 @@ def unit_fisher(
             of a layer's blocks or samples.
         draws: labels drawn per example by ``"sampled"``, a backward pass each; from 2 on
             `UnitFisher.standard_error` is known.
-        storage: ``"dense"`` forms the blocks, units × inputs² numbers; ``"implicit"`` holds the
-            samples instead, and what takes an inverse comes by iteration, batched over units.
-            ``"auto"`` is dense unless the blocks of a layer would pass ``memory_budget``. Where its
-            samples pass it too, the probe is read and the model run again for every iteration.
+        storage: ``"auto"`` is the fastest that fits: the samples of a layer while they are fewer
+            numbers than its blocks, then the blocks, units × inputs² numbers. ``"dense"`` forms the
+            blocks at once. ``"implicit"`` holds the samples, and what takes an inverse comes by
+            iteration, batched over units; so it is by ``"auto"`` where the blocks of a layer would
+            pass ``memory_budget``. Where its samples pass it too, the probe is read and the model
+            run again for every iteration.
         tolerance: the relative residual of the iterations; 1e-8 in double precision and 1e-5 in
             single by default.
         max_iterations: of a solve; a unit that takes more has NaN, with a warning.
@@ -236,8 +238,9 @@ class LayerStates(dict[str, LayerState]):
     def add_layers(self, batch: list[LayerBatch]) -> None:
         """Adds the layers that have no sums yet, small ones first.
 
-        Under ``storage="auto"`` a layer is dense where its blocks, units × inputs² numbers, fit
-        into the budget, and keeps samples otherwise.
+        Under ``storage="auto"`` a layer whose blocks, units × inputs² numbers, fit into the budget
+        forms them once its samples are more numbers than they. Otherwise it keeps samples, and is
+        solved with by iteration.
         """
         sizes = {
             layer.name: block_bytes(len(layer.units), layer_types.input_count(layer.module))
@@ -250,7 +253,7 @@ class LayerStates(dict[str, LayerState]):
                     ImplicitState(layer, self.budget, self.one_shot)
                     if storage == "implicit"
                     or (storage == "auto" and not self.budget.take(sizes[layer.name]))
-                    else LayerState(layer)
+                    else LayerState(layer, storage == "auto", self.budget.per_layer)
                 )
 
 

@@ -1,0 +1,151 @@
+"""Samples first: a layer keeps its samples while they are fewer numbers than its blocks.
+
+Blocks are formed when they are read, straight in the dtype of the user. Inverse quantities are
+solved by whatever is cheapest, and as exactly as by blocks (`solver.ExactSolver`). Once the samples
+outnumber the blocks, these take their place for good.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from biasshift.fisher import finished, packed
+from biasshift.fisher.moments import Sums, WeightedSums
+from biasshift.fisher.ranges import with_range
+from biasshift.fisher.samples import ImplicitSums, Samples
+from biasshift.theory import Scalars, Vectors
+
+
+@dataclass(frozen=True)
+class HeldSums(ImplicitSums):
+    """All sums of a layer, by its samples; every part is a `Samples`."""
+
+    def with_weights(
+        self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]
+    ) -> "HeldSums | WeightedSums":
+        """Returns these sums and a batch in which a sample has one weight per unit.
+
+        Args:
+            shifted: ``a − reference``; it is kept, and must not be written into afterwards.
+            delta2: the weights δ² ≥ 0 of every sample and unit.
+        """
+        part = Samples(shifted, delta2.T.clone(memory_format=torch.contiguous_format))
+        return self.with_part(part.moments(), part).settled()
+
+    def with_vectors(
+        self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]
+    ) -> WeightedSums:
+        """Returns these sums and a batch of shared weights, whose units have rows of their own."""
+        return self.formed.with_vectors(vectors, delta)
+
+    def settled(self) -> "HeldSums | WeightedSums":
+        """Returns these sums, or the blocks where the samples are more numbers than they."""
+        units, inputs = self.first.shape
+        return self if are_few(self._samples, units, inputs) else self.formed
+
+    @cached_property
+    def formed(self) -> WeightedSums:
+        """The same sums with blocks, formed once: in the dtype of the samples, as a batch is."""
+        units, inputs = self.first.shape
+        second = packed.zeros(units, inputs, self.first.device)
+        for part in self._held:
+            packed.add_weighted(second, part.a, part.delta2.T)
+        own = {field.name: getattr(self, field.name) for field in fields(Sums)}
+        return WeightedSums(**own, second=second)
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether the blocks have been formed already."""
+        return "formed" in self.__dict__
+
+    def about(self, reference: Tensor) -> "HeldSums":
+        """Returns the sums about another reference; samples that move become float64 for it.
+
+        In single precision the shift would be rounded in every sample.
+        """
+        if torch.equal(self.reference, reference):
+            return self
+        wide = tuple(Samples(part.a.double(), part.delta2.double()) for part in self._held)
+        return ImplicitSums.about(replace(self, parts=wide), reference)  # pyright: ignore[reportReturnType]
+
+    def plus_all(self, other: "HeldSums") -> "HeldSums | WeightedSums":
+        """Returns the sums over the samples of both, about the reference of the first."""
+        other = other.about(self.reference)
+        squares, parts = self.squares + other.squares, self.parts + other.parts
+        return replace(self.plus(other), squares=squares, parts=parts).settled()
+
+    def times(self, v: Vectors) -> Tensor:
+        return super().times(v.double())
+
+    def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
+        units, inputs = self.first.shape
+        if not self.is_formed and finished.by_samples(
+            [part.a for part in self._held], units, inputs
+        ):
+            part = self._held[0]
+            finished.from_samples(out, part.a, part.delta2, scale, x, y)
+        else:
+            self.formed.finish(out, scale, x, y)
+
+    def room(self, dtype: torch.dtype, size: int) -> Tensor:
+        return Sums.room(self, dtype, size)
+
+    @property
+    def _held(self) -> list[Samples]:
+        return [part for part in self.parts if isinstance(part, Samples)]
+
+    @property
+    def _samples(self) -> int:
+        return sum(len(part.a) for part in self._held)
+
+
+def are_few(samples: int, units: int, inputs: int) -> bool:
+    """Returns whether samples are fewer numbers than the blocks of a layer.
+
+    >>> are_few(1000, 128, 784), are_few(1000, 10, 16)
+    (True, False)
+    """
+    return 8 * samples * (units + inputs) <= packed.block_bytes(units, inputs)
+
+
+def joined(
+    one: WeightedSums | ImplicitSums, other: WeightedSums | ImplicitSums
+) -> WeightedSums | ImplicitSums:
+    """Returns the sums over the samples of both, about the reference of the first.
+
+    Samples that are held join samples, and become blocks beside blocks. Others must be of one kind.
+    """
+    if isinstance(one, HeldSums) and isinstance(other, HeldSums):
+        return one.plus_all(other)
+    one, other = (x.formed if isinstance(x, HeldSums) else x for x in (one, other))
+    return one + other  # pyright: ignore[reportOperatorIssue]  of equal storage
+
+
+def summed(
+    a: Tensor, delta2: Tensor, storage: str, memory_budget: int
+) -> WeightedSums | ImplicitSums:
+    """Returns the sums over samples that are all there, about their mean.
+
+    Args:
+        a: (samples, inputs), the incoming activations.
+        delta2: (samples, units), the weights.
+        storage: one of `STORAGES`.
+        memory_budget: bytes that blocks may take.
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    wide, units = a.detach().to(dtype), delta2.shape[1]
+    reference = wide.mean(0)
+    shifted, weights = with_range(wide - reference, delta2.detach().to(dtype))
+    large = packed.block_bytes(units, a.shape[1]) > memory_budget
+    if storage == "implicit" or (storage == "auto" and large):
+        part = Samples(shifted, weights.T.clone(memory_format=torch.contiguous_format))
+        sums = ImplicitSums.empty(units, reference, memory_budget)
+        sums = sums.with_part(part.moments(), part)
+    elif storage == "auto":
+        sums = HeldSums.empty(units, reference, memory_budget).with_weights(shifted, weights)
+    else:
+        sums = WeightedSums.empty(units, reference).with_weights(shifted, weights)
+    return sums.with_inputs(len(a), len(a), shifted.sum(0, dtype=torch.float64))
