@@ -10,25 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from biasshift.fisher import packed
-from biasshift.fisher.cholesky import (
-    Singular,
-    factorize,
-    has_variance,
-    rounding,
-    sherman_morrison,
-)
+from biasshift.fisher.cholesky import Singular, has_variance, rounding, sherman_morrison
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.solver import Solver
 from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.optim import triangle
 from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.triangle import units_at_a_time
 from biasshift.optim.update_rule import UpdateRule
 from biasshift.theory import dot
 
-FACTOR_BYTES = 2**28  # of the matrices that are formed at a time, before they are factored
-# The relative error that float32 factors may bring into the step of a float32 model. They are read
-# twice as fast.
-FLOAT32_ERROR = 1e-3
+CACHED = 2**21  # bytes of the matrices that are formed and factored together
+# The bound of the relative error that float32 factors may bring into the step of a float32 model;
+# the error itself is some hundred times smaller. They are read twice as fast.
+FLOAT32_ERROR = 0.05
 TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals
 ITERATIONS = 200
 
@@ -36,14 +31,14 @@ ITERATIONS = 200
 class Moments(NamedTuple):
     """First moments of the incoming activations, for every block of units.
 
-    They are float64. ``mean`` is under q, or under the data with the center p, and 0 for a block
-    whose units are all dead.
+    ``mean`` is under q, or under the data with the center p, and 0 for a block whose units are all
+    dead.
     """
 
     weight: Tensor  # (blocks, 1): what divides the sums, 1 for a dead block
     offset: Tensor  # (blocks, inputs): the mean less the reference
     mean: Tensor  # (blocks, inputs)
-    center: Tensor  # (blocks, inputs): r, the mean or 0
+    inert: Tensor | None  # (units,) bool, those whose bias has no influence
 
 
 class Inverse(NamedTuple):
@@ -53,7 +48,7 @@ class Inverse(NamedTuple):
     discarded.
     """
 
-    factors: Tensor  # the diagonals (blocks, inputs), or Cholesky factors (blocks, inputs, inputs)
+    factors: Tensor  # the diagonals (blocks, inputs), or the upper factors of `triangle.factorize`
     usable: Tensor  # (blocks,) bool
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,17 +58,17 @@ class Inverse(NamedTuple):
             rhs: (units, inputs), the units of a block behind each other.
 
         Returns:
-            The solutions, (units, inputs) and float64 whatever the factors are kept in, and
-            (units,) bool.
+            The solutions, (units, inputs) and in the dtype of ``rhs`` whatever the factors are kept
+            in, and (units,) bool.
         """
         by_block = rhs.unflatten(0, (len(self.usable), -1))
         if self.factors.dim() == 2:
             solved = by_block / self.factors[:, None]
-        else:  # cholesky_solve would copy the factors, which takes 20 times as long
-            half = torch.linalg.solve_triangular(
-                self.factors, by_block.mT.to(self.factors.dtype), upper=False
-            )
-            solved = torch.linalg.solve_triangular(self.factors.mT, half, upper=True).mT.double()
+        else:
+            step = units_at_a_time(rhs.shape[1], self.factors.element_size(), CACHED)
+            pieces = zip(self.factors.split(step), by_block.split(step), strict=True)
+            solved = torch.cat([triangle.solve(U, b.to(U.dtype)) for U, b in pieces])
+            solved = solved.to(rhs.dtype)
         return solved.flatten(0, 1), self.usable[:, None].expand(by_block.shape[:2]).flatten()
 
 
@@ -81,11 +76,12 @@ class Curvature:
     """The running sums of one layer, and what they make of its gradient.
 
     Units that share a matrix are a block. Every unit is one by itself, except under the center p,
-    where all units of a group share theirs.
+    where all units of a group share theirs. The work is in the dtype of the sums.
     """
 
     def __init__(self, name: str, sums: RunningSums, rule: UpdateRule, dtype: torch.dtype) -> None:
         self.name, self.sums, self.rule, self.dtype = name, sums, rule, dtype
+        self._known: Moments | None = None
         # W⁻¹, formed once for every damping and presence of a bias
         self._inverse: tuple[tuple[float, bool], Inverse | ExampleSolver] | None = None
 
@@ -95,20 +91,23 @@ class Curvature:
         The quotients of sums and counts are therefore bias-corrected running averages.
         """
         self.sums.add(new, decay)
-        self._inverse = None
+        self._known = self._inverse = None
 
     def update(
         self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the update of the layer's weights and biases, in float64.
+        """Returns the update of the layer's weights and biases, in the dtype of the sums.
 
         ``Δw = c⁻¹ W⁻¹ (g − g₀ r)`` and ``Δw₀ = g₀/c − rᵀΔw``; without a scale c and W are left
         out. Units without a usable W or c keep their center and lose the scale. Where the bias has
         no influence, c is rounding, and no mean is defined: ``Δw = A⁻¹g`` with ``A = E(δ² a aᵀ)``
         in place of ``c W``, damped alike, and ``Δw₀ = 0``. The center p knows no A, and leaves g.
 
+        The relative error is that of products in the dtype of the sums, times ``inputs / damping``
+        at most where W is a matrix.
+
         Args:
-            g: (units, inputs), float64, the gradient of the weights.
+            g: (units, inputs), the gradient of the weights.
             g0: (units,), that of the biases; None for a layer without trainable biases.
             damping: λ in ``W + λ mean(diag W) I``.
             unit_damping: Adds so much of the layer's mean c to the c of every unit that has one.
@@ -116,51 +115,74 @@ class Curvature:
         Raises:
             ValueError: If a W has no inverse and ``damping`` is 0.
         """
+        dtype = self.sums.reference.dtype
+        g, g0 = g.to(dtype), None if g0 is None else g0.to(dtype)
         moments = self._moments()
-        r, inert = _per_unit(moments.center, len(g)), self.sums.bias_inert
-        r = r if inert is None else r.where(~inert[:, None], 0)
-        dw = g if g0 is None else torch.addcmul(g, g0[:, None], r, value=-1)
+        inert, r = moments.inert, None
+        if self.rule.center != "none":
+            r = per_unit(moments.mean, len(g))
+            r = r if inert is None else r.where(~inert[:, None], 0)
+        dw = g if g0 is None or r is None else torch.addcmul(g, g0[:, None], r, value=-1)
         dw0 = g0
         if self.rule.scale != "none":
-            c = self.sums.parts["weight"][0] / self.sums.counted
-            inverse = self._inverse_for(moments, damping, bias=g0 is not None)
-            solved, solvable = inverse.solve(dw)
-            usable = solvable & (c > 0)
-            c = c + unit_damping * c.mean()
-            if inert is None:
-                pass
-            elif self.rule.center == "p":
-                usable = usable & ~inert
-            else:  # W is A itself
-                usable, c = usable | (inert & solvable), c.where(~inert, 1)
-            dw = torch.where(usable[:, None], solved / c[:, None], dw)
-            dw0 = None if g0 is None else torch.where(usable, g0 / c, g0)
+            dw, dw0 = self._scaled(dw, g0, moments, damping, unit_damping)
         if dw0 is None:
             return dw, None
-        dw0 = dw0 - dot(r, dw)
+        if r is not None:  # r is one row for all units, or one for each
+            dw0 = torch.addmv(dw0, dw, r[0], alpha=-1) if len(r) == 1 else dw0 - dot(r, dw)
         return dw, dw0 if inert is None else dw0.where(~inert, 0)
+
+    def _scaled(
+        self,
+        dw: Tensor,
+        g0: Tensor | None,
+        moments: Moments,
+        damping: float,
+        unit_damping: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``c⁻¹ W⁻¹ dw`` and ``g₀/c``, and what they were where W or c is not usable."""
+        inert, c = moments.inert, self.sums.parts["weight"][0] / self.sums.counted
+        inverse = self._inverse_for(moments, damping, bias=g0 is not None)
+        solved, solvable = inverse.solve(dw)
+        usable = solvable & (c > 0)
+        if unit_damping:
+            c = c + unit_damping * c.mean()
+        if inert is None:
+            pass
+        elif self.rule.center == "p":
+            usable = usable & ~inert
+        else:  # W is A itself
+            usable, c = usable | (inert & solvable), c.where(~inert, 1)
+        dw = torch.where(usable[:, None], solved / c[:, None], dw)
+        return dw, None if g0 is None else torch.where(usable, g0 / c, g0)
 
     def _moments(self) -> Moments:
         """The mean of dead units is 0."""
+        if self._known is None:
+            self._known = self._form_moments()
+        return self._known
+
+    def _form_moments(self) -> Moments:
         parts, reference = self.sums.parts, self.sums.reference
-        inert = None
         if self.rule.center == "p":
+            offset = parts["total"][0] / self.sums.positions
             weight = reference.new_full((len(reference), 1), self.sums.positions)
-            first = parts["total"][0]
-        else:
-            weight, first = parts["weight"][0][:, None], parts["first"][0]
-            inert = self.sums.bias_inert
-            if inert is not None:
-                weight = weight.where(~inert[:, None], self.sums.counted)
-                # errors that cancel have second moments that are the same about every point, 0 too
-                first = first.where(~inert[:, None], 0)
+            return Moments(weight, offset, reference + offset, self.sums.bias_inert)
+        weight, first = parts["weight"][0][:, None], parts["first"][0]
+        inert = self.sums.bias_inert
         alive = weight > 0
-        weight = torch.where(alive, weight, 1.0)
+        if inert is not None:
+            weight = weight.where(~inert[:, None], self.sums.counted)
+            # errors that cancel have second moments that are the same about every point, 0 too
+            first = first.where(~inert[:, None], 0)
+            alive = alive & ~inert[:, None]
+        weight = weight.where(weight > 0, 1.0)
         offset = first / weight
-        alive = alive if inert is None else alive & ~inert[:, None]
-        mean = (_per_unit(reference, len(offset)) + offset).mul_(alive)
-        center = torch.zeros_like(mean) if self.rule.center == "none" else mean
-        return Moments(weight, offset, mean, center)
+        if len(reference) == 1:
+            mean = torch.addcmul(offset, alive.to(offset.dtype), reference)
+        else:
+            mean = (per_unit(reference, len(offset)) + offset).mul_(alive)
+        return Moments(weight, offset, mean, inert)
 
     def _inverse_for(
         self, moments: Moments, damping: float, bias: bool
@@ -178,52 +200,62 @@ class Curvature:
     # -- W: second moments about the center --------------------------------------------------------
 
     def _diagonal(self, moments: Moments, damping: float, bias: bool) -> Inverse:
-        weight, offset, mean, r = moments
-        W = (self.sums.parts["second"][0] / weight - offset.square()).clamp_(min=0)
+        weight, offset, mean = moments[:3]
+        W = torch.addcmul(self.sums.parts["second"][0] / weight, offset, offset, value=-1)
+        W.clamp_(min=0)
         if self.rule.center == "none":
-            W += mean.square()
-        usable, measured = has_variance(W, offset, self.dtype), W
-        W = W + damping * W.mean(1, keepdim=True)
-        if not bias:
-            W += r.square()
+            W.addcmul_(mean, mean)
+        variance, measured = W.sum(1, keepdim=True), W
+        usable = has_variance(W, offset, self.dtype)
+        W = W + variance * (damping / W.shape[1])
+        if not bias and self.rule.center != "none":
+            W.addcmul_(mean, mean)
         if damping == 0:
             flat = measured <= rounding(self.dtype) * (measured + offset.square())
+            r = mean if self.rule.center != "none" else torch.zeros_like(mean)
             singular = (flat & (W <= rounding(self.dtype) * r.square())).any(1)
             self._refuse_singular(singular & usable)
         return Inverse(W, usable)
 
     def _full(self, moments: Moments, damping: float, bias: bool) -> Inverse:
-        """Cholesky factors, of matrices that are formed in pieces."""
-        weight, offset, mean, r = moments
+        """Cholesky factors, of matrices that are formed and factored in pieces."""
+        weight, offset, mean = moments[:3]
         blocks, inputs = offset.shape
         dtype = self._factor_dtype(inputs, damping, bias)
         factors = offset.new_empty(blocks, inputs, inputs, dtype=dtype)
         usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
-        identity = torch.eye(inputs, dtype=offset.dtype, device=offset.device)
         second = self.sums.parts["second"]
-        step = max(1, FACTOR_BYTES // (8 * inputs**2))
+        step = units_at_a_time(inputs, factors.element_size(), CACHED)
         for piece in (slice(i, i + step) for i in range(0, blocks, step)):
-            squares = second[0][piece] if self.rule.center == "p" else packed.dense(second, piece)
-            W = squares / weight[piece, :, None]
-            _add_outer(W, offset[piece], -1.0)
-            _add_outer(W, mean[piece] - r[piece])
+            W = factors[piece]
+            if self.rule.center == "p":
+                W.copy_(second[0][piece])
+            else:
+                triangle.dense(second, piece, W)
+            W.div_(weight[piece, :, None])
+            o, m = offset[piece].to(dtype), mean[piece].to(dtype)
+            _add_outer(W, o, -1.0)
+            if self.rule.center == "none":
+                _add_outer(W, m)
             diagonal = W.diagonal(dim1=1, dim2=2)
-            alive = has_variance(diagonal.clamp(min=0), offset[piece], self.dtype)
+            alive = has_variance(diagonal.clamp(min=0), o, self.dtype)
             diagonal += damping * diagonal.mean(1, keepdim=True)
-            if not bias:
-                _add_outer(W, r[piece])
-            factor, failed = factorize(W, damping, self.dtype)
+            if not bias and self.rule.center != "none":
+                _add_outer(W, m)
+            failed = triangle.factorize(W, damping, self.dtype)
             if damping == 0:
                 self._refuse_singular(failed & alive)
             usable[piece] = alive & ~failed
-            factors[piece] = torch.where(usable[piece, None, None], factor, identity)
+        if not usable.all():
+            identity = torch.eye(inputs, dtype=dtype, device=offset.device)
+            factors[~usable] = identity
         return Inverse(factors, usable)
 
     def _factor_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
         """Damped by λ times their mean diagonal, matrices have condition numbers up to ``inputs/λ +
         1``; without a bias r rᵀ is added.
         """
-        if self.dtype != torch.float32 or damping == 0 or not bias:
+        if self.sums.reference.dtype != torch.float32 or damping == 0 or not bias:
             return torch.float64
         error = (inputs / damping + 1) * torch.finfo(torch.float32).eps
         return torch.float64 if error > FLOAT32_ERROR else torch.float32
@@ -245,7 +277,7 @@ class ExampleSolver:
         fisher = UnitFisher.from_samples(shifted, delta2, storage="implicit")
         assert isinstance(fisher.sums, ImplicitSums)
         self.name, self.bias = name, bias
-        self.mean = (fisher.sums.mean_q + sums.reference).nan_to_num(nan=0.0)
+        self.mean = (fisher.sums.mean_q + sums.reference).nan_to_num(nan=0.0).double()
         tolerance = TOLERANCE if shifted.dtype == torch.float64 else SINGLE_TOLERANCE
         solver = Solver(fisher.sums, damping, shifted.dtype)
         self._solve = partial(solver.solve, tolerance=tolerance, max_iterations=ITERATIONS)
@@ -260,11 +292,13 @@ class ExampleSolver:
             ValueError: If a V has no inverse and there is no damping.
         """
         try:
-            x = self._solve(rhs) if self.bias else sherman_morrison(self._solve, rhs, self.mean)
+            wide = rhs.double()
+            solve = self._solve
+            x = solve(wide) if self.bias else sherman_morrison(solve, wide, self.mean)
         except Singular as singular:
             raise _no_inverse(self.name, singular.units, len(rhs)) from None
         usable = x.isfinite().all(1)
-        return torch.where(usable[:, None], x, 0.0), usable
+        return torch.where(usable[:, None], x, 0.0).to(rhs.dtype), usable
 
 
 def _no_inverse(name: str, singular: int, units: int) -> ValueError:
@@ -279,6 +313,6 @@ def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:
     W.baddbmm_(x[:, :, None], x[:, None, :], alpha=factor)
 
 
-def _per_unit(x: Tensor, units: int) -> Tensor:
-    """The rows of groups, repeated for the units of each."""
-    return x.expand(units, -1) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)
+def per_unit(x: Tensor, units: int) -> Tensor:
+    """Returns the rows of groups, repeated for the units of each; a single row stays one."""
+    return x if len(x) in (1, units) else x.repeat_interleave(units // len(x), 0)

@@ -1,6 +1,5 @@
 """A forward pass until its errors are there: what is kept of it, without its graph."""
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -82,6 +81,6 @@ class Pass:
                 self.owned.discard(name)
                 continue
             if name not in self.owned:  # a backward pass may come to the first pass once more
-                old = copy.deepcopy(old, {id(old.reference): old.reference})
+                old = old.own()
                 self.owned.add(name)
             self.sums[name] = old.add(new)

@@ -7,7 +7,7 @@ backward pass of our own at labels drawn from the model, before the user's frees
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from biasshift.fisher.moments import rounding_share
-from biasshift.measure import layer_types, likelihoods
+from biasshift.measure import likelihoods
 from biasshift.measure.coverage import UncoveredWarning
 from biasshift.measure.examples import Examples, arguments_as_given
 from biasshift.measure.hooks import Call, Tape, WeakHook, add_output_hook
@@ -25,8 +24,10 @@ from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.outputs import all_heads, chosen_output, classes_last, refuse_other_axes
 from biasshift.optim.divisor import Divisor, Share
+from biasshift.optim.layer_sums import UnfitLayer, are_finite, layer_sums
 from biasshift.optim.passes import Pass, RecordedCall
-from biasshift.optim.running_sums import RunningSums, batch_sums
+from biasshift.optim.references import References
+from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.update_rule import OutputRule, UpdateRule
 
 # Passes after which one without gradients in any ``.grad`` says that they are nobody's: fewer may
@@ -35,19 +36,11 @@ IDLE = 32
 MOST_WAITING = 1024  # passes whose activations are kept until a step
 
 
-class UnfitLayer(ValueError):
-    """A layer whose curvature cannot be formed of the passes as they are."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"Layer '{name}' {why}")
-        self.name, self.why = name, why
-
-
 class Recorder:
     """The hooks of one optimizer on one model, and the passes since its last step.
 
     While ``due`` is False, passes are counted and nothing else is recorded of them. ``references``
-    are the points that the sums of every layer are about, by name; (groups, inputs), float64.
+    are the points that the sums of every layer are about.
 
     Raises:
         ValueError: In the training loop, if a layer or the outputs do not fit the rule.
@@ -65,7 +58,7 @@ class Recorder:
         self.root, self.layers, self.rule, self.outputs = root, layers, rule, outputs
         self.generator, self.distributed = generator, distributed
         self.due = True  # whether the curvature of the present step's passes is wanted
-        self.references: dict[str, Tensor] = {}
+        self.references = References(distributed)
         self._passes: list[Pass] = []  # that wait for the step, since it tells the loss's divisor
         self._done: Pass | None = None  # what the others have recorded, together
         self._called_apart: set[str] = set()  # layers that ran outside of a pass, with gradients
@@ -144,12 +137,19 @@ class Recorder:
                     self._form_sums(forward_pass, share)
                 forward_pass.outputs = None
         sums: dict[str, RunningSums] = {}
+        owned: set[str] = set()
         for forward_pass in passes:
             for name, new in forward_pass.sums.items():
-                if name in self.layers and new.reference is self.references.get(
-                    name
-                ):  # not from before a state was loaded
-                    sums[name] = sums[name].add(new) if name in sums else new
+                # from before a state was loaded
+                if name not in self.layers or new.reference is not self.references.known.get(name):
+                    continue
+                if name not in sums:
+                    sums[name] = new
+                    continue
+                if name not in owned:  # a backward pass may come to the first pass once more
+                    sums[name] = sums[name].own()
+                    owned.add(name)
+                sums[name].add(new)
         examples = float(sum(of_pass.examples - of_pass.left_out for of_pass in passes))
         if self.distributed:
             for name in self.layers:  # in the same order everywhere
@@ -159,7 +159,7 @@ class Recorder:
                 count = torch.tensor(examples, device=next(self.root.parameters()).device)
                 dist.all_reduce(count)
                 examples = count.item() / dist.get_world_size()
-        return examples, sums if _are_finite(sums) else {}
+        return examples, sums if are_finite(sums) else {}
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -340,58 +340,18 @@ class Recorder:
 
     # -- from calls to sums ------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _form_sums(self, forward_pass: Pass, of_pass: Share) -> None:
         """Errors that came back, times the divisor, are those of a sum over the examples."""
-        factor, counted = of_pass.divisor, of_pass.counted
-        for name, calls in forward_pass.calls.items():
+        for name in forward_pass.calls:
             if name not in self.layers:  # left out since
                 continue
-            module = self.layers[name]
             try:
-                self._check_calls(name, calls, int(forward_pass.examples))
-                a = _side_by_side(
-                    [layer_types.patches(module, call.a, call.shape) for call in calls]
+                forward_pass.sums[name] = layer_sums(
+                    name, self.layers[name], forward_pass, of_pass, self.rule, self.references
                 )
-                self._check_positions(name, a)
             except UnfitLayer as unfit:
                 self._leave_out(unfit)
-                continue
-            a = a.to(layer_types.dtype_of_sums(a))
-            delta, share = None, None
-            if self.rule.needs_errors:
-                deltas = [
-                    a.new_zeros(call.shape) if call.delta is None else call.delta for call in calls
-                ]
-                delta = _side_by_side([layer_types.errors(module, d[None])[0] for d in deltas])
-                if self.rule.weight_sharing == "per_example" and delta.shape[1] > 1:
-                    share = rounding_share(delta)
-                delta = delta.to(a.dtype) if factor == 1 else factor * delta.to(a.dtype)
-            kept = None if delta is None or counted is None else _kept(counted, delta, len(calls))
-            if self.rule.weight_sharing == "expand":
-                a = a.flatten(0, 1)[:, None]
-                delta = None if delta is None else delta.flatten(0, 1)[:, None]
-                kept = None if kept is None else kept.flatten()[:, None]
-            reference = self._reference(name, a)
-            forward_pass.sums[name] = batch_sums(
-                a,
-                delta,
-                reference,
-                self.rule,
-                forward_pass.examples,
-                kept,
-                share,
-                forward_pass.left_out,
-            )
         forward_pass.calls = {}
-
-    def _reference(self, name: str, a: Tensor) -> Tensor:
-        if name not in self.references:
-            reference = a.mean((0, 1))
-            if self.distributed:
-                dist.broadcast(reference, 0)
-            self.references[name] = reference.double()
-        return self.references[name]
 
     # -- refusals ----------------------------------------------------------------------------------
 
@@ -444,77 +404,3 @@ class Recorder:
                 "The model must return floating outputs (batch, …, classes) in training, got "
                 f"{tuple(output.shape)} {output.dtype}."
             )
-
-    def _check_positions(self, name: str, a: Tensor) -> None:
-        _, positions, _, inputs = a.shape
-        together = self.rule.weight_sharing == "per_example" and positions > 1
-        if together and self.rule.keeps_examples(inputs):
-            raise UnfitLayer(
-                name,
-                f"has {inputs} inputs a unit and {positions} positions an example, whose errors "
-                'add up: it needs its full matrices. Use weight_sharing="expand", '
-                'scale="diagonal", or a larger max_dense_inputs.',
-            )
-
-    def _check_calls(self, name: str, calls: Iterable[RecordedCall], examples: int) -> None:
-        for call in calls:
-            if call.overwritten:
-                raise UnfitLayer(
-                    name,
-                    "has an input that was changed in place after the layer had read it. Write h = "
-                    "h + u for h += u.",
-                )
-            if not layer_types.is_batched(self.layers[name], call.a):
-                raise UnfitLayer(
-                    name,
-                    f"was called without an axis of examples, on {tuple(call.a.shape)}. Give it a "
-                    "batch.",
-                )
-            if self.rule.weight_sharing == "per_example" and len(call.a) != examples:
-                raise UnfitLayer(
-                    name,
-                    f"sees {len(call.a)} rows for {examples} examples: its first axis is not that "
-                    'of the examples. Use weight_sharing="expand", which takes every position by '
-                    "itself.",
-                )
-
-
-def _are_finite(sums: Mapping[str, RunningSums]) -> bool:
-    """Whether no pass has overflowed: running sums would never recover."""
-    checked = [
-        part.sum(dtype=torch.float64)
-        for layer in sums.values()
-        for name in ("total", "weight", "first", "second")
-        for part in layer.parts.get(name, ())
-    ]
-    return not checked or bool(torch.stack(checked).isfinite().all())
-
-
-def _of_examples(counted: Tensor) -> Tensor:
-    """Which examples have a label that counts."""
-    return counted if counted.dim() == 1 else counted.flatten(1).any(1)
-
-
-def _kept(counted: Tensor, delta: Tensor, calls: int) -> Tensor | None:
-    """The positions that have a part in a loss that leaves labels out, (samples, positions) bool.
-
-    Those of the labels left out have none, unless the error says that others depend on them.
-
-    Args:
-        counted: (batch, *positions), the labels that are not left out.
-        delta: (samples, positions, units), the positions of several calls behind each other.
-        calls: How many they are.
-    """
-    samples, positions = delta.shape[:2]
-    if samples * positions == counted.numel() * calls:
-        of_labels = counted.reshape(samples, -1).repeat(1, calls)
-    elif samples == len(counted):
-        of_labels = _of_examples(counted)[:, None].expand(-1, positions)
-    else:
-        return None
-    return of_labels | delta.any(-1)
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Several calls of a layer, on the axis of positions."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

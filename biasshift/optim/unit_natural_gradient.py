@@ -340,10 +340,10 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         self._steps = saved["steps"]
         self.generator.set_state(saved["generator"].cpu())
         self._curvatures = {
-            name: self._curvature(name, RunningSums.loaded(sums, self._layers[name].weight.device))
+            name: self._curvature(name, self._loaded(name, sums))
             for name, sums in saved["curvature"].items()
         }
-        self._recorder.references = {
+        self._recorder.references.known = {
             name: curvature.sums.reference for name, curvature in self._curvatures.items()
         }
         self._recorder.due = self._due()
@@ -362,7 +362,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             if name in self._curvatures:
                 self._curvatures[name].add(new, self.decay)
             else:
-                self._curvatures[name] = self._curvature(name, new)
+                # a backward pass may come to the pass once more
+                self._curvatures[name] = self._curvature(name, new.own())
         for name in self._curvatures.keys() - self._layers.keys():  # left out since
             del self._curvatures[name]
         learning = any(layer.weight.grad is not None for layer in self._layers.values())
@@ -379,6 +380,10 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         dtype = layer_types.dtype_of_sums(self._layers[name].weight)
         return Curvature(name, sums, self.rule, dtype)
 
+    def _loaded(self, name: str, saved: dict[str, Any]) -> RunningSums:
+        weight = self._layers[name].weight
+        return RunningSums.loaded(saved, weight.device, layer_types.dtype_of_sums(weight))
+
     def _updates(self, factor: float) -> dict[Tensor, Tensor]:
         """The update of every parameter that has a gradient, before momentum and learning rate."""
         group = self.param_groups[0]
@@ -392,8 +397,8 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             weight, bias = layer.weight, layer.bias
             if weight not in updates:
                 continue
-            g = layer_types.weights(layer, updates[weight]).double()
-            g0 = updates[bias].double() if bias is not None and bias in updates else None
+            g = layer_types.weights(layer, updates[weight])
+            g0 = updates[bias] if bias is not None and bias in updates else None
             dw, dw0 = curvature.update(g, g0, group["damping"], group["unit_damping"])
             updates[weight] = layer_types.as_weight(layer, dw).to(weight.dtype)
             if bias is not None and dw0 is not None:

@@ -213,7 +213,7 @@ def test_labels_that_the_model_is_sure_of_count(likelihood):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    expected = error.detach().square().mean(0).double()
+    expected = error.detach().square().mean(0)
     torch.testing.assert_close(sums(optimizer)[0], expected, rtol=1e-4, atol=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_labels_that_are_ignored_where_the_model_is_sure(autocast, scale):
     kept = outputs.detach().double()[t >= 0]
     squares = (F.one_hot(y[t >= 0], 3) - kept.softmax(-1)).square().mean(0)
     precision = 0.05 if autocast else 1e-4
-    torch.testing.assert_close(sums(optimizer)[0], squares, rtol=precision, atol=1e-12)
+    torch.testing.assert_close(sums(optimizer)[0].double(), squares, rtol=precision, atol=1e-12)
 
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0]).double()
