@@ -2,9 +2,10 @@
 
 import argparse
 import importlib
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 from tests.faults.kills import server
 from tests.faults.one import tried
@@ -26,13 +27,31 @@ MOST = 100_000
 def tallies(options: argparse.Namespace) -> Iterator[list[Tally]]:
     """Those of each program, as soon as all of its parts have ended."""
     with ProcessPoolExecutor(options.workers, server(), max_tasks_per_child=1) as pool:
-        begun = []
-        for program in options.only or PROGRAMS:
-            parts = importlib.import_module(f"tests.faults.{program}").PARTS
-            count = getattr(options, program)
-            begun.append([pool.submit(tried, program, part, count, options.seed) for part in parts])
+        begun = [
+            [
+                _submitted(pool, program, part, getattr(options, program), options.seed)
+                for part in importlib.import_module(f"tests.faults.{program}").PARTS
+            ]
+            for program in options.only or PROGRAMS
+        ]
         for futures in begun:
             yield merged(tally for future in futures for tally in future.result())
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, program: str, part: str, count: int, seed: int
+) -> Future[list[Tally]]:
+    """What a part will find; it says so on the terminal when it has ended."""
+
+    def say(future: Future[list[Tally]]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            found = future.result()
+            faults, lost = sum(t.tried for t in found), sum(len(t.lost) for t in found)
+            print(f"{program}, {part}: {faults} tried, {lost} lost", file=sys.stderr, flush=True)
+
+    future = pool.submit(tried, program, part, count, seed)
+    future.add_done_callback(say)
+    return future
 
 
 def main() -> int:
