@@ -63,6 +63,8 @@ _NAMES = {
 # An option has one range in all experiments, unless the ``ranges`` of a class say otherwise; of a
 # list, all values must be in it.
 RANGES = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+# Counts of which one more costs memory or a process at once, before anything is trained.
+MOST = {"depth": 10_000, "loaders": 1_000, "seeds": 10_000, "width": 1_000_000, "workers": 1_000}
 LISTS = ("activation", "update", "lr")  # of distinct values, where they are lists
 
 
@@ -285,6 +287,8 @@ class Experiment:
                     if not holds(each):
                         message = f"{option} must be {words}, got {each}."
                         raise ValueError(message)
+            if value is not None and name in MOST and value > MOST[name]:
+                raise ValueError(f"{option} must be at most {MOST[name]:,}, got {value:,}.")
             if name in LISTS and len(set(values)) < max(len(values), 1):
                 message = f"{option} needs at least one value, and each of them once."
                 raise ValueError(message)

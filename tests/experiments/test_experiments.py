@@ -357,6 +357,10 @@ def test_the_demo_is_enough_for_a_paired_test_and_the_quick_one_is_short():
             ({name: -3}, f"--{name.replace('_', '-')} must be at least 1, got -3")
             for name in ("width", "probe", "units", "means_every")
         ),
+        ({"seeds": 10**9}, "--seeds must be at most 10,000, got 1,000,000,000"),
+        ({"depth": 10**9}, "--depth must be at most 10,000"),
+        ({"width": 10**12}, "--width must be at most 1,000,000"),
+        ({"workers": 10**6}, "--workers must be at most 1,000"),
         ({"lr": 0.0}, "--lr must be a number above 0, got 0.0"),
         ({"lr": -1.0}, "--lr must be a number above 0, got -1.0"),
         ({"lr": math.nan}, "--lr must be a number above 0, got nan"),
