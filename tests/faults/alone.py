@@ -12,6 +12,6 @@ def run_alone(name: str, count: int) -> None:
 
     Type checks of the tests change the warning filters of the process, and are slow line by line.
     """
-    command = [sys.executable, "-m", "tests.faults", "--only", name, f"--{name}", str(count)]
+    command = [sys.executable, "-m", "tests.faults.one", name, str(count)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr

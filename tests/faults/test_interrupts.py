@@ -10,7 +10,7 @@ from tests.faults.alone import run_alone
 
 
 def test_an_interruption_at_any_line_leaves_everything_as_found():
-    run_alone("interrupts", 210)
+    run_alone("interrupts", 105)
 
 
 class Interrupted(nn.Module):

@@ -29,7 +29,7 @@ def _precision():
 
 
 def test_threads_measure_what_each_would_alone():
-    run_alone("threads", 3)
+    run_alone("threads", 2)
 
 
 @pytest.mark.filterwarnings("ignore")
