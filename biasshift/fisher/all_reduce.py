@@ -45,7 +45,7 @@ def all_reduced(
             "torch.distributed.init_process_group() first."
         )
     # samples may outnumber the blocks of one process, and not those of another
-    sums = sums.formed if isinstance(sums, HeldSums) else sums
+    sums = sums.in_blocks() if isinstance(sums, HeldSums) else sums
     device = sums.first.device
     unread = isinstance(sums, ImplicitSums) and any(part.terms == "unread" for part in sums.parts)
     what += ", not held" if unread else ", held"

@@ -66,7 +66,7 @@ def from_samples(
             F[:, j:inputs, i:j] = F[:, i:j, j:inputs].mT
 
 
-def by_samples(parts: Sequence[Tensor], units: int, inputs: int) -> bool:
+def by_samples(parts: Sequence[Tensor], inputs: int) -> bool:
     """Returns whether `from_samples` is the faster way, and sums few enough samples in a row.
 
     Block rows of `packed` save half of the products, and cost a pass over the blocks.

@@ -39,27 +39,26 @@ class HeldSums(ImplicitSums):
         self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]
     ) -> WeightedSums:
         """Returns these sums and a batch of shared weights, whose units have rows of their own."""
-        return self.formed.with_vectors(vectors, delta)
+        return self.in_blocks().with_vectors(vectors, delta)
 
     def settled(self) -> "HeldSums | WeightedSums":
         """Returns these sums, or the blocks where the samples are more numbers than they."""
         units, inputs = self.first.shape
-        return self if are_few(self._samples, units, inputs) else self.formed
+        return self if are_few(self._samples, units, inputs) else self.in_blocks()
 
     @cached_property
     def formed(self) -> WeightedSums:
-        """The same sums with blocks, formed once: in the dtype of the samples, as a batch is."""
+        """The same sums with blocks, formed once and kept."""
+        return self.in_blocks()
+
+    def in_blocks(self) -> WeightedSums:
+        """Returns the same sums with blocks, in the dtype of the samples, as those of a batch."""
         units, inputs = self.first.shape
         second = packed.zeros(units, inputs, self.first.device)
         for part in self._held:
             packed.add_weighted(second, part.a, part.delta2.T)
         own = {field.name: getattr(self, field.name) for field in fields(Sums)}
         return WeightedSums(**own, second=second)
-
-    @property
-    def is_formed(self) -> bool:
-        """Whether the blocks have been formed already."""
-        return "formed" in self.__dict__
 
     def about(self, reference: Tensor) -> "HeldSums":
         """Returns the sums about another reference; samples that move become float64 for it.
@@ -81,10 +80,8 @@ class HeldSums(ImplicitSums):
         return super().times(v.double())
 
     def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
-        units, inputs = self.first.shape
-        if not self.is_formed and finished.by_samples(
-            [part.a for part in self._held], units, inputs
-        ):
+        # never by what was read before: two readings agree in every bit
+        if finished.by_samples([part.a for part in self._held], self.first.shape[1]):
             part = self._held[0]
             finished.from_samples(out, part.a, part.delta2, scale, x, y)
         else:
@@ -120,7 +117,7 @@ def joined(
     """
     if isinstance(one, HeldSums) and isinstance(other, HeldSums):
         return one.plus_all(other)
-    one, other = (x.formed if isinstance(x, HeldSums) else x for x in (one, other))
+    one, other = (x.in_blocks() if isinstance(x, HeldSums) else x for x in (one, other))
     return one + other  # pyright: ignore[reportOperatorIssue]  of equal storage
 
 

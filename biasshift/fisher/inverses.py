@@ -177,7 +177,7 @@ class Inverses(Expectations):
     def _factors(self) -> Factors | Solver:
         if isinstance(self._solvable, HeldSums):
             held = self._solvable
-            return ExactSolver(held, self.damping, self.dtype, lambda: held.formed, held.is_formed)
+            return ExactSolver(held, self.damping, self.dtype, lambda: held.formed)
         if isinstance(self._solvable, ImplicitSums):
             return Solver(self._solvable, self.damping, self.dtype)
         return Factors(self._solvable, self.damping, self.dtype)

@@ -164,7 +164,6 @@ class ExactSolver(Solver):
     Args:
         sums: the sums of the layer, all of whose parts are `Samples`.
         blocks: returns the same sums with blocks.
-        formed: whether that has been done already.
         damping: λ ≥ 0, relative to the mean variance of every unit.
         dtype: that of the samples.
     """
@@ -175,10 +174,9 @@ class ExactSolver(Solver):
         damping: float,
         dtype: torch.dtype,
         blocks: Callable[[], WeightedSums],
-        formed: bool,
     ):
         super().__init__(sums, damping, dtype)
-        self._own, self._blocks, self._formed = dtype, blocks, formed
+        self._own, self._blocks = dtype, blocks
         self._digit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         self._by_blocks = self._way == "blocks"
 
@@ -239,7 +237,7 @@ class ExactSolver(Solver):
         """
         units, inputs = self.sums.first.shape
         rows = self._work.rows
-        if self.damping == 0 or self._formed:
+        if self.damping == 0:
             return "blocks"
         double = self.dtype == torch.float64
         ways = {"blocks": (1.0 + double) * rows * inputs**2 + 1000 * inputs**2 + 3 * inputs**3}
