@@ -13,6 +13,7 @@ ratio with its goal; without words it measures all and writes ``results/updates.
 
 import copy
 import csv
+import os
 import sys
 import time
 import warnings
@@ -29,15 +30,26 @@ from biasshift.optim import UnitNaturalGradient
 
 from .cnn import network as cnn
 from .formulas import LayerBatch, kfac_step, layer_batches, unit_step
-from .harness import RESULTS, commit, device_name, median_ratio, seconds, summary, version
+from .harness import (
+    RESULTS,
+    SHARED,
+    clock,
+    commit,
+    device_name,
+    median_ratio,
+    summary,
+    synchronize,
+    version,
+)
 from .updates_kfac import asdl_loop, curvlinops_loop
 
 TITLE = (
     "A training step: MLP 196-128×8-10, batch 64; wide MLP 784-512×4-10, batch 256; CNN "
     "3-32-32-32, 3×3, 16×16 images, batch 32"
 )
-STEPS = 10  # of one timed run: one update of the curvature with `every 10`
-PATIENCE = 60.0  # seconds for all runs of one method on one network, of which there are 3 or more
+STEPS = 10  # of a timed run with `every 10`: one update of the curvature
+SHORT = 2  # of any other: the shorter a run, the nearer are both of a pair
+PATIENCE = 10.0  # seconds for all runs of one method on one network, of which there are 3 or more
 DAMPING, DECAY = 1e-3, 0.95
 HEADER: dict = {}
 
@@ -214,15 +226,18 @@ def costs(
         names: those of the methods.
     """
     model, batches = problem(network, small)
-    on_device, (x, y) = [(x.to(device), y.to(device)) for x, y in batches], batches[0]
+    on_device = [(x.to(device), y.to(device)) for x, y in batches]
+    # The definition writes out a vector per example and unit: too many in the wide network.
+    checked, ((x, y), *_) = problem(network, small or network == "wide MLP")
     sgd_step = UPDATES["SGD"][0].make(copy.deepcopy(model).to(device), 1, 0.0)
 
-    def timed(step: Step) -> float:
-        def run() -> None:
-            for x, y in on_device:
-                step(x, y)
-
-        return seconds(run, device) / STEPS
+    def timed(step: Step, count: int) -> float:
+        synchronize(device)
+        start = clock(device)
+        for x, y in on_device[:count]:
+            step(x, y)
+        synchronize(device)
+        return (clock(device) - start) / count
 
     rows = []
     for name in names:
@@ -232,12 +247,17 @@ def costs(
             rows.append({**row, "skipped": "its matrices take 3 GB"})
             continue
         try:
-            wrong = error(update, every, copy.deepcopy(model).double(), x.double(), y)
+            wrong = error(update, every, copy.deepcopy(checked).double(), x.double(), y)
             step = update.make(copy.deepcopy(model).to(device), every, 0.0)
         except ImportError as reason:
             rows.append({**row, "skipped": str(reason)})
             continue
-        times, plain = _pairs(lambda step=step: timed(step), lambda: timed(sgd_step), repeats)
+        count = STEPS if every > 1 else SHORT
+        times, plain = _pairs(
+            lambda step=step, count=count: timed(step, count),
+            lambda count=count: timed(sgd_step, count),
+            repeats,
+        )
         ratio = 1.0 if name == "SGD" else median_ratio(times, plain)
         goal = _goal(network, name)
         rows.append({**row, **summary(times), "steps_of_sgd": ratio, "goal": goal, "error": wrong})
@@ -279,15 +299,17 @@ def rows(device: str, repeats: int = 31, names: Sequence[str] = tuple(UPDATES)) 
 def main(words: list[str]) -> None:
     """Measures the methods whose names hold a word; all of them are written down."""
     names = [name for name in UPDATES if not words or any(word in name for word in words)]
+    with one_thread():
+        device = device_name("cpu")
     measured = rows("cpu", names=names)
     if words:
         return
     columns = ["method", "seconds", "fastest", "repeats", "steps_of_sgd", "goal", "error"]
     where = {
-        "device": f"{device_name('cpu')}, of which 1 was used",
+        "device": device,
         "torch": version("torch"),
         "commit": commit(),
-        "command": "python -m benchmarks.updates",
+        "command": f"{SHARED}=1 " * (SHARED in os.environ) + "python -m benchmarks.updates",
     }
     with (RESULTS / "updates.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [*columns, "skipped", *where], lineterminator="\n")

@@ -220,7 +220,8 @@ def convolution_sums(
             parts["rounding"] = [(rounding * factor**2).to(a.dtype)]
     if delta is not None and rule.center != "p":
         positions = float(delta.shape[0] * delta[0, 0].numel())
-        errors = delta * (whole * factor).view(*whole.shape, *[1] * (delta.dim() - 2))
+        scale = torch.mul(whole, factor).view(*whole.shape, *[1] * (delta.dim() - 2))
+        errors = delta * scale
         moved = reference.repeat_interleave(delta.shape[1] // len(reference), 0)
         first = _gradient_of_weights(module, a, errors)
         parts["first"] = [torch.addcmul(first, parts["weight"][0][:, None], moved, value=-1)]

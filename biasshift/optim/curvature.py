@@ -4,17 +4,14 @@
 too large for matrices keep their latest examples, and `ExampleSolver` solves with those.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from biasshift.fisher.cholesky import Singular, has_variance, rounding, sherman_morrison
-from biasshift.fisher.samples import ImplicitSums
-from biasshift.fisher.solver import Solver
-from biasshift.fisher.unit_fisher import UnitFisher
+from biasshift.fisher.cholesky import has_variance, rounding
 from biasshift.optim import triangle
+from biasshift.optim.example_solver import ExampleSolver, no_inverse
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.triangle import units_at_a_time
 from biasshift.optim.update_rule import UpdateRule
@@ -24,8 +21,6 @@ CACHED = 2**21  # bytes of the matrices that are formed and factored together
 # The bound of the relative error that float32 factors may bring into the step of a float32 model;
 # the error itself is some hundred times smaller. They are read twice as fast.
 FLOAT32_ERROR = 0.05
-TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-5  # relative residuals
-ITERATIONS = 200
 
 
 class Moments(NamedTuple):
@@ -85,13 +80,24 @@ class Curvature:
         # W⁻¹, formed once for every damping and presence of a bias
         self._inverse: tuple[tuple[float, bool], Inverse | ExampleSolver] | None = None
 
-    def add(self, new: RunningSums, decay: float) -> None:
-        """Decays the sums, together with the counts that divide them, and adds new ones.
+    def changed(self) -> None:
+        """Has what was formed of the sums be formed anew: these have changed.
 
-        The quotients of sums and counts are therefore bias-corrected running averages.
+        Sums decay together with the counts that divide them. The quotients are therefore
+        bias-corrected running averages.
         """
-        self.sums.add(new, decay)
         self._known = self._inverse = None
+
+    def is_center_alone(self, g: Tensor, g0: Tensor) -> bool:
+        """Returns whether `together.center_all` makes the same update."""
+        sums = self.sums
+        return (
+            self.rule.scale == "none"
+            and self.rule.center != "none"
+            and len(sums.reference) == 1
+            and "rounding" not in sums.parts
+            and g.dtype == g0.dtype == sums.reference.dtype
+        )
 
     def update(
         self, g: Tensor, g0: Tensor | None, damping: float, unit_damping: float
@@ -262,51 +268,7 @@ class Curvature:
 
     def _refuse_singular(self, singular: Tensor) -> None:
         if singular.any():
-            raise _no_inverse(self.name, int(singular.sum()), len(singular))
-
-
-class ExampleSolver:
-    """Solves with ``V = Var_q(a)`` of the latest examples, without forming it.
-
-    It stands in for `Inverse` where a layer has too many inputs for matrices: directly where the
-    examples are few, by iteration where they are many.
-    """
-
-    def __init__(self, name: str, sums: RunningSums, damping: float, bias: bool) -> None:
-        shifted, delta2 = sums.parts["samples"]
-        fisher = UnitFisher.from_samples(shifted, delta2, storage="implicit")
-        assert isinstance(fisher.sums, ImplicitSums)
-        self.name, self.bias = name, bias
-        self.mean = (fisher.sums.mean_q + sums.reference).nan_to_num(nan=0.0).double()
-        tolerance = TOLERANCE if shifted.dtype == torch.float64 else SINGLE_TOLERANCE
-        solver = Solver(fisher.sums, damping, shifted.dtype)
-        self._solve = partial(solver.solve, tolerance=tolerance, max_iterations=ITERATIONS)
-
-    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``V⁻¹ rhs``, (units, inputs), and which units have a V to solve with.
-
-        V is damped; without a bias it is ``V + m mᵀ``. Where one example has nearly all of a
-        unit's δ², V is lost in rounding, and the iteration does not converge: not usable.
-
-        Raises:
-            ValueError: If a V has no inverse and there is no damping.
-        """
-        try:
-            wide = rhs.double()
-            solve = self._solve
-            x = solve(wide) if self.bias else sherman_morrison(solve, wide, self.mean)
-        except Singular as singular:
-            raise _no_inverse(self.name, singular.units, len(rhs)) from None
-        usable = x.isfinite().all(1)
-        return torch.where(usable[:, None], x, 0.0).to(rhs.dtype), usable
-
-
-def _no_inverse(name: str, singular: int, units: int) -> ValueError:
-    return ValueError(
-        f"Layer '{name}': the curvature of {singular} of {units} units has no inverse at "
-        "damping=0, because inputs never vary or examples are fewer than inputs. "
-        "Use damping > 0, for example 1e-3."
-    )
+            raise no_inverse(self.name, int(singular.sum()), len(singular))
 
 
 def _add_outer(W: Tensor, x: Tensor, factor: float = 1.0) -> None:

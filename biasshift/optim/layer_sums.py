@@ -1,6 +1,6 @@
 """From the recorded calls of a layer to its sums, or the reason why it has none."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -95,12 +95,6 @@ def _of_convolution(
         forward_pass.examples,
         shares,
     )
-
-
-def are_finite(sums: Mapping[str, RunningSums]) -> bool:
-    """Returns whether no pass has overflowed: running sums would never recover."""
-    checked = [number for layer in sums.values() for number in layer.finite()]
-    return not checked or bool(torch.stack(checked).isfinite().all())
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ from biasshift.measure.layer_types import WeightLayer
 from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.outputs import all_heads, chosen_output, classes_last, refuse_other_axes
 from biasshift.optim.divisor import Divisor, Share
-from biasshift.optim.layer_sums import UnfitLayer, are_finite, layer_sums
+from biasshift.optim.error_paths import bypassed, check_outputs, without_errors
+from biasshift.optim.layer_sums import UnfitLayer, layer_sums
 from biasshift.optim.passes import Pass, RecordedCall
 from biasshift.optim.references import References
 from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.together import are_finite, sums_of_rows
 from biasshift.optim.update_rule import OutputRule, UpdateRule
 
 # Passes after which one without gradients in any ``.grad`` says that they are nobody's: fewer may
@@ -269,10 +271,10 @@ class Recorder:
             edges += [call.edge for call in of_layer]
             recorded += forward_pass.calls[name]
         if self.rule.needs_errors:
-            self._check_outputs(output)
+            check_outputs(output)
             if self._reads_labels:
                 forward_pass.outputs = self._recorded(output)
-                forward_pass.bypassed = self._bypassed(output, calls)
+                forward_pass.bypassed = bypassed(self.layers, output, calls)
                 for edge, call in zip(edges, recorded, strict=True):
                     edge.node.register_prehook(partial(call.keep, edge.output_nr))
                 return
@@ -291,7 +293,7 @@ class Recorder:
             for call, delta in zip(recorded, deltas, strict=True):
                 call.delta = delta
             if any(delta is None for delta in deltas):
-                forward_pass.bypassed = self._bypassed(output, calls)
+                forward_pass.bypassed = bypassed(self.layers, output, calls)
         self._form_sums(forward_pass, Share(1.0, None))
 
     def _recorded(self, output: Tensor) -> RecordedCall:
@@ -318,32 +320,15 @@ class Recorder:
         while self._head_handles:
             self._head_handles.pop().remove()
 
-    def _bypassed(self, output: Tensor, calls: Mapping[str, list[Call]]) -> list[str]:
-        """Layers whose weights the outputs depend on, by another way than their net inputs.
-
-        Without such a way a layer has no influence on the outputs, and δ² is 0.
-        """
-        start = get_gradient_edge(output).node
-        reached, ahead, leaves = {start}, [start], set()
-        while ahead:
-            node = ahead.pop()
-            leaves.add(id(getattr(node, "variable", None)))
-            new = {n for n, _ in node.next_functions if n is not None} - reached
-            reached |= new
-            ahead += new
-        return [
-            name
-            for name, of_layer in calls.items()
-            if id(self.layers[name].weight) in leaves
-            and not any(call.edge.node in reached for call in of_layer)
-        ]
-
     # -- from calls to sums ------------------------------------------------------------------------
 
     def _form_sums(self, forward_pass: Pass, of_pass: Share) -> None:
         """Errors that came back, times the divisor, are those of a sum over the examples."""
+        forward_pass.sums |= sums_of_rows(
+            forward_pass, of_pass, self.layers, self.rule, self.references
+        )
         for name in forward_pass.calls:
-            if name not in self.layers:  # left out since
+            if name in forward_pass.sums or name not in self.layers:  # left out since
                 continue
             try:
                 forward_pass.sums[name] = layer_sums(
@@ -368,39 +353,5 @@ class Recorder:
 
     def _check_errors(self, passes: list[Pass], called_apart: set[str]) -> None:
         """Refuses layers that δ² = 0 would give the plain gradient, though they have errors."""
-
-        def has_gradient(name: str) -> bool:
-            gradient = self.layers[name].weight.grad if name in self.layers else None
-            return gradient is not None and bool(gradient.any())
-
-        unfit: list[UnfitLayer] = []
-        recorded = {name for of_pass in passes for name in (*of_pass.calls, *of_pass.sums)}
-        for forward_pass in passes:
-            for name in filter(has_gradient, forward_pass.bypassed):
-                unfit.append(
-                    UnfitLayer(
-                        name,
-                        "has a gradient, but no error came back to its net inputs: a hook has "
-                        "replaced them, or a function uses its weights. Let the model go on with "
-                        "what the layer returns.",
-                    )
-                )
-            apart = (forward_pass.without_gradients & called_apart) - recorded
-            for name in filter(has_gradient, sorted(apart)):
-                unfit.append(
-                    UnfitLayer(
-                        name,
-                        "has a gradient, but ran without gradients in the forward pass, so that no "
-                        "error came back to it. Use checkpoint(…, use_reentrant=False), or no "
-                        "function that computes the layer again.",
-                    )
-                )
-        for layer in {layer.name: layer for layer in unfit}.values():
+        for layer in without_errors(self.layers, passes, called_apart):
             self._leave_out(layer)
-
-    def _check_outputs(self, output: Tensor) -> None:
-        if output.dim() < 2 or not output.is_floating_point():
-            raise ValueError(
-                "The model must return floating outputs (batch, …, classes) in training, got "
-                f"{tuple(output.shape)} {output.dtype}."
-            )

@@ -57,9 +57,7 @@ class RunningSums:
         Examples that were kept do not decay: new ones take their place, and join them at
         ``decay=1``, as passes of one step do. The others are left as they are.
         """
-        self.examples = decay * self.examples + other.examples
-        self.left_out = decay * self.left_out + other.left_out
-        self.positions = decay * self.positions + other.positions
+        self.count(other, decay)
         self.settle()
         mine, theirs = [], []
         for name, part in self.parts.items():
@@ -81,6 +79,12 @@ class RunningSums:
         for i, products in enumerate(other.waiting):
             products.add_to(self.parts["second"], 1.0 if i else decay)
         return self
+
+    def count(self, other: "RunningSums", decay: float) -> None:
+        """Decays the counts and adds those of others."""
+        self.examples = decay * self.examples + other.examples
+        self.left_out = decay * self.left_out + other.left_out
+        self.positions = decay * self.positions + other.positions
 
     def settle(self) -> "RunningSums":
         """Forms the products that are waiting, and returns the sums."""
@@ -150,11 +154,3 @@ class RunningSums:
         for x in [counts, *(x for part in self.parts.values() for x in part)]:
             dist.all_reduce(x)
         self.examples, self.positions, self.left_out = counts.tolist()
-
-    def finite(self) -> list[Tensor]:
-        """Returns numbers, () each, that are finite if no sum has overflowed."""
-        names = ("total", "weight", "first", "second")
-        checked = [part.sum() for name in names for part in self.parts.get(name, ())]
-        if self.waiting:  # no product is larger than the largest activation and all errors make it
-            checked += [products.bound() for products in self.waiting]
-        return checked

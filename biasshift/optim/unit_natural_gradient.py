@@ -5,7 +5,7 @@ loop (`Recorder`), a `Curvature` per layer turns gradients into updates, and the
 momentum and weight decay make a step of those.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from biasshift.measure.outputs import OutputChoice
 from biasshift.optim.curvature import Curvature
 from biasshift.optim.recorder import Recorder
 from biasshift.optim.running_sums import RunningSums
+from biasshift.optim.steps import with_momentum, within_trust
+from biasshift.optim.together import add_all
 from biasshift.optim.update_rule import (
     CHOICES,
     OutputRule,
@@ -32,6 +34,7 @@ from biasshift.optim.update_rule import (
     covered,
     refuse_large,
 )
+from biasshift.optim.updates import all_updates
 
 
 class UnitNaturalGradient(torch.optim.Optimizer):
@@ -282,12 +285,13 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         factor = 1 / self._take_passes()
-        updates, group = self._updates(factor), self.param_groups[0]
+        group = self.param_groups[0]
+        updates = all_updates(group, self._layers, self._curvatures, self.rule, factor)
         params, lr = list(updates), float(group["lr"])
         if group["kl_clip"] is not None:
             gradients = [p.grad * factor for p in params if p.grad is not None]
-            updates = _within_trust(updates, gradients, lr, group["kl_clip"])
-        steps = _with_momentum(updates, group["momentum"], self.state)
+            updates = within_trust(updates, gradients, lr, group["kl_clip"])
+        steps = with_momentum(updates, group["momentum"], self.state)
         decaying = [p for p in params if p.dim() > 1]
         if group["weight_decay"] and decaying:
             _foreach_mul_(decaying, 1 - lr * group["weight_decay"])
@@ -358,11 +362,12 @@ class UnitNaturalGradient(torch.optim.Optimizer):
         be divided by, to be those of the mean loss.
         """
         examples, sums = self._recorder.take()
+        known = [name for name in sums if name in self._curvatures]
+        add_all([(self._curvatures[name].sums, sums[name]) for name in known], self.decay)
         for name, new in sums.items():
-            if name in self._curvatures:
-                self._curvatures[name].add(new, self.decay)
-            else:
-                # a backward pass may come to the pass once more
+            if name in known:
+                self._curvatures[name].changed()
+            else:  # a backward pass may come to the pass once more
                 self._curvatures[name] = self._curvature(name, new.own())
         for name in self._curvatures.keys() - self._layers.keys():  # left out since
             del self._curvatures[name]
@@ -383,68 +388,3 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     def _loaded(self, name: str, saved: dict[str, Any]) -> RunningSums:
         weight = self._layers[name].weight
         return RunningSums.loaded(saved, weight.device, layer_types.dtype_of_sums(weight))
-
-    def _updates(self, factor: float) -> dict[Tensor, Tensor]:
-        """The update of every parameter that has a gradient, before momentum and learning rate."""
-        group = self.param_groups[0]
-        updates = {
-            p: p.grad if factor == 1 else p.grad * factor
-            for p in group["params"]
-            if p.grad is not None
-        }
-        for name, curvature in self._curvatures.items():
-            layer = self._layers[name]
-            weight, bias = layer.weight, layer.bias
-            if weight not in updates:
-                continue
-            g = layer_types.weights(layer, updates[weight])
-            g0 = updates[bias] if bias is not None and bias in updates else None
-            dw, dw0 = curvature.update(g, g0, group["damping"], group["unit_damping"])
-            updates[weight] = layer_types.as_weight(layer, dw).to(weight.dtype)
-            if bias is not None and dw0 is not None:
-                updates[bias] = dw0.to(bias.dtype)
-        return updates
-
-
-# -- from updates to a step ------------------------------------------------------------------------
-
-
-def _within_trust(
-    updates: Mapping[Tensor, Tensor], gradients: Sequence[Tensor], lr: float, most: float
-) -> dict[Tensor, Tensor]:
-    """The updates times ``min(1, √(most / (lr² Σ gᵀΔ)))``; an infinite or NaN ``Σ gᵀΔ`` keeps its
-    updates as they are.
-
-    ``gᵀΔ = ΔᵀFΔ`` for a full natural gradient: ``lr² gᵀΔ`` is, to second order, twice the mean
-    divergence between the model's answers before and after the step.
-
-    Source: the step clipping of Ba, Grosse & Martens 2017 (distributed K-FAC).
-    """
-    moved = torch.as_tensor(
-        lr**2
-        * sum(
-            torch.sum(g * update, dtype=torch.float64)
-            for g, update in zip(gradients, updates.values(), strict=True)
-        )
-    )
-    shorter = (most / moved.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    scale = torch.where(moved > most, shorter, 1.0)
-    return {p: update * scale.to(update.dtype) for p, update in updates.items()}
-
-
-def _with_momentum(
-    updates: dict[Tensor, Tensor], momentum: float, state: dict[Any, Any]
-) -> list[Tensor]:
-    """The steps to take, in the order of the parameters; ``state`` is the optimizer's, and keeps
-    their running sums.
-    """
-    if not momentum:
-        return list(updates.values())
-    for p in updates:
-        if "momentum_buffer" not in state[p]:
-            state[p]["momentum_buffer"] = torch.zeros_like(p)
-    buffers = [state[p]["momentum_buffer"] for p in updates]
-    if buffers:
-        _foreach_mul_(buffers, momentum)
-        _foreach_add_(buffers, list(updates.values()))
-    return buffers
