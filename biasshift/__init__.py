@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from biasshift import _sigint  # noqa: F401  before all that takes long
+from biasshift.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from biasshift import (
@@ -70,20 +71,11 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name at its first use."""
-    if name in _MODULES:
-        value = getattr(import_module(f"biasshift.{_MODULES[name]}"), name)
-    elif name in _PACKAGES:
-        value = import_module(f"biasshift.{name}")
-    else:
-        raise AttributeError(f"Module 'biasshift' has no attribute '{name}'.")
-    globals()[name] = value
-    return value
+__getattr__, _public_names = lazy_names("biasshift", _MODULES, _PACKAGES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_PACKAGES, "__version__"})
+    return sorted({*_public_names(), "__version__"})
 
 
 def _hook_of_before(name: str) -> Any:

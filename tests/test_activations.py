@@ -10,18 +10,21 @@ import torch
 from scipy.special import erf
 from torch import nn
 
-from biasshift.activations import (
-    ACTIVATIONS,
+from biasshift.activation_names import (
     LABELS,
-    SReLU,
+    NAMES,
     canonical,
-    constructor,
     display_name,
-    elu,
     folder_part,
     is_import_path,
-    lrelu,
     ordered,
+)
+from biasshift.activations import (
+    ACTIVATIONS,
+    SReLU,
+    constructor,
+    elu,
+    lrelu,
 )
 
 
@@ -220,8 +223,9 @@ def test_import_paths_are_text_here():
 def test_reading_needs_no_import_machinery(tmp_path):
     """What reads, draws and judges runs does not even load the file that imports."""
     code = (
-        "import sys, biasshift.runs.reader, biasshift.analysis.verdicts, biasshift.plots, "
-        "biasshift.report, biasshift.activations\n"
+        "import sys, biasshift.runs, biasshift.runs.reader, biasshift.activation_names\n"
+        "assert 'torch' not in sys.modules\n"
+        "import biasshift.analysis.verdicts, biasshift.plots, biasshift.report\n"
         "assert 'biasshift.nets.activation_modules' not in sys.modules"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -255,6 +259,10 @@ def test_labels_are_short_printable_and_never_shared():
 def test_the_order_is_the_paper_s_then_the_others():
     assert ordered(reversed(ACTIVATIONS))[:5] == ["elu", "srelu", "lrelu", "relu", "prelu"]
     assert sorted(ordered(ACTIVATIONS)) == sorted(ACTIVATIONS)
+
+
+def test_every_name_has_a_function():
+    assert tuple(ACTIVATIONS) == NAMES == tuple(LABELS)
 
 
 def test_shared_modules_have_no_state():

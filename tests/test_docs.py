@@ -11,7 +11,7 @@ import pytest
 
 import biasshift as bs
 from biasshift import data, nets, optim, training
-from biasshift.cli import parse
+from biasshift.cli.parser import parse
 from biasshift.runs.reader import read_runs
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,7 @@
 """The file tree is the architecture: a module imports only from rungs below it."""
 
 import ast
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import biasshift
+from biasshift import experiments, runs
 
 PACKAGE = Path(__file__).parent.parent / "biasshift"
 LADDER = [  # bottom to top; a name stands for a module or for a folder of modules
-    {"restoration"},
+    {"restoration", "lazy_names", "activation_names"},
     {"_sigint", "theory", "activations", "precision", "distributed", "atomic", "escapes"},
     {"fisher", "nets", "runs", "data"},
     {"measure", "analysis"},
@@ -206,9 +208,25 @@ def test_measuring_needs_no_tables(name):
     assert run.stdout.strip() == "[]"
 
 
-def test_public_names_load_when_they_are_used():
-    assert set(biasshift.__all__) <= set(dir(biasshift))
-    for name in dir(biasshift):
-        assert getattr(biasshift, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'fischer'"):
-        _ = biasshift.fischer
+@pytest.mark.parametrize("package", [biasshift, experiments, runs], ids=lambda p: p.__name__)
+def test_public_names_load_when_they_are_used(package):
+    assert set(package.__all__) <= set(dir(package))
+    for name in dir(package):
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'fischer'"):
+        _ = package.fischer
+
+
+@pytest.mark.parametrize("package", [biasshift, experiments, runs], ids=lambda p: p.__name__)
+def test_type_checkers_see_the_public_names_that_load_lazily(package):
+    """Under ``if TYPE_CHECKING``, from the module that has them at run time, too."""
+    seen = exports(Path(package.__file__).parent)
+    for name in package.__all__:
+        assert name in seen, name
+        value = getattr(package, name)
+        assert seen[name] in (package.__name__, getattr(value, "__module__", None))
+
+
+def test_lazily_loaded_names_are_pickled():
+    for value in (biasshift.unit_fisher, biasshift.UnitFisher, runs.Run, experiments.Demo()):
+        assert pickle.loads(pickle.dumps(value)) == value

@@ -14,7 +14,7 @@ from tiny import Tiny, data
 
 import biasshift as bs
 from biasshift.analysis import claims_markdown, sentences
-from biasshift.cli import EXPERIMENTS
+from biasshift.cli.parser import EXPERIMENTS
 from biasshift.experiments import run
 from biasshift.experiments.mlp_trial import MlpConfig, trial
 from biasshift.runs import read_run, run_states
@@ -67,7 +67,7 @@ CONFIGS = json.loads((FOLDER / "configs.json").read_text(encoding="utf-8"))
 def test_commands_record_what_they_recorded(command: str) -> None:
     """So that ``--resume`` finds the runs of before, in their folders."""
     name, *smoke = command.split()
-    experiment = EXPERIMENTS[name](smoke=bool(smoke))
+    experiment = EXPERIMENTS[name].load()(smoke=bool(smoke))
     configs = experiment.configs()
     *recorded, folders = CONFIGS[command]
     for old, new in zip(recorded, (configs[0], configs[-1]), strict=True):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from biasshift.activations import display_name
+from biasshift.activation_names import display_name
 from biasshift.analysis.grid import CELL, best_rate, cell_of, paper_runs
 from biasshift.analysis.statistics import LEVEL, seeds_needed
 

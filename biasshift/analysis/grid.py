@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from biasshift.activations import LABELS, display_name
+from biasshift.activation_names import LABELS, display_name
 from biasshift.analysis.learning_curves import TINY
 
 NAMES = LABELS

@@ -1,48 +1,29 @@
 """The command line: ``biasshift demo | train | sweep | figure | claims | runs | report``.
 
-Options are typed dataclasses, from which tyro makes the parser and the help. Those of ``demo``,
-``train`` and ``sweep`` are the experiments themselves; the others are in `biasshift.cli.commands`.
+`parser` reads the words, and the other files carry out what they ask for. Here nothing is imported
+that a command may not need: help, errors and lists of runs come without PyTorch.
 """
 
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import Any
-
-import tyro
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from biasshift._sigint import INTERRUPTED, interruptible
-from biasshift.cli.commands import Claims, Figure, Report, Runs
-from biasshift.cli.console import Terminal, error_message
+from biasshift.cli.errors import error_message
 from biasshift.cli.streams import enduring_streams
-from biasshift.distributed import under_torchrun
 from biasshift.escapes import visible
-from biasshift.experiments.autoencoder import Autoencoder
-from biasshift.experiments.cifar11 import Cifar11
-from biasshift.experiments.cifar18 import Cifar18
-from biasshift.experiments.demo import Demo
-from biasshift.experiments.experiment import REPLACE_OR_RESUME
-from biasshift.experiments.imagenet import Imagenet
-from biasshift.experiments.mnist import Mnist
-from biasshift.experiments.sweep import Sweep
 
-EXPERIMENTS = {
-    "mnist": Mnist,
-    "autoencoder": Autoencoder,
-    "cifar11": Cifar11,
-    "cifar18": Cifar18,
-    "imagenet": Imagenet,
-}
+if TYPE_CHECKING:
+    from rich.console import Console
+
 UNREAD, USAGE_ERROR = 1, 2  # exit statuses
 TRAINING = (
     "interrupted. Finished runs are complete; the others are readable up to their last flush. The "
     "same command with --resume continues them."
 )
 LOOKING = "interrupted. Files are whole: those that were there, or new ones in their place."
-COMMANDS = {"figure": Figure, "claims": Claims, "runs": Runs, "report": Report}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,8 +62,12 @@ def _run(words: Sequence[str], last: bool) -> int:
     warnings.formatwarning = _warnings_in_a_line()
     try:
         if words == ["--version"]:
-            print(f"biasshift {metadata.version('biasshift')}")
+            from importlib.metadata import version
+
+            print(f"biasshift {version('biasshift')}")
             return 0
+        from biasshift.cli.parser import parse
+
         options = parse(words)
         run_command = _command(options)
         with interruptible(last) as interruption:
@@ -97,8 +82,8 @@ def _run(words: Sequence[str], last: bool) -> int:
         print(f"biasshift: {error_message(error)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        others = tuple(COMMANDS.values())
-        print(f"biasshift: {LOOKING if isinstance(options, others) else TRAINING}", file=sys.stderr)
+        trains = type(options).__module__ != "biasshift.cli.commands"
+        print(f"biasshift: {TRAINING if trains else LOOKING}", file=sys.stderr)
         return status
     finally:
         warnings.formatwarning = usual
@@ -116,63 +101,38 @@ def _warnings_in_a_line() -> Callable[..., str]:
     return format_warning
 
 
-def _console() -> Terminal:
+def _console() -> "Console":
+    from biasshift.cli.console import Terminal
+
     # Without markup: a path may hold brackets and colons.
     console = Terminal(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    console.quiet = under_torchrun() and int(os.environ.get("RANK", "0")) > 0
+    # Under torchrun; `biasshift.distributed` would import PyTorch for every command.
+    rank, processes = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
+    console.quiet = processes > 1 and rank > 0
     return console
 
 
-def parse(words: Sequence[str]) -> Any:
-    """Returns the options of a command line: an experiment, or a dataclass of `cli.commands`.
-
-    Raises:
-        ValueError: Both --replace and --resume are given.
-        SystemExit: A word is wrong, with status 2, or the help was asked for.
-
-    >>> parse(["runs", "runs/mnist"])
-    Runs(runs=(PosixPath('runs/mnist'),))
-    """
-    # Here: where one of them is the default, the parsed options no longer tell.
-    if {"--replace", "--resume"} <= {*words}:
-        raise ValueError(REPLACE_OR_RESUME)
-    # Any: the overloads of `command` leave out the classes that it takes.
-    app: Any = tyro.extras.SubcommandApp()
-    experiments: Any = tyro.extras.SubcommandApp()
-    for name, experiment in EXPERIMENTS.items():
-        experiments.command(name=name)(experiment)
-    app.command(name="demo")(Demo)
-    app.command(
-        experiments,
-        name="train",
-        help="Train the networks of one of the paper's experiments, instrumented.",
-    )
-    for name, command in {"sweep": Sweep, **COMMANDS}.items():
-        app.command(name=name)(command)
-    return app.cli(
-        prog="biasshift",
-        description="Measure, test and exploit bias shift and the unit natural gradient.",
-        args=words,
-    )
-
-
-def _command(options: Any) -> Callable[[Console], None]:
+def _command(options: Any) -> Callable[["Console"], None]:
     """What carries out a command. All that it needs is imported in here: help and wrong options
-    come without pandas, Matplotlib and the figures, and Ctrl-C stays silent until `started`.
+    come without PyTorch, pandas, Matplotlib and the figures.
     """
+    from biasshift.cli.commands import Claims, Figure, Report, Runs
+
     if isinstance(options, Claims):
+        if not options.runs:
+            raise ValueError("Claims need runs: `biasshift claims FOLDER`.")
         from biasshift.cli.claims import judge
 
         return lambda console: judge(console, options)
     if isinstance(options, Runs):
-        from biasshift.cli.results import list_runs
+        from biasshift.cli.run_list import list_runs
 
         return lambda console: list_runs(console, options.runs)
     if isinstance(options, Report):
-        from biasshift.report import report
-
         if not options.runs:
             raise ValueError("A report needs runs: `biasshift report FOLDER`.")
+        from biasshift.report import report
+
         return lambda console: console.print(
             f"Report: {visible(str(report(options.runs, options.out)))}", soft_wrap=True
         )
@@ -180,6 +140,7 @@ def _command(options: Any) -> Callable[[Console], None]:
 
     if isinstance(options, Figure):
         from biasshift.cli.figure import draw_figures
+        from biasshift.cli.parser import parse
 
         return lambda console: draw_figures(console, options, parse, run_experiment)
     return lambda console: run_experiment(console, options)

@@ -32,8 +32,6 @@ def judge(console: Console, options: Claims) -> None:
         ValueError: There are no runs, or they cannot be judged together.
         OSError: The table cannot be written; it has been printed by then.
     """
-    if not options.runs:
-        raise ValueError("Claims need runs: `biasshift claims FOLDER`.")
     table = read_runs(*options.runs)
     verdicts = claims(table)
     print_claims(console, verdicts)

@@ -4,16 +4,35 @@ Those of the commands that make runs are the experiments themselves. A docstring
 its command or option.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import tyro
 
 Paper = Literal["1", "2", "3", "4", "5", "6", "7", "table1"]
 Theory = Literal["theory1", "theory2", "theory3", "theory4", "gap"]
 Name = Literal[Paper, Theory, "bench", "all"]
-Folders = tyro.conf.Positional[tuple[Path, ...]]
+
+
+class Folders(tuple[Path, ...]):
+    """Paths from the command line.
+
+    A class of its own: tyro checks defaults that are a ``tuple[Path, ...]`` by a library whose
+    import takes longer than all the rest of the help.
+    """
+
+
+NO_FOLDERS = Folders()
+PATHS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[PATH [PATH ...]]",
+    instance_from_str=lambda words: Folders(map(Path, words)),
+    is_instance=lambda value: isinstance(value, Folders),
+    str_from_instance=lambda folders: list(map(str, folders)),
+)
+Positionals = tyro.conf.Positional[Annotated[Folders, PATHS]]
+OptionalPath = Optional[Path]  # noqa: UP045  that library checks ``Path | None``, too
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Figure:
     table1 (test errors), theory1 or gap (gradient gap),
     theory2 (k), theory3 (parts of the bias shift),
     theory4 (is it causal?), bench (speed), or all."""
-    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    runs: Annotated[Positionals, tyro.conf.arg(help_behavior_hint="(default: none)")] = NO_FOLDERS
     """Run folders, or folders that contain them. Without any, the package's tables are drawn."""
     out: Path = Path("figures")
     """Folder for the PNG and the PDF."""
@@ -35,9 +54,9 @@ class Figure:
     """Train a shortened version first, into --out/quick-NAME. The figure is marked as quick."""
     smoke: bool = False
     """With --quick: train for seconds, on synthetic data."""
-    data: Path | None = None
+    data: OptionalPath = None
     """With --quick: the folder of the data, as --data of the training command."""
-    save: Path | None = None
+    save: OptionalPath = None
     """Folder for the small table that the figure shows, such as paper_figs/results."""
 
 
@@ -45,7 +64,7 @@ class Figure:
 class Claims:
     """Judge which claims of the paper the runs support, in a table with caveats."""
 
-    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(required)")]
+    runs: Annotated[Positionals, tyro.conf.arg(help_behavior_hint="(required)")]
     """Run folders, or folders that contain them."""
     out: Path = Path("claims")
     """Folder for the table, as claims.md and claims.parquet."""
@@ -55,7 +74,7 @@ class Claims:
 class Runs:
     """List run folders with their state, their last step and their last numbers."""
 
-    runs: Folders = (Path("runs"),)
+    runs: Positionals = field(default_factory=lambda: Folders([Path("runs")]))
     """Run folders, or folders that contain them."""
 
 
@@ -63,7 +82,7 @@ class Runs:
 class Report:
     """Make one self-contained page for looking at runs."""
 
-    runs: Annotated[Folders, tyro.conf.arg(help_behavior_hint="(required)")]
+    runs: Annotated[Positionals, tyro.conf.arg(help_behavior_hint="(required)")]
     """Run folders, or folders that contain them."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page, an HTML file that opens from the disk."""

@@ -1,13 +1,12 @@
 """Printing: a console that text from outside does nothing to, and how far all runs are."""
 
 import math
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,14 +19,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from biasshift.atomic import NO_ROOM
 from biasshift.escapes import visible
-from biasshift.training import trial
 
-ROOM = (
-    "All files that were there are still good. Make room and give the same command again, with "
-    "--resume where it trains."
-)
+if TYPE_CHECKING:  # lists of runs need a console, too, and no PyTorch
+    from biasshift.training import trial
 
 
 class Terminal(Console):
@@ -40,20 +35,6 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Converts a string to what is printed. Line breaks stay, and nothing else that acts."""
         return super().render_str(visible(text, keep="\n\t"), **options)
-
-
-def error_message(error: BaseException) -> str:
-    """Returns what went wrong in one line; of the system's errors, with the file it is about.
-
-    >>> error_message(FileNotFoundError(2, "No such file or directory", "runs"))
-    "'runs': No such file or directory."
-    """
-    if isinstance(error, OSError) and error.filename is not None:
-        room = f" {ROOM}" * (error.errno in NO_ROOM)
-        return visible(f"'{os.fsdecode(error.filename)}': {error.strerror}.{room}")
-    if isinstance(error, MemoryError):
-        return f"Memory is too small. {visible(str(error))}".strip()
-    return visible(str(error))
 
 
 def print_wrapped(console: Console, text: str, indent: str, hanging: str) -> None:
@@ -90,7 +71,7 @@ class Counter:
         self.steps: dict[str, int] = {}
         self.first: dict[str, int] = {}
 
-    def add(self, report: trial.Progress) -> int:
+    def add(self, report: "trial.Progress") -> int:
         """Counts a report, and returns the completed steps of all runs.
 
         Those that an earlier command completed are among them.
@@ -112,14 +93,14 @@ class Counter:
         seconds = time.monotonic() - self.began
         return (self.done - sum(self.first.values())) / seconds if seconds > 0 else 0.0
 
-    def status(self, report: trial.Progress) -> str:
+    def status(self, report: "trial.Progress") -> str:
         """Returns the speed of all runs, and the loss and the step of the one that reports."""
         loss = f", loss {report.loss:.3g}" if math.isfinite(report.loss) else ""
         return f"{self.rate():.0f} steps/s{loss} ({visible(report.run)}, step {report.step:,})"
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[trial.Progress], None]]:
+def progress(console: Console, total: int) -> Iterator[Callable[["trial.Progress"], None]]:
     """Yields the function that takes the reports of all runs and shows how far they are.
 
     A terminal gets a bar; a file or a pipe gets a line for every tenth of the steps.
@@ -146,10 +127,10 @@ def progress(console: Console, total: int) -> Iterator[Callable[[trial.Progress]
         )
 
 
-def _lines(console: Console, counter: Counter) -> Callable[[trial.Progress], None]:
+def _lines(console: Console, counter: Counter) -> Callable[["trial.Progress"], None]:
     printed = 0  # tenths
 
-    def print_line(report: trial.Progress) -> None:
+    def print_line(report: "trial.Progress") -> None:
         nonlocal printed
         tenths = counter.add(report) * 10 // counter.total
         if tenths > printed:

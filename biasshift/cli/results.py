@@ -1,7 +1,5 @@
 """What finished runs show, on the terminal: scores, identities, verdicts, learning rates."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,22 +12,12 @@ from biasshift.analysis.quantities import per_run
 from biasshift.analysis.verdicts import claims
 from biasshift.cli.console import print_wrapped
 from biasshift.escapes import visible
-from biasshift.runs.reader import read_runs, run_states
 
 IDENTITIES = {  # column of the table → the identity whose relative residual it holds
     "residual_theorem1": "Theorem 1, centered against block form",
     "residual_identity": "mᵀΔw + Δw₀ = g₀/c",
     "residual_theorem2": "Theorem 2 against the shift of the update itself",
     "residual_bookkeeping": "own + incoming + second order = measured bias shift",
-}
-SCORES = {  # column of the table → its heading
-    "train_loss": "loss",
-    "train_error": "error",
-    "valid_loss": "valid. loss",
-    "valid_error": "valid. error",
-    "test_loss": "test loss",
-    "test_error": "test error",
-    "valid_error5": "valid. top-5",
 }
 VERDICTS_TITLE = "What these runs say about the paper's claims"
 VERDICTS_NOTE = (
@@ -87,44 +75,6 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
             line = f"{row.statement} ({row.source}). {row.statistic}: {size}, n = {row.n}."
             print_wrapped(console, line, indent=" " * 2, hanging=" " * 4)
     console.print("Their caveats: biasshift claims FOLDER")
-
-
-def list_runs(console: Console, paths: Sequence[Path]) -> None:
-    """Prints one line per run in or below the folders; of their rows, it reads what it shows."""
-    table = read_runs(*paths, columns=list(SCORES), units=False, absent="skip")
-    print_runs(console, run_states(*paths), table)
-
-
-def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> None:
-    """Prints one line per run: its state, its last step, its last scores, and when it was written.
-
-    Scores on test data take the place of those on validation data. The time needs 100 columns.
-
-    Args:
-        states: The table of `biasshift.runs.reader.run_states`.
-        table: The rows of the same runs.
-    """
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    hidden = "valid" if "test_loss" in table else "test"
-    names = [name for name in SCORES if name in table and not name.startswith(hidden)]
-    when = ["written (UTC)"] if console.width >= 100 else []
-    for column in ("run", "state", "step", *(SCORES[name] for name in names), *when):
-        left = column in ("run", "state")
-        # Numbers stay whole.
-        shown.add_column(
-            column, justify="left" if left else "right", overflow="fold", no_wrap=column != "run"
-        )
-    rows: Any = states.itertuples()
-    for row in rows:
-        own: Any = table[table["run"] == row.run]
-        own = own.sort_values("step")
-        last = [own[name].dropna().tail(1) for name in names]
-        numbers = [f"{value.iloc[0]:.3g}" if len(value) else "–" for value in last]
-        step = "–" if row.last_step is pd.NA else f"{row.last_step:,}"
-        written = "–" if row.updated is pd.NaT else f"{row.updated:%m-%d %H:%M}"
-        cells = [visible(str(row.run)), str(row.state), step, *numbers, *[written][: len(when)]]
-        shown.add_row(*cells)
-    console.print(shown)
 
 
 def _print_table(console: Console, title: str, cells: pd.DataFrame) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from biasshift.activations import is_import_path
-from biasshift.cli.console import error_message, print_paths, progress
+from biasshift.activation_names import is_import_path
+from biasshift.cli.console import print_paths, progress
+from biasshift.cli.errors import error_message
 from biasshift.cli.results import (
     print_comparison,
     print_identities,
-    print_runs,
     print_sweep,
     print_verdicts,
 )
+from biasshift.cli.run_list import print_runs
 from biasshift.distributed import is_distributed, process_group, rank, under_torchrun
 from biasshift.escapes import visible
 from biasshift.experiments.experiment import Experiment

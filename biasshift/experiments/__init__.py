@@ -3,8 +3,9 @@
 Public names load when they are first used (PEP 562): options and their help need no tables.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from biasshift.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from biasshift.experiments.demo import Demo as Demo
@@ -14,16 +15,4 @@ if TYPE_CHECKING:
 __all__ = ["Demo", "examine", "run"]
 
 _MODULES = {"Demo": "experiments.demo", "examine": "experiments.exam", "run": "training.runner"}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name at its first use."""
-    if name not in _MODULES:
-        raise AttributeError(f"Module 'biasshift.experiments' has no attribute '{name}'.")
-    value = getattr(import_module(f"biasshift.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names("biasshift.experiments", _MODULES)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from biasshift import plots
-from biasshift.activations import display_name, ordered
+from biasshift.activation_names import display_name, ordered
 from biasshift.analysis.grid import CELL, Cell, best_rate, cells_of
 from biasshift.analysis.learning_curves import common_levels, curve_of, reached
 from biasshift.analysis.quantities import end_loss, has_ended

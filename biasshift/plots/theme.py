@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from biasshift.activations import ACTIVATIONS, LABELS, display_name, ordered
+from biasshift.activation_names import LABELS, NAMES, display_name, ordered
 
 STYLE = {
     "figure.figsize": (5.0, 3.0),
@@ -56,7 +56,7 @@ class Look(NamedTuple):
     line: str
 
 
-ORDER = tuple(ordered(ACTIVATIONS))  # in every legend: the paper's, then the others
+ORDER = tuple(ordered(NAMES))  # in every legend: the paper's, then the others
 # The paper's four have Paul Tol's "high contrast" colors: color-blind readers can tell them apart,
 # and so can readers of a grey print, by their lightness (0, 29, 48 and 72 of 100). The colors of
 # the others are far from them and from each other, for color-blind readers, too; in grey print

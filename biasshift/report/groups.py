@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from biasshift.activations import display_name
+from biasshift.activation_names import display_name
 from biasshift.analysis.grid import best_rate
 from biasshift.plots.theme import ON_DARK, looks
 from biasshift.report.html import distinct, number, plain

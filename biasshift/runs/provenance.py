@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pandas as pd
-import torch
 
 from biasshift.escapes import storable
 from biasshift.runs.reader import find_runs
@@ -34,6 +33,8 @@ def provenance(config: Mapping[str, Any], device: Any) -> dict[str, Any]:
         config: the run's options, for its seed.
         device: what the run computes on; a GPU is recorded by its model.
     """
+    import torch  # here: who reads where runs come from does not need it
+
     on_gpu = str(device).startswith("cuda")
     return {
         "command": [storable(word) for word in sys.argv],

@@ -23,7 +23,7 @@ from tiny import Tiny
 from biasshift import cli
 from biasshift.analysis.formatting import effect, footnote
 from biasshift.analysis.verdicts import claims
-from biasshift.cli import claims as claims_command, results, train
+from biasshift.cli import claims as claims_command, parser, results, train
 from biasshift.cli.console import progress
 from biasshift.experiments import demo
 from biasshift.experiments.demo import Demo
@@ -122,7 +122,8 @@ def test_help(here, capsys, arguments, words):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", *(f"train {name}" for name in cli.EXPERIMENTS), "sweep", *cli.COMMANDS]
+    "command",
+    ["demo", *(f"train {name}" for name in parser.EXPERIMENTS), "sweep", *parser.READERS],
 )
 def test_every_option_has_a_help_text(here, capsys, monkeypatch, command):
     """Between the option and its default."""
@@ -132,15 +133,55 @@ def test_every_option_has_a_help_text(here, capsys, monkeypatch, command):
     assert not re.findall(r"^│ +(?:--\S+(?: \S+)*  +)?\(default.*", shown, re.MULTILINE)
 
 
-def test_help_needs_no_tables_and_no_charts():
-    """What takes long to import is imported by the commands that need it."""
-    heavy = ["pandas", "pyarrow", "matplotlib", "altair", "torchvision", "sklearn"]
+@pytest.mark.parametrize(
+    ("words", "exits", "also"),
+    [
+        (["--help"], 0, ["rich"]),
+        (["--version"], 0, ["rich", "tyro"]),
+        (["nonsense"], 2, ["rich"]),
+        (["train", "--help"], 0, ["rich"]),
+        (["train", "nonsense"], 2, ["rich"]),
+        (["runs", "--wrong"], 2, ["rich"]),
+        (["figure", "nonsense"], 2, ["rich"]),
+        (["claims", "--help"], 0, ["rich"]),
+        (["report", "-o"], 2, ["rich"]),
+        (["claims"], 2, []),
+        (["runs", "nowhere"], 2, []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_what_needs_no_library_imports_none(tmp_path, words, exits, also):
+    """Least of all PyTorch. tyro imports `typeguard` to check some kinds of defaults."""
+    heavy = ["torch", "matplotlib", "altair", "torchvision", "sklearn", "typeguard", *also]
+    heavy += ["pandas", "pyarrow", "asyncio"] if also else []
     code = (
-        "import sys; from biasshift.cli import parse; parse(['figure', '2', '--quick']); "
-        f"print([name for name in {heavy} if name in sys.modules])"
+        "import sys\nfrom biasshift.cli import main\ntry:\n    main(sys.argv[1:])\n"
+        "finally:\n    print([name for name in "
+        f"{heavy} if name in sys.modules])"
     )
-    shown, errors = spawn("-c", code, stdout=subprocess.PIPE).communicate(timeout=PATIENCE)
-    assert (shown, errors) == ("[]\n", "")
+    process = spawn("-c", code, *words, stdout=subprocess.PIPE, cwd=tmp_path)
+    shown = process.communicate(timeout=PATIENCE)[0]
+    assert (process.returncode, shown.splitlines()[-1]) == (exits, "[]")
+
+
+def test_runs_are_listed_without_pytorch(runs):
+    code = (
+        "import sys\nfrom biasshift.cli import main\nmain(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules and 'scipy' not in sys.modules"
+    )
+    process = spawn("-c", code, "runs", str(runs), stdout=subprocess.PIPE)
+    shown, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "") and "elu-5" in shown
+
+
+@pytest.mark.parametrize(
+    "command",
+    [parser.DEMO, *parser.EXPERIMENTS.values(), parser.SWEEP, *parser.READERS.values()],
+    ids=lambda command: command.options,
+)
+def test_the_help_of_a_command_is_its_docstring(command):
+    """It is written twice, because the help does not import the class that has the docstring."""
+    assert command.help == " ".join((command.load().__doc__ or "").split())
 
 
 def test_python_minus_m():
@@ -910,7 +951,7 @@ def test_ctrl_c_while_the_program_starts_is_130_and_silent(tmp_path, how, moment
         "-X",
         "importtime",
         *(["-m", "biasshift"] if how == "module" else [str(script)]),
-        "runs",
+        *(["claims", "nowhere"] if moment.startswith("torch") else ["runs"]),
         cwd=tmp_path,
     )
     assert process.stderr is not None
