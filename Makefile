@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures report notebooks lab docs test faults lint bench clean
+.PHONY: help demo figures report notebooks lab docs test test-slow test-all faults lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.installed ## see the idea at work on a small data set
 	@$(BIN)/biasshift demo
@@ -32,8 +32,13 @@ lab: $(VENV)/.installed-notebooks ## open the notebooks in JupyterLab
 docs: $(VENV)/.installed-docs ## build the documentation into site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "Documentation: site/index.html"
 
-test: $(VENV)/.installed-test ## run the tests
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.installed-test ## run the tests, but for those that take minutes
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.installed-test ## run the others: published models, fuzzing, statistics, simulated devices
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+test-all: test test-slow ## run every test
 
 faults: $(VENV)/.installed-test ## kill, damage, race and interrupt at length (an hour on one core)
 	@$(BIN)/python -m tests.faults

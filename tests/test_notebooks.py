@@ -157,6 +157,7 @@ def training(path):
 # -- executed --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # Jupyter executes it
 @every_notebook
 def test_it_runs_top_to_bottom(path, fresh):
     notebook, _ = fresh(path)
@@ -180,6 +181,7 @@ def steady(notebook, words_only):
                 yield re.sub(r"\d(\.\d+)?e[-+]\d+", "~", text)
 
 
+@pytest.mark.slow  # Jupyter executes it
 @every_notebook
 def test_what_is_committed_is_what_it_prints(path, fresh):
     committed, executed = (
@@ -188,6 +190,7 @@ def test_what_is_committed_is_what_it_prints(path, fresh):
     assert committed == executed
 
 
+@pytest.mark.slow  # Jupyter executes it
 def test_executed_twice_it_is_the_same(tmp_path):
     cells = [
         "from ipywidgets import FloatSlider, IntSlider, interact\nimport matplotlib.pyplot as plt",
@@ -285,6 +288,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow  # Jupyter executes it
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_found_by_its_assert(what, fresh, tmp_path):
     path, mutation, where = WRONG[what]
@@ -310,6 +314,7 @@ def on_runs(folder):
     return notebook
 
 
+@pytest.mark.slow  # Jupyter executes it
 def test_notebook_4_reads_other_runs(tmp_path):
     demo = Demo(smoke=True, out=tmp_path)
     images = demo.load()

@@ -15,6 +15,7 @@ def test_this_process_has_no_simulated_gpu():
     assert torch._C._get_privateuse1_backend_name() == "privateuseone"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_measurements_and_steps_on_a_simulated_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "on_the_gpu.py"]

@@ -22,7 +22,9 @@ MODELS = 200
 MOST_LEFT_OUT = 0.02  # of the layers that could be measured, without a reason
 
 
-@pytest.mark.parametrize("start", range(0, MODELS, 50))
+@pytest.mark.parametrize(
+    "start", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(0, MODELS, 50)]
+)
 def test_random_models_are_measured_right_or_refused(start: int) -> None:
     """No wrong number, no crash, nothing changed; and hardly a refusal of what is sound."""
     outcomes = [examine(seed) for seed in range(start, start + 50)]

@@ -76,7 +76,12 @@ CASES = [
 ]
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-published = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SLOW = ("resnet50", "convnext_tiny", "densenet121", "swin_t")
+published = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES],
+    ids=lambda case: case.name,
+)
 
 
 @published
