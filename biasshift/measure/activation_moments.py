@@ -1,6 +1,5 @@
 """Activation moments: the mean and variance of what every unit of an activation module returns."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,33 +8,25 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from biasshift.measure import examples
 from biasshift.measure.composites import COMPOSITES
 from biasshift.measure.examples import Inputs
 from biasshift.measure.hooks import output_hooks, underlying
-from biasshift.measure.layer_types import Conv1D, Selection, selected_modules, why_uncovered
+from biasshift.measure.layer_types import Selection, selected_modules, why_uncovered
 from biasshift.measure.probe import InputNames, Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
+from biasshift.measure.unit_axes import (
+    NORMS_OF_LAST_AXES,
+    UNITS_FIRST,
+    UNITS_LAST,
+    Axes,
+    Followed,
+    axes_behind,
+)
 
 UnitAxis = int | Mapping[str, int] | None
-Axes = tuple[int, ...]  # those that may hold the units; none where nothing is known
-# Units on axis 1, behind the examples; and on the last axis.
-UNITS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-UNITS_LAST = (nn.Linear, nn.Embedding, Conv1D)
-# Normalize the last axes, which are those of the units where it is one axis, as in transformers.
-NORMS_OF_LAST_AXES = (nn.LayerNorm, nn.RMSNorm)
-# What autograd calls operations that leave every axis where it is.
-AXES_STAY = frozenset(
-    "Abs Add Addcmul Alias AvgPool2D Celu Clamp ClampMax ClampMin Clone ConstantPadNd Cos "
-    "CudnnBatchNorm Div Elu Erf Exp Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log "
-    "LogSigmoid LogSoftmax MaskedFill MaxPool2DWithIndices Maximum Minimum Mish Mul "
-    "NativeBatchNorm NativeDropout NativeGroupNorm NativeLayerNorm Neg Pow Prelu Reciprocal Relu "
-    "RreluWithNoise Rsqrt Rsub Sigmoid Silu Sin Softmax Softplus Sqrt Sub Tanh Threshold ToCopy "
-    "Where".split()
-)
 # elements of feature maps that are shifted at a time: a processor's cache holds them
 PIECE = {"cpu": 2**17, "cuda": 2**26}
 
@@ -202,82 +193,7 @@ def _is_parametric_activation(module: nn.Module) -> bool:
     return all(p.numel() == 1 for p in module.parameters())
 
 
-# -- the axis of the units -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """The last tensor whose axes of units are known, and the node of autograd that made it."""
-
-    tensor: Tensor
-    axes: Axes
-    node: Node | None
-
-    @classmethod
-    def of(cls, tensor: Tensor, axes: Axes) -> "_Followed":
-        return cls(tensor.detach(), axes, tensor.grad_fn)
-
-    def axes_of(self, t: Tensor) -> Axes:
-        """The axes of a tensor that may hold the same units: one where only one reading is left.
-
-        The strides of a view tell where each axis went. Of a tensor that was computed, the sizes
-        tell, as long as it may be a permutation, or lost axes. Where several axes have the size of
-        the units, they have stayed if all operations on the way let axes stay.
-        """
-        if not self.axes:
-            return ()
-        units = self.tensor.shape[self.axes[0]]
-        if _storage(t) == _storage(self.tensor):
-            strides = {self.tensor.stride(axis) for axis in self.axes}
-            return tuple(
-                i for i in range(1, t.dim()) if t.shape[i] == units and t.stride(i) in strides
-            )
-        fitting = tuple(i for i in range(1, t.dim()) if t.shape[i] == units)
-        if t.dim() != self.tensor.dim():
-            return fitting if t.dim() < self.tensor.dim() else ()
-        stayed = tuple(i for i in self.axes if t.shape[i] == units)
-        if stayed:
-            return stayed if len(fitting) > 1 and self._axes_stay(t) else fitting
-        return fitting if sorted(t.shape) == sorted(self.tensor.shape) else ()
-
-    def _axes_stay(self, t: Tensor) -> bool:
-        """Whether a path of operations that let axes stay leads from this tensor to another."""
-        waiting, visited = [t.grad_fn], set[Node]()
-        while waiting and self.node is not None:
-            node = waiting.pop()
-            if node == self.node:
-                return True
-            if node is None or node in visited:
-                continue
-            visited.add(node)
-            if re.sub(r"Backward\d*$", "", node.name()) in AXES_STAY:
-                waiting += [before for before, _ in node.next_functions]
-        return False
-
-
-def _storage(t: Tensor) -> object:
-    try:
-        return t.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform of torch.func
-        return t
-
-
-def _axes_behind(module: nn.Module, a: Tensor, output: Tensor, last: _Followed) -> Axes:
-    """The axes of a module's output that may hold the units."""
-    end = output.dim() - 1
-    if end == 1 or isinstance(module, UNITS_FIRST):
-        return (1,)
-    if isinstance(module, UNITS_LAST):
-        return (end,)
-    axes = last.axes_of(a)
-    if isinstance(module, NORMS_OF_LAST_AXES):
-        own = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-        if own and len(module.normalized_shape) == 1 and (not axes or end in axes):
-            return (end,)
-    # An activation, pooling or dropout of PyTorch, none of which moves axes.
-    if type(module).__module__.startswith("torch.nn.") and output.dim() == a.dim():
-        return tuple(i for i in axes if output.shape[i] == a.shape[i] or isinstance(module, nn.GLU))
-    return _Followed.of(a, axes).axes_of(output)
+# -- over forward passes ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -309,7 +225,7 @@ class ActivationRecorder:
         """
         self.before = dict(self.sums)
         self.called: dict[str, int] = {}
-        self.last = _Followed(torch.empty(0), (), None)
+        self.last = Followed(torch.empty(0), (), None)
 
     def restart_forward(self) -> None:
         """Forgets what was recorded since `start_forward`, for the forward pass to run again."""
@@ -326,7 +242,7 @@ class ActivationRecorder:
         """
         if not output.is_floating_point() or output.dim() < 2:
             return
-        axes = _axes_behind(module, a, output, self.last)
+        axes = axes_behind(module, a, output, self.last)
         if name in self.activations:
             key = name, self.called.get(name, 0)
             self.called[name] = key[1] + 1
@@ -342,7 +258,7 @@ class ActivationRecorder:
                 if old is None or axis in old
             }
             self.sums[key] = batch if old is None else {i: old[i] + m for i, m in batch.items()}
-        self.last = _Followed.of(output, axes)
+        self.last = Followed.of(output, axes)
 
     def _chosen_axis(self, name: str, output: Tensor) -> int | None:
         chosen = self.unit_axis.get(name) if isinstance(self.unit_axis, Mapping) else self.unit_axis

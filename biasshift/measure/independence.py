@@ -43,6 +43,7 @@ def batch_dependent(
     """
     random_states = _random_states(x)
     examples, alone, rows, reasons = _run_alone(model, modules, x)
+    reasons |= _not_affine(model, modules, x)
     runs = [(torch.arange(examples), alone), *_run_among_others(model, x, examples)]
     if not all(map(torch.equal, random_states, _random_states(x))) and draws(model, x):
         where = _first_difference(model, x, runs[0][0])
@@ -181,7 +182,7 @@ def _run_alone(
 ) -> tuple[int, Any, dict[str, set[int]], Reasons]:
     """How many examples ran, their outputs, the row counts of every layer, and unfit layers.
 
-    Unfit are layers that do not compute ``weight · input + bias``.
+    Unfit are layers whose weights are not their own.
     """
     rows: dict[str, set[int]] = {}
     reasons: Reasons = {}
@@ -191,8 +192,6 @@ def _run_alone(
             # after a squeeze: another size of batch may keep the axis
             raise ValueError(f"Layer '{name}' was called without an axis of examples.")
         rows.setdefault(name, set()).add(len(a))
-        if why := why_not_affine(modules[name], a, output):
-            reasons[name] = why
         if own[name] != _identities(modules[name]):
             reasons[name] = "it runs with weights that are not its own (a functional call)"
 
@@ -207,6 +206,24 @@ def _run_alone(
             if count == len(x):
                 raise
     raise AssertionError("x is not empty")
+
+
+def _not_affine(model: nn.Module, modules: Layers, x: Inputs) -> Reasons:
+    """The layers whose own forward computes something else for one of the examples.
+
+    It takes all: for an input of zeros, such as that of a padding, many functions agree.
+    """
+    own = {name: m for name, m in modules.items() if layer_types.has_own_forward(m)}
+    reasons: Reasons = {}
+
+    def record(name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        if why := why_not_affine(own[name], a, output):
+            reasons[name] = why
+
+    if own:
+        with torch.no_grad(), call_hooks(own, record):
+            forward(model, x)
+    return reasons
 
 
 def _identities(module: nn.Module) -> list[int]:
@@ -268,10 +285,14 @@ def why_not_affine(module: WeightLayer, a: Tensor, output: Tensor) -> str | None
     """Returns what is wrong with a layer whose own forward computed something else in this call.
 
     None stands for a layer with PyTorch's forward, or one that returned ``weight · input + bias``
-    for the first example.
+    for the first row, the last, and that with the largest input.
     """
-    if not layer_types.has_own_forward(module) or _is_affine(module, a[:1], output[:1]):
+    if not layer_types.has_own_forward(module):
         return None
+    if layer_types.is_batched(module, a) and len(a) == len(output) > 0:
+        rows = sorted({0, len(a) - 1, int(a.flatten(1).abs().amax(1).argmax())})
+        if _is_affine(module, a[rows], output[rows]):
+            return None
     return (
         "its own forward does not return weight · input + bias, as that of "
         f"{layer_types.torch_class(module).__name__} does"
@@ -279,7 +300,7 @@ def why_not_affine(module: WeightLayer, a: Tensor, output: Tensor) -> str | None
 
 
 def _is_affine(module: WeightLayer, a: Tensor, output: Tensor) -> bool:
-    if not layer_types.is_batched(module, a) or output.dim() != a.dim():
+    if output.dim() != a.dim():
         return False
     try:
         inputs = layer_types.patches(module, a, output.shape)

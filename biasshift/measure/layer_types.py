@@ -257,7 +257,7 @@ def has_own_forward(module: WeightLayer) -> bool:
     """Tells whether a layer's forward was replaced, by a subclass or on the object.
 
     What such a layer returns may be something else than ``weight · input + bias``, which
-    `coverage.why_not_affine` tests on an example.
+    `independence.why_not_affine` tests on examples.
     """
     names = ("forward", "_conv_forward")
     return any(

@@ -168,7 +168,7 @@ class Checkpoint(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.off or not torch.is_grad_enabled():
-            return self.block(x)
+            return self.block(x.clone())
         return checkpoint(lambda x: self.block(x.clone()), x, use_reentrant=self.reentrant)
 
 
