@@ -598,6 +598,26 @@ def test_a_forward_of_one_s_own_that_computes_something_else_is_refused(layer: n
     left_out(padded, inputs(4, 1, 5, 5), {"0": "its own forward.*Conv2d"})
 
 
+@pytest.mark.parametrize("zeros", [[0], [0, 4], [0, 2, 4], [1]])
+def test_inputs_of_zeros_do_not_hide_what_a_layers_own_forward_computes(zeros: list[int]) -> None:
+    """Such as those of a padding: for them |w| · 0 is w · 0."""
+
+    class Absolute(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight.abs(), self.bias)
+
+    x = inputs(5, 3)
+    x[zeros] = 0
+    model = nn.Sequential(Absolute(3, 4, bias=False), nn.ELU(), nn.Linear(4, 2)).double()
+    left_out(model, x, {"0": "its own forward"})
+    with (
+        pytest.warns(bs.UncoveredWarning, match="'0' .*its own forward"),
+        bs.bias_shift(model, x) as shift,
+    ):
+        pass
+    assert list(shift) == ["2"]
+
+
 def test_a_layer_that_turns_into_another_function_between_two_measurements() -> None:
     model, x = nn.Sequential(Masked(5, 6), nn.ELU(), nn.Linear(6, 3)).double(), inputs()
     with torch.no_grad():
@@ -1508,6 +1528,7 @@ def test_half_precision_and_channels_last() -> None:
 
 
 @sharing
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
 def test_the_standard_error_of_sampled_labels(likelihood: str, weight_sharing: str) -> None:
     """Its square is the variance of mean_delta2 over repetitions, in the mean.
