@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed-test ## run the others: published models, fuzzing,
 
 test-all: test test-slow ## run every test
 
-faults: $(VENV)/.installed-test ## kill, damage, race and interrupt at length (an hour on one core)
+faults: $(VENV)/.installed-test ## kill, damage, race and interrupt at length (half an hour on a quiet core)
 	@$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed-dev ## check style and types

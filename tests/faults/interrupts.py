@@ -24,9 +24,9 @@ from tests.faults.tally import Tally
 # The exception is raised by a debugger, or thrown by another thread, or is that of Ctrl-C, which is
 # pressed again while the first is on its way up.
 KINDS = {
-    "trace": "exception at a line",
-    "async": "exception thrown by a thread",
-    "signal": "Ctrl-C, and again",
+    "trace": "interruption: exception at a line",
+    "async": "interruption: exception thrown by a thread",
+    "signal": "interruption: Ctrl-C, and again",
 }
 FLAGS = [("generic", "all")]
 FLAGS += [
