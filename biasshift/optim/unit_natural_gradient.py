@@ -60,9 +60,9 @@ class UnitNaturalGradient(torch.optim.Optimizer):
     and ``A`` (or μ and the second moment) are running sums, from which the centered quantities are
     formed.
 
-    The work is in the dtype of the weights, but at least float32. A float32 update may differ from its
-    definition by ``2 ε inputs / damping`` of its size where W is a matrix, ε = 1.2e-7, else by a few
-    ε of its terms. Where ``ε inputs / damping`` passes 0.05, matrices are factored in float64.
+    The work is in the dtype of the weights, but at least float32. A float32 update may differ from
+    its definition by ``2 ε inputs / damping`` of its size where W is a matrix, ε = 1.2e-7, else by
+    a few ε of its terms. Where ``ε inputs / damping`` passes 0.05, factors are float64.
 
     Linear layers and convolutions are covered when they are called as modules and own their
     weights. Everything else (norms, embeddings, tied weights, layers never called) takes the plain
