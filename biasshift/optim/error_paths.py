@@ -7,8 +7,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from biasshift.measure.hooks import Call
 from biasshift.measure.layer_types import WeightLayer
-from biasshift.optim.layer_sums import UnfitLayer
-from biasshift.optim.passes import Pass
+from biasshift.optim.passes import Pass, UnfitLayer
 
 REPLACED = (
     "has a gradient, but no error came back to its net inputs: a hook has replaced them, or a "

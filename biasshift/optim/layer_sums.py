@@ -11,18 +11,10 @@ from biasshift.measure import layer_types
 from biasshift.measure.layer_types import WeightLayer
 from biasshift.optim.batch_sums import Batch, batch_sums, convolution_sums, needs_no_patches
 from biasshift.optim.divisor import Share
-from biasshift.optim.passes import Pass, RecordedCall
+from biasshift.optim.passes import Pass, RecordedCall, UnfitLayer
 from biasshift.optim.references import References
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.update_rule import UpdateRule
-
-
-class UnfitLayer(ValueError):
-    """A layer whose curvature cannot be formed of the passes as they are."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"Layer '{name}' {why}")
-        self.name, self.why = name, why
 
 
 @torch.no_grad()

@@ -13,6 +13,14 @@ from biasshift.optim.running_sums import RunningSums
 _deaf_ear, _hear_nothing = hooks._deaf_ear, hooks._hear_nothing
 
 
+class UnfitLayer(ValueError):
+    """A layer whose curvature cannot be formed of the passes as they are."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Layer '{name}' {why}")
+        self.name, self.why = name, why
+
+
 @dataclass(eq=False)
 class RecordedCall:
     """One call of a layer, and the error that came back.

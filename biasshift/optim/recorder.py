@@ -25,8 +25,8 @@ from biasshift.measure.likelihoods import Likelihood
 from biasshift.measure.outputs import all_heads, chosen_output, classes_last, refuse_other_axes
 from biasshift.optim.divisor import Divisor, Share
 from biasshift.optim.error_paths import bypassed, check_outputs, without_errors
-from biasshift.optim.layer_sums import UnfitLayer, layer_sums
-from biasshift.optim.passes import Pass, RecordedCall
+from biasshift.optim.layer_sums import layer_sums
+from biasshift.optim.passes import Pass, RecordedCall, UnfitLayer
 from biasshift.optim.references import References
 from biasshift.optim.running_sums import RunningSums
 from biasshift.optim.together import are_finite, sums_of_rows
