@@ -287,8 +287,10 @@ class Experiment:
                     if not holds(each):
                         message = f"{option} must be {words}, got {each}."
                         raise ValueError(message)
-            if value is not None and name in MOST and value > MOST[name]:
-                raise ValueError(f"{option} must be at most {MOST[name]:,}, got {value:,}.")
+            for each in values if name in MOST else ():
+                if each is not None and each > MOST[name]:
+                    message = f"{option} must be at most {MOST[name]:,}, got {each:,}."
+                    raise ValueError(message)
             if name in LISTS and len(set(values)) < max(len(values), 1):
                 message = f"{option} needs at least one value, and each of them once."
                 raise ValueError(message)

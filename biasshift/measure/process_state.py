@@ -67,8 +67,8 @@ def leave_transforms(restoration: Restoration) -> None:
     restoration.undo(_leave_transforms, get_dynamic_layer_stack_depth())
     if not _batches_gradients():
         restoration.undo(_leave_batches)
-    saved = torch._C._autograd  # hooks on tensors that are saved for backward passes
-    if saved._saved_tensors_hooks_is_enabled():  # pyright: ignore[reportAttributeAccessIssue]
+    saved: Any = vars(torch._C)["_autograd"]  # hooks on tensors saved for backward passes
+    if saved._saved_tensors_hooks_is_enabled():
         restoration.undo(saved._saved_tensors_hooks_enable)
 
 
