@@ -12,7 +12,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from biasshift.fisher.cholesky import Factors, Singular, sherman_morrison
-from biasshift.fisher.digits import MOST_MOVED, lost_errors, moved_by_rounding, out_of_range
+from biasshift.fisher.digits import (
+    MOST_MOVED,
+    cancelled,
+    lost_errors,
+    moved_by_rounding,
+    out_of_range,
+)
 from biasshift.fisher.expectations import Expectations
 from biasshift.fisher.held import HeldSums
 from biasshift.fisher.moments import WeightedSums
@@ -158,11 +164,12 @@ class Inverses(Expectations):
         """The units whose numbers the dtype of the model cannot carry.
 
         Either the incoming activations vary so little beside their size that rounding them may move
-        k by 0.1 or more. Or errors are near the smallest number of the dtype, and may have
+        k by 0.1 or more. Or nearly all weight is on samples near 0 and far from the mean of all, so
+        that moments cancel. Or errors are near the smallest number of the dtype, and may have
         vanished; or c or s is beyond its range. Measure the model in double precision, or, in the
         first case, with more damping.
         """
-        lost = lost_errors(self.sums, self.dtype)
+        lost = lost_errors(self.sums, self.dtype) | cancelled(self.sums, self.dtype)
         try:
             q, _, moved = self._whitened_mean
         except ValueError:  # no inverse without damping, and nothing to be imprecise

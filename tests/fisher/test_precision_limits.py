@@ -176,3 +176,27 @@ def test_a_unit_with_vanishing_errors_leaves_the_kept_ones_alone(storage: str) -
     double = copy.deepcopy(model).double()
     exact = bs.unit_fisher(double, x.double(), units={"0": [0]}, storage=storage)["0"]
     torch.testing.assert_close(single.k.double(), exact.k, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["auto", "dense"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_on_zeros_far_from_the_mean_is_flagged_where_moments_cancel(
+    storage: str, bias: bool
+) -> None:
+    """As of a padding behind which a norm divides by its ε: errors a million times as large."""
+    generator = torch.Generator().manual_seed(0)
+    a = 3 + torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    a[:20] = 0
+    delta2 = torch.rand(200, 2, generator=generator, dtype=torch.float64)
+    delta2[:20, 0] *= 1e10
+    options = {"storage": storage, "bias": bias, "damping": 1e-3}
+    exact = bs.UnitFisher.from_samples(a, delta2, **options)
+    single = bs.UnitFisher.from_samples(a.float(), delta2.float(), **options)
+    assert single.imprecise.tolist() == [True, False] and not exact.imprecise.any()
+    ã = torch.cat([a, torch.ones(200, 1)], 1) if bias else a
+    F = torch.einsum("nu,ni,nj->uij", delta2, ã, ã) / 200
+    torch.testing.assert_close(exact.matrix(), F, rtol=1e-4, atol=1e-12)
+    weights = slice(0, 4)
+    error = (single.matrix().double() - F)[:, weights, weights].abs().amax((1, 2))
+    size = F[:, weights, weights].abs().amax((1, 2))
+    assert error[0] > 1e-3 * size[0] and error[1] < 1e-5 * size[1]

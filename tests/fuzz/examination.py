@@ -299,13 +299,16 @@ class Examination:
                     self.outcome.add("UNJUSTIFIED", f"'{name}' is left out: {said[0]}")
                 continue
             self.outcome.measured += 1
+            carried = ~fishers[name].imprecise  # others are said to be rounding
             self.compare(
                 f"F of '{name}' ({type(self.oracle.slots[name].layer).__name__})",
-                matrix(fishers[name]),
-                self.kept(self.expected[name]),
-                lambda name=name: self.kept(self.single.fishers(self.labels, self.sharing)[name]),
+                matrix(fishers[name])[carried],
+                self.kept(self.expected[name])[carried],
+                lambda name=name, carried=carried: self.kept(
+                    self.single.fishers(self.labels, self.sharing)[name]
+                )[carried],
                 self.largest,
-                lambda name=name: self.kept(self.together[name]),
+                lambda name=name, carried=carried: self.kept(self.together[name])[carried],
             )
             if called:
                 self.compare_means(name, fishers[name].mean_p)
