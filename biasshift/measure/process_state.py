@@ -36,7 +36,7 @@ LEAVE = {
 
 
 def run_uncompiled(restoration: Restoration) -> None:
-    """Compiled parts run uncompiled: hooks added after compilation would never fire."""
+    """Runs compiled parts uncompiled: hooks added after compilation would never fire."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None:  # nothing is compiled before it is imported
         restoration.undo(setattr, dynamo, "_stance", dynamo._stance)
