@@ -1047,10 +1047,10 @@ def test_quick_runs_are_called_so(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, spec in FIGURES.items() if spec.quick])
 def test_quick_commands_are_commands(name):
-    from biasshift import cli
+    from biasshift.cli.parser import parse
 
     for command in FIGURES[name].quick:
-        assert cli.parse([*command.split(), "--smoke", "--replace"]).smoke
+        assert parse([*command.split(), "--smoke", "--replace"]).smoke
 
 
 @pytest.mark.parametrize("name", ["2", "gap", "theory4", "table1", "bench"])
