@@ -28,6 +28,9 @@ SMALL = {
     "ACTIVATIONS": ("elu", "relu"),
 }
 PROGRAM = (
+    # as a terminal starts it, also where the tests run below nohup or in the background
+    "import signal as s; s.signal(s.SIGINT, s.default_int_handler); "
+    "[s.signal(number, s.SIG_DFL) for number in (s.SIGTERM, s.SIGHUP)]; "
     f"from biasshift.experiments import demo; vars(demo).update({SMALL}); "
     "from biasshift.cli import main; main()"
 )

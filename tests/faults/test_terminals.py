@@ -184,7 +184,7 @@ class Failing(io.StringIO):
 def test_output_that_fails_stops_nothing(monkeypatch, number, after):
     broken, errors, done = Failing(OSError(number, os.strerror(number)), after), io.StringIO(), []
 
-    def train(words):
+    def train(words, last):
         for step in range(10):
             print("step", step, flush=True)
             done.append(step)
