@@ -233,6 +233,7 @@ class Curvature:
         usable = torch.empty(blocks, dtype=torch.bool, device=offset.device)
         second = self.sums.parts["second"]
         step = units_at_a_time(inputs, factors.element_size(), CACHED)
+        identity = torch.eye(inputs, dtype=dtype, device=offset.device)
         for piece in (slice(i, i + step) for i in range(0, blocks, step)):
             W = factors[piece]
             if self.rule.center == "p":
@@ -253,9 +254,8 @@ class Curvature:
             if damping == 0:
                 self._refuse_singular(failed & alive)
             usable[piece] = alive & ~failed
-        if not usable.all():
-            identity = torch.eye(inputs, dtype=dtype, device=offset.device)
-            factors[~usable] = identity
+            # in the cache still, and the host need not know whether there are any
+            W.copy_(torch.where(usable[piece, None, None], W, identity))
         return Inverse(factors, usable)
 
     def _factor_dtype(self, inputs: int, damping: float, bias: bool) -> torch.dtype:
