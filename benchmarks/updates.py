@@ -17,8 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from biasshift.nets import mlp
 from biasshift.optim import UnitNaturalGradient
+from biasshift.training.process_pool import one_thread
 
 from .cnn import network as cnn
 from .formulas import LayerBatch, kfac_step, layer_batches, unit_step
@@ -199,17 +199,6 @@ def error(update: Update, every: int, model: nn.Module, x: Tensor, y: Tensor) ->
     update.make(model, every, 1.0)(x, y)
     moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
     return ((moved - expected).norm() / expected.norm()).item()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Has PyTorch work on one thread in the block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def costs(

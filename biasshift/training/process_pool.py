@@ -51,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[Any], None]) -
     if workers < 1:
         raise ValueError(f"'workers' must be at least 1, got {workers}.")
     if workers == 1 or len(jobs) == 1:
-        with _one_thread():
+        with one_thread():
             for work, arguments in jobs:
                 work(*arguments, report)
         return
@@ -170,7 +170,8 @@ def _keyboard_interrupts_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Has PyTorch work on one thread in the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
