@@ -7,6 +7,7 @@ each has its own step, layer and unit, which takes room in the file, too.
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,18 +23,21 @@ COPIES = 2  # of the table, while it is converted
 _ELSE_BYTES = 8 * 2**30  # of memory, where the system does not tell
 
 
-def read_bounded(file: pq.ParquetFile, columns: Sequence[str] | None, units: bool) -> pa.Table:
+def read_bounded(
+    file: pq.ParquetFile, size: int, columns: Sequence[str] | None, units: bool
+) -> pa.Table:
     """Returns the rows of a segment in the types of the layout.
 
     Args:
         file: an open segment, of any origin.
+        size: of the file, in bytes.
         columns: keep only these, besides the keys.
         units: False keeps only the rows of whole layers and networks, and never holds the others.
 
     Raises:
         ValueError: the file promises more than it can hold, or has other columns than a run.
     """
-    refuse_swollen(file.metadata)
+    refuse_swollen(file.metadata, size)
     conform(file.schema_arrow.empty_table())
     names = file.schema_arrow.names
     kept = None if columns is None else [name for name in names if name in {*KEYS, *columns}]
@@ -46,8 +50,15 @@ def read_bounded(file: pq.ParquetFile, columns: Sequence[str] | None, units: boo
     return pa.concat_tables(parts) if parts else conform(file.read(kept))
 
 
-def refuse_swollen(footer: pq.FileMetaData) -> None:
-    """Raises an error where a segment promises more rows than it can hold.
+def refuse_swollen(footer: pq.FileMetaData, size: int) -> None:
+    """Raises an error where a segment promises more rows than its file can hold.
+
+    Asks the footer for nothing about single columns of a group: pyarrow ends the process where that
+    part is damaged.
+
+    Args:
+        footer: of the file.
+        size: of the file, in bytes.
 
     Raises:
         ValueError: without the name of the file.
@@ -56,10 +67,10 @@ def refuse_swollen(footer: pq.FileMetaData) -> None:
         raise ValueError(
             f"Segments have at most {MAX_COLUMNS:,} columns and {MAX_GROUPS:,} groups of rows."
         )
-    rows, held = footer.num_rows, _stored_bytes(footer)
-    if rows < 0 or rows > max(FEW_ROWS, ROWS_PER_BYTE * held):
+    rows = footer.num_rows
+    if rows < 0 or rows > max(FEW_ROWS, ROWS_PER_BYTE * size):
         raise ValueError(
-            f"Its {held:,} bytes cannot hold the {rows:,} different rows they promise."
+            f"Its {size:,} bytes cannot hold the {rows:,} different rows they promise."
         )
 
 
@@ -77,12 +88,17 @@ def refuse_too_large(folders: Sequence[Path], columns: Sequence[str] | None) -> 
     """
     needed, memory = 0, memory_bytes()
     for folder in folders:
-        needed += COPIES * sum(_loaded_bytes(footer, columns) for footer in _footers(folder))
+        needed += COPIES * sum(_segment_bytes(folder, columns))
         if needed > memory:
             raise ValueError(
                 f"The rows up to those of '{folder}' need {needed / 2**30:.3g} GiB of memory, and "
                 f"there are {memory / 2**30:.3g}. Name fewer runs at a time."
             )
+
+
+def file_bytes(file: BinaryIO) -> int:
+    """Returns the size of an open file."""
+    return os.fstat(file.fileno()).st_size
 
 
 def memory_bytes() -> int:
@@ -100,33 +116,22 @@ def memory_bytes() -> int:
     return min(sizes)
 
 
-def _footers(folder: Path) -> Iterator[pq.FileMetaData]:
+def _segment_bytes(folder: Path, columns: Sequence[str] | None) -> Iterator[int]:
+    """What each readable segment takes in memory."""
     for _, name in segment_files(folder):
         try:
             with open(own_file(folder, name), "rb") as file:
                 footer = pq.read_metadata(file)
-            refuse_swollen(footer)
-        except (pa.ArrowException, OSError, ValueError):
+                refuse_swollen(footer, file_bytes(file))
+            loaded = _loaded_bytes(footer, columns)
+        except (pa.ArrowException, OSError, ValueError, LookupError):
             continue
-        yield footer
-
-
-def _stored_bytes(footer: pq.FileMetaData) -> int:
-    """The bytes of all pages, as far as the footer tells the truth."""
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    return sum(
-        max(0, group.column(column).total_compressed_size)
-        for group in groups
-        for column in range(min(group.num_columns, MAX_COLUMNS))
-    )
+        yield loaded
 
 
 def _loaded_bytes(footer: pq.FileMetaData, columns: Sequence[str] | None) -> int:
     kept = [n for n in footer.schema.names if columns is None or n in {*KEYS, *columns}]
-    text = sum(
-        group.column(column).total_uncompressed_size
-        for group in map(footer.row_group, range(footer.num_row_groups))
-        for column in range(group.num_columns)
-        if group.column(column).physical_type == "BYTE_ARRAY"
-    )
+    groups = map(footer.row_group, range(footer.num_row_groups))
+    unpacked = sum(max(0, group.total_byte_size) for group in groups)
+    text = max(0, unpacked - footer.num_rows * 8 * footer.num_columns)  # what no number takes
     return footer.num_rows * 8 * len(kept) + text

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from biasshift.escapes import storable
 from biasshift.runs.integrity import DamagedRunWarning, UncheckedRunWarning, file_digest
-from biasshift.runs.limits import read_bounded, refuse_too_large
+from biasshift.runs.limits import file_bytes, read_bounded, refuse_too_large
 from biasshift.runs.schema import (
     KEYS,
     first_line,
@@ -246,8 +246,8 @@ def _read_segment(
             with pq.ParquetFile(
                 content, read_dictionary=["layer"], page_checksum_verification=True
             ) as file:
-                return read_bounded(file, columns, units)
-        except (pa.ArrowException, OSError, ValueError) as error:
+                return read_bounded(file, file_bytes(content), columns, units)
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise ValueError(
                 f"'{path}' is not a readable segment ({first_line(error)}). Delete that file to "
                 "read the rest of the run."

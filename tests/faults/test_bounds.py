@@ -6,6 +6,8 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from biasshift.runs import limits
 from biasshift.runs.reader import find_runs, read_runs
 from biasshift.runs.writer import Run
 
+ROOT = Path(__file__).parents[2]
 SOON = 2.0  # seconds; under load a second is not what it was
 
 
@@ -77,7 +80,7 @@ def test_a_segment_of_equal_rows_is_refused_unread(tmp_path, monkeypatch, units,
     with pq.ParquetFile(path) as file, pytest.raises(ValueError, match="cannot hold"):
         monkeypatch.setattr(pq.ParquetFile, "read", None)
         monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
-        limits.read_bounded(file, None, units)
+        limits.read_bounded(file, path.stat().st_size, None, units)
 
 
 @pytest.mark.parametrize("values", [0.0, np.nan, "random"])
@@ -119,7 +122,42 @@ def test_a_column_of_another_kind_is_refused_unread(tmp_path, monkeypatch):
     pq.write_table(pa.table(rows), path)
     monkeypatch.setattr(pq.ParquetFile, "read", None)
     with pq.ParquetFile(path) as file, pytest.raises(ValueError, match="'mean' must hold numbers"):
-        limits.read_bounded(file, None, True)
+        limits.read_bounded(file, path.stat().st_size, None, True)
+
+
+DAMAGED_FOOTERS = """
+import random, sys
+from pathlib import Path
+from biasshift.runs.reader import read_runs
+
+path, chance = Path(sys.argv[1]), random.Random(0)
+whole = path.read_bytes()
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+refused = 0
+for _ in range(int(sys.argv[2])):
+    data = bytearray(whole)
+    start, size = chance.randrange(footer, len(data) - 8), chance.choice([1, 4, 32])
+    part = [chance.choice([byte, 0, chance.randrange(256)]) for byte in data[start : start + size]]
+    data[start : start + len(part)] = bytes(part)
+    path.write_bytes(data)
+    try:
+        read_runs(path.parent)
+    except ValueError:
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("name", ["segment-00000.parquet", "segment-00001.parquet"])
+def test_a_damaged_footer_does_not_end_the_process(tmp_path, name):
+    """pyarrow calls `abort` where it builds the metadata of some damaged columns."""
+    folder = record(tmp_path / "elu-0", units(3, 50, 1.0))
+    if name != "segment-00000.parquet":  # one that the run does not list has no checksum
+        (folder / name).write_bytes((folder / "segment-00000.parquet").read_bytes())
+    command = [sys.executable, "-c", DAMAGED_FOOTERS, str(folder / name), "500"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 50
 
 
 def test_few_rows_are_the_same_as_all_rows_filtered(tmp_path, monkeypatch):
