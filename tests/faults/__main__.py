@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
-from tests.faults.kills import server
+from tests.faults.alone import server
 from tests.faults.one import tried
 from tests.faults.tally import HEADER, Tally, merged
 

@@ -2,8 +2,6 @@
 of one that was not, to the bit.
 """
 
-import multiprocessing
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,11 +12,11 @@ from typing import Any
 import torch
 
 from biasshift.runs.reader import read_runs, run_states
+from tests.faults.alone import server
 from tests.faults.points import Points, kill, watching
 from tests.faults.small import KEEP, members, result, same, train
 from tests.faults.tally import Tally
 
-ROOT = Path(__file__).parents[2]
 EXECUTIONS = {"with weights": KEEP, "without": replace(KEEP, keep_weights=False)}
 PARTS = list(EXECUTIONS)
 PATIENCE = 120  # seconds
@@ -29,16 +27,6 @@ def killed(out: Path, point: int, how: str) -> None:
     torch.set_num_threads(1)
     with watching(Points(point, kill)):
         train(out, execution=EXECUTIONS[how])
-
-
-def server() -> Any:
-    """Processes forked from one that has imported all: a start takes hundredths of a second."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    programs = ["tests.faults.interrupts", "tests.faults.kills", "tests.faults.one"]
-    context.set_forkserver_preload([*programs, "sklearn.datasets", "torch._dynamo"])
-    return context
 
 
 def whole(work: Path, part: str | None = None) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:

@@ -12,9 +12,11 @@ import pytest
 
 from biasshift import _sigint, cli
 from biasshift.cli import results  # noqa: F401  takes long
+from biasshift.experiments import demo as demonstration
 from biasshift.report import report
 from biasshift.runs.reader import run_states
 from biasshift.runs.writer import Run
+from tests.faults.alone import server
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds, for a machine that is busy with something else
@@ -27,13 +29,19 @@ SMALL = {
     "QUICK_SEEDS": 1,
     "ACTIVATIONS": ("elu", "relu"),
 }
-PROGRAM = (
-    # as a terminal starts it, also where the tests run below nohup or in the background
-    "import signal as s; s.signal(s.SIGINT, s.default_int_handler); "
-    "[s.signal(number, s.SIG_DFL) for number in (s.SIGTERM, s.SIGHUP)]; "
-    f"from biasshift.experiments import demo; vars(demo).update({SMALL}); "
-    "from biasshift.cli import main; main()"
-)
+
+
+def demo(folder: Path, words: list[str]) -> None:
+    """The small demo, as a terminal starts it, also where the tests run below nohup."""
+    os.setsid()
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    vars(demonstration).update(SMALL)
+    for number, name in ((1, os.devnull), (2, folder / "errors.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    cli.main(["demo", "--quick", "--device", "cpu", *words, "--checkpoint-seconds", "0.1"])
 
 
 @pytest.mark.parametrize(
@@ -49,29 +57,51 @@ PROGRAM = (
 def test_a_training_that_is_interrupted_again_and_again_is_closed(
     tmp_path, workers, signals, status
 ):
-    options = ["demo", "--quick", "--device", "cpu", "--workers", str(workers)]
+    process = server().Process(target=demo, args=(tmp_path, ["--workers", str(workers)]))
+    process.start()
+    end = time.monotonic() + PATIENCE
+    while len({*tmp_path.glob("runs/demo/quick/*/checkpoint.pt")}) < workers:
+        assert time.monotonic() < end and process.is_alive(), said(tmp_path)
+        time.sleep(0.02)
+    for number in signals:  # as a terminal does: to all processes at once
+        os.killpg(process.pid, number)
+        time.sleep(0.01)
+    process.join(PATIENCE)
+    errors = said(tmp_path)
+    assert (process.exitcode, errors.count("\n")) == (status, 1), errors
+    assert errors.startswith("biasshift: interrupted. Finished runs are complete")
+    states = run_states(tmp_path / "runs")["state"].tolist()
+    assert states == ["interrupted"] * workers
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def said(folder: Path) -> str:
+    path = folder / "errors.txt"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_the_command_itself_ends_without_a_traceback(tmp_path):
+    """From its first line to its last: also while it imports PyTorch."""
+    command = [sys.executable, "-m", "biasshift", "demo", "--quick", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *options, "--checkpoint-seconds", "0.1"],
+        command,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     end = time.monotonic() + PATIENCE
-    while len({*tmp_path.glob("runs/demo/quick/*/checkpoint.pt")}) < workers:
+    while not [*tmp_path.glob("runs/demo/quick/*/config.json")]:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.02)
-    for number in signals:  # as a terminal does: to all processes at once
-        os.killpg(process.pid, number)
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.01)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, errors.count("\n")) == (status, 1), errors
-    assert errors.startswith("biasshift: interrupted. Finished runs are complete")
-    states = run_states(tmp_path / "runs")["state"].tolist()
-    assert states == ["interrupted"] * workers
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+    assert process.returncode == 130 and errors.count("\n") == 1, errors
 
 
 # -- the handler -----------------------------------------------------------------------------------

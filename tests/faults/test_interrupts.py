@@ -9,8 +9,8 @@ import biasshift as bs
 from tests.faults.alone import run_alone
 
 
-def test_an_interruption_at_any_line_leaves_everything_as_found():
-    run_alone("interrupts", 105)
+def test_an_interruption_at_any_line_leaves_everything_as_found(tmp_path):
+    run_alone("interrupts", 105, tmp_path)
 
 
 class Interrupted(nn.Module):

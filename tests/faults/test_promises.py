@@ -13,7 +13,8 @@ from biasshift.atomic import replacing
 from biasshift.runs.integrity import UncheckedRunWarning
 from biasshift.runs.reader import read_run, run_states
 from biasshift.runs.writer import Run
-from tests.faults import full_disk, kills, mutations, writers
+from tests.faults import kills, mutations, writers
+from tests.faults.alone import run_alone, server
 from tests.faults.tally import Tally
 
 pytestmark = pytest.mark.timeout(600)  # on a machine that is busy with something else
@@ -41,11 +42,11 @@ def test_damaged_files_are_refused_or_read_as_they_were(tmp_path):
 
 
 def test_a_killed_ensemble_is_resumed_to_the_same_bits(tmp_path):
-    assert_none_lost(kills.tallies(7, 2, tmp_path), 14)
+    run_alone("kills", 7, tmp_path)
 
 
 def test_a_full_disk_costs_no_more_than_a_resumption(tmp_path):
-    assert_none_lost(full_disk.tallies(4, 3, tmp_path), 16)
+    run_alone("full_disk", 4, tmp_path)
 
 
 def test_a_folder_has_one_writer(tmp_path):
@@ -79,7 +80,7 @@ def _listed(path: Path) -> str:
 def test_checkpoints_that_are_replaced_one_by_one_are_found(tmp_path):
     """Members of a killed ensemble are resumed apart then, and end at other numbers."""
     with mock.patch("biasshift.training.runner.starts", _each_for_itself):
-        context, (expected, moments) = kills.server(), kills.whole(tmp_path / "whole")
+        context, (expected, moments) = server(), kills.whole(tmp_path / "whole")
         how = "with weights"
         names = moments[how]
         first = next(i for i, name in enumerate(names) if name == "inside torch.save")

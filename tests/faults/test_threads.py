@@ -28,8 +28,8 @@ def _precision():
         yield
 
 
-def test_threads_measure_what_each_would_alone():
-    run_alone("threads", 2)
+def test_threads_measure_what_each_would_alone(tmp_path):
+    run_alone("threads", 2, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ import pandas as pd
 from biasshift.runs import ownership
 from biasshift.runs.reader import read_run, run_states
 from biasshift.runs.writer import Run
-from tests.faults.kills import server
+from tests.faults.alone import server
 from tests.faults.tally import Tally
 
 PARTS = ["locks", "names of owners"]
