@@ -17,7 +17,16 @@ from biasshift import experiments, runs
 PACKAGE = Path(__file__).parent.parent / "biasshift"
 LADDER = [  # bottom to top; a name stands for a module or for a folder of modules
     {"restoration", "lazy_names", "activation_names"},
-    {"_sigint", "theory", "activations", "precision", "distributed", "atomic", "escapes"},
+    {
+        "_sigint",
+        "theory",
+        "activations",
+        "precision",
+        "progress",
+        "distributed",
+        "atomic",
+        "escapes",
+    },
     {"fisher", "nets", "runs", "data"},
     {"measure", "analysis"},
     {"optim", "verification", "tracking", "plots"},

@@ -25,6 +25,7 @@ from biasshift.analysis.statistics import (
     seeds_needed,
     verdict,
 )
+from biasshift.progress import Show, progress as shown
 from biasshift.runs.reader import read_runs
 
 QUESTIONS = (
@@ -38,7 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def claims(runs: str | Path | pd.DataFrame) -> pd.DataFrame:
+def claims(runs: str | Path | pd.DataFrame, *, progress: Show = None) -> pd.DataFrame:
     """Returns one row per claim of the paper: its effect in these runs, and a verdict.
 
     1 means of activations, 2 coupling and gradient gap, 3 Theorem 2's correction, 4 inherited bias
@@ -62,6 +63,8 @@ def claims(runs: str | Path | pd.DataFrame) -> pd.DataFrame:
     Args:
         runs: a run folder or a folder of runs, or the table that `biasshift.runs.reader.read_runs`
             returns.
+        progress: whether to show on stderr, or in a notebook, how many of the questions are
+            answered; by default in a terminal or a notebook after 3 seconds, and not in loops.
 
     Returns:
         Columns ``claim``, ``statement``, ``source``, ``statistic``, ``effect``, ``low``, ``high``,
@@ -81,7 +84,12 @@ def claims(runs: str | Path | pd.DataFrame) -> pd.DataFrame:
             f"{type(runs).__name__}."
         )
     evidence = Evidence.of(runs if isinstance(runs, pd.DataFrame) else read_runs(runs))
-    made = [claim for question in QUESTIONS for claim in question(evidence)]
+    made: list[Claim] = []
+    with shown("claims", progress) as bar:
+        bar.begin(len(QUESTIONS), "questions")
+        for question in QUESTIONS:
+            made += question(evidence)
+            bar.advance()
     families = defaultdict(list)
     for claim in made:
         families[claim.family].append(claim)

@@ -131,11 +131,7 @@ def _command(options: Any) -> Callable[["Console"], None]:
     if isinstance(options, Report):
         if not options.runs:
             raise ValueError("A report needs runs: `biasshift report FOLDER`.")
-        from biasshift.report import report
-
-        return lambda console: console.print(
-            f"Report: {visible(str(report(options.runs, options.out)))}", soft_wrap=True
-        )
+        return lambda console: _report(console, options)
     from biasshift.cli.train import run_experiment
 
     if isinstance(options, Figure):
@@ -144,3 +140,12 @@ def _command(options: Any) -> Callable[["Console"], None]:
 
         return lambda console: draw_figures(console, options, parse, run_experiment)
     return lambda console: run_experiment(console, options)
+
+
+def _report(console: "Console", options: Any) -> None:
+    from biasshift.cli.console import watched
+    from biasshift.report import report
+
+    with watched(console, "report") as bar:
+        page = report(options.runs, options.out, progress=bar)
+    console.print(f"Report: {visible(str(page))}", soft_wrap=True)

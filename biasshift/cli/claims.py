@@ -13,7 +13,7 @@ from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, f
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
-from biasshift.cli.console import print_wrapped
+from biasshift.cli.console import print_wrapped, watched
 from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
 from biasshift.escapes import visible
 from biasshift.runs.provenance import provenance_sentence, table_provenance
@@ -33,7 +33,8 @@ def judge(console: Console, options: Claims) -> None:
         OSError: The table cannot be written; it has been printed by then.
     """
     table = read_runs(*options.runs)
-    verdicts = claims(table)
+    with watched(console, "claims") as bar:
+        verdicts = claims(table, progress=bar)
     print_claims(console, verdicts)
     verdicts.attrs.update(made_by := table_provenance(table, options.runs))
     text = f"{claims_markdown(verdicts)}\n{provenance_sentence(made_by)}\n"

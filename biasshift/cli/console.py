@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
+    Progress as Bar,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from biasshift.escapes import visible
+from biasshift.progress import Progress, progress as shown
 
 if TYPE_CHECKING:  # lists of runs need a console, too, and no PyTorch
     from biasshift.training import trial
@@ -54,6 +55,12 @@ def print_paths(console: Console, paths: list[Path]) -> None:
     """Prints where a figure is, whose files differ only in their suffix."""
     first = visible(str(paths[0]))
     console.print(f"Figure: {first} (and {paths[-1].suffix[1:].upper()})", soft_wrap=True)
+
+
+def watched(console: Console, title: str) -> Progress:
+    """Returns what a command reports to; a terminal shows it, once it has lasted 3 seconds."""
+    shows = None if console.is_terminal and not console.quiet else False
+    return shown(title, shows, console.file)
 
 
 # -- how far all runs are --------------------------------------------------------------------------
@@ -120,7 +127,7 @@ def progress(console: Console, total: int) -> Iterator[Callable[["trial.Progress
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=120) as bar:
+    with Bar(*columns, console=console, speed_estimate_period=120) as bar:
         task = bar.add_task("training", total=total, status="")
         yield lambda report: bar.update(
             task, completed=counter.add(report), status=counter.status(report)

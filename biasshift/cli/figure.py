@@ -12,7 +12,7 @@ from rich.table import Table
 
 from biasshift import figures
 from biasshift.cli.commands import Figure
-from biasshift.cli.console import print_paths
+from biasshift.cli.console import print_paths, watched
 from biasshift.escapes import visible
 
 
@@ -49,18 +49,27 @@ def draw_figures(
         tables, reasons = figures.drawable(paths)
     else:
         tables, reasons = {options.name: figures.data(options.name, *paths)}, {}
-    for name, table in tables.items():
-        if table is not None and options.quick:
-            table = table.assign(made="smoke" if options.smoke else "quick")
-        caption = figures.caption(name, table)
-        picture = figures.picture(name, table)
-        print_paths(console, figures.write(name, picture, options.out, caption))
-        _print_numbers(console, name, table)
-        if options.save is not None and table is not None:
-            saved = figures.save(figures.ALIASES.get(name, name), table, paths, options.save)
-            console.print(f"Table: {visible(str(saved))}", soft_wrap=True)
+    with watched(console, "figure") as bar:
+        bar.begin(len(tables), "figures")
+        for name, table in tables.items():
+            bar.pause()
+            _draw_figure(console, options, name, table)
+            bar.advance()
     for name, reason in reasons.items():
         console.print(f"Left out: figure {name}. {reason}", soft_wrap=True)
+
+
+def _draw_figure(console: Console, options: Figure, name: str, table: pd.DataFrame | None) -> None:
+    if table is not None and options.quick:
+        table = table.assign(made="smoke" if options.smoke else "quick")
+    caption = figures.caption(name, table)
+    picture = figures.picture(name, table)
+    print_paths(console, figures.write(name, picture, options.out, caption))
+    _print_numbers(console, name, table)
+    if options.save is not None and table is not None:
+        paths = (options.out / f"quick-{options.name}",) if options.quick else options.runs
+        saved = figures.save(figures.ALIASES.get(name, name), table, paths, options.save)
+        console.print(f"Table: {visible(str(saved))}", soft_wrap=True)
 
 
 def _quick_experiments(

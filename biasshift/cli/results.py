@@ -63,7 +63,7 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
 
     What speaks against taking them for more is in their caveats, which `biasshift claims` shows.
     """
-    judged = claims(table)
+    judged = claims(table, progress=False)
     console.print(f"\n{VERDICTS_TITLE}", style="bold")
     console.print(VERDICTS_NOTE)
     for verdict, words in VERDICTS.items():

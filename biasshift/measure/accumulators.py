@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from biasshift.fisher.held import HeldSums
+from biasshift.fisher.held import HeldSums, are_few
 from biasshift.fisher.moments import WeightedSums, rounding_share, sum_rounding
+from biasshift.fisher.packed import block_bytes
 from biasshift.fisher.ranges import with_range, with_square, with_squares
 from biasshift.fisher.samples import ImplicitSums
 from biasshift.fisher.unit_fisher import UnitFisher
@@ -85,6 +86,11 @@ class LayerBatch:
         ]
         return self.side_by_side(parts, axis=0)
 
+    @property
+    def itemsize(self) -> int:
+        """The bytes of a number in its sums over one batch."""
+        return layer_types.dtype_of_sums(self.calls[0].a).itemsize
+
     def summed_patches(self) -> Tensor:
         """Returns the sum of the incoming activations over all rows, (groups, inputs), float64."""
         parts = [layer_types.summed_patch(self.module, call.a, call.shape) for call in self.calls]
@@ -159,10 +165,10 @@ class LayerState:
             means = layer_types.channel_means(module, summed / layer.rows)
             self.reference = means.to(layer_types.dtype_of_sums(layer.calls[0].a))
             references = layer_types.repeat_channels(module, self.reference)
-            held = self.hold and not layer.shares_weights and len(references) == 1
+            holds = self.holds(layer)
             self.sums = [
                 HeldSums.empty(len(units), references[g], self.memory_budget)
-                if held
+                if holds
                 else WeightedSums.empty(len(units), references[g])
                 for g, units in self.groups
             ]
@@ -170,6 +176,10 @@ class LayerState:
             total = summed[g] - layer.rows * self.sums[i].reference
             self.sums[i] = self.sums[i].with_inputs(layer.examples, layer.rows, total)
         self.delta2: Tensor | None = None  # Σ over passes, (samples, units)
+
+    def holds(self, layer: LayerBatch) -> bool:
+        """Tells whether samples are kept while they are fewer numbers than the blocks."""
+        return self.hold and not layer.shares_weights and layer_types.group_count(self.module) == 1
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds the errors of a stack of seeds, (passes, batch, positions, units).
@@ -247,6 +257,20 @@ class LayerState:
             [delta[..., units].sum((0, 1)) for _, units in self.groups]
         )
 
+    def held_bytes(self, layer: LayerBatch, samples: int, batches: float, again: bool) -> int:
+        """Predicts the bytes of the blocks or the samples that are held at the end.
+
+        Args:
+            layer: the first batch.
+            samples: of all batches.
+            batches: how many there are, of the size of the first.
+            again: whether blocks are added to, which makes them float64.
+        """
+        units, inputs = len(layer.units), layer_types.input_count(layer.module)
+        if self.holds(layer) and are_few(samples, units, inputs):
+            return layer.itemsize * samples * (units + inputs)
+        return block_bytes(units, inputs) * (8 if again else layer.itemsize) // 8
+
     def total(self) -> WeightedSums | ImplicitSums:
         """Returns the sums of all units."""
         ungrouped = layer_types.group_count(self.module) == 1
@@ -299,16 +323,20 @@ def kept_units(name: str, module: WeightLayer, units: Units, device: torch.devic
     return torch.tensor(kept, device=device)
 
 
-def passes_at_once(batch: list[LayerBatch], dense: Collection[str], budget: int) -> int:
+def passes_at_once(
+    batch: list[LayerBatch], dense: Collection[str], outputs: Tensor, budget: int
+) -> int:
     """Returns how many backward passes the budget holds together, and 1 at least.
 
-    A pass takes three times the errors of all layers, and the vectors of one dense layer.
+    A pass takes three times the errors of all layers and of the outputs, and the vectors of one
+    dense layer.
 
     Args:
         dense: names of the layers whose blocks are formed.
+        outputs: of the model, which many classes make larger than all layers.
         budget: bytes.
     """
-    error_bytes = sum(
+    error_bytes = outputs.nbytes + sum(
         call.shape.numel() * call.a.element_size() for layer in batch for call in layer.calls
     )
     vector_bytes = [

@@ -16,6 +16,7 @@ from biasshift.fisher.unit_fisher import UnitFisher
 from biasshift.measure import layer_types, likelihoods
 from biasshift.measure.accumulators import LayerBatch, LayerState, Measured, passes_at_once
 from biasshift.measure.copies import Copies
+from biasshift.measure.cost import Watch
 from biasshift.measure.coverage import (
     are_named,
     refuse,
@@ -31,7 +32,7 @@ from biasshift.measure.layer_types import Selection, WeightLayer
 from biasshift.measure.likelihoods import Labels, Likelihood
 from biasshift.measure.options import Mask, Options, Units
 from biasshift.measure.outputs import OutputChoice
-from biasshift.measure.probe import Batch, InputNames, batches
+from biasshift.measure.probe import Batch, InputNames, batches, extent
 from biasshift.measure.sample_store import (
     Collector,
     ImplicitState,
@@ -41,6 +42,7 @@ from biasshift.measure.sample_store import (
     opened,
 )
 from biasshift.measure.sandbox import undisturbed
+from biasshift.progress import SILENT, Progress, Show, progress as shown
 
 
 def unit_fisher(
@@ -68,6 +70,7 @@ def unit_fisher(
     output: OutputChoice = None,
     uncovered: str = "skip",
     skip: Selection = None,
+    progress: Show = None,
 ) -> dict[str, UnitFisher]:
     """Returns the unit Fisher matrices of every weight layer on probe data, by module name.
 
@@ -119,6 +122,9 @@ def unit_fisher(
         uncovered: ``"skip"`` leaves out layers that cannot be measured, with one warning that names
             them, and ``"raise"`` makes them an error. Layers named in ``layers`` always are.
         skip: names of modules, or a predicate, to leave out with all inside of them.
+        progress: whether to show on stderr, or in a notebook, how many backward passes are done and
+            the seconds left. What they cost comes first: passes, samples and bytes. By default it
+            shows in a terminal or a notebook after 3 seconds, and not in loops.
 
     Raises:
         ValueError: for a named layer that cannot be measured (the message has the reason), coupled
@@ -159,7 +165,8 @@ def unit_fisher(
         uncovered=uncovered,
         skip=skip,
     )
-    return fishers_of(measure(model, x, y, options))
+    with shown("unit_fisher", progress) as bar:
+        return fishers_of(measure(model, x, y, options, progress=bar))
 
 
 def measure(
@@ -170,6 +177,7 @@ def measure(
     gradient: bool = False,
     warn: bool = True,
     share: bool = False,
+    progress: Progress = SILENT,
 ) -> dict[str, Measured]:
     """Measures every layer of a model on a probe, by module name.
 
@@ -180,6 +188,7 @@ def measure(
         warn: whether to warn of layers that are left out, and where all outputs look like
             probabilities instead of logits, and of too few effective samples.
         share: whether the probe is one process's share of one, whose samples are not all.
+        progress: what completed backward passes are reported to.
 
     Raises:
         ValueError: as `unit_fisher`, and for a gradient without the data's labels.
@@ -197,13 +206,20 @@ def measure(
     budget = MemoryBudget.on(device, options.memory_budget)
     states = LayerStates(options, budget, one_shot=isinstance(x, Iterator))
     copies = Copies()
+    watch = Watch(progress)
     with undisturbed(model, gradients=True):
+        probe = opened(x)
+        if progress:
+            watch.batches, watch.examples = extent(probe, options.batch_size, options.inputs)
         for batch in batches(
-            model, opened(x), y, options.batch_size, inputs=options.inputs, mask=options.mask
+            model, probe, y, options.batch_size, inputs=options.inputs, mask=options.mask
         ):
             if warn:
                 copies.add(batch.x)
-            add_batch(model, modules, batch, options, states, gradient, left_out=left_out)
+            add_batch(
+                model, modules, batch, options, states, gradient, left_out=left_out, watch=watch
+            )
+    progress.pause()  # what warnings say is not written into the line
     if warn:
         warn_of_left_out(model, left_out)
         if states.probabilities:
@@ -267,6 +283,7 @@ def _add_batch(
     *,
     where: Layouts,
     left_out: Reasons | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Adds one batch to the sums of all layers.
 
@@ -319,11 +336,17 @@ def _add_batch(
         for layer, delta in _errors(layers, outputs, rule_of_data.make(0, 1), keep=True):
             states[layer.name].add_gradient(layer, delta[0])
     dense = {name for name, state in states.items() if type(state) is LayerState}
-    step = passes_at_once(layers, dense, options.memory_budget)
+    step = passes_at_once(layers, dense, outputs, options.memory_budget)
+    watch = watch or Watch(SILENT)
+    if isinstance(states, LayerStates):
+        watch.begin(layers, states, options, rule.count, step)
     for i in range(0, rule.count, step):
         j = min(i + step, rule.count)
-        for layer, delta in _errors(layers, outputs, rule.make(i, j), keep=j < rule.count):
+        seeds = rule.make(i, j)
+        for k, (layer, delta) in enumerate(_errors(layers, outputs, seeds, j < rule.count), 1):
             states[layer.name].add_errors(layer, delta)
+            watch.progress.reach((j - i) * k / len(layers))
+        watch.progress.advance(j - i)
     for layer in layers:
         states[layer.name].finish_batch(layer)
 

@@ -20,6 +20,7 @@ from biasshift.measure.likelihoods import Labels, Likelihood
 from biasshift.measure.options import Mask, Options, Units
 from biasshift.measure.outputs import OutputChoice
 from biasshift.measure.probe import InputNames, Probe
+from biasshift.progress import Show, progress as shown
 from biasshift.theory import dot
 
 Update = tuple[Tensor, Tensor | None]  # Δw (units, inputs), and Δw₀ (units,) where there is a bias
@@ -45,6 +46,7 @@ def gradient_gap(
     output: OutputChoice = None,
     uncovered: str = "skip",
     skip: Selection = None,
+    progress: Show = None,
 ) -> pd.DataFrame:
     """Returns cosines between gradient and unit natural gradient, one row per layer.
 
@@ -57,7 +59,7 @@ def gradient_gap(
     Args:
         x: a tensor of examples with labels ``y``, or an iterable of batches (x, y).
         labels, likelihood, weight_sharing, layers, units, damping, batch_size, generator,
-            class_axis, mask, inputs, output, uncovered, skip: as in `unit_fisher`.
+            class_axis, mask, inputs, output, uncovered, skip, progress: as in `unit_fisher`.
 
     Returns:
         Columns ``layer``, ``cos_gradient``, ``cos_centered``, ``cos_diagonal``, ``norm_ratio``
@@ -91,8 +93,14 @@ def gradient_gap(
         uncovered=uncovered,
         skip=skip,
     )
-    measured = measure(model, x, y, options, gradient=True)
-    return pd.DataFrame([{"layer": name, **gap(layer)} for name, layer in measured.items()])
+    rows = []
+    with shown("gradient_gap", progress) as bar:
+        measured = measure(model, x, y, options, gradient=True, progress=bar)
+        bar.begin(len(measured), "layers")
+        for name, layer in measured.items():
+            rows.append({"layer": name, **gap(layer)})
+            bar.advance()
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True, eq=False)

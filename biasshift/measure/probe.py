@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,27 @@ def has_labels(x: Probe, inputs: InputNames = None) -> bool | None:
     if isinstance(x, tuple) and _are_inputs(x, inputs):
         return len(x) > _count(inputs)
     return None
+
+
+def extent(
+    x: Any, batch_size: int | None = None, inputs: InputNames = None
+) -> tuple[int | None, int | None]:
+    """Returns how many batches and examples a probe has; None where only reading it tells.
+
+    >>> extent(torch.ones(5, 2), 2), extent([torch.ones(5, 2)]), extent(iter([torch.ones(5, 2)]))
+    ((3, 5), (1, None), (None, None))
+    """
+    if isinstance(x, Tensor | Mapping) or _are_inputs(x, inputs):
+        examples = len(x) if isinstance(x, Tensor) else _examples_in(x)
+        return -(-examples // (batch_size or max(examples, 1))), examples
+    with suppress(Exception):  # a data set of unknown length raises what it likes
+        return (len(x) if batch_size is None else None), None
+    return None, None
+
+
+def _examples_in(x: Mapping | tuple) -> int:
+    parts = x.values() if isinstance(x, Mapping) else x
+    return next((len(t) for t in parts if isinstance(t, Tensor) and t.dim()), 0)
 
 
 def batches(

@@ -266,6 +266,18 @@ class ImplicitState(LayerState):
         self.budget.left += self.kept_bytes
         self.implicit = self.implicit.without_parts()
 
+    def held_bytes(self, layer: LayerBatch, samples: int, batches: float, again: bool) -> int:
+        """Predicts the bytes of maps and errors; 0 where they do not fit, and are read again."""
+        units, rows = len(layer.units), layer.rows
+        passes = samples / (layer.examples * batches) if layer.shares_weights else 1
+        numbers = units * rows * passes
+        if isinstance(layer.module, layer_types.LINEAR):
+            numbers += rows * layer_types.input_count(layer.module)
+        else:  # without what pads them
+            numbers += sum(call.a.numel() for call in layer.calls)
+        needed = round(layer.itemsize * numbers * batches)
+        return needed if needed <= self.budget.per_layer else 0
+
     def total(self) -> ImplicitSums:
         """Returns the sums of all units, with the parts kept or to be read again."""
         assert self.implicit is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from biasshift.atomic import replacing
+from biasshift.progress import Progress, Show, progress as shown
 from biasshift.report.claims_section import verdicts_section
 from biasshift.report.downsample import chart_data
 from biasshift.report.equal_loss import equal_loss_section
@@ -28,8 +29,15 @@ from biasshift.runs.reader import find_runs, read_runs, run_states
 
 __all__ = ["report"]
 
+STEPS = 5  # of a report: reading, charts, losses, claims, the page
 
-def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+
+def report(
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    progress: Show = None,
+) -> Path:
     """Writes one HTML page about all runs in or below ``runs``, and returns its path.
 
     Runs that differ only in the seed are averaged. Large inputs are thinned until the page stays
@@ -38,6 +46,8 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     Args:
         runs: Run folders, or folders that contain them.
         out: The page, ``*.html``; an earlier one is replaced.
+        progress: Whether to show on stderr, or in a notebook, how many steps are done; by default
+            in a terminal or a notebook after 3 seconds, and not in loops.
 
     Raises:
         ValueError: There are no runs, one is damaged, or ``out`` is not the name of a page.
@@ -57,13 +67,24 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
             f"'out' must be a file that ends in .html, got '{out}'. Choose a name such as "
             "report.html."
         )
+    with shown("report", progress) as bar:
+        return _write(runs, out, bar)
+
+
+def _write(runs: Sequence[str | os.PathLike[str]], out: Path, bar: Progress) -> Path:
+    bar.begin(STEPS, "steps")
     folders, states, table = find_runs(list(runs)), run_states(*runs), read_runs(*runs)
+    bar.advance()
     groups = run_groups(states, _last_losses(states, table))
     data = chart_data(table, states, groups)
+    bar.advance()
     left_out = data.left_out
     equal_loss = equal_loss_section(table, states, groups, left_out)
+    bar.advance()
+    verdicts = verdicts_section(table, groups, left_out)
+    bar.advance()
     sections = [
-        ("What these runs say about the paper's claims", verdicts_section(table, groups, left_out)),
+        ("What these runs say about the paper's claims", verdicts),
         ("Learning curves", curves_section(data)),
         ("Layers and units", layers_section(data)),
         *([("At equal training loss", equal_loss)] if equal_loss else []),
@@ -75,6 +96,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     with replacing(out) as temporary:
         text = html_page(title, _intro(states, groups), sections, data)
         temporary.write_text(text, encoding="utf-8", newline="\n")
+    bar.advance()
     return out
 
 

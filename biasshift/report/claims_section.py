@@ -73,7 +73,7 @@ def verdicts_section(runs: pd.DataFrame, groups: Sequence[RunGroup], left_out: l
 def _judged(runs: pd.DataFrame) -> str:
     """How many claims have which verdict, the claims, and the table for reading."""
     try:
-        found = claims(runs)
+        found = claims(runs, progress=False)
         reading = reading_table(per_run(runs))
     except (TypeError, LookupError) as error:
         # Options of other types than any run of ours has must not take the charts away.

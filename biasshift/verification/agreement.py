@@ -19,6 +19,7 @@ from biasshift.measure.options import Options
 from biasshift.measure.outputs import chosen_output
 from biasshift.measure.probe import Batch
 from biasshift.measure.sandbox import forward, undisturbed
+from biasshift.progress import SILENT, Progress
 from biasshift.verification.reference import has_bias_row, products
 
 Layers = Mapping[str, WeightLayer]
@@ -47,7 +48,13 @@ class Comparison:
     uncompared: dict[str, str] = field(default_factory=dict)
 
 
-def compare_layers(model: nn.Module, layers: Layers, batch: Batch, options: Options) -> Comparison:
+def compare_layers(
+    model: nn.Module,
+    layers: Layers,
+    batch: Batch,
+    options: Options,
+    progress: Progress = SILENT,
+) -> Comparison:
     """Measures layers by both routes on the same examples, and returns how far they differ.
 
     Labels are the model's own, and then the data's where there are some. The model is changed: hand
@@ -57,6 +64,7 @@ def compare_layers(model: nn.Module, layers: Layers, batch: Batch, options: Opti
         layers: those that are covered, by name.
         batch: the examples. Their labels and mask are not used where a model has more than 16
             outputs, which random combinations replace.
+        progress: what examples that both routes are done with are reported to.
     """
     result = Comparison()
     if not layers:
@@ -74,9 +82,12 @@ def compare_layers(model: nn.Module, layers: Layers, batch: Batch, options: Opti
     elif batch.y_in_call and options.likelihood == "categorical":
         y = aligned_labels(outputs, batch.y, getattr(returned, "loss", None))
         batch = batch._replace(y=y, y_in_call=False)
-    for labels in ("expected",) if batch.y is None else ("expected", "empirical"):
+    rules = ("expected",) if batch.y is None else ("expected", "empirical")
+    progress.begin(len(rules) * len(batch.x), "examples")
+    for labels in rules:
         remaining = {name: layer for name, layer in layers.items() if name not in result.failed}
-        _compare(model, remaining, batch, replace(options, labels=labels, mask=None), result)
+        own = replace(options, labels=labels, mask=None)
+        _compare(model, remaining, batch, own, result, progress)
     return result
 
 
@@ -86,6 +97,7 @@ def _compare(
     batch: Batch,
     options: Options,
     result: Comparison,
+    progress: Progress,
 ) -> None:
     units = {name: _compared_units(layer) for name, layer in layers.items()}
     vectors = {name: _vectors(layer, len(units[name])) for name, layer in layers.items()}
@@ -111,7 +123,7 @@ def _compare(
         # Weights are changed in the modules as they are, without the parts of the other route.
         expand = options.weight_sharing == "expand"
         with undisturbed(plain, gradients=True, apart=expand):
-            expected = products(plain, units, vectors, batch, options)
+            expected = products(plain, units, vectors, batch, options, progress)
     except Exception as error:  # the reference cannot run this model, example by example
         why = f"not compared: {type(error).__name__}: {error}"
         result.uncompared |= dict.fromkeys(measured, why)

@@ -30,6 +30,7 @@ from biasshift.measure.options import Mask, Options
 from biasshift.measure.outputs import OutputChoice
 from biasshift.measure.probe import Batch, InputNames, Probe, batches
 from biasshift.measure.sandbox import forward, undisturbed
+from biasshift.progress import Show, progress as shown
 from biasshift.verification.agreement import Comparison, compare_layers
 
 # Modules with parameters of several axes, but without units.
@@ -48,6 +49,7 @@ def check(
     mask: Mask = None,
     inputs: InputNames = None,
     output: OutputChoice = None,
+    progress: Show = None,
 ) -> pd.DataFrame:
     """Compares the unit Fisher matrices of every layer with those of `torch.func`.
 
@@ -65,6 +67,8 @@ def check(
         likelihood: as in `unit_fisher`, like ``weight_sharing``.
         examples: how many of the first examples are run.
         class_axis, mask, inputs, output: as in `unit_fisher`.
+        progress: whether to show how many of the examples both routes are done with, and the
+            seconds left; by default as in `unit_fisher`.
 
     Returns:
         One row per module. The columns are ``module``, ``kind``, ``covered``, ``reason`` (why it is
@@ -109,11 +113,13 @@ def check(
         }
         named = named_modules(model)
         sizes = {name: _sizes(module) for name, module in named.items()}
-        comparison = (
-            Comparison(uncompared=dict.fromkeys(layers, why))
-            if why
-            else compare_layers(copied, layers, Batch(few, y, kept, first.y_in_call), options)
-        )
+        batch = Batch(few, y, kept, first.y_in_call)
+        with shown("check", progress) as bar:
+            comparison = (
+                Comparison(uncompared=dict.fromkeys(layers, why))
+                if why
+                else compare_layers(copied, layers, batch, options, bar)
+            )
     reasons |= comparison.failed | comparison.uncompared
     return pd.DataFrame(
         [

@@ -25,6 +25,7 @@ from biasshift.measure.outputs import chosen_output
 from biasshift.measure.parts import LinearPart
 from biasshift.measure.probe import Batch
 from biasshift.measure.sandbox import forward
+from biasshift.progress import SILENT, Progress
 
 Layers = Mapping[str, WeightLayer]
 Units = Mapping[str, Tensor]
@@ -39,6 +40,7 @@ def products(
     vectors: Vectors,
     batch: Batch,
     options: Options,
+    progress: Progress = SILENT,
 ) -> dict[str, Float[Tensor, "units params vectors"]]:
     """Returns ``F v`` for the given units and vectors, averaged over the examples.
 
@@ -49,6 +51,7 @@ def products(
         vectors: of every unit; params = inputs + 1, bias last.
         batch: the examples. Their labels count where ``options.labels`` is "empirical".
         options: the likelihood, the kind of weight sharing, the output and its axis of classes.
+        progress: what completed examples are reported to.
     """
     named = layer_types.named_modules(model)
     layers = {name: _plain(named[name]) for name in units}
@@ -66,6 +69,7 @@ def products(
         )
         for name, value in route(model, layers, units, vectors, x[own], terms).items():
             total[name] += value / len(x)
+        progress.advance()
     return total
 
 
