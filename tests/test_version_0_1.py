@@ -52,9 +52,13 @@ def test_an_interrupted_run_resumes_to_its_end(update: str, tmp_path: Path) -> N
         np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-3, atol=1e-4)
 
 
-def test_claims_are_those_of_before_to_the_byte() -> None:
+def test_claims_are_those_of_before_to_the_letter() -> None:
     claims = bs.claims(FOLDER / "runs")
-    assert claims.to_csv(index=False) == (FOLDER / "claims.csv").read_text(encoding="utf-8")
+    recorded = pd.read_csv(FOLDER / "claims.csv", keep_default_na=False, na_values=[""])
+    # Sums over units were float32 then.
+    pd.testing.assert_frame_equal(
+        claims, recorded, check_dtype=False, check_index_type=False, rtol=1e-6, atol=0
+    )
     assert claims_markdown(claims) == (FOLDER / "claims.md").read_text(encoding="utf-8")
     said = "\n".join(sentences(claims)) + "\n"
     assert said == (FOLDER / "sentences.txt").read_text(encoding="utf-8")

@@ -12,9 +12,12 @@ import pandas as pd
 
 from biasshift.analysis.claim import EQUAL_LOSS
 from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cell_of, paper_runs
-from biasshift.analysis.layer_points import exam_points, points_of
-from biasshift.analysis.learning_curves import TINY, common_levels, curve_of, loss_after, reached
+from biasshift.analysis.layer_points import NEEDED, exam_points, points_of
+from biasshift.analysis.learning_curves import TINY, common_levels, curves_of, loss_after, reached
 from biasshift.analysis.quantities import REFERENCE_DAMPING, per_run
+
+# Columns that `points_of` reads, besides those of the run.
+MEASURED = ("run", "activation", "seed", "step", "layer", "unit", "inputs", *NEEDED)
 
 TO_STEPS = "ln of the steps to training loss {:g}"
 TO_SECONDS = "ln of the seconds to training loss {:g}"
@@ -114,16 +117,18 @@ class Evidence:
                 "negative, such as a cross-entropy or a squared error."
             )
         numbers = per_run(table)
-        paper = set(paper_runs(numbers)["run"])
-        curves, measured = {}, []
-        for name, run in table.groupby("run", observed=True, sort=False):
-            curves[str(name)] = curve_of(run)
-            if name in paper and len(points := points_of(run)):
+        paper = set(paper_runs(numbers)["run"].astype(str))
+        measured = []
+        ours = table.loc[table["run"].astype(str).isin(paper).to_numpy()]
+        ours = ours[[name for name in MEASURED if name in ours]]
+        for name, run in ours.groupby("run", observed=True, sort=False):
+            if len(points := points_of(run)):
                 activation, seed = run["activation"].iloc[0], run["seed"].iloc[0]
                 measured.append(points.assign(run=name, activation=activation, seed=seed))
         points = pd.concat(measured, ignore_index=True) if measured else pd.DataFrame()
         examined = exam_points(table)
-        return cls(numbers, curves, points, examined[examined["run"].isin(paper)])
+        examined = examined[examined["run"].isin(paper)]
+        return cls(numbers, curves_of(table), points, examined)
 
     @cached_property
     def paper(self) -> pd.DataFrame:
@@ -166,9 +171,20 @@ class Evidence:
         rates, best = self._rates(cells), {}
         for cell in cells:
             runs = self._by_cell[cell]
-            runs = runs[runs["lr"].isin(rates)]
-            best[cell] = (runs[runs["lr"] == best_rate(runs)] if rates else runs).set_index("seed")
+            chosen = runs["lr"] == self._best_rate(cell, tuple(rates)) if rates else slice(0)
+            best[cell] = runs[chosen].set_index("seed")
         return best
+
+    def _best_rate(self, cell: Cell, rates: tuple[float, ...]) -> float:
+        """The best of these rates for a cell: several claims ask."""
+        if (cell, rates) not in self._chosen:
+            runs = self._by_cell[cell]
+            self._chosen[cell, rates] = best_rate(runs[runs["lr"].isin(rates)])
+        return self._chosen[cell, rates]
+
+    @cached_property
+    def _chosen(self) -> dict[tuple[Cell, tuple[float, ...]], float]:
+        return {}
 
     def _rates(self, cells: Sequence[Cell]) -> list[float]:
         """The learning rates that all of these cells were trained at."""

@@ -11,14 +11,26 @@ LEVELS = tuple(digit * 10.0**power for power in range(1, -9, -1) for digit in (5
 TINY = 1e-300  # a loss of exactly 0 has no logarithm
 
 
-def curve_of(run: pd.DataFrame) -> pd.DataFrame:
-    """Returns ``step``, ``train_loss`` and ``seconds`` of a run's scores, in the order of steps.
+def curves_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns ``step``, ``train_loss`` and ``seconds`` of every run's scores, in the order of steps.
 
     Of several scores at one step the last one counts. Seconds are NaN where they are not recorded.
+
+    Args:
+        table: rows of runs, with a column ``run``.
     """
-    rows = run[run["train_loss"].notna()].sort_values("step").drop_duplicates("step", keep="last")
-    seconds = rows["seconds"].astype(float) if "seconds" in rows else np.nan
-    return rows[["step", "train_loss"]].astype(float).assign(seconds=seconds)
+    scored = table.loc[table["train_loss"].notna().to_numpy()]
+    rows = pd.DataFrame(
+        {
+            "run": scored["run"].astype(str),
+            **scored[["step", "train_loss"]].astype(float),
+            "seconds": scored["seconds"].astype(float) if "seconds" in scored else np.nan,
+        }
+    )
+    rows = rows.sort_values("step", kind="stable").drop_duplicates(["run", "step"], keep="last")
+    split = {str(name): run for name, run in rows.set_index("run").groupby(level="run")}
+    nothing = rows.iloc[:0].set_index("run")
+    return {str(name): split.get(str(name), nothing) for name in table["run"].unique()}
 
 
 def common_levels(curves: Iterable[pd.DataFrame], count: int) -> list[float]:
@@ -39,7 +51,7 @@ def reached(curve: pd.DataFrame, level: float, axis: str = "step") -> float:
     Between two scores the logarithm of the loss is a straight line.
 
     Args:
-        curve: as `curve_of` returns it.
+        curve: one of those that `curves_of` returns.
         level: the loss, in nats.
         axis: "step" or "seconds".
     """

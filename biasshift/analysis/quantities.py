@@ -12,6 +12,7 @@ from biasshift.fisher.unit_fisher import SAMPLES_PER_INPUT
 
 REFERENCE_DAMPING = 1e-2  # of the examinations at equal loss, the one whose numbers are shown
 EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
+SHIFT = ("own", "incoming", "second_order")  # the parts of the bias shift of an update
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
@@ -60,12 +61,8 @@ def per_run(table: pd.DataFrame) -> pd.DataFrame:
         columns=["activation", "seed", "exam_probe", "exam_damping"]
     )
     runs = cells_of(table).join(exams.groupby("run", observed=True).mean(), on="run")
-    equal_steps = runs.set_index("run")["exam_step"]
-    rows = [
-        {"run": name, **_along(run, float(equal_steps[name]))}
-        for name, run in table.groupby("run", observed=True, sort=False)
-    ]
-    return runs.join(pd.DataFrame(rows).set_index("run"), on="run")
+    numbers = _numbers(table, runs.set_index("run")["exam_step"].astype(float))
+    return runs.join(numbers.reindex(runs["run"].astype(str)).reset_index(drop=True))
 
 
 def _need(table: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -76,76 +73,127 @@ def _need(table: pd.DataFrame, columns: Sequence[str]) -> None:
         )
 
 
-def _along(run: pd.DataFrame, equal_step: float) -> dict[str, float]:
-    """All numbers of one run that are not of its examination."""
-    means = run[(run["unit"] >= 0) & run["mean"].notna()]
-    behind = run[run["layer"].isin(fed_layers(run)) & run["own"].notna()]
-    numbers = {
-        "last_step": float(run["step"].max()),
-        "unit_mean_equal": _median_at(means, equal_step),
-        "inherited_early": inherited_share(behind[behind["step"] <= run["step"].max() / 4]),
-        "inherited_equal": inherited_share(behind[behind["step"] <= equal_step]),
-    }
-    if not has_ended(run):
-        return dict.fromkeys(AT_THE_END, nan) | numbers
-    last = _last(means)["mean"].astype(float)
-    return {
-        "unit_mean": last.median(),
-        "unit_mean_abs": last.abs().mean(),
-        "inherited": inherited_share(behind),
-        "train_loss": end_loss(run),
+def _numbers(table: pd.DataFrame, equal_steps: pd.Series) -> pd.DataFrame:
+    """All numbers of the runs that are not of their examinations, by run.
+
+    Every step takes the rows of all runs together: of hundreds of runs, a loop would take minutes.
+    """
+    means = table.loc[
+        (table["unit"] >= 0).to_numpy() & table["mean"].notna().to_numpy(),
+        ["run", "step", "layer", "unit", "mean"],
+    ]
+    behind = table.loc[
+        _behind_the_first(table) & table["own"].notna().to_numpy(), ["run", "step", *SHIFT]
+    ]
+    last_step = table.groupby("run", observed=True)["step"].max().astype(float)
+    last_means = _last(means).astype({"mean": float})
+    units = last_means.groupby("run", observed=True)["mean"]
+    at_the_end = {
+        "unit_mean": units.median(),
+        "unit_mean_abs": last_means.assign(mean=last_means["mean"].abs())
+        .groupby("run", observed=True)["mean"]
+        .mean(),
+        "inherited": inherited_shares(behind),
+        "train_loss": end_losses(table),
         **drifts(means),
-        **numbers,
     }
+    steps = behind["step"].to_numpy(float)
+    along = {
+        "last_step": last_step,
+        "unit_mean_equal": _medians_at(means, equal_steps),
+        "inherited_early": inherited_shares(behind[steps <= _of(behind, last_step) / 4]),
+        "inherited_equal": inherited_shares(behind[steps <= _of(behind, equal_steps)]),
+    }
+    columns = at_the_end | along | {"ended": have_ended(table)}
+    numbers = pd.DataFrame({name: values.rename(index=str) for name, values in columns.items()})
+    ended = numbers.pop("ended").astype(bool)
+    numbers.loc[~ended, list(AT_THE_END)] = nan
+    return numbers
 
 
-def end_loss(run: pd.DataFrame) -> float:
-    """Returns the training loss at the end, in nats.
+def _of(rows: pd.DataFrame, by_run: pd.Series) -> np.ndarray:
+    """The number of its run for every row."""
+    return rows["run"].map(dict(by_run)).to_numpy(float)
+
+
+def _behind_the_first(table: pd.DataFrame) -> np.ndarray:
+    """Whether a row is of a weight layer that is fed by an activation; see `fed_layers`."""
+    _need(table, ["inputs"])
+    runs, layers = (pd.factorize(table[name])[0] for name in ("run", "layer"))
+    pairs = runs * (layers.max(initial=0) + 1) + layers
+    weights = pd.unique(pairs[table["inputs"].notna().to_numpy()])
+    fed = weights[pd.Series(weights // (layers.max(initial=0) + 1)).duplicated()]
+    return np.isin(pairs, fed)
+
+
+def end_losses(table: pd.DataFrame) -> pd.Series:
+    """Returns the training loss of every run at its end, in nats.
 
     It is the median of the scores in the last tenth of the run, so that no single minibatch
     decides.
+
+    Args:
+        table: rows with ``run``, ``step`` and ``train_loss``.
     """
-    scores = run[run["train_loss"].notna()]
-    return float(scores.loc[scores["step"] > END * scores["step"].max(), "train_loss"].median())
+    scores = table.loc[table["train_loss"].notna().to_numpy(), ["run", "step", "train_loss"]]
+    last = scores.groupby("run", observed=True)["step"].transform("max")
+    late = scores[(scores["step"] > END * last).to_numpy()]
+    return late.groupby("run", observed=True)["train_loss"].median().astype(float)
 
 
-def has_ended(run: pd.DataFrame) -> bool:
-    """Tells whether a run got to its last epoch with a finite training loss.
+def have_ended(table: pd.DataFrame) -> pd.Series:
+    """Tells for every run whether it got to its last epoch with a finite training loss.
 
     A run that diverged may continue beside others of an ensemble: reaching the last epoch is not
     enough.
+
+    Args:
+        table: rows with ``run``, ``step``, ``layer``, ``epoch``, ``epochs`` and ``train_loss``.
     """
-    scores = run[(run["layer"].astype(str) == "") & run["epoch"].notna()]
-    return bool(
-        run["epoch"].max() >= run["epochs"].iloc[0]
-        and np.isfinite(_last(scores)["train_loss"].astype(float)).any()
-    )
+    by_run = table.groupby("run", observed=True)
+    arrived = by_run["epoch"].max() >= by_run["epochs"].first()
+    network = (table["layer"] == "").to_numpy() & table["epoch"].notna().to_numpy()
+    last = _last(table.loc[network, ["run", "step", "train_loss"]])
+    finite = last.loc[np.isfinite(last["train_loss"].to_numpy(float)), "run"]
+    return arrived & arrived.index.isin(finite.unique())
 
 
-def _median_at(means: pd.DataFrame, step: float) -> float:
-    """The median over units, on a straight line between the measurements around a step."""
-    if not len(means) or not step <= means["step"].max():
-        return nan
-    medians = means.groupby("step")["mean"].median()
-    return float(np.interp(step, medians.index, medians.astype(float)))
+def _medians_at(means: pd.DataFrame, steps: pd.Series) -> pd.Series:
+    """The median over the units of every run, on a straight line between the measurements around
+    a step; without those that did not get there.
+    """
+    medians = means.groupby(["run", "step"], observed=True)["mean"].median().astype(float)
+    found = {}
+    for run, of_run in medians.groupby(level="run", observed=True):
+        at = of_run.index.get_level_values("step").to_numpy(float)
+        if steps[run] <= at.max():
+            found[run] = float(np.interp(steps[run], at, of_run))
+    return pd.Series(found, dtype=float)
 
 
-def drifts(means: pd.DataFrame) -> dict[str, float]:
-    """Returns how much mean activations vary over the measurements after step 0.
+def drifts(means: pd.DataFrame) -> dict[str, pd.Series]:
+    """Returns how much mean activations vary over the measurements after step 0, by run.
 
     ``drift_units`` is the variance of every unit's mean activation, its median over the units;
     ``drift_median`` is the variance of the median over the units. Both are taken layer by layer and
     averaged over layers. NaN with fewer than three measurements.
 
     Args:
-        means: rows of units with ``step``, ``layer``, ``unit`` and ``mean``.
+        means: rows of units with ``run``, ``step``, ``layer``, ``unit`` and ``mean``.
     """
-    later = means[means["step"] > 0].astype({"layer": str})
-    if later["step"].nunique() < FEWEST_MEASUREMENTS:
-        return {"drift_units": nan, "drift_median": nan}
-    units = later.groupby(["layer", "unit"])["mean"].var().groupby("layer").median()
-    medians = later.groupby(["layer", "step"])["mean"].median().groupby("layer").var()
-    return {"drift_units": float(units.mean()), "drift_median": float(medians.mean())}
+    later = means[(means["step"] > 0).to_numpy()]
+    enough = later.groupby("run", observed=True)["step"].nunique() >= FEWEST_MEASUREMENTS
+    layer = ["run", "layer"]
+    units = later.groupby([*layer, "unit"], observed=True)["mean"].var()
+    medians = later.groupby([*layer, "step"], observed=True)["mean"].median()
+    by_layer = {
+        "drift_units": units.groupby(level=layer, observed=True).median(),
+        "drift_median": medians.groupby(level=layer, observed=True).var(),
+    }
+    return {
+        name: values.groupby(level="run", observed=True).mean().astype(float).where(enough)
+        for name, values in by_layer.items()
+    }
 
 
 def examinations(table: pd.DataFrame) -> pd.DataFrame:
@@ -197,17 +245,18 @@ def enough_samples(units: pd.DataFrame, inputs: pd.Series) -> pd.Series:
     return units["effective_samples"] >= SAMPLES_PER_INPUT * layers.map(inputs).astype(float)
 
 
-def inherited_share(rows: pd.DataFrame) -> float:
-    """Returns the share of the bias shift that units inherit from the layers below.
+def inherited_shares(rows: pd.DataFrame) -> pd.Series:
+    """Returns the share of the bias shift that units inherit from the layers below, by run.
 
-    ``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the given rows; NaN where nothing
-    moved.
+    ``Σ|incoming| / Σ(|own| + |incoming| + |second order|)`` over the given rows of each run; NaN
+    where nothing moved.
+
+    Args:
+        rows: with ``run``, ``own``, ``incoming`` and ``second_order``.
     """
-    own, incoming, second = (
-        float(rows[name].abs().sum()) for name in ("own", "incoming", "second_order")
-    )
-    total = own + incoming + second
-    return incoming / total if total > 0 else nan
+    sums = rows[list(SHIFT)].abs().astype(float).groupby(rows["run"], observed=True).sum()
+    total = sums.sum(axis=1)
+    return (sums["incoming"] / total).where(total > 0)
 
 
 def gap_degrees(cosines: pd.Series) -> pd.Series:
@@ -221,4 +270,6 @@ def gap_degrees(cosines: pd.Series) -> pd.Series:
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["step"] == rows["step"].max()]
+    """Those of the last step of each run that is among them."""
+    last = rows.groupby("run", observed=True)["step"].transform("max")
+    return rows[(rows["step"] == last).to_numpy()]

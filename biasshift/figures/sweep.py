@@ -1,6 +1,5 @@
 """theory4: networks trained by updates that take the bias shift out, beside those that do not."""
 
-import math
 import re
 
 import numpy as np
@@ -9,8 +8,8 @@ import pandas as pd
 from biasshift import plots
 from biasshift.activation_names import display_name, ordered
 from biasshift.analysis.grid import CELL, Cell, best_rate, cells_of
-from biasshift.analysis.learning_curves import common_levels, curve_of, reached
-from biasshift.analysis.quantities import end_loss, has_ended
+from biasshift.analysis.learning_curves import common_levels, curves_of, reached
+from biasshift.analysis.quantities import end_losses, have_ended
 from biasshift.figures.captions import described, finish, over_seeds
 from biasshift.figures.selection import kept
 from biasshift.figures.spec import FigureSpec, Number
@@ -37,10 +36,8 @@ def training_losses(table: pd.DataFrame) -> pd.DataFrame:
     network = table.loc[table["layer"] == ""]
     rows = network.loc[network["train_loss"].notna()]
     plots.need(rows, [], "theory4")
-    ends = {
-        name: end_loss(run) if has_ended(run) else math.nan
-        for name, run in network.loc[network["epoch"].notna()].astype({"run": str}).groupby("run")
-    }
+    scored = network.loc[network["epoch"].notna()].astype({"run": str})
+    ends = end_losses(scored).where(have_ended(scored))
     rows = rows.loc[np.isfinite(rows["train_loss"])]
     runs = cells_of(rows)
     runs["train_loss"] = runs["run"].astype(str).map(ends)
@@ -130,9 +127,9 @@ def _steps(table: pd.DataFrame) -> dict[float, pd.DataFrame]:
     """The two lowest losses of the 1-2-5 series that all runs at their best rates come down to →
     every run's steps there.
     """
-    runs = at_best(table).groupby("run", sort=False)
-    curves = {name: curve_of(rows) for name, rows in runs}
-    settings = {name: rows[[*CURVE, "seed", "lr"]].iloc[0].to_dict() for name, rows in runs}
+    best = at_best(table)
+    runs, curves = best.groupby("run", sort=False), curves_of(best)
+    settings = {str(name): rows[[*CURVE, "seed", "lr"]].iloc[0].to_dict() for name, rows in runs}
     return {
         level: pd.DataFrame(
             [settings[name] | {"steps": reached(curve, level)} for name, curve in curves.items()]

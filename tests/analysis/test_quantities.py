@@ -6,7 +6,7 @@ import pytest
 from planted import Planted, table
 
 from biasshift.analysis.formatting import QUANTITIES, mean_and_sd, reading_table
-from biasshift.analysis.quantities import examinations, fed_layers, inherited_share, per_run
+from biasshift.analysis.quantities import examinations, fed_layers, inherited_shares, per_run
 
 
 def one(run: Planted) -> pd.Series:
@@ -32,9 +32,9 @@ def test_the_inherited_share_is_over_all_steps_and_layers_behind_the_first():
 
 
 def test_the_inherited_share_of_nothing_is_no_number():
-    rows = pd.DataFrame({"own": [0.0], "incoming": [0.0], "second_order": [0.0]})
-    assert np.isnan(inherited_share(rows))
-    assert inherited_share(rows.assign(incoming=[-2.0], own=[6.0])) == 1 / 4
+    rows = pd.DataFrame({"run": ["a"], "own": [0.0], "incoming": [0.0], "second_order": [0.0]})
+    assert np.isnan(inherited_shares(rows)["a"])
+    assert inherited_shares(rows.assign(incoming=[-2.0], own=[6.0]))["a"] == 1 / 4
 
 
 def test_layers_fed_by_an_activation_are_those_behind_the_first():

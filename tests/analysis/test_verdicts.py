@@ -13,7 +13,7 @@ from planted import Planted, table
 from biasshift.analysis.formatting import reading_table, sweep_table
 from biasshift.analysis.grid import Cell, best_rate, cells_of, paper_runs
 from biasshift.analysis.layer_points import points_of, rank_correlations
-from biasshift.analysis.learning_curves import common_levels, curve_of, loss_after, reached
+from biasshift.analysis.learning_curves import common_levels, curves_of, loss_after, reached
 from biasshift.analysis.quantities import drifts, per_run
 from biasshift.analysis.verdicts import claims
 
@@ -692,15 +692,15 @@ def test_drifts_by_hand():
     steps, units = (0, 1, 2, 3), ([5.0, 0, 3, 6], [5.0, 1, 1, 1], [5.0, 2, 4, 6])
     means = pd.DataFrame(
         [
-            {"step": s, "layer": "1", "unit": u, "mean": x[s]}
+            {"run": "a", "step": s, "layer": "1", "unit": u, "mean": x[s]}
             for u, x in enumerate(units)
             for s in steps
         ]
     )
     variances = drifts(means)
-    assert variances["drift_units"] == np.median([9.0, 0.0, 4.0])
-    assert variances["drift_median"] == np.var([1.0, 3.0, 6.0], ddof=1)
-    assert np.isnan(drifts(means.query("step < 3"))["drift_units"])
+    assert variances["drift_units"]["a"] == np.median([9.0, 0.0, 4.0])
+    assert variances["drift_median"]["a"] == np.var([1.0, 3.0, 6.0], ddof=1)
+    assert np.isnan(drifts(means.query("step < 3"))["drift_units"]["a"])
 
 
 @pytest.mark.parametrize("slow_inheritor", [True, False])
@@ -750,7 +750,8 @@ def test_inheriting_more_forecasts_slower_learning_from_seed_to_seed(sign, expec
 
 
 def test_an_exponential_reaches_its_losses_where_it_should():
-    curve = curve_of(Planted("elu", 0, rate=0.03, step_seconds=0.5).rows())
+    rows = Planted("elu", 0, rate=0.03, step_seconds=0.5).rows()
+    curve = curves_of(rows.assign(run="a"))["a"]
     for level in (2.0, 0.77, 0.2):
         assert reached(curve, level) == pytest.approx(math.log(2.3 / level) / 0.03)
         assert reached(curve, level, "seconds") == pytest.approx(math.log(2.3 / level) / 0.06)
