@@ -51,7 +51,7 @@ def _found(name: str, count: int) -> None:
     found = tried(name, None, count, 0)
     for tally in found:
         print(tally.row(), *tally.lost, sep="\n")
-    raise SystemExit(any(tally.lost for tally in found))
+    raise SystemExit(any(tally.lost or not tally.tried for tally in found))
 
 
 def _with_output(output: Path, program: Callable[..., None], *args: Any) -> None:

@@ -47,7 +47,6 @@ def demo(folder: Path, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("workers", "signals", "status"),
     [
-        (1, [signal.SIGINT, signal.SIGINT], 130),
         (1, [signal.SIGTERM, signal.SIGTERM], 143),
         (1, [signal.SIGHUP], 129),
         (2, [signal.SIGINT, signal.SIGTERM, *[signal.SIGINT] * 20], 130),
