@@ -232,8 +232,7 @@ class Maps:
             else:
                 a = self._patches(n)
                 squares = squares + sum(
-                    self._vectors(delta, a).square().sum(1, dtype=torch.float64)
-                    for delta in self._seeds(n)
+                    self._vectors(delta, a).square_().sum(1).double() for delta in self._seeds(n)
                 )
         return weight, fourth, first, squares
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from biasshift.atomic import replacing
 from biasshift.fisher import packed
 from biasshift.fisher.convolution import Geometry, Maps
+from biasshift.fisher.example_vectors import ExampleVectors
 from biasshift.fisher.held import HeldSums
 from biasshift.fisher.moments import WeightedSums
 from biasshift.fisher.samples import STORAGES, ImplicitSums, Samples
@@ -74,6 +75,8 @@ def _taken_apart(name: str, part: object) -> tuple[dict[str, Any], dict[str, Ten
     """A part of the samples as options and tensors."""
     if isinstance(part, Samples):
         return {"kind": "samples"}, {"a": part.a, "delta2": part.delta2}
+    if isinstance(part, ExampleVectors):
+        return {"kind": "vectors"}, {"vectors": part.vectors, "delta": part.delta}
     if not isinstance(part, Maps):
         raise ValueError(
             f"Layer '{name}' reads its samples again from the probe, and cannot be saved. Raise "
@@ -177,7 +180,8 @@ def _made(fields: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
         budget, parts = _count(fields["memory_budget"]), _list(fields["parts"])
         put = _put_together
         held = tuple(put(i, part, tensors, units, inputs) for i, part in enumerate(parts))
-        if storage == "auto" and not all(isinstance(part, Samples) for part in held):
+        kinds = {type(part) for part in held}
+        if storage == "auto" and (Maps in kinds or len(kinds) > 1):
             raise Refused("its samples are of another kind")
         kind = HeldSums if storage == "auto" else ImplicitSums
         made = kind(**sums, parts=held, memory_budget=budget)
@@ -193,15 +197,19 @@ def _made(fields: dict[str, Any], tensors: _Tensors) -> dict[str, Any]:
 
 def _put_together(
     i: int, part: dict[str, Any], tensors: _Tensors, units: int, inputs: int
-) -> Samples | Maps:
+) -> Samples | ExampleVectors | Maps:
     """One part of the samples, checked."""
 
     def take(name: str, *shape: int | None, dtypes=(torch.float64, torch.float32)) -> Tensor:
         return tensors.take(f"part.{i}.{name}", *shape, dtypes=dtypes)
 
-    if _chosen(part["kind"], ("samples", "maps")) == "samples":
+    kind = _chosen(part["kind"], ("samples", "vectors", "maps"))
+    if kind == "samples":
         a = take("a", None, inputs)
         return Samples(a, take("delta2", units, len(a)))
+    if kind == "vectors":
+        vectors = take("vectors", units, None, inputs)
+        return ExampleVectors(vectors, take("delta", units, vectors.shape[1]))
     kernel, stride, dilation = (
         tuple(map(_count, _list(part[name]))) for name in ("kernel", "stride", "dilation")
     )

@@ -5,6 +5,7 @@ solved by whatever is cheapest, and as exactly as by blocks (`solver.ExactSolver
 outnumber the blocks, these take their place for good.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -13,15 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from biasshift.fisher import finished, packed
+from biasshift.fisher.example_vectors import ExampleVectors
 from biasshift.fisher.moments import Sums, WeightedSums
 from biasshift.fisher.ranges import with_range
-from biasshift.fisher.samples import ImplicitSums, Samples
+from biasshift.fisher.samples import ImplicitSums, Part, Samples
 from biasshift.theory import Scalars, Vectors
 
 
 @dataclass(frozen=True)
 class HeldSums(ImplicitSums):
-    """All sums of a layer, by its samples; every part is a `Samples`."""
+    """All sums of a layer, by its samples.
+
+    Every part is a `Samples`, or where weights are shared every one is an `ExampleVectors`.
+    """
 
     def with_weights(
         self, shifted: Float[Tensor, "samples inputs"], delta2: Float[Tensor, "samples units"]
@@ -37,14 +42,24 @@ class HeldSums(ImplicitSums):
 
     def with_vectors(
         self, vectors: Float[Tensor, "units samples inputs"], delta: Float[Tensor, "samples units"]
-    ) -> WeightedSums:
-        """Returns these sums and a batch of shared weights, whose units have rows of their own."""
-        return self.in_blocks().with_vectors(vectors, delta)
+    ) -> "HeldSums | WeightedSums":
+        """Returns these sums and a batch of shared weights, whose units have rows of their own.
+
+        Args:
+            vectors: ``Σ_t δ_t (a_t − reference)``; it is kept, and must not be written into
+                afterwards.
+            delta: ``Σ_t δ_t``.
+        """
+        part = ExampleVectors(
+            vectors.contiguous(), delta.T.clone(memory_format=torch.contiguous_format)
+        )
+        if not self._remain_few([*self.parts, part]):  # before any of it is added up
+            return self.in_blocks().with_vectors(vectors, delta)
+        return self.with_part(part.moments(), part)
 
     def settled(self) -> "HeldSums | WeightedSums":
         """Returns these sums, or the blocks where the samples are more numbers than they."""
-        units, inputs = self.first.shape
-        return self if are_few(self._samples, units, inputs) else self.in_blocks()
+        return self if self._remain_few(self.parts) else self.in_blocks()
 
     @cached_property
     def formed(self) -> WeightedSums:
@@ -56,7 +71,10 @@ class HeldSums(ImplicitSums):
         units, inputs = self.first.shape
         second = packed.zeros(units, inputs, self.first.device)
         for part in self._held:
-            packed.add_weighted(second, part.a, part.delta2.T)
+            if isinstance(part, Samples):
+                packed.add_weighted(second, part.a, part.delta2.T)
+            else:
+                packed.add_outer(second, part.vectors)
         own = {field.name: getattr(self, field.name) for field in fields(Sums)}
         return WeightedSums(**own, second=second)
 
@@ -67,7 +85,7 @@ class HeldSums(ImplicitSums):
         """
         if torch.equal(self.reference, reference):
             return self
-        wide = tuple(Samples(part.a.double(), part.delta2.double()) for part in self._held)
+        wide = tuple(part.wide() for part in self._held)
         return ImplicitSums.about(replace(self, parts=wide), reference)  # pyright: ignore[reportReturnType]
 
     def plus_all(self, other: "HeldSums") -> "HeldSums | WeightedSums":
@@ -81,8 +99,9 @@ class HeldSums(ImplicitSums):
 
     def finish(self, out: Tensor, scale: Scalars, x: Vectors, y: Vectors) -> None:
         # never by what was read before: two readings agree in every bit
-        if finished.by_samples([part.a for part in self._held], self.first.shape[1]):
-            part = self._held[0]
+        samples = [part for part in self._held if isinstance(part, Samples)]
+        if samples and finished.by_samples([part.a for part in samples], self.first.shape[1]):
+            part = samples[0]
             finished.from_samples(out, part.a, part.delta2, scale, x, y)
         else:
             self.formed.finish(out, scale, x, y)
@@ -91,12 +110,17 @@ class HeldSums(ImplicitSums):
         return Sums.room(self, dtype, size)
 
     @property
-    def _held(self) -> list[Samples]:
-        return [part for part in self.parts if isinstance(part, Samples)]
+    def _held(self) -> list[Samples | ExampleVectors]:
+        return [part for part in self.parts if isinstance(part, Samples | ExampleVectors)]
 
-    @property
-    def _samples(self) -> int:
-        return sum(len(part.a) for part in self._held)
+    def _remain_few(self, parts: Sequence[Part]) -> bool:
+        """Whether parts are of one kind, and fewer numbers than the blocks."""
+        units, inputs = self.first.shape
+        held = [part for part in parts if isinstance(part, Samples | ExampleVectors)]
+        numbers = sum(part.numbers for part in held)
+        return len({part.terms for part in held}) < 2 and (
+            8 * numbers <= packed.block_bytes(units, inputs)
+        )
 
 
 def are_few(samples: int, units: int, inputs: int) -> bool:
@@ -106,6 +130,15 @@ def are_few(samples: int, units: int, inputs: int) -> bool:
     (True, False)
     """
     return 8 * samples * (units + inputs) <= packed.block_bytes(units, inputs)
+
+
+def are_few_vectors(rows: int, units: int, inputs: int) -> bool:
+    """Returns whether the vectors of all units are fewer numbers than the blocks of a layer.
+
+    >>> are_few_vectors(80, 128, 1152), are_few_vectors(80, 128, 100)
+    (True, False)
+    """
+    return 8 * units * rows * (inputs + 1) <= packed.block_bytes(units, inputs)
 
 
 def joined(

@@ -128,6 +128,11 @@ class Samples:
         return self.a.nbytes + self.delta2.nbytes
 
     @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return self.a.numel() + self.delta2.numel()
+
+    @property
     def work(self) -> Work:
         return Work(len(self.a), len(self.a), len(self.a))
 
@@ -151,6 +156,10 @@ class Samples:
 
     def moved(self, d: Tensor) -> "Samples":
         return replace(self, a=(self.a + d).to(self.a.dtype))
+
+    def wide(self) -> "Samples":
+        """Returns the part in float64."""
+        return Samples(self.a.double(), self.delta2.double())
 
     def blocks(self) -> packed.Rows:
         rows = packed.zeros(len(self.delta2), self.a.shape[1], self.a.device)

@@ -162,7 +162,7 @@ class ExactSolver(Solver):
     dtype are no nearer. Where an iteration does not get there, factors do.
 
     Args:
-        sums: the sums of the layer, all of whose parts are `Samples`.
+        sums: the sums of the layer, whose parts are all `Samples`, or all `ExampleVectors`.
         blocks: returns the same sums with blocks.
         damping: λ ≥ 0, relative to the mean variance of every unit.
         dtype: that of the samples.
@@ -227,6 +227,11 @@ class ExactSolver(Solver):
     def _work(self) -> Work:
         return sum((part.work for part in self.sums.parts), Work())
 
+    @property
+    def _has_own_rows(self) -> bool:
+        """Whether every unit has rows of its own, since weights are shared."""
+        return any(part.terms == "examples" for part in self.sums.parts)
+
     @cached_property
     def _way(self) -> str:
         """The cheapest, in operations of a float32 product for one unit.
@@ -243,6 +248,10 @@ class ExactSolver(Solver):
         ways = {"blocks": (1.0 + double) * rows * inputs**2 + 1000 * inputs**2 + 3 * inputs**3}
         if rows < inputs and self.damping > LEAST * rows:
             ways["gram"] = 4 * rows**3 + 500 * rows**2
+            # every unit has a Gram matrix of its own, which is formed in float64
+            ways["gram"] += (4 * rows**2 + 1000 * rows) * inputs * self._has_own_rows
+        if self._has_own_rows:  # fewer than half of the inputs: it would take as many iterations
+            return min(ways, key=lambda way: ways[way])
         step = 4 * rows * inputs + 20 * rows + 60 * inputs
         shared = (rows * inputs**2 + 5 * inputs**3) / units
         ways["iteration"] = SAFE * ((1 + 3 * double) * EXACT * step + shared)
@@ -251,7 +260,7 @@ class ExactSolver(Solver):
     @cached_property
     def _method(self) -> ConjugateGradients | DirectSolver:
         if self._way == "gram":
-            return Woodbury(self.sums).solve
+            return unit_woodbury if self._has_own_rows else Woodbury(self.sums).solve
         preconditioner = Preconditioner(self.sums, self.alive, self.damping, self.dtype)
         return ConjugateGradients(preconditioner, self.dtype)
 

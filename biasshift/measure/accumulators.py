@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from biasshift.fisher.held import HeldSums, are_few
+from biasshift.fisher.held import HeldSums, are_few, are_few_vectors
 from biasshift.fisher.moments import WeightedSums, rounding_share, sum_rounding
 from biasshift.fisher.packed import block_bytes
 from biasshift.fisher.ranges import with_range, with_square, with_squares
@@ -137,7 +137,7 @@ class LayerState:
 
     Args:
         hold: whether samples may be kept first, while they are fewer numbers than the blocks. That
-            is done for layers of one group whose weights are not shared.
+            is done for layers of one group.
         memory_budget: bytes that the blocks may take.
     """
 
@@ -179,7 +179,7 @@ class LayerState:
 
     def holds(self, layer: LayerBatch) -> bool:
         """Tells whether samples are kept while they are fewer numbers than the blocks."""
-        return self.hold and not layer.shares_weights and layer_types.group_count(self.module) == 1
+        return self.hold and layer_types.group_count(self.module) == 1
 
     def add_errors(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds the errors of a stack of seeds, (passes, batch, positions, units).
@@ -216,8 +216,9 @@ class LayerState:
     def add_rounding(self, layer: LayerBatch, delta: Tensor) -> None:
         """Adds what Σ δ² may be of rounding alone, where errors of several positions add up."""
         if layer.shares_weights:
-            rounding = sum_rounding(with_square(delta), rounding_share(delta))
-            self.weight_rounding = self.weight_rounding + rounding[layer.units]
+            own = delta if len(layer.units) == delta.shape[-1] else delta[..., layer.units]
+            rounding = sum_rounding(with_square(own), rounding_share(delta))
+            self.weight_rounding = self.weight_rounding + rounding
 
     def finish_batch(self, layer: LayerBatch) -> None:
         """Adds what needs ``δ̄²``, when the errors of all seeds are in."""
@@ -267,7 +268,9 @@ class LayerState:
             again: whether blocks are added to, which makes them float64.
         """
         units, inputs = len(layer.units), layer_types.input_count(layer.module)
-        if self.holds(layer) and are_few(samples, units, inputs):
+        if self.holds(layer) and layer.shares_weights and are_few_vectors(samples, units, inputs):
+            return layer.itemsize * samples * units * (inputs + 1)
+        if self.holds(layer) and not layer.shares_weights and are_few(samples, units, inputs):
             return layer.itemsize * samples * (units + inputs)
         return block_bytes(units, inputs) * (8 if again else layer.itemsize) // 8
 
