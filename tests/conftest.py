@@ -1,4 +1,4 @@
-"""What every test gets: shapes checked at run time, fixed randomness, and skips with a reason."""
+"""What every test gets: fixed randomness, skips with a reason, and types checked where asked."""
 
 import os
 import signal
@@ -22,8 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # that they start would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before anything imports biasshift: each call checks its shapes then. Users never pay for it.
-install_import_hook("biasshift", "beartype.beartype")
+if os.environ.get("BIASSHIFT_CHECK_TYPES"):
+    # Before anything imports biasshift: each call checks the types and shapes of its arguments. The
+    # tests take twice as long then, so `.ci/run` asks for it once.
+    install_import_hook("biasshift", "beartype.beartype")
 
 # The same examples in every run. No deadline: the first call of a PyTorch operation takes seconds.
 settings.register_profile("biasshift", deadline=None, derandomize=True)
