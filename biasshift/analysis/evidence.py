@@ -2,6 +2,7 @@
 measured of its layers.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +13,15 @@ import pandas as pd
 
 from biasshift.analysis.claim import EQUAL_LOSS
 from biasshift.analysis.grid import CELL, NAMES, Cell, best_rate, cell_of, paper_runs
-from biasshift.analysis.layer_points import NEEDED, exam_points, points_of
+from biasshift.analysis.layer_points import EXAMINED, NEEDED, POINT, exam_points, points_of
 from biasshift.analysis.learning_curves import TINY, common_levels, curves_of, loss_after, reached
-from biasshift.analysis.quantities import REFERENCE_DAMPING, per_run
+from biasshift.analysis.quantities import NUMBERS_READ, REFERENCE_DAMPING, per_run
+from biasshift.runs.reader import read_runs, run_states
 
 # Columns that `points_of` reads, besides those of the run.
 MEASURED = ("run", "activation", "seed", "step", "layer", "unit", "inputs", *NEEDED)
+# Those that anything here reads, besides the options of the runs.
+READ = {*MEASURED, *NUMBERS_READ, *POINT, *EXAMINED, "exam_enough", "seconds"}
 
 TO_STEPS = "ln of the steps to training loss {:g}"
 TO_SECONDS = "ln of the seconds to training loss {:g}"
@@ -29,6 +33,16 @@ EQUAL = 1.1  # losses that differ by less than this factor are called equal
 REPEATED = "The sign is the same on two disjoint probes and at dampings {} and {:g}."
 SIGN_CHANGES = "The sign changes with the damping or the probe."
 NOT_REPEATED = "Not repeated on two probes at three dampings, without which nothing is decided."
+
+
+def read_evidence(*paths: str | os.PathLike[str]) -> pd.DataFrame:
+    """Returns the table of runs for `Evidence.of`, with the columns that it reads.
+
+    Raises:
+        ValueError: as `biasshift.runs.reader.read_runs`.
+    """
+    options = set(run_states(*paths))
+    return read_runs(*paths, columns=sorted(READ | options), absent="skip")
 
 
 class Condition(NamedTuple):

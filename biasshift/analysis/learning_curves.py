@@ -12,7 +12,7 @@ TINY = 1e-300  # a loss of exactly 0 has no logarithm
 
 
 def curves_of(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Returns ``step``, ``train_loss`` and ``seconds`` of every run's scores, in the order of steps.
+    """Returns ``step``, ``train_loss`` and ``seconds`` of each run's scores, in their order.
 
     Of several scores at one step the last one counts. Seconds are NaN where they are not recorded.
 

@@ -14,6 +14,11 @@ REFERENCE_DAMPING = 1e-2  # of the examinations at equal loss, the one whose num
 EXAM_KEYS = ("run", "activation", "seed", "exam_probe", "exam_damping")
 SHIFT = ("own", "incoming", "second_order")  # the parts of the bias shift of an update
 NEEDED = ("run", "activation", "seed", "epochs", "epoch", "inputs", "mean", "own", "train_loss")
+# Columns that this module reads, besides the options of the runs.
+NUMBERS_READ = {
+    *NEEDED, *SHIFT, *EXAM_KEYS, "step", "layer", "unit", "exam_enough",
+    *(name for name in QUANTITIES if name.startswith("exam_")),
+}  # fmt: skip
 FEWEST_MEASUREMENTS = 3  # that a variance over epochs is taken of
 ENOUGH_UNITS = 0.5  # share of a layer's units that must have them
 AT_THE_END = (

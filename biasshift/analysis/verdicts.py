@@ -15,7 +15,7 @@ from biasshift.analysis.claims.coupling import correction_claims, coupling_claim
 from biasshift.analysis.claims.inheritance import inheritance_claims
 from biasshift.analysis.claims.means import drift_claims, mean_claims
 from biasshift.analysis.claims.speed import speed_claims
-from biasshift.analysis.evidence import Evidence
+from biasshift.analysis.evidence import Evidence, read_evidence
 from biasshift.analysis.grid import RULE
 from biasshift.analysis.statistics import (
     FEWEST_SEEDS,
@@ -26,7 +26,6 @@ from biasshift.analysis.statistics import (
     verdict,
 )
 from biasshift.progress import Show, progress as shown
-from biasshift.runs.reader import read_runs
 
 QUESTIONS = (
     mean_claims, coupling_claims, correlation_claims, correction_claims, inheritance_claims,
@@ -83,7 +82,7 @@ def claims(runs: str | Path | pd.DataFrame, *, progress: Show = None) -> pd.Data
             "'runs' must be a run folder, a folder of runs, or a table of runs, got "
             f"{type(runs).__name__}."
         )
-    evidence = Evidence.of(runs if isinstance(runs, pd.DataFrame) else read_runs(runs))
+    evidence = Evidence.of(runs if isinstance(runs, pd.DataFrame) else read_evidence(runs))
     made: list[Claim] = []
     with shown("claims", progress) as bar:
         bar.begin(len(QUESTIONS), "questions")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from biasshift.analysis.evidence import read_evidence
 from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, footnote
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
@@ -17,7 +18,6 @@ from biasshift.cli.console import print_wrapped, watched
 from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
 from biasshift.escapes import visible
 from biasshift.runs.provenance import provenance_sentence, table_provenance
-from biasshift.runs.reader import read_runs
 
 WIDE = 120  # columns of a terminal, from which on every number gets a column of its own
 COLORS = {"supported": "green", "not supported": "red", "undecided": "yellow"}
@@ -32,7 +32,7 @@ def judge(console: Console, options: Claims) -> None:
         ValueError: There are no runs, or they cannot be judged together.
         OSError: The table cannot be written; it has been printed by then.
     """
-    table = read_runs(*options.runs)
+    table = read_evidence(*options.runs)
     with watched(console, "claims") as bar:
         verdicts = claims(table, progress=bar)
     print_claims(console, verdicts)
