@@ -174,6 +174,8 @@ def steady(notebook, words_only):
         if words_only and cell.source.startswith("## Claims"):
             return
         for output in cell.get("outputs", []):
+            if output["output_type"] == "display_data" and set(output["data"]) == {"text/plain"}:
+                continue  # the progress of what takes more than 3 seconds
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             if words_only:
                 yield re.sub(r"[-\s\d.]+", " ", text)
