@@ -1,6 +1,6 @@
 """What carries jobs out: the processes of this machine, or an engine that has many machines.
 
-All have the one interface of `concurrent.futures`: a job is submitted, and its future is waited for.
+All have the interface of `concurrent.futures`: a job is submitted, and its future is waited for.
 """
 
 import pickle
