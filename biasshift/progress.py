@@ -362,7 +362,7 @@ class _Notebook:
             self._show(self.kept.rstrip("\n"))
 
     def _show(self, text: str) -> None:
-        from IPython.display import display
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         data = {"text/plain": text}
         if self.handle is None:
