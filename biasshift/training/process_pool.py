@@ -98,7 +98,7 @@ def _run_all(engine: Engine, jobs: Sequence[Job], report: Callable[[Any], None])
                         "memory: fewer at a time may fit."
                     ) from death
                 warnings.warn(
-                    f"{death} Its job is run again (attempt {attempt + 1} of {ATTEMPTS}).",
+                    f"A job runs again (attempt {attempt + 1} of {ATTEMPTS}). {death}",
                     WorkerDiedWarning,
                     stacklevel=3,
                 )

@@ -572,7 +572,7 @@ def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, sa
         "high": 2.0,
         "n": n,
     }
-    monkeypatch.setattr(results, "claims", lambda table: pd.DataFrame([row]))
+    monkeypatch.setattr(results, "claims", lambda table, **_: pd.DataFrame([row]))
     shown = io.StringIO()
     results.print_verdicts(Console(file=shown, width=80), pd.DataFrame())
     assert f"  It (1). share: {said}\n" in shown.getvalue()

@@ -289,7 +289,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
         assert process.exitcode == -9, "the run must end by itself, or be killed"
         kills += 1
         if (folder / "config.json").exists():
-            assert run_states(folder)["state"].tolist() == ["running"]
+            (state,) = run_states(folder)["state"]
+            if state == "finished":  # killed when all was written, before the process ended
+                break
+            assert state == "running"
             steps.update(read_run(folder)["step"].tail(1))
     assert kills >= 3 and steps, f"killed {kills} times, at steps {steps}"
     assert_same_run(folder, uninterrupted(kind))
