@@ -98,7 +98,8 @@ def _run_all(engine: Engine, jobs: Sequence[Job], report: Callable[[Any], None])
                         "memory: fewer at a time may fit."
                     ) from death
                 warnings.warn(
-                    f"A job runs again (attempt {attempt + 1} of {ATTEMPTS}). {death}",
+                    f"A job runs again, because its worker died ({str(death).rstrip('.')}). "
+                    f"This is attempt {attempt + 1} of {ATTEMPTS}.",
                     WorkerDiedWarning,
                     stacklevel=3,
                 )
