@@ -63,6 +63,11 @@ class Options:
             raise ValueError(f"'class_axis' must be a whole number, got {self.class_axis!r}.")
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"'draws' must be a whole number of at least 1, got {self.draws!r}.")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ValueError(
+                f"'generator' must be a torch.Generator, got {type(self.generator).__name__}. Pass "
+                "torch.Generator(device).manual_seed(…)."
+            )
 
     def outputs(self, returned: Any, examples: int) -> Tensor:
         """Returns the outputs among what the model returned, with the classes last.
