@@ -63,11 +63,7 @@ class Options:
             raise ValueError(f"'class_axis' must be a whole number, got {self.class_axis!r}.")
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"'draws' must be a whole number of at least 1, got {self.draws!r}.")
-        if not isinstance(self.generator, torch.Generator | None):
-            raise ValueError(
-                f"'generator' must be a torch.Generator, got {type(self.generator).__name__}. Pass "
-                "torch.Generator(device).manual_seed(…)."
-            )
+        refuse_other_generators(self.generator)
 
     def outputs(self, returned: Any, examples: int) -> Tensor:
         """Returns the outputs among what the model returned, with the classes last.
@@ -77,3 +73,16 @@ class Options:
         """
         axis = self.class_axis if self.likelihood == "categorical" else -1
         return check_outputs(chosen_output(returned, self.output), examples, axis)
+
+
+def refuse_other_generators(generator: Any) -> None:
+    """Raises an error for a generator of random labels that is not PyTorch's.
+
+    Raises:
+        ValueError: with the type that it has.
+    """
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(
+            f"'generator' must be a torch.Generator, got {type(generator).__name__}. Pass "
+            "torch.Generator(device).manual_seed(…)."
+        )

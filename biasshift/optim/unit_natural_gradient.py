@@ -20,6 +20,7 @@ from torch import (
 from biasshift.measure import layer_types
 from biasshift.measure.hooks import underlying
 from biasshift.measure.layer_types import Selection
+from biasshift.measure.options import refuse_other_generators
 from biasshift.measure.outputs import OutputChoice
 from biasshift.optim.curvature import Curvature
 from biasshift.optim.recorder import Recorder
@@ -188,6 +189,7 @@ class UnitNaturalGradient(torch.optim.Optimizer):
             "max_dense_inputs": max_dense_inputs,
         }
         check(model, **numbers)
+        refuse_other_generators(generator)
         root = underlying(model)
         outputs = OutputRule(class_axis, mask, output, uncovered, skip)
         self._layers = covered(root, outputs) if self.rule.needs_sums else {}

@@ -1290,6 +1290,7 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
         ({"damping": -1e-3}, "'damping' must be"),
         ({"weight_decay": -1.0}, "'weight_decay' must be"),
         ({"update_every": 0}, "'update_every' must be a whole number"),
+        ({"generator": 7}, "'generator' must be a torch.Generator, got int"),
         (
             {"max_dense_inputs": 4, "center": "p"},
             "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs",
