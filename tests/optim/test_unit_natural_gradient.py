@@ -1290,7 +1290,6 @@ def test_an_input_that_never_varies_needs_damping(center, scale):
         ({"damping": -1e-3}, "'damping' must be"),
         ({"weight_decay": -1.0}, "'weight_decay' must be"),
         ({"update_every": 0}, "'update_every' must be a whole number"),
-        ({"generator": 7}, "'generator' must be a torch.Generator, got int"),
         (
             {"max_dense_inputs": 4, "center": "p"},
             "Layer '0' has 5 inputs.*diagonal.*max_dense_inputs",
@@ -1305,6 +1304,14 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(options, words):
     model, _, _ = BY_NAME["mlp-elu"].build()
     with pytest.raises(ValueError, match=words):
         UnitNaturalGradient(model, **{"lr": 0.1, **options})
+    pristine(model)
+
+
+def test_a_generator_that_is_none_is_refused():
+    model, _, _ = BY_NAME["mlp-elu"].build()
+    # A TypeError where the types of all calls are checked.
+    with pytest.raises((ValueError, TypeError), match="'generator'"):
+        UnitNaturalGradient(model, 0.1, generator=7)
     pristine(model)
 
 
