@@ -7,10 +7,13 @@ built in. `torchrun` starts several processes, and `process_group` connects them
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, distributed as dist
+
+_connections = count()  # of this process to the others
 
 
 def is_distributed() -> bool:
@@ -38,6 +41,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if under_torchrun() else 1
 
 
+def restarts() -> int:
+    """Returns how often `torchrun` has started these processes again; 0 without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if under_torchrun() else 0
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Connects the processes that `torchrun` has started, for the length of a block.
@@ -48,7 +56,18 @@ def process_group(device: torch.device) -> Iterator[None]:
     if not under_torchrun():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    from torch.distributed.rendezvous import rendezvous
+
+    store, number, size = next(rendezvous("env://"))
+    # Under a name of its own: torchrun keeps the addresses of processes that are gone, and one that
+    # is started again, or connects again, would wait for those.
+    name = f"biasshift/{restarts()}/{next(_connections)}"
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(name, store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=number,
+        world_size=size,
+    )
     try:
         yield
     finally:

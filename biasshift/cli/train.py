@@ -1,10 +1,12 @@
 """The commands that make runs: from the options of an experiment to run folders and results."""
 
+import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from biasshift.escapes import visible
 from biasshift.experiments.experiment import Experiment
 from biasshift.figures import draw, read
 from biasshift.runs.reader import run_states
-from biasshift.runs.schema import is_run, read_config, read_json
+from biasshift.runs.schema import LOCK, is_run, read_config, read_json
 from biasshift.runs.writer import Run
 from biasshift.training.loop import Diverged
 from biasshift.training.process_pool import cores, run_jobs
 from biasshift.training.runner import run
 from biasshift.training.trial import Report
 
+LOCK_SECONDS = 120.0  # after which NFS has given up the locks of a machine that is gone
 Job = list[Any]  # the configs that are trained together: one, or those of an ensemble
 
 
@@ -65,9 +68,10 @@ def run_experiment(console: Console, experiment: Experiment) -> None:
         if rank() == 0:
             experiment.out.mkdir(parents=True, exist_ok=True)
             runs = f"{len(configs)} run{'s' if len(configs) > 1 else ''}"
-            processes = f"{workers} process{'es' if workers > 1 else ''}"
-            out = visible(str(experiment.out))
-            console.print(f"{runs} on {device} in {processes} → {out}", soft_wrap=True)
+            where = f"on {device} in {workers} process{'es' if workers > 1 else ''}"
+            if experiment.launch():  # its machines may have other devices
+                where = f"by {vars(experiment)['launcher']}"
+            console.print(f"{runs} {where} → {visible(str(experiment.out))}", soft_wrap=True)
         _work(console, experiment, jobs, workers)
         if rank() == 0:
             _print_results(console, experiment, folders)
@@ -154,7 +158,17 @@ def _work(console: Console, experiment: Experiment, jobs: list[Job], workers: in
     steps = experiment.trial(jobs[0][0], _data(experiment)).steps * sum(map(len, jobs))
     with progress(console, max(steps, 1)) as report:
         if experiment.small and not is_distributed():
-            run_jobs([(run_job, (experiment, job)) for job in jobs], workers, report)
+            launch = experiment.launch()
+            sent, patience = (experiment.sent(), LOCK_SECONDS) if launch else (experiment, 0.0)
+            run_jobs(
+                [
+                    (partial(run_job, before=_origins(sent, job), patience=patience), (sent, job))
+                    for job in jobs
+                ],
+                workers,
+                report,
+                launch,
+            )
         else:  # all cores for one run
             for job in jobs:
                 run_job(experiment, job, report)
@@ -165,7 +179,13 @@ def _data(experiment: Experiment) -> Any:
     return experiment.load()
 
 
-def run_job(experiment: Experiment, configs: Job, report: Report) -> None:
+def run_job(
+    experiment: Experiment,
+    configs: Job,
+    report: Report,
+    before: list[bytes] | None = None,
+    patience: float = 0.0,
+) -> None:
     """Trains the runs of one job, in this process.
 
     A diverged run is a result, which its folder keeps: the other jobs continue.
@@ -173,19 +193,46 @@ def run_job(experiment: Experiment, configs: Job, report: Report) -> None:
     Args:
         configs: One config, or those that train together as an ensemble.
         report: Called with the progress of each run.
+        before: What `_origins` returned before the job began for the first time. Whatever is to be
+            done about runs that were there, those that an earlier attempt has begun are resumed.
+        patience: Seconds to wait for a folder that another process seems to write.
 
     Raises:
         RuntimeError: A run failed; the message names its folder.
     """
     folders = [experiment.folder(config) for config in configs]
+    exist = experiment.exist()
+    if before is not None and _begun(before, _origins(experiment, configs)):
+        exist = "resume"
+    end = time.monotonic() + patience
     try:
-        trials = [experiment.trial(config, _data(experiment)) for config in configs]
-        run(trials, folders, experiment.exist(), report, experiment.execution())
+        while True:
+            trials = [experiment.trial(config, _data(experiment)) for config in configs]
+            try:
+                run(trials, folders, exist, report, experiment.execution())
+                return
+            except FileExistsError:
+                locked = any(os.path.lexists(folder / LOCK) for folder in folders)
+                if not locked or time.monotonic() > end:
+                    raise
+            time.sleep(1.0)  # the file system may not know yet that the other's machine is gone
     except Diverged:
         pass
     except RuntimeError as error:
         reason = str(error).rstrip(".")
         raise RuntimeError(f"The run '{folders[0]}' failed: {reason}.") from error
+
+
+def _origins(experiment: Experiment, configs: Job) -> list[bytes]:
+    """What tells the present run in each folder from a later one; nothing where there is none."""
+    paths = [experiment.folder(config) / "provenance.json" for config in configs]
+    return [path.read_bytes() if path.is_file() else b"" for path in paths]
+
+
+def _begun(before: list[bytes], now: list[bytes]) -> bool:
+    """Whether an earlier attempt of a job has begun all its runs: none is the one from before."""
+    stay = any(one and one == other for one, other in zip(before, now, strict=True))
+    return any(now) and not stay
 
 
 # -- results ---------------------------------------------------------------------------------------

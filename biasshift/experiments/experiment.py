@@ -11,14 +11,15 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 
 from biasshift.activations import canonical, folder_part
-from biasshift.distributed import local_device, processes_here, under_torchrun
+from biasshift.distributed import local_device, processes_here, restarts, under_torchrun
 from biasshift.nets.activation_modules import activation_constructor
 from biasshift.precision import Precision
+from biasshift.training.engine import Engine
 from biasshift.training.trial import NO_TENSORBOARD, Execution, Exist, Trial
 
 REPLACE_OR_RESUME = "--replace and --resume exclude each other: give one of them."
@@ -220,8 +221,20 @@ class Experiment:
         return device
 
     def exist(self) -> Exist:
-        """Returns what to do about runs that are there: "refuse", "replace" or "resume"."""
-        return "resume" if self.resume else "replace" if self.replace else "refuse"
+        """Returns what to do about runs that are there: "refuse", "replace" or "resume".
+
+        Those of a command that `torchrun` has started again are its own, and are resumed.
+        """
+        restarted = restarts() > 0 and not self.replace
+        return "resume" if self.resume or restarted else "replace" if self.replace else "refuse"
+
+    def launch(self) -> Callable[[], Engine] | None:
+        """Returns what starts the engine that runs are sent to; None: they stay on this machine."""
+        return None
+
+    def sent(self: Self) -> Self:
+        """Returns the same options for processes that may work in another folder."""
+        return self
 
     def execution(self) -> Execution:
         """Returns how trials are computed: precision, compilation, checkpoints, TensorBoard.

@@ -10,6 +10,7 @@ rates with the same seeds: nothing is tuned for one of them. The images are MNIS
 2×2 pixels: the input layer's blocks of the full update are then sixteen times smaller.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,8 +20,12 @@ from torch import Tensor
 
 from biasshift.activations import folder_part
 from biasshift.data import DataSet, mnist, synthetic_mnist
+from biasshift.data.dataset import data_root
+from biasshift.distributed import under_torchrun
 from biasshift.experiments.experiment import Activation
 from biasshift.experiments.mlp_trial import MlpConfig, MlpExperiment, Update
+from biasshift.training.engine import Engine
+from biasshift.training.launchers import Launcher, checked, launch
 
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu", "lrelu", "srelu")
 UPDATES: tuple[Update, ...] = ("plain", "centered", "quasi-diagonal", "full")
@@ -69,6 +74,12 @@ class Sweep(MlpExperiment):
     """Skip the runs that are finished, and resume those that are not."""
     part: tuple[int, int] = (1, 1)
     """One job's share of the runs: --part $SLURM_ARRAY_TASK_ID 16 for a Slurm array 1-16."""
+    launcher: Launcher = "local"
+    """What carries the runs out: processes of this machine, Slurm jobs, or workers of dask or Ray.
+    Results do not depend on it. --workers is how many run at a time."""
+    launcher_options: tuple[str, ...] = ()
+    """KEY=VALUE. Slurm: partition, time (minutes; 60), gpus, cpus, cluster=local to try it here.
+    dask and Ray: address, without which they start workers here."""
     scores_per_epoch: int = 16
     """Times an epoch that the losses are measured, from which the steps to a loss are read."""
     scored: int = 5_000
@@ -109,6 +120,14 @@ class Sweep(MlpExperiment):
     def whole(self) -> bool:
         """Whether this command makes all runs: not so for one job out of several."""
         return self.part[1] == 1
+
+    def launch(self) -> Callable[[], Engine] | None:
+        """Returns what starts the engine of ``launcher``; None for processes of this machine."""
+        return launch(self.launcher, self.launcher_options, self.workers, self.out.resolve())
+
+    def sent(self) -> "Sweep":
+        """Returns the same options for processes that may work in another folder."""
+        return replace(self, out=self.out.resolve(), data=data_root(self.data).resolve())
 
     def load(self) -> DataSet:
         """Returns MNIST, checked, at half its resolution: 14 × 14 pixels, each a mean over four.
@@ -194,6 +213,11 @@ class Sweep(MlpExperiment):
             ValueError: The message names the option and the remedy.
         """
         super().check()
+        checked(self.launcher, self.launcher_options)
+        if self.launcher != "local" and under_torchrun():
+            raise ValueError(
+                "--launcher must be left out under torchrun, where all processes train one network."
+            )
         if not 1 <= self.part[0] <= self.part[1]:
             raise ValueError(
                 "--part must be a job's number and how many there are, such as 1 16, got "

@@ -15,7 +15,10 @@ GRACE_SECONDS = 30.0  # that an interrupted job has to close its run
 
 
 class WorkerDied(RuntimeError):
-    """The process that a job ran in has ended, or its machine is gone. The job may run again."""
+    """The process that a job ran in has ended, or its machine is gone. The job may run again.
+
+    The message is what it died of.
+    """
 
 
 class WorkerDiedWarning(RuntimeWarning):

@@ -94,11 +94,11 @@ def _run_all(engine: Engine, jobs: Sequence[Job], report: Callable[[Any], None])
             except WorkerDied as death:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(
-                        f"The workers of one job died {ATTEMPTS} times. {death} Look at their "
-                        "memory: fewer at a time may fit."
+                        f"The workers of one job died {ATTEMPTS} times, at last by {death}. Look "
+                        "at their memory: fewer at a time may fit."
                     ) from death
                 warnings.warn(
-                    f"A job runs again, because its worker died ({str(death).rstrip('.')}). "
+                    f"A job runs again, because its worker died ({death}). "
                     f"This is attempt {attempt + 1} of {ATTEMPTS}.",
                     WorkerDiedWarning,
                     stacklevel=3,
@@ -173,7 +173,7 @@ class ProcessPool(Engine):
                 self.reports.put(value)
         except (EOFError, ConnectionError):
             self._here.worker = None
-            raise WorkerDied(f"A worker died ({self._end_of(worker)}).") from None
+            raise WorkerDied(self._end_of(worker)) from None
 
     def _start(self) -> Worker:
         with self._lock:

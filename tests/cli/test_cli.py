@@ -244,6 +244,14 @@ def test_names_of_runs_do_nothing_to_the_terminal(tmp_path, capsys, monkeypatch)
             ["sweep", "--ensemble"],
             "--ensemble and --graph train by plain gradient descent alone: give --update plain",
         ),
+        (
+            ["sweep", "--launcher-options", "time=5"],
+            "--launcher-options of launcher 'local' must be left out, got 'time=5'",
+        ),
+        (
+            ["sweep", "--launcher", "slurm", "--launcher-options", "partition=gpu", "time=soon"],
+            "time must be a whole number of minutes of at least 1, got 'soon'",
+        ),
         (["demo", "--ensemble", "--precision", "bfloat16"], "--ensemble trains in float32"),
         (["demo", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["demo", "--workers", "-2"], "--workers must be at least 1, got -2"),
@@ -280,6 +288,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, arguments, s
         (["train", "cifar"], "cifar"),
         (["demo", "--qick"], "--qick"),
         (["demo", "--workers", "two"], "two"),
+        (["sweep", "--launcher", "pbs"], "invalid choice 'pbs'"),
         (["figure"], "required"),
         (["figure", "9", "runs"], "'1', '2', '3'"),
         (["train", "mnist", "--epochs", "1.5"], "1.5"),
