@@ -19,7 +19,7 @@ from tests.faults.exceptions import X, Y, net
 
 
 def test_steps_are_taken_once_whatever_a_measurement_around_them_raises(tmp_path):
-    run_alone("exceptions", 24, tmp_path)
+    run_alone("exceptions", 12, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["_net_means", "_measured"])

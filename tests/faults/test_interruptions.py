@@ -49,7 +49,9 @@ def demo(folder: Path, words: list[str]) -> None:
     [
         (1, [signal.SIGTERM, signal.SIGTERM], 143),
         (1, [signal.SIGHUP], 129),
-        (2, [signal.SIGINT, signal.SIGTERM, *[signal.SIGINT] * 20], 130),
+        pytest.param(
+            2, [signal.SIGINT, signal.SIGTERM, *[signal.SIGINT] * 20], 130, marks=pytest.mark.slow
+        ),
     ],
 )
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of Unix")

@@ -42,7 +42,7 @@ def test_damaged_files_are_refused_or_read_as_they_were(tmp_path):
 
 
 def test_a_killed_ensemble_is_resumed_to_the_same_bits(tmp_path):
-    run_alone("kills", 3, tmp_path)
+    run_alone("kills", 2, tmp_path)
 
 
 def test_a_full_disk_costs_no_more_than_a_resumption(tmp_path):

@@ -99,7 +99,7 @@ def touch(path: Path, report: Callable[[Progress], None]) -> None:
 # -- engines ---------------------------------------------------------------------------------------
 
 
-SLOW = {"slurm", "ray"}  # to start
+SLOW = {"slurm", "dask", "ray"}  # to start
 
 
 @pytest.fixture(
