@@ -102,10 +102,11 @@ def parse(words: Sequence[str]) -> Any:
 
         raise ValueError(REPLACE_OR_RESUME)
     names = [word for word in words if not word.startswith("-")]
+    preset = _preset(words)
     arms = {
-        **_arms({"demo": DEMO}, names),
-        "train": _arm("train", _one_of(_arms(EXPERIMENTS, names[1:])), TRAIN_HELP),
-        **_arms({"sweep": SWEEP, **READERS}, names),
+        **_arms({"demo": DEMO}, names, preset),
+        "train": _arm("train", _one_of(_arms(EXPERIMENTS, names[1:], preset)), TRAIN_HELP),
+        **_arms({"sweep": SWEEP, **READERS}, names, preset),
     }
     return tyro.cli(
         _one_of(arms),
@@ -115,15 +116,30 @@ def parse(words: Sequence[str]) -> Any:
     )
 
 
-def _arms(commands: Mapping[str, Command], names: Sequence[str]) -> dict[str, Any]:
-    return {
-        name: _arm(name, command.load() if names[:1] == [name] else _Unread, command.help)
-        for name, command in commands.items()
-    }
+def _preset(words: Sequence[str]) -> str:
+    """The value of --preset, which says what the other defaults are; tyro checks it later."""
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--preset":
+            return value
+        if word.startswith("--preset="):
+            return word.partition("=")[2]
+    return ""
 
 
-def _arm(name: str, options: Any, help: str) -> Any:
-    return Annotated[options, tyro.conf.subcommand(name=name, description=help)]
+def _arms(commands: Mapping[str, Command], names: Sequence[str], preset: str) -> dict[str, Any]:
+    arms = {}
+    for name, command in commands.items():
+        meant = names[:1] == [name]
+        options = command.load() if meant else _Unread
+        defaults = {}
+        if meant and preset in getattr(options, "presets", ()):
+            defaults["default"] = options.of_preset(preset)  # pyright: ignore[reportAttributeAccessIssue]
+        arms[name] = _arm(name, options, command.help, **defaults)
+    return arms
+
+
+def _arm(name: str, options: Any, help: str, **defaults: Any) -> Any:
+    return Annotated[options, tyro.conf.subcommand(name=name, description=help, **defaults)]
 
 
 def _one_of(arms: Mapping[str, Any]) -> Any:

@@ -33,6 +33,7 @@ MOMENTUM = 0.0  # open: the paper names none for this experiment
 # The cross-entropy of Martens 2010, summed over pixels, diverges at 1e-2.
 LOSS = "squared"
 CODE = "linear"  # open: Martens 2010
+INIT = "normal"  # open: He et al. 2015, as for the classifiers
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Autoencoder(Experiment):
     """Loss of the logistic outputs, summed over pixels. Recorded errors are squared means."""
     code: Literal["linear", "activation"] = CODE
     """Output of the code layer: linear, or through the activation function."""
-    init: Literal["normal", "uniform"] = "normal"
+    init: Literal["normal", "uniform"] = INIT
     """Distribution of the initial weights."""
     instrument: tuple[Quantity, ...] = ("activations", "bias_shift")
     """What is measured along the run, in every layer."""
@@ -107,6 +108,7 @@ class Autoencoder(Experiment):
 
     name: ClassVar[str] = "autoencoder"
     small: ClassVar[bool] = True
+    presets: ClassVar = {"cpu": {"epochs": 20, "seeds": 3}}  # an hour or two of two cores
     smoke_config: ClassVar[dict[str, Any]] = {"epochs": 2, "width": 0.02, "probe_size": 100}
 
     def load(self) -> DataSet:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from biasshift.experiments.cifar import GEOMETRY, Cifar, CifarConfig, Geometry
+from biasshift.experiments.cifar import CPU, GEOMETRY, Cifar, CifarConfig, Geometry
 from biasshift.experiments.convnet_trial import phases_of
 from biasshift.experiments.experiment import Activation
 from biasshift.nets import cifar11
@@ -37,7 +37,8 @@ class Cifar11(Cifar):
 
     name: ClassVar[str] = "cifar11"
     network: ClassVar = staticmethod(cifar11)
+    presets: ClassVar = {"cpu": CPU | {"width": 0.25, "steps": 2_000}}
 
-    def phases(self, config: CifarConfig) -> tuple[Phase, ...]:
+    def paper_phases(self, config: CifarConfig) -> tuple[Phase, ...]:
         """Returns the learning rates of the paper's four parts, scaled to the steps of a config."""
         return phases_of(SCHEDULE, config.steps, config.lr)

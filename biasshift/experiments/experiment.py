@@ -111,13 +111,16 @@ class Experiment:
     """Replay training steps as CUDA graphs: for small networks on a GPU, by gradient descent. With
     --ensemble, one graph has the steps of all seeds."""
     channels_last: bool = False
-    """Keep the channels of feature maps innermost: faster on GPUs with Tensor Cores."""
+    """Keep the channels of feature maps innermost: faster on GPUs with Tensor Cores, and always so
+    on CPUs."""
     keep_weights: bool = False
     """Leave a finished run's last checkpoint in its folder."""
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints, which are saved when a run is scored."""
     tensorboard: bool = False
     """Write the scores for TensorBoard too, into the run folders."""
+    preset: Literal["paper", "cpu"] = "paper"
+    """Other defaults: "cpu" has a small network and a short run, for hours of two cores."""
     smoke: bool = False
     """Seconds: a few steps of a tiny version on synthetic data, to see that everything works."""
 
@@ -126,12 +129,36 @@ class Experiment:
     sweeps: ClassVar[bool] = False  # runs differ in more than activation and seed
     small: ClassVar[bool] = False  # one core is enough for a run: runs are computed side by side
     ranges: ClassVar[dict[str, Range]] = RANGES
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name → defaults that it replaces
     smoke_config: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         # One spelling of every activation function: runs record it, and folders are named by it.
         if isinstance(named := vars(self).get("activation"), tuple):
             object.__setattr__(self, "activation", tuple(map(_spelled, named)))
+
+    @classmethod
+    def of_preset(cls, preset: str, **options: Any) -> Self:
+        """Returns the experiment with the defaults of a preset where `options` do not name others.
+
+        Args:
+            preset: "paper", or one of ``presets``.
+            options: As in the constructor.
+
+        Raises:
+            ValueError: The experiment has no such preset.
+
+        >>> from biasshift.experiments.cifar11 import Cifar11
+        >>> small = Cifar11.of_preset("cpu", seeds=2)
+        >>> small.width, small.seeds
+        (0.25, 2)
+        """
+        known = ["paper", *cls.presets]
+        if preset not in known:
+            raise ValueError(
+                f"--preset of {cls.name} must be one of {', '.join(known)}, got '{preset}'."
+            )
+        return cls(**{**cls.presets.get(preset, {}), "preset": preset, **options})
 
     @property
     def whole(self) -> bool:
@@ -241,7 +268,10 @@ class Experiment:
 
         None of these options changes what the numbers of a run mean, and no config records them.
         """
-        return self._filled(Execution, compiled=self.compile, graphed=self.graph)
+        channels_last = self.channels_last or (self.where().type == "cpu" and not self.small)
+        return self._filled(
+            Execution, compiled=self.compile, graphed=self.graph, channels_last=channels_last
+        )
 
     def check(self) -> None:
         """Refuses options that are out of their range or exclude each other.
@@ -261,6 +291,7 @@ class Experiment:
             )
         if self.replace and self.resume:
             raise ValueError(REPLACE_OR_RESUME)
+        self._check_preset()
         if self.channels_last and self.small:
             raise ValueError(
                 "--channels-last must be left out: these networks have no convolutions."
@@ -289,6 +320,19 @@ class Experiment:
         self._check_ranges()
         for name in vars(self).get("activation", ()):
             activation_constructor(name, "--activation")
+
+    def _check_preset(self) -> None:
+        if self.preset == "paper":
+            return
+        if self.preset not in self.presets:
+            raise ValueError(
+                f"--preset of {self.name} must be paper, got '{self.preset}'. Leave it out."
+            )
+        if not any(vars(self)[name] == value for name, value in self.presets[self.preset].items()):
+            raise ValueError(
+                f"'preset' alone changes no option: call {type(self).__name__}.of_preset("
+                f"'{self.preset}') for its defaults."
+            )
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():

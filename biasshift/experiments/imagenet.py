@@ -24,15 +24,22 @@ from biasshift.data import (
     synthetic_imagenet,
 )
 from biasshift.distributed import rank, world_size
-from biasshift.experiments.convnet_trial import epoch_steps, momentum_sgd, phases_of
+from biasshift.experiments.convnet_trial import (
+    INIT,
+    LAST_INIT,
+    epoch_steps,
+    momentum_sgd,
+    phases_of,
+)
 from biasshift.experiments.experiment import POSITIVE, RANGES, Activation, Experiment, Range
 from biasshift.nets import imagenet15
+from biasshift.nets.initialization import Init
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Instrumentation, Quantity, Trial
 
 WEIGHT_DECAY = 5e-4
 DROPOUT = 0.5
-SIDE, CROP = 256, 224
+SIDE, CROP = 256, 224  # pixels; open: that they are in [0, 1] before the mean is subtracted
 VALID_IMAGES = 5_000  # random ones, for the curves
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "relu")
 SEEDS = 1
@@ -42,6 +49,7 @@ SCHEDULE = ((100_000, 1.0), (100_000, 0.1), (50_000, 0.01))
 LEARNING_RATE = 0.01  # open
 BATCH_SIZE = 64  # open
 MOMENTUM = 0.9  # open
+# open: batch normalization is before the activation, as in Ioffe & Szegedy 2015
 STRIDE = 2  # open: of the 6×6 layer; 4 costs a quarter
 BINS = (1, 2, 4)  # open: of the three levels of the pyramid
 
@@ -56,6 +64,8 @@ class ImagenetConfig:
         dropout: Rate in the two layers of 4096 units.
         stride: Of the 6×6 layer.
         crop: Pixels of a side of the images that the network sees.
+        side: Pixels of a side of the images that they are cut from.
+        last_init: Standard deviation of the last layer's initial weights; None: that of ``init``.
         subtracted: What is subtracted from the images: a mean per pixel or per channel.
         width: Multiplies the units of every hidden layer.
         score_every: Steps between two scores.
@@ -80,7 +90,7 @@ class ImagenetConfig:
     crop: int
     batch_norm: bool
     subtracted: Literal["pixel", "channel"]
-    init: Literal["normal", "uniform"]
+    init: Init
     width: float
     score_every: int
     valid_images: int
@@ -89,6 +99,8 @@ class ImagenetConfig:
     quantities: tuple[Quantity, ...]
     units_measured: int
     damping: float
+    side: int = SIDE
+    last_init: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,13 @@ class Imagenet(Experiment):
     """Normalize every hidden layer before its activation."""
     mean: Literal["pixel", "channel"] = "pixel"
     """What is subtracted from images: the training mean of every pixel, or of every channel."""
-    init: Literal["normal", "uniform"] = "normal"
-    """Distribution of the initial weights."""
+    crop: int = CROP
+    """Pixels of a side of the random crops, cut from images that are an eighth larger."""
+    init: Init = INIT
+    """Initial weights: normal or uniform of variance 2/fan_in (He et al. 2015), or normal of
+    variance 1/fan_in (lecun) or 2/(fan_in + fan_out) (glorot)."""
+    last_init: float | None = LAST_INIT
+    """Standard deviation of the last layer's initial weights; None: as the other layers."""
     width: float = 1.0
     """Multiplies the units of every hidden layer: 0.25 is a version for a CPU."""
     score_every: int = 1_000
@@ -160,6 +177,22 @@ class Imagenet(Experiment):
 
     name: ClassVar[str] = "imagenet"
     ranges: ClassVar[dict[str, Range]] = RANGES | {"width": POSITIVE}
+    presets: ClassVar = {
+        "cpu": {  # half an hour of early learning, on a folder of some thousand images
+            "width": 0.125,
+            "crop": 112,
+            "batch_size": 25,
+            "lr": 0.002,
+            "dropout": 0.0,
+            "last_init": 0.01,
+            "steps": 400,
+            "seeds": 3,
+            "loaders": 1,
+            "score_every": 50,
+            "valid_images": 500,
+            "instrument": (),
+        }
+    }
     smoke_config: ClassVar[dict[str, Any]] = {
         "steps": 4,
         "epochs": 1.0,
@@ -177,6 +210,10 @@ class Imagenet(Experiment):
     def _loaders(self) -> int:
         return 0 if self.smoke else self.loaders
 
+    @property
+    def _side(self) -> int:
+        return self.crop * SIDE // CROP
+
     def load(self) -> PreparedImages:
         """Returns the images, checked, and their mean, which reads every training image once.
 
@@ -188,7 +225,7 @@ class Imagenet(Experiment):
                 names it.
         """
         images, root = self._images(), self.out if self.smoke else self.data
-        mean = mean_image(images.train, SIDE, self._loaders, root=root)
+        mean = mean_image(images.train, self._side, self._loaders, root=root)
         mean = mean if self.mean == "pixel" else mean.mean((1, 2), keepdim=True)
         return PreparedImages(images, Scale(mean=mean.to(self.where())), self.where())
 
@@ -212,7 +249,7 @@ class Imagenet(Experiment):
                 activation=activation,
                 seed=seed,
                 epochs=self.steps / epoch_steps(len(images.train), self.batch_size),
-                crop=CROP,
+                side=self._side,
                 subtracted=self.mean,
                 probe_size=self.probe,
                 quantities=self.instrument,
@@ -229,7 +266,7 @@ class Imagenet(Experiment):
         random training images: both are the same for every run.
         """
         train, valid, device = data.images.train, data.images.valid, data.device
-        crop = Crop(SIDE, config.crop)
+        crop = Crop(config.side, config.crop)
         decoding: dict[str, Any] = {"prepare": data.prepare, "crop": crop, "device": device}
         shared: dict[str, Any] = {"workers": self._loaders, "rank": rank(), "world": world_size()}
         stream = ImageStream(train, config.batch_size, config.seed, **decoding, **shared)
@@ -243,6 +280,7 @@ class Imagenet(Experiment):
             config.dropout,
             config.init,
             width=config.width,
+            last_init=config.last_init,
         ).to(device)
         instrumentation = Instrumentation(
             config.quantities,

@@ -65,6 +65,7 @@ def cifar11(
     norm_at: NormAt = "before",
     rates: Sequence[float] = RATES,
     width: float = 1.0,
+    last_init: float | None = None,
 ) -> nn.Sequential:
     """Returns the 11-layer network of Figures 4 and 5: (batch, 3, 32, 32) → (batch, classes).
 
@@ -85,6 +86,7 @@ def cifar11(
         norm_at=norm_at,
         dropout=dropout,
         init=init,
+        last_init=last_init,
         width=width,
     )
 
@@ -101,6 +103,7 @@ def cifar18(
     norm_at: NormAt = "before",
     rates: Sequence[float] = RATES,
     width: float = 1.0,
+    last_init: float | None = None,
 ) -> nn.Sequential:
     """Returns the 18-layer network of Table 1: (batch, 3, 32, 32) → (batch, classes).
 
@@ -121,6 +124,7 @@ def cifar18(
         norm_at=norm_at,
         dropout=dropout,
         init=init,
+        last_init=last_init,
         width=width,
     )
 
@@ -137,6 +141,7 @@ def imagenet15(
     *,
     norm_at: NormAt = "before",
     width: float = 1.0,
+    last_init: float | None = None,
 ) -> nn.Sequential:
     """Returns the 15-layer network of Figure 6: (batch, 3, 224, 224) → (batch, classes).
 
@@ -149,16 +154,16 @@ def imagenet15(
     Args:
         activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
             an import path ``package.module:Class``, or a class of modules.
-        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
-            zero.
+        seed: of the weights, drawn from a generator of their own; biases are zero.
         stride: of the 6×6 layer, not in the paper. Stride 2 gives maps of 112, then 56, 28, 14 and
             7 behind the poolings, and 41 billion multiplications per image. Stride 4 gives 56, 28,
             14, 7 and 4, and 10 billion.
         bins: of the pyramid's three levels, not in the paper.
         batch_norm: normalizes every hidden layer, ``norm_at`` "before" or "after" its activation.
         dropout: the rate in both 4096 layers; 0 builds no dropout modules.
-        init: "normal" or "uniform", as in `mlp`.
+        init: "normal", "uniform", "lecun" or "glorot", as in `mlp`.
         width: multiplies the units of every hidden layer, to try things out on a small network.
+        last_init: standard deviation of the last layer's weights; None: that of `init`.
 
     Raises:
         ValueError: a name that is unknown, or a size or rate that makes no sense.
@@ -182,5 +187,5 @@ def imagenet15(
     for place, (fan_in, units) in enumerate(pairwise(hidden), start=1):
         modules[f"fc5_{place}"] = linear(fan_in, units, init, generator)
         modules.update(style.followers(f"5_{place}", nn.BatchNorm1d(units), dropout, last=True))
-    modules["fc6_1"] = linear(hidden[-1], classes, init, generator)
+    modules["fc6_1"] = linear(hidden[-1], classes, init, generator, last_init)
     return nn.Sequential(modules)

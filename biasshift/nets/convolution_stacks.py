@@ -65,6 +65,7 @@ class Style:
     norm_at: NormAt = "before"
     dropout: Dropout = "none"
     width: float = 1.0
+    last_init: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.activation, ActivationModules):  # which are checked
@@ -107,6 +108,7 @@ def stacks(
     norm_at: NormAt = "before",
     dropout: Dropout = "last",
     init: Init = "normal",
+    last_init: float | None = None,
     width: float = 1.0,
     channels: int = 3,
 ) -> nn.Sequential:
@@ -126,8 +128,7 @@ def stacks(
             ends with a layer of as many units as there are classes.
         activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
             an import path ``package.module:Class``, or a class of modules.
-        seed: of the weights, drawn after He et al. 2015 from a generator of their own; biases are
-            zero.
+        seed: of the weights, drawn from a generator of their own; biases are zero.
         rates: dropout rate of each stack, 0 for those beyond the list. The paper does not say on
             which side of the pooling it drops; here it is directly behind the activation.
         geometry: "same" keeps the size of the maps (2×2 kernels get their row of zeros at the end),
@@ -138,7 +139,9 @@ def stacks(
             or "after" the activation.
         dropout: behind the "last" or "all" layers of each stack (`set_dropout` changes it later),
             or "none": no such modules.
-        init: "normal" or "uniform", as in `mlp`.
+        init: "normal", "uniform", "lecun" or "glorot", as in `mlp`.
+        last_init: standard deviation of the last layer's weights; None: that of `init`. Where it is
+            small, the first losses are near ln(classes).
         width: multiplies the units of every hidden layer, to try things out on a small network.
         channels: of the images.
 
@@ -151,7 +154,7 @@ def stacks(
     'conv1_1 act1_1 pool1 conv2_1 act2_1 drop2_1 conv2_2 act2_2 drop2_2 pool2 conv3_1 pool3 flatten'
     """
     activations = ActivationModules(activation, seed)
-    style = Style(activations, init, geometry, batch_norm, norm_at, dropout, width)
+    style = Style(activations, init, geometry, batch_norm, norm_at, dropout, width, last_init)
     generator = torch.Generator().manual_seed(seed)
     modules = OrderedDict(
         convolutions(specification, style, generator, rates=rates, channels=channels, logits=True)
@@ -191,7 +194,10 @@ def convolutions(
             layer, last = f"{number}_{place}", place == len(layers)
             output = logits and last and number == len(specification)
             units = units if output else scaled_units(units, style.width)
-            yield from _padded_convolution(layer, channels, units, field, stride, style, generator)
+            sd = style.last_init if output else None
+            yield from _padded_convolution(
+                layer, channels, units, field, stride, style, generator, sd
+            )
             if not output:
                 yield from style.followers(layer, nn.BatchNorm2d(units), rate, last)
             channels, stride = units, 1
@@ -206,6 +212,7 @@ def _padded_convolution(
     stride: int,
     style: Style,
     generator: torch.Generator,
+    sd: float | None,
 ) -> NamedModules:
     """One convolution, behind a padding of its own where the zeros of two opposite sides differ."""
     total = 2 * (field // 2) if style.geometry == "caffe" else max(field - stride, 0)
@@ -214,9 +221,10 @@ def _padded_convolution(
         # padding="same" would do, but warns on every even kernel, and knows no strides
         yield f"pad{layer}", nn.ZeroPad2d((before, after, before, after))
     padding = before if before == after else 0
+    places = {"stride": stride, "padding": padding}
     yield (
         f"conv{layer}",
-        convolution(channels, units, field, style.init, generator, stride=stride, padding=padding),
+        convolution(channels, units, field, style.init, generator, **places, sd=sd),
     )
 
 

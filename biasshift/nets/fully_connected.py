@@ -82,7 +82,8 @@ def mlp(
         seed: of the weights. They are drawn from a generator of their own: the global random state
             is untouched.
         init: "normal" draws from N(0, 2/fan_in), "uniform" from U(±√(6/fan_in)). The paper leaves
-            it open; the authors' own library drew uniformly.
+            it open; the authors' own library drew uniformly. "lecun" draws from N(0, 1/fan_in),
+            "glorot" from N(0, 2/(fan_in + fan_out)).
         constant: added to every activation's output (`Shifted`); names and weights stay the same.
             Not in the paper.
         batch_norm: normalizes every hidden layer before its activation, in "norm0", "norm2", …; the
@@ -141,7 +142,7 @@ def autoencoder(
         activation: a name in `biasshift.activations.ACTIVATIONS`, ``elu:α``, ``lrelu:slope``,
             an import path ``package.module:Class``, or a class of modules.
         seed: of the weights, drawn from a generator of their own.
-        init: "normal" or "uniform", as in `mlp`.
+        init: "normal", "uniform", "lecun" or "glorot", as in `mlp`.
         code: "activation" puts "act4" behind the code layer.
         output: "logistic" appends the sigmoid, "reconstruct", for a squared error on the
             reconstruction (``"gaussian"``).

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,22 @@ def options(config: Any) -> dict[Any, Any]:
     return dict(config) if isinstance(config, Mapping) else asdict(config)
 
 
-def require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+def require_same_config(folder: Path, config: Any) -> None:
     """Compares what would be stored with what is. Nothing is read from the file but that.
+
+    An option that is not stored is newer than the run: of a dataclass, the default of its field
+    says what runs did before.
 
     Raises:
         ValueError: if they differ; names the first option that does.
     """
     path = folder / "config.json"
     stored = config_of(path, parse_json(folder, path.name))
-    wanted = json.loads(to_json(config))
+    wanted = json.loads(to_json(options(config)))
+    before = {field.name: field.default for field in fields(config)} if is_dataclass(config) else {}
     for name in {**stored, **wanted}:
+        if name not in stored and name in before and wanted[name] == before[name]:
+            continue
         if name not in stored:
             raise ValueError(
                 f"'{folder}' holds a run of another version, which does not record {name}. Choose "

@@ -173,8 +173,8 @@ class Run:
         ...         run.segments
         0
         """
+        require_same_config(Path(folder), config)
         folder, config = Path(folder), options(config)
-        require_same_config(folder, config)
         with _owning(folder, owner) as right:
             before = read_state(folder)
             digests = segment_digests(folder, before, segments)
@@ -206,7 +206,7 @@ class Run:
         folder = Path(folder)
         if not (folder.is_dir() and is_run(folder)):
             return False
-        require_same_config(folder, options(config))
+        require_same_config(folder, config)
         return read_state(folder).state == "finished"
 
     def append(self, frame: pd.DataFrame) -> None:

@@ -1,5 +1,6 @@
 """The networks of the CIFAR experiments: what the paper prints, names, weights, dropout."""
 
+import math
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import biasshift as bs
 from biasshift.activations import ACTIVATIONS
+from biasshift.experiments.convnet_trial import LAST_INIT
 from biasshift.nets import StackDropout, cifar11, cifar18, set_dropout, stacks
 
 TINY = 0.02
@@ -141,6 +143,58 @@ def test_equal_seeds_give_equal_weights_whatever_surrounds_them():
         assert all(name.startswith(("bn", "act")) for name in state.keys() - reference.keys())
     other = cifar11("relu", 4, width=TINY).state_dict()
     assert not torch.equal(other["conv1_1.weight"], reference["conv1_1.weight"])
+
+
+FIRST_LOSS = math.log(100)
+
+
+@pytest.mark.parametrize("network", [cifar11, cifar18])
+@pytest.mark.parametrize("activation", ["elu", "relu", "lrelu", "srelu"])
+def test_the_first_loss_is_that_of_equal_probabilities(network, activation):
+    """As in the paper's figures; without `last_init` it is 26 to 40 at full width."""
+    net = network(activation, 0, width=0.25, last_init=LAST_INIT)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, 32, 32, generator=generator)
+    y = torch.randint(100, (20,), generator=generator)
+    with torch.random.fork_rng([]), torch.no_grad():
+        for mode in (net.train(), net.eval()):
+            assert F.cross_entropy(mode(x), y).item() == pytest.approx(FIRST_LOSS, rel=0.05)
+
+
+def test_the_first_loss_at_full_width_and_without_a_small_last_layer():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 3, 32, 32, generator=generator)
+    y = torch.randint(100, (10,), generator=generator)
+    with torch.random.fork_rng([]), torch.no_grad():
+        small, he = (
+            F.cross_entropy(cifar11("srelu", 0, last_init=sd)(x), y).item()
+            for sd in (LAST_INIT, None)
+        )
+    assert small == pytest.approx(FIRST_LOSS, rel=0.05)
+    assert he > 2 * FIRST_LOSS
+
+
+@pytest.mark.parametrize(
+    ("init", "variance"),
+    [
+        ("lecun", lambda fan_in, fan_out: 1 / fan_in),
+        ("glorot", lambda fan_in, fan_out: 2 / (fan_in + fan_out)),
+    ],
+)
+def test_weights_have_the_variance_that_their_initialization_says(init, variance):
+    net = cifar11(init=init, last_init=0.02)
+    for name in ("conv1_1", "conv2_2", "conv4_1", "conv5_2"):
+        weight = net.get_submodule(name).weight.detach()
+        units, channels, field, _ = weight.shape
+        expected = variance(channels * field**2, units * field**2) ** 0.5
+        assert weight.std().item() == pytest.approx(expected, rel=0.03)
+    assert net.conv7_1.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+def test_a_standard_deviation_must_be_a_finite_number():
+    for sd in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="standard deviation of weights must be"):
+            cifar11(width=TINY, last_init=sd)
 
 
 @pytest.mark.parametrize("init", ["normal", "uniform"])
@@ -287,7 +341,7 @@ def test_two_stacked_members_run_as_one(geometry):
         ({"geometry": "valid"}, "'geometry' must be one of same, caffe, got 'valid'"),
         ({"dropout": "first"}, "'dropout' must be one of none, last, all, got 'first'"),
         ({"norm_at": "behind"}, "'norm_at' must be one of before, after, got 'behind'"),
-        ({"init": "zeros"}, "'init' must be one of normal, uniform, got 'zeros'"),
+        ({"init": "zeros"}, "'init' must be one of normal, uniform, lecun, glorot, got 'zeros'"),
         ({"width": 0.0}, r"'width' must be positive, got 0\.0"),
         ({"classes": 0}, "units and receptive fields must be positive"),
         ({"rates": (0.1,) * 8}, "at most one dropout rate per stack, got 8 for 7 stacks"),

@@ -6,10 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import biasshift as bs
 from biasshift.activations import ACTIVATIONS
+from biasshift.experiments.convnet_trial import LAST_INIT
 from biasshift.nets import SpatialPyramidPooling, StackDropout, imagenet15, set_dropout
 from biasshift.nets.convnets import IMAGENET15
 from biasshift.nets.convolution_stacks import Style, convolutions
@@ -185,3 +187,15 @@ def test_every_layer_can_be_measured(batch_norm):
 def test_imagenet_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         imagenet15(**{"width": TINY, **wrong})
+
+
+@pytest.mark.parametrize("activation", ["elu", "relu", "lrelu", "srelu"])
+def test_the_first_loss_is_that_of_equal_probabilities(activation):
+    net = imagenet15(activation, 0, width=0.125, last_init=LAST_INIT)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 112, 112, generator=generator) / 4  # as of pixels in [0, 1]
+    y = torch.randint(1000, (8,), generator=generator)
+    with torch.random.fork_rng([]), torch.no_grad():
+        for mode in (net.train(), net.eval()):
+            loss = F.cross_entropy(mode(x), y).item()
+            assert loss == pytest.approx(math.log(1000), rel=0.05)
