@@ -7,6 +7,7 @@ Options are typed dataclasses, from which tyro makes the parser and the help. Th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated, Any, NamedTuple, Union
 
 import tyro
@@ -118,7 +119,7 @@ def parse(words: Sequence[str]) -> Any:
 
 def _preset(words: Sequence[str]) -> str:
     """The value of --preset, which says what the other defaults are; tyro checks it later."""
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in pairwise([*words, ""]):
         if word == "--preset":
             return value
         if word.startswith("--preset="):
