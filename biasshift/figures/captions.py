@@ -103,6 +103,7 @@ def comparable(table: pd.DataFrame, dataset: str, steps: int | None = None) -> b
         (table["dataset"] != dataset).any()
         or ("batch_norm" in table and table["batch_norm"].eq(True).any())
         or ("width" in table and (table["width"] != 1).any())
+        or ("schedule" in table and table["schedule"].eq("late").any())
         or (last is not None and ((last / steps - 1).abs() > WITHIN).any())
     )
 
@@ -127,10 +128,12 @@ def _unusual(table: pd.DataFrame) -> str:
     fully_connected = "width" not in table or "depth" in table
     scales = [] if fully_connected else sorted(table["width"].dropna().unique())
     normed = "batch_norm" in table and len(table) > 0 and table["batch_norm"].eq(True).all()
+    undropped = "dropout" in table and len(table) > 0 and table["dropout"].eq(0).all()
     updates = sorted(map(str, table["update"].dropna().unique())) if "update" in table else []
     parts = [
         f"units × {' and '.join(f'{scale:g}' for scale in scales)}" * (scales not in ([], [1])),
         "with batch norm" if normed else "",
+        "without dropout" if undropped else "",
         f"{updates[0]} update" if len(updates) == 1 and updates != ["plain"] else "",
     ]
     return ", ".join(filter(None, parts))
@@ -151,6 +154,8 @@ def _length(table: pd.DataFrame) -> str:
     share = table[planned].max() / usual if usual else 1
     if abs(share - 1) <= WITHIN:
         return whole
+    if "schedule" in table and table["schedule"].eq("late").any():
+        return f"{whole} of early learning (the paper's are {usual:,}), rate falls at 70 and 90 %"
     # The schedule of the learning rate is shortened with the run, which is not the beginning of
     # the paper's.
     change = "shortened" if share < 1 else "stretched"

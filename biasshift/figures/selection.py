@@ -15,7 +15,8 @@ from biasshift.runs.schema import read_config, read_json
 OURS = ("digits", "mnist", "autoencoder", "cifar11", "cifar18", "imagenet", "sweep")
 RUN_COLUMNS = tuple(
     "run experiment dataset activation seed epochs steps batch_size lr depth width batch_norm "
-    "update constant update_every test_images valid_images device made reached last_step".split()
+    "update constant update_every dropout schedule test_images valid_images device made reached "
+    "last_step".split()
 )
 # Columns in which the runs of any figure may differ: what it shows or says of each run, and options
 # of examinations at equal loss, which no figure shows.
