@@ -1,5 +1,6 @@
 """Numbers and verdicts as people read them: tables of runs, sentences, Markdown."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ from biasshift.analysis.statistics import LEVEL, seeds_needed
 
 VERDICTS = {  # how a sentence about a claim begins
     "supported": "Supported",
-    "not supported": "Not supported, the contrary holds",
+    "not supported": "Contradicted",
     "undecided": "Undecided",
 }
 QUANTITIES = {  # column of `per_run` → its name in the table for reading
@@ -40,7 +41,9 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def reading_table(numbers: pd.DataFrame) -> pd.DataFrame:
+def reading_table(
+    numbers: pd.DataFrame, quantities: Mapping[str, str] = QUANTITIES
+) -> pd.DataFrame:
     """Returns the table for reading: one row per quantity, one column per activation function.
 
     Cells are texts, mean ± SD over seeds. Of runs of several updates and learning rates, it shows
@@ -49,14 +52,15 @@ def reading_table(numbers: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         numbers: as `per_run` returns them.
+        quantities: columns of `numbers` → their names in the table.
     """
     paper, columns = paper_runs(numbers), {}
     for _, group in (paper if len(paper) else numbers).groupby([*CELL, "lr"], sort=False):
         cell, rate = cell_of(group), group["lr"].iloc[0]
         name = display_name(cell.activation) if len(paper) else cell.name
         name = f"{name}, {rate:g}" if name in columns else name
-        texts = {title: mean_and_sd(group[column]) for column, title in QUANTITIES.items()}
-        columns[name] = {**texts, "seeds": str(len(group))}
+        texts = {title: mean_and_sd(group[column]) for column, title in quantities.items()}
+        columns[name] = {**texts, "seeds": str(len(group))} if quantities is QUANTITIES else texts
     return pd.DataFrame(columns)
 
 
@@ -156,7 +160,7 @@ def claims_markdown(verdicts: pd.DataFrame) -> str:
         row: Any = row
         cells = [
             f"{row.number} {row.claim}",
-            row.verdict,
+            VERDICTS[row.verdict].lower(),
             f"{row.statement} ({row.source})",
             row.statistic,
             f"{effect(row) if row.n else '–'}, {row.predicted}",
@@ -185,7 +189,7 @@ def footnote(verdicts: pd.DataFrame) -> str:
     return (
         f"{len(tested)} tests in {families} families of variants; Holm's correction is within "
         f"families. If nothing held, about {families * LEVEL / 2:.1f} families would be called "
-        "supported, and as many not supported, by chance. Corrected over all tests at once "
+        "supported, and as many contradicted, by chance. Corrected over all tests at once "
         f"{strict} supported claims remain{possible}."
     )
 

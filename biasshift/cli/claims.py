@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from biasshift.analysis.evidence import read_evidence
-from biasshift.analysis.formatting import claims_markdown, deciding_p, effect, footnote
+from biasshift.analysis.formatting import VERDICTS, claims_markdown, deciding_p, effect, footnote
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
@@ -67,29 +67,32 @@ def print_claims(console: Console, verdicts: pd.DataFrame) -> None:
         console.print("Nothing: no claim is about runs of these kinds.")
         return
     console.print(VERDICTS_NOTE)
-    notes = {caveat: number for number, caveat in enumerate(dict.fromkeys(verdicts["caveat"]), 1)}
+    measured = verdicts[verdicts["n"] > 0]
+    notes = {caveat: number for number, caveat in enumerate(dict.fromkeys(measured["caveat"]), 1)}
     wide = console.width >= WIDE
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, leading=0 if wide else 1)
     for column in WIDE_COLUMNS if wide else NARROW_COLUMNS:
         justify = "right" if column in ("n", "p", "note") else "left"
         shown.add_column(column, justify=justify, overflow="fold")
-    rows: Any = verdicts.itertuples()
+    rows: Any = measured.itertuples()
     for row in rows:
         shown.add_row(*_cells(row, notes[row.caveat], wide))
     console.print(shown)
-    if "not supported" in set(verdicts["verdict"]):
+    if "not supported" in set(measured["verdict"]):
         console.print("* p of the contrary")
     for caveat, number in notes.items():
         print_wrapped(console, caveat, indent=f"{number:>3}  ", hanging=" " * 5)
+    if missing := verdicts.loc[verdicts["n"] == 0, "claim"].tolist():
+        print_wrapped(console, f"Not measured by these runs: {', '.join(missing)}.", "", "  ")
     console.print(f"\n{footnote(verdicts)}")
 
 
 def _cells(row: Any, note: int, wide: bool) -> tuple[Text, ...]:
     value, contrary = deciding_p(row)
     p = f"{value:.2g}{'*' * contrary}" if value == value else ""
-    size = effect(row) if row.n else "not measured"
+    size = effect(row)
     name = visible(f"{row.number} {row.claim}")
-    verdict = Text(row.verdict, style=COLORS[row.verdict])
+    verdict = Text(VERDICTS[row.verdict].lower(), style=COLORS[row.verdict])
     statement = Text(visible(f"{row.statement} ({row.source})"))
     statement.append(f"\n{visible(row.statistic)}", style="dim")
     if wide:

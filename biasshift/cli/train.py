@@ -19,6 +19,7 @@ from biasshift.cli.errors import error_message
 from biasshift.cli.results import (
     print_comparison,
     print_identities,
+    print_next,
     print_sweep,
     print_verdicts,
 )
@@ -255,13 +256,14 @@ def _print_results(console: Console, experiment: Experiment, folders: list[Path]
         return
     with _reported(console, "table"):
         (print_sweep if experiment.sweeps else print_comparison)(console, table)
+    with _reported(console, "verdicts"):
+        print_verdicts(console, table)
     with _reported(console, "identities"):
         print_identities(console, table)
     for name in experiment.figures:
         with _reported(console, f"figure {name}"):
             print_paths(console, draw(name, table, experiment.out))
-    with _reported(console, "verdicts"):
-        print_verdicts(console, table)
+    print_next(console, experiment.out)
 
 
 def _part_note(experiment: Experiment) -> str:

@@ -46,7 +46,8 @@ class Demo(MlpExperiment):
     quick: bool = False
     """2 seeds and 15 epochs: shows that everything works, decides nothing."""
     out: Path = Path("runs/demo")
-    """Folder for runs and figures; --quick and --smoke use one below. Runs are replaced."""
+    """Folder for runs and figures, which are replaced; of --quick and --smoke it is
+    runs/demo-quick and runs/demo-smoke."""
     replace: bool = True
     """Replace runs that are already there."""
 
@@ -58,7 +59,8 @@ class Demo(MlpExperiment):
         super().__post_init__()
         # Shortened runs could not be compared with full ones, nor may one spoil the other.
         if self.out == Path("runs/demo") and (self.quick or self.smoke):
-            object.__setattr__(self, "out", self.out / ("smoke" if self.smoke else "quick"))
+            kind = "smoke" if self.smoke else "quick"
+            object.__setattr__(self, "out", Path(f"runs/demo-{kind}"))
         if self.resume:
             object.__setattr__(self, "replace", False)
 

@@ -607,8 +607,7 @@ def test_the_contrary_is_said_plainly():
         if "lower training loss" in s
     ]
     assert said.startswith(
-        "Not supported, the contrary holds: ELU networks end at a lower training loss than ReLU "
-        "networks"
+        "Contradicted: ELU networks end at a lower training loss than ReLU networks"
     )
     assert "p = 0.016 of the contrary" in said
 

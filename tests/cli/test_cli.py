@@ -21,10 +21,10 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.analysis.formatting import effect, footnote
+from biasshift.analysis.formatting import VERDICTS, effect, footnote
 from biasshift.analysis.verdicts import claims
 from biasshift.cli import claims as claims_command, parser, results, train
-from biasshift.cli.console import progress
+from biasshift.cli.console import print_paths, progress
 from biasshift.experiments import demo
 from biasshift.experiments.demo import Demo
 from biasshift.runs.integrity import digest, sealed, unsealed
@@ -420,22 +420,26 @@ def test_the_table_of_claims_fits_the_terminal_and_loses_nothing(
     status, shown, errors = call(capsys, "claims", "runs")
     assert (status, errors) == (0, "")
     assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown and "…" not in shown
-    words, rows, judged = set(shown.split()), claimed(runs), claims(runs)
+    words, judged = set(shown.split()), claims(runs)
+    rows = [row for row in claimed(runs) if row.n]
     for row in rows if columns >= 80 else ():  # below, numbers break
-        assert set(effect(row).split() if row.n else ["measured"]) <= words
+        assert set(effect(row).split()) <= words
+    missing = ", ".join(row.claim for row in claimed(runs) if not row.n)
     notes = "".join(
         f"{number} {caveat} "
         for number, caveat in enumerate(dict.fromkeys(row.caveat for row in rows), 1)
     )
-    assert " ".join(shown.split()).endswith(
-        f"{notes}{footnote(judged)} Claims: claims/claims.md (and Parquet)"
-    )  # equal ones are said once
+    end = f"{notes}Not measured by these runs: {missing}. {footnote(judged)} Claims: "
+    said, end = (
+        " ".join(text.split()).replace("- ", "-") for text in (shown, f"{end}claims/claims.md")
+    )
+    assert said.endswith(f"{end} (and Parquet)")  # equal ones are said once
 
 
 def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     shown = call(capsys, "claims", "runs")[1]
-    found, rows = claimed(runs), rows_of(shown)
+    found, rows = [row for row in claimed(runs) if row.n], rows_of(shown)
     notes = {
         int(number): caveat
         for number, caveat in re.findall(r"^ +(\d+)  (\S.*)$", shown, re.MULTILINE)
@@ -448,7 +452,7 @@ def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monk
     for cells, row in zip(rows, found, strict=True):
         assert cells[:3] == [
             f"{row.number} {row.claim}",
-            row.verdict,
+            VERDICTS[row.verdict].lower(),
             f"{row.statement} ({row.source})",
         ]
         assert notes[int(cells[-1])] == row.caveat
@@ -458,7 +462,7 @@ def test_every_claim_has_its_verdict_its_numbers_and_its_note(runs, capsys, monk
             if np.isnan(row.p_holm)
             else [f"{row.p_contrary:.2g}*" if contrary else f"{row.p_holm:.2g}"]
         )
-        assert cells[3:-1] == ([effect(row), str(row.n), *p] if row.n else ["not measured", "0"])
+        assert cells[3:-1] == [effect(row), str(row.n), *p]
     assert "* p of the contrary" in shown
 
 
@@ -468,7 +472,7 @@ def test_verdicts_are_colored_on_a_terminal_and_said_everywhere(runs, monkeypatc
     claims_command.print_claims(
         Console(file=shown, width=300, force_terminal=True, color_system="standard"), claims(runs)
     )
-    for verdict, color in (("supported", 32), ("not supported", 31), ("undecided", 33)):
+    for verdict, color in (("supported", 32), ("contradicted", 31), ("undecided", 33)):
         assert re.search(rf"\x1b\[{color}m{verdict}\b", shown.getvalue())
 
 
@@ -477,9 +481,11 @@ def test_nothing_in_a_claim_acts_on_the_terminal(runs):
     text = "[red]a[/red] \x1b[31mb\x07 :boom:\nc\u202e"
     found = claims(runs).assign(statement=text, statistic=text, claim=text, caveat=text)
     shown = io.StringIO()
-    claims_command.print_claims(Console(file=shown, width=300), found)
+    claims_command.print_claims(Console(file=shown, width=3000), found)
     escaped = r"[red]a[/red] \x1b[31mb\x07 :boom:\nc\u202e"
-    assert shown.getvalue().count(escaped) == 3 * len(found) + 1
+    measured = int((found["n"] > 0).sum())
+    # Three times in a row of the table, once as a caveat, and among those that were not measured.
+    assert shown.getvalue().count(escaped) == 3 * measured + 1 + (len(found) - measured)
     assert not {"\x1b", "\x07", "\u202e"} & set(shown.getvalue())
 
 
@@ -562,29 +568,46 @@ def test_whoever_stops_reading_is_not_shouted_at(runs, here):
 
 
 @pytest.mark.parametrize(
-    ("n", "effect", "low", "said"),
-    [
-        (6, 1.5, 1.0, "+1.5 [+1, +2], n = 6."),
-        (1, 1.5, np.nan, "+1.5, n = 1."),
-        (1, np.nan, np.nan, "undefined, n = 1."),
-        (0, np.nan, np.nan, "not measured, n = 0."),
-    ],
+    ("effect", "low", "said"),
+    [(1.5, 1.0, "+1.5 [+1, +2]"), (1.5, np.nan, "+1.5"), (np.nan, np.nan, "undefined")],
 )
-def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, n, effect, low, said):
+def test_an_effect_is_said_as_far_as_it_is_known(monkeypatch, effect, low, said):
     row = {
+        "claim": "means",
         "verdict": "undecided",
         "statement": "It",
-        "source": "1",
         "statistic": "share",
         "effect": effect,
         "low": low,
         "high": 2.0,
-        "n": n,
+        "predicted": "< 0",
+        "n": 6,
     }
     monkeypatch.setattr(results, "claims", lambda table, **_: pd.DataFrame([row]))
     shown = io.StringIO()
     results.print_verdicts(Console(file=shown, width=80), pd.DataFrame())
-    assert f"  It (1). share: {said}\n" in shown.getvalue()
+    assert f" ? It\n     share: {said} (< 0)\n" in shown.getvalue()
+
+
+def test_the_end_fits_a_screen(runs):
+    """What a demo prints below its progress: 80 columns, 40 rows with the prompt."""
+    table = read_runs(runs)
+    columns = dict.fromkeys(results.IDENTITIES, 1e-12)
+    shown = io.StringIO()
+    console = Console(file=shown, width=80)
+    results.print_comparison(console, table)
+    results.print_verdicts(console, table)
+    results.print_identities(console, table.assign(**columns))
+    for name in ("2", "gap"):
+        print_paths(console, [Path(f"runs/demo/figure_{name}.png"), Path("figure.pdf")])
+    results.print_next(console, Path("runs/demo"))
+    lines = shown.getvalue().splitlines()
+    assert len(lines) <= 39 and max(map(len, lines)) <= 80
+    marks = [line[1] for line in lines if line[:1] == " " and line[1:2] in "✓✗?"]
+    judged = claims(table).set_index("claim")
+    main = [name for name in results.MAIN if judged.loc[name, "n"]]
+    assert len(marks) == 6 and len(main) >= 4
+    assert f"{len(judged[judged['n'] > 0])} of {len(judged)} statements" in shown.getvalue()
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -639,11 +662,8 @@ def test_training_shows_progress_table_identities_figures_and_claims(trained):
     words = " ".join(shown.split())
     for text in (
         "Mean ± SD over seeds",
-        "seeds 1 1",
         "Exact identities",
-        "Undecided (",
-        "ELU networks learn faster",
-        "n = 1.",
+        "These runs claim nothing: 1 seed cannot decide, 6 can.",
     ):
         assert text in words
     assert f"Figure: {folder}/figure_2.png (and PDF)" in shown and "nan" not in shown
@@ -654,14 +674,16 @@ def test_a_narrow_terminal_loses_nothing(trained):
     # Paths are not broken.
     lines = [line for line in shown.splitlines() if "a [bold] folder" not in line]
     assert max(map(len, lines)) <= 60 and "…" not in shown
-    table = shown[shown.index("Mean ± SD") : shown.index("The first four rows")]
-    assert all(name in table for name in ("ELU", "ReLU", "gradient gap", "excluded units"))
+    table = shown[shown.index("Mean ± SD") : shown.index("* at equal training loss")]
+    assert all(name in table for name in ("ELU", "ReLU", "gradient gap", "steps to same"))
 
 
 def test_the_residuals_shown_are_the_worst_of_all_runs(trained):
     folder, shown = trained
-    worst = read_runs(folder)["residual_theorem1"].max()
-    assert f"  {worst:.1e}  Theorem 1, centered against block form" in shown and bool(worst < 1e-6)
+    worst = read_runs(folder)[[*results.IDENTITIES]].max()
+    name = results.IDENTITIES[worst.idxmax()]
+    assert f"hold to {worst.max():.1e} (worst: {name})." in " ".join(shown.split())
+    assert worst.max() < 1e-6
 
 
 def test_training_leaves_run_folders_and_figures(trained):
@@ -727,7 +749,7 @@ def test_a_figure_that_cannot_be_drawn_is_said_and_the_rest_follows(tmp_path):
         and lines[without + 1] == f"Figure: {tmp_path / 'figure_2.png'} (and PDF)"
     )
     assert (
-        any("What these runs say" in line for line in lines[without:])
+        any("These runs claim nothing" in line for line in lines[:without])
         and not (tmp_path / "figure_table1.png").exists()
     )
 
@@ -752,7 +774,7 @@ TWO_RATES = [*SWEEP, "--lr", "0.01", "0.1"]
 def test_a_sweep_ends_with_its_figure_and_its_verdicts(here, capsys):
     status, shown, errors = call(capsys, *ONE_RATE)
     assert (status, errors) == (0, "")
-    assert "Training loss at every" in shown and "What these runs say" in shown
+    assert "Training loss at every" in shown and "These runs claim nothing: 1 seed" in shown
     assert "Figure: runs/sweep/figure_theory4.png (and PDF)" in shown
     assert {path.name for path in (here / "runs" / "sweep").glob("figure*")} == {
         "figure_theory4.png",
@@ -837,7 +859,7 @@ def test_what_is_said_of_finished_runs_does_not_make_them_fail(tmp_path, monkeyp
     room = " ".join(shown.getvalue().split()).count("All files that were there are still good.")
     assert room == (len(lines) if isinstance(error, OSError) else 0)
     # The rest follows.
-    assert ("What these runs say" in shown.getvalue()) == (what != "print_verdicts")
+    assert ("These runs claim nothing" in shown.getvalue()) == (what != "print_verdicts")
 
 
 @pytest.mark.parametrize("error", [KeyError("a defect of ours"), BrokenPipeError()])
@@ -1022,12 +1044,12 @@ def test_the_demo_is_interrupted_and_goes_on(here, capsys, monkeypatch):
     begun: set[str] = set()
     while len(begun) < 2:  # both runs have begun, and on a busy machine one may be at its end
         assert time.monotonic() < end and process.poll() is None, process.communicate()
-        begun |= {path.parent.name for path in here.glob("runs/demo/quick/*/checkpoint.pt")}
+        begun |= {path.parent.name for path in here.glob("runs/demo-quick/*/checkpoint.pt")}
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
     shown, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and shown.startswith(
-        "2 runs on cpu in 2 processes → runs/demo/quick"
+        "2 runs on cpu in 2 processes → runs/demo-quick"
     )
     assert (
         errors.startswith("biasshift: interrupted. Finished runs are complete")

@@ -436,11 +436,11 @@ def test_what_graphs_cannot_record_is_refused_on_a_gpu(
 
 
 def test_the_quick_demo_has_a_folder_of_its_own_unless_it_is_given_one():
-    assert Demo(quick=True).out == Path("runs/demo/quick") and Demo(
+    assert Demo(quick=True).out == Path("runs/demo-quick") and Demo(
         quick=True, out=Path("here")
     ).out == Path("here")
-    assert Demo(smoke=True).out == Path("runs/demo/smoke")
-    assert Demo(quick=True).folder(Demo(quick=True).configs()[0]) == Path("runs/demo/quick/elu-0")
+    assert Demo(smoke=True).out == Path("runs/demo-smoke")
+    assert Demo(quick=True).folder(Demo(quick=True).configs()[0]) == Path("runs/demo-quick/elu-0")
 
 
 @pytest.mark.parametrize("experiment", [Demo, Mnist])

@@ -61,7 +61,7 @@ def test_a_training_that_is_interrupted_again_and_again_is_closed(
     process = server().Process(target=demo, args=(tmp_path, ["--workers", str(workers)]))
     process.start()
     end = time.monotonic() + PATIENCE
-    while len({*tmp_path.glob("runs/demo/quick/*/checkpoint.pt")}) < workers:
+    while len({*tmp_path.glob("runs/demo-quick/*/checkpoint.pt")}) < workers:
         assert time.monotonic() < end and process.is_alive(), said(tmp_path)
         time.sleep(0.02)
     for number in signals:  # as a terminal does: to all processes at once
@@ -95,7 +95,7 @@ def test_the_command_itself_ends_without_a_traceback(tmp_path):
         start_new_session=True,
     )
     end = time.monotonic() + PATIENCE
-    while not [*tmp_path.glob("runs/demo/quick/*/config.json")]:
+    while not [*tmp_path.glob("runs/demo-quick/*/config.json")]:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.02)
     for _ in range(3):
