@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from biasshift.measure.coverage import UncoveredWarning as UncoveredWarning
     from biasshift.measure.fisher import unit_fisher as unit_fisher
     from biasshift.measure.gradient_gap import gradient_gap as gradient_gap
+    from biasshift.plots.objects import plot as plot
     from biasshift.tracking.instrument import instrument as instrument
     from biasshift.verification.check import check as check
 
@@ -49,6 +50,7 @@ __all__ = [
     "gradient_gap",
     "instrument",
     "optim",
+    "plot",
     "unit_fisher",
 ]
 __version__ = "0.1.0"
@@ -64,6 +66,7 @@ _MODULES = {
     "claims": "analysis.verdicts",
     "gradient_gap": "measure.gradient_gap",
     "instrument": "tracking.instrument",
+    "plot": "plots.objects",
     "unit_fisher": "measure.fisher",
 }
 _PACKAGES = (

@@ -65,7 +65,7 @@ def print_identities(console: Console, table: pd.DataFrame) -> None:
     """Prints how exact the exact identities are, or nothing where runs did not measure them."""
     if not set(IDENTITIES) <= set(table):
         return
-    worst = table[[*IDENTITIES]].max()
+    worst: Any = table[[*IDENTITIES]].max()
     name = str(worst.idxmax())
     console.print(f"Exact identities hold to {worst[name]:.1e} (worst: {IDENTITIES[name]}).")
 
@@ -75,7 +75,7 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
 
     Runs of too few seeds to decide any of them claim nothing.
     """
-    seeds = int(table["seed"].nunique()) if "seed" in table else 0
+    seeds = len(set(table["seed"])) if "seed" in table else 0
     if 0 < seeds < seeds_needed(1):
         console.print(
             f"\nThese runs claim nothing: {seeds} seed{'s' if seeds > 1 else ''} cannot decide, "
@@ -83,7 +83,7 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
         )
         return
     judged = claims(table, progress=False)
-    measured = judged[judged["n"] > 0]
+    measured: Any = judged[judged["n"] > 0]
     main = _main(measured)
     console.print(f"\n{_conclusion(main, seeds)}", style="bold")
     rows: Any = main.itertuples()
@@ -110,7 +110,7 @@ def print_next(console: Console, out: Path) -> None:
         console.print(line if len(line) <= console.width else f"  {command}", soft_wrap=True)
 
 
-def _main(measured: pd.DataFrame) -> pd.DataFrame:
+def _main(measured: Any) -> pd.DataFrame:
     """The main claims that were measured; where some were not, other ones in their place."""
     chosen = measured[measured["claim"].isin(MAIN)]
     others = measured[~measured["claim"].isin(MAIN)].head(len(MAIN) - len(chosen))
@@ -129,9 +129,8 @@ def _conclusion(main: pd.DataFrame, seeds: int) -> str:
 
 
 def _counts(judged: pd.DataFrame, measured: pd.DataFrame) -> str:
-    supported, contradicted = (
-        int((measured["verdict"] == verdict).sum()) for verdict in ("supported", "not supported")
-    )
+    found = measured["verdict"].tolist()
+    supported, contradicted = found.count("supported"), found.count("not supported")
     return (
         f"{len(measured)} of {len(judged)} statements were measured: {supported} supported, "
         f"{contradicted} contradicted.\nIn brackets: 95 % interval, predicted sign."

@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from biasshift.measure import examples
+from biasshift.measure import display, examples
 from biasshift.measure.composites import COMPOSITES
 from biasshift.measure.examples import Inputs
 from biasshift.measure.hooks import output_hooks, underlying
@@ -26,12 +27,15 @@ from biasshift.measure.unit_axes import (
     axes_behind,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 UnitAxis = int | Mapping[str, int] | None
 # elements of feature maps that are shifted at a time: a processor's cache holds them
 PIECE = {"cpu": 2**17, "cuda": 2**26}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ActivationMoments:
     """Mean and variance of every unit of an activation layer.
 
@@ -91,6 +95,21 @@ class ActivationMoments:
         total = torch.cat(sums).sum(0, dtype=torch.float64)
         squares = torch.cat(norms).double().square().sum(0)
         return cls(count, first.flatten().double(), total, squares, x.dtype)
+
+    def table(self) -> "pd.DataFrame":
+        """Returns one row per unit: ``unit``, ``mean``, ``var``."""
+        return display.unit_table({"mean": self.mean, "var": self.var})
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationMoments({len(self.total)} units, {self.count} values each, "
+            f"mean {display.middle(self.mean)}, var {display.middle(self.var)}, {self.dtype})"
+        )
+
+    def _repr_html_(self) -> str:
+        numbers = {"mean": self.mean, "variance": self.var}
+        rows = {name: {"median (range)": display.middle(x)} for name, x in numbers.items()}
+        return display.page(f"{len(self.total)} units, {self.count} values each", rows)
 
     def __add__(self, other: "ActivationMoments") -> "ActivationMoments":
         d = other.reference - self.reference

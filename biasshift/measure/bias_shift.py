@@ -7,13 +7,13 @@ layers below have caused.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from biasshift.measure import layer_types
+from biasshift.measure import display, layer_types
 from biasshift.measure.coverage import are_named, refuse, selected_layers, warn_of_left_out
 from biasshift.measure.hooks import call_hooks, underlying
 from biasshift.measure.independence import Reasons, why_not_affine
@@ -23,8 +23,13 @@ from biasshift.measure.probe import InputNames, Probe, batches, rereadable
 from biasshift.measure.sandbox import forward, undisturbed
 from biasshift.theory import shift_parts
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
+PARTS = ("total", "own", "incoming", "second_order")
+
+
+@dataclass(frozen=True, repr=False)
 class BiasShift:
     """One layer's change of the mean net input, unit by unit, in the layer's dtype.
 
@@ -43,6 +48,27 @@ class BiasShift:
         parts = (self.own, self.incoming, self.second_order)
         own, incoming, second = (x.abs().sum().item() for x in parts)
         return incoming / (own + incoming + second) if own + incoming + second > 0 else float("nan")
+
+    def table(self) -> "pd.DataFrame":
+        """Returns one row per unit, with its number and the four parts as columns."""
+        return display.unit_table({name: getattr(self, name) for name in PARTS})
+
+    def __repr__(self) -> str:
+        return f"BiasShift({len(self.total)} units, {_sizes(self)})"
+
+    def _repr_html_(self) -> str:
+        return display.page(f"{len(self.total)} units", {"bias shift": _cells(self)})
+
+
+def _cells(shift: BiasShift) -> dict[str, str]:
+    means = {name: f"{getattr(shift, name).abs().mean().item():.3g}" for name in PARTS}
+    return {f"mean |{name.replace('_', ' ')}|": size for name, size in means.items()} | {
+        "inherited": f"{shift.inherited_share:.0%}"
+    }
+
+
+def _sizes(shift: BiasShift) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _cells(shift).items())
 
 
 class Shifts(Mapping[str, BiasShift]):
@@ -71,6 +97,33 @@ class Shifts(Mapping[str, BiasShift]):
 
     def __len__(self) -> int:
         return len(self._measured())
+
+    def table(self) -> "pd.DataFrame":
+        """Returns one row per layer and unit: ``layer``, ``unit``, and the columns of a layer's.
+
+        Raises:
+            RuntimeError: inside the block.
+        """
+        import pandas as pd
+
+        none = pd.DataFrame(columns=["layer", "unit", *PARTS])
+        tables = [shift.table().assign(layer=name) for name, shift in self.items()]
+        return (
+            pd.concat(tables, ignore_index=True).reindex(columns=none.columns) if tables else none
+        )
+
+    def __repr__(self) -> str:
+        if self._layers is None:
+            return "Shifts(measured when the block ends)"
+        layers = ", ".join(f"'{name}': {_sizes(shift)}" for name, shift in self.items())
+        return f"Shifts({len(self)} layers: {layers})" if layers else "Shifts(0 layers)"
+
+    def _repr_html_(self) -> str:
+        if self._layers is None:
+            return display.page(repr(self), {})
+        return display.page(
+            f"{len(self)} layers", {name: _cells(shift) for name, shift in self.items()}
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ theme       one style, panels, legends, the look of every line
 reductions  pure functions from table to table: what a picture shows
 lines       activation functions, and lines along training, with ribbons
 comparison  numbers beside numbers: the gradient gap, spans, rankings, parts of a whole
+objects     one picture of whatever was measured: `biasshift.plot`
 """
 
 from matplotlib.axes import Axes as Axes

@@ -5,6 +5,7 @@ on its training batches. Both come off the model when the block ends, and keep t
 """
 
 import copy
+import html
 import threading
 import warnings
 from collections import defaultdict
@@ -178,6 +179,21 @@ class Log:
         ]
         return pd.DataFrame(rows, columns=["layer", "kind", "units", "fed_by", "inputs"])
 
+    def _described(self) -> str:
+        kinds = {"weight layer": len(self.weights), "activation": len(self.activations)}
+        parts = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in kinds.items() if n]
+        return f"{' and '.join(parts) or 'no layers'}, step {self.step}"
+
+    def _compact(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Without empty columns, and with the class of every module."""
+        names = table["layer"].str.split("#").str[0]  # of a module's calls
+        table = table.dropna(axis=1, how="all")
+        table.insert(2, "kind", names.map(dict(self._graph.kinds)).fillna(""))
+        return table
+
+    def _repr_html_(self) -> str:
+        return f"<p><code>{html.escape(repr(self))}</code></p>{self.layers.to_html(index=False)}"
+
     def _input_count(self, name: str) -> int:
         return layer_types.input_count(self.weights[name]) if name in self.weights else 0
 
@@ -238,13 +254,25 @@ class ProbeLog(Log):
         self._measure(defaultdict(dict))
         self._put_on(lambda: self._on_step(optimizer, "_before_step", "_after_step"))
 
-    def table(self) -> pd.DataFrame:
+    def table(self, compact: bool = False) -> pd.DataFrame:
         """Returns all rows since the last `flush`: (step, layer, unit) and every quantity.
 
         Values of a whole layer stand on ``unit = −1``. A quantity is NaN where a row has none, as
         the mean activation of a weight layer.
+
+        Args:
+            compact: leave out the columns without a value, and say the ``kind`` of every layer
+                behind its name.
         """
-        return tidy(self._frames)
+        table = tidy(self._frames)
+        return self._compact(table) if compact else table
+
+    def __repr__(self) -> str:
+        rows = sum(map(len, self._frames))
+        return (
+            f"ProbeLog({self._described()}, every {self.every} steps: "
+            f"{', '.join(self.quantities)}; {rows} rows)"
+        )
 
     def flush(self) -> pd.DataFrame:
         """Returns the table, and forgets its rows.
@@ -486,15 +514,25 @@ class TrainingLog(Log):
     def _on_model(self, method: str, **options: bool) -> None:
         add_hook(self._hooks, self.model, WeakHook(self, method), **options)
 
-    def table(self) -> pd.DataFrame:
+    def table(self, compact: bool = False) -> pd.DataFrame:
         """Returns the moments of all training batches since the last `flush`, at the present step.
 
         The columns are those of every table; only ``mean`` and ``var`` have values.
 
+        Args:
+            compact: leave out the columns without a value, and say the ``kind`` of every layer
+                behind its name.
+
         Raises:
             RuntimeError: If no training forward pass of the model was ever recorded.
         """
-        return self._table(flush=False)
+        table = self._table(flush=False)
+        return self._compact(table) if compact else table
+
+    def __repr__(self) -> str:
+        count = len(self.activations)
+        some = f"{count} activation{'s' if count != 1 else ''}"
+        return f"TrainingLog({some}, step {self.step}, every training batch: activations)"
 
     def flush(self) -> pd.DataFrame:
         """Returns the table, and starts the sums anew.
