@@ -226,6 +226,11 @@ def test_public_names_load_when_they_are_used(package):
         _ = package.fischer
 
 
+def test_dir_shows_the_public_names_and_nothing_else():
+    packages = ["analysis", "data", "experiments", "nets", "plots", "runs", "theory", "training"]
+    assert dir(biasshift) == sorted([*biasshift.__all__, *packages, "__version__"])
+
+
 @pytest.mark.parametrize("package", [biasshift, experiments, runs], ids=lambda p: p.__name__)
 def test_type_checkers_see_the_public_names_that_load_lazily(package):
     """Under ``if TYPE_CHECKING``, from the module that has them at run time, too."""

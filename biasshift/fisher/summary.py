@@ -27,13 +27,17 @@ def table(fisher: Any) -> "pd.DataFrame":
 
 
 def line(fisher: Any) -> str:
-    """Returns the layer in one line, from its sums: nothing is solved."""
+    """Returns the layer in one line; nothing is solved for it.
+
+    From sums alone it is known how many units may be reliable at most, and which are dead. Where
+    `UnitFisher.reliable` or the table has been read, the line says what is so.
+    """
     units, inputs = fisher.sums.first.shape
     name = f"'{fisher.name}', " if fisher.name else ""
     return (
         f"UnitFisher({name}{units} units × {inputs} inputs, {fisher.sums.examples} examples, "
         f"labels={fisher.labels!r}, damping={fisher.damping}, bias={fisher.bias}, "
-        f"dtype={fisher.dtype}, storage={fisher.storage!r}, {_reliable(fisher)})"
+        f"dtype={fisher.dtype}, storage={fisher.storage!r}, {_trust(fisher)})"
     )
 
 
@@ -43,7 +47,7 @@ def page(fisher: Any) -> str:
     units, inputs = fisher.sums.first.shape
     if fisher.storage != "implicit" and units * inputs**3 / 3 <= UNASKED:
         try:
-            _ = fisher.coupling
+            _ = fisher.coupling, fisher.reliable
             names[1:1] = INVERSE if fisher.bias else ("coupling",)
         except ValueError as error:  # no inverse without damping
             note = f"<p>{html.escape(str(error))}</p>"
@@ -64,13 +68,24 @@ def _row(name: str, values: Tensor) -> str:
     return f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _reliable(fisher: Any) -> str:
-    """How many units may be reliable, as far as their sums tell."""
-    sums = fisher.sums
+def _trust(fisher: Any) -> str:
+    """Effective samples, and how many units are dead, singular, and reliable, as far as known."""
+    sums, solved = fisher.sums, {"singular", "imprecise"} <= vars(fisher).keys()
     units, inputs = sums.first.shape
-    enough = sums.effective_samples >= SAMPLES_PER_INPUT * inputs
-    count = int((enough & ~(sums.dead | sums.bias_inert)).sum())
-    return f"reliable at most {count} of {units}" if count else f"reliable 0 of {units}"
+    live, samples = ~sums.dead, sums.effective_samples
+    enough = samples >= SAMPLES_PER_INPUT * inputs
+    reliable = fisher.reliable if solved else enough & live & ~sums.bias_inert
+    singular = fisher.singular if solved else torch.zeros_like(live)
+    # NaN where every unit is dead; the device is waited for once
+    middle = samples.where(live, torch.nan).nanmedian().double()
+    counts = torch.stack([x.sum().double() for x in (~live, singular, reliable)])
+    numbers = torch.cat([middle[None], counts]).tolist()
+    dead, several, good = (int(x) for x in numbers[1:])
+    parts = [f"effective samples {numbers[0]:.0f}"] if dead < units else []
+    parts += [f"dead {dead}"] if dead else []
+    parts += [f"singular {several}"] if several else []
+    bound = "" if solved or not good else "at most "
+    return ", ".join([*parts, f"reliable {bound}{good} of {units}"])
 
 
 def _numpy(x: Tensor):

@@ -22,6 +22,12 @@ ALONG = {
 FISHER = {"coupling": "bias coupling $h$", "k": "$k$", "s": "$s$"}
 MOMENTS = {"mean": "mean activation", "var": "variance of the activation"}
 SHIFTS = {"total": "bias shift", "own": "own part", "incoming": "incoming part"}
+GAP = {
+    "cos_gradient": "cosine of gradient and\nunit natural gradient",
+    "cos_centered": "cosine of centered gradient and\nunit natural gradient",
+    "cos_diagonal": "cosine of quasi-diagonal and\nunit natural gradient",
+}
+KINDS = (FISHER, MOMENTS, SHIFTS, GAP)
 MOST_LAYERS = 12  # lines of one panel; evenly spaced ones where there are more
 
 
@@ -31,7 +37,8 @@ def plot(x: Any) -> Figure:
     * a log of `biasshift.instrument`, or its table: medians over units along training, a line per
       layer, in a panel for each quantity that was measured;
     * a `UnitFisher`, `ActivationMoments` or `BiasShift`, or a dict of them by layer: a dot per
-      unit. Units that are not `UnitFisher.reliable` are hollow.
+      unit. Units that are not `UnitFisher.reliable` are hollow;
+    * the table of `biasshift.gradient_gap`: a dot per layer.
 
     Args:
         x: what to draw.
@@ -101,7 +108,13 @@ def _units(tables: Mapping[str, pd.DataFrame]) -> Figure:
         )
     }
     some = next(iter(tables.values()), pd.DataFrame())
-    titles = next((kind for kind in (FISHER, MOMENTS, SHIFTS) if {*kind} <= {*some}), None)
+    titles = next((kind for kind in KINDS if {*kind} <= {*some}), None)
+    if titles is None and len(some):
+        raise ValueError(
+            f"'x' must have the columns {'; or '.join(', '.join(kind) for kind in KINDS)}, got a "
+            "table without. Give a log or its table, a UnitFisher, activation moments, bias shifts "
+            "or the table of a gradient gap."
+        )
     if titles is None:
         raise ValueError("'x' must have measured at least one layer, got none.")
     wide = 2.4 + 0.35 * len(tables)

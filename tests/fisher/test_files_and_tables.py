@@ -160,8 +160,24 @@ def test_a_line_and_a_page_solve_nothing_large_and_never_raise():
     assert "_factors" not in vars(fisher)
     assert "coupling" in fisher._repr_html_() and "&#x27;0&#x27;" in fisher._repr_html_()
     flat = UnitFisher.from_samples(torch.ones(5, 2), torch.rand(5, 1), name="<b>")
-    assert "<b>" not in flat._repr_html_() and "singular" not in repr(flat)
+    assert "singular" not in repr(flat)  # which takes a solve
+    assert "<b>" not in flat._repr_html_() and "singular 1, reliable 0 of 1" in repr(flat)
     few = UnitFisher.from_samples(torch.randn(2, 3), torch.rand(2, 1))
     assert "covariance" in few._repr_html_()
     samples = torch.randn(300, 3), torch.rand(300, 4)
-    assert "reliable at most 4 of 4" in repr(UnitFisher.from_samples(*samples))
+    fisher = UnitFisher.from_samples(*samples)
+    assert "reliable at most 4 of 4" in repr(fisher)
+    middle = fisher.effective_samples.double().median()
+    assert f"effective samples {middle:.0f}, reliable" in repr(fisher)
+    fisher.table()
+    assert f"reliable {int(fisher.reliable.sum())} of 4" in repr(fisher)
+
+
+def test_a_line_counts_dead_units():
+    delta2 = torch.rand(300, 4)
+    delta2[:, 1:] = 0
+    fisher = UnitFisher.from_samples(torch.randn(300, 3), delta2)
+    size = fisher.effective_samples[0].item()
+    assert f"effective samples {size:.0f}, dead 3, reliable at most 1 of 4" in repr(fisher)
+    dead = UnitFisher.from_samples(torch.randn(300, 3), 0 * delta2)
+    assert "', dead 4, reliable 0 of 4" in repr(dead)

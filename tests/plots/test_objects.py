@@ -98,3 +98,18 @@ def test_many_layers_share_a_panel():
 def test_other_things_are_refused(x, words):
     with pytest.raises(ValueError, match=words):
         bs.plot(x)
+
+
+def test_other_tables_are_refused_with_the_columns_that_are_drawn(model):
+    with pytest.raises(ValueError, match=r"must have the columns coupling, .* got a table without"):
+        bs.plot(bs.check(model, X, Y))
+
+
+@pytest.mark.filterwarnings("ignore::biasshift.FewSamplesWarning")
+def test_a_gradient_gap_has_a_dot_per_layer(model):
+    gap = bs.gradient_gap(model, X, Y)
+    figure = bs.plot(gap)
+    for ax, column in zip(
+        figure.axes, ("cos_gradient", "cos_centered", "cos_diagonal"), strict=True
+    ):
+        np.testing.assert_allclose(dots(ax), gap[column])
