@@ -135,3 +135,14 @@ def test_nothing_is_loaded_from_elsewhere(site):
         assert not re.findall(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', html)
         links = r'<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="(?:https?:)?//'
         assert not re.findall(links, html)
+
+
+@pytest.mark.parametrize("name", ["theory", "glossary"])
+def test_formulas_are_mathematics_that_needs_no_script(site, name):
+    page = (site / f"{name}.html").read_text(encoding="utf-8")
+    formulas = re.findall(r"<math.*?</math>", page, re.DOTALL)
+    source = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert len(formulas) == len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", source, re.DOTALL))
+    assert "arithmatex" not in page and "$" not in re.sub(r"<(script|style).*?</\1>", "", page)
+    # An unknown command would come out as its name.
+    assert not re.search(r"\\[a-z]|&amp;", "".join(formulas))
