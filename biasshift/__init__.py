@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         analysis as analysis,
         data as data,
         experiments as experiments,
+        integrations as integrations,
         nets as nets,
         optim as optim,
         plots as plots,
@@ -70,7 +71,8 @@ _MODULES = {
     "unit_fisher": "measure.fisher",
 }
 _PACKAGES = (
-    "analysis", "data", "experiments", "nets", "optim", "plots", "runs", "theory", "training",
+    "analysis", "data", "experiments", "integrations", "nets", "optim", "plots", "runs", "theory",
+    "training",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
     {"fisher", "nets", "runs", "data"},
     {"measure", "analysis"},
     {"optim", "verification", "tracking", "plots"},
-    {"training", "report"},
+    {"training", "report", "integrations"},
     {"experiments"},
     {"figures"},
     {"cli"},
@@ -227,8 +227,9 @@ def test_public_names_load_when_they_are_used(package):
 
 
 def test_dir_shows_the_public_names_and_nothing_else():
-    packages = ["analysis", "data", "experiments", "nets", "plots", "runs", "theory", "training"]
-    assert dir(biasshift) == sorted([*biasshift.__all__, *packages, "__version__"])
+    packages = {"analysis", "data", "experiments", "integrations", "nets", "plots", "runs"}
+    packages |= {"theory", "training"}
+    assert dir(biasshift) == sorted({*biasshift.__all__, *packages, "__version__"})
 
 
 @pytest.mark.parametrize("package", [biasshift, experiments, runs], ids=lambda p: p.__name__)

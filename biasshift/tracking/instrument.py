@@ -39,6 +39,7 @@ def instrument(
     output: OutputChoice = None,
     uncovered: str = "skip",
     skip: Selection = None,
+    step: int = 0,
 ) -> ProbeLog | TrainingLog:
     """Measures a model while somebody else's loop trains it; the loop stays as it is.
 
@@ -68,6 +69,8 @@ def instrument(
             of them must make the log, and the steps.
         likelihood, labels, damping, weight_sharing, generator, class_axis, mask, inputs, output,
             uncovered, skip: As in `biasshift.unit_fisher`.
+        step: How many steps were completed before, where training is resumed from a checkpoint.
+            Counting goes on from there.
 
     Returns:
         A context manager and a handle: leaving the block, or ``remove()``, takes all hooks off the
@@ -93,6 +96,8 @@ def instrument(
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"'every' must be a whole number of steps ≥ 1, got {every!r}.")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"'step' must be a number of completed steps ≥ 0, got {step!r}.")
     if optimizer is not None:
         optimizer = _counted(optimizer, model)
     wanted = _quantities(quantities, probe is not None)
@@ -113,7 +118,7 @@ def instrument(
         skip=skip,
     )
     if probe is None:
-        return TrainingLog(model, optimizer, options)
+        return TrainingLog(model, optimizer, options, step)
     if optimizer is None:
         raise ValueError(
             "A probe is measured around optimizer steps. Give optimizer= too, or leave probe out."
@@ -126,7 +131,7 @@ def instrument(
             "Quantity 'gap' and empirical labels need the data's labels. Give probe=(x, y), or "
             "other quantities."
         )
-    return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed)
+    return ProbeLog(model, optimizer, x, y, every, wanted, options, distributed, step)
 
 
 def _with_labels(probe: Any, inputs: InputNames) -> tuple[Any, Any]:

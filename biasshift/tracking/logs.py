@@ -79,12 +79,13 @@ class Log:
         optimizer: torch.optim.Optimizer | None,
         options: Options,
         measure_weights: bool,
+        step: int = 0,
     ):
         self.model, self.optimizer = underlying(model), optimizer
         self.weights, self.activations, left_out = _split(self.model, options, measure_weights)
         if measure_weights:
             warn_of_left_out(self.model, left_out, stacklevel=5)
-        self.step = 0
+        self.step = step
         self._saw_step = False  # counted or not
         self._trained_from = _signature(self.model)
         self._graph = LayerGraph()
@@ -225,9 +226,10 @@ class ProbeLog(Log):
         quantities: tuple[str, ...],
         options: Options,
         distributed: bool = False,
+        step: int = 0,
     ):
         measure_weights = quantities != ("activations",)
-        super().__init__(model, optimizer, options, measure_weights)
+        super().__init__(model, optimizer, options, measure_weights, step)
         self._inputs = options.inputs
         self.x, self.y, self.every, self.quantities = x, y, every, quantities
         self._merging = distributed and is_distributed()
@@ -251,6 +253,7 @@ class ProbeLog(Log):
         self._notes: list[str] = []  # of what could not be measured before the present step
         self._failed: Exception | None = None  # what is raised behind the present step
         self._reported: set[str] = set()  # kinds of errors
+        self._receivers: list[Callable[[pd.DataFrame], object]] = []
         self._measure(defaultdict(dict))
         self._put_on(lambda: self._on_step(optimizer, "_before_step", "_after_step"))
 
@@ -282,6 +285,17 @@ class ProbeLog(Log):
         """
         table, self._frames = self.table(), []
         return table
+
+    def follow(self, receive: Callable[[pd.DataFrame], object]) -> None:
+        """Has the rows of every measured step sent on, now and as training goes on.
+
+        Args:
+            receive: Gets a table with all columns: first of all rows since the last `flush`, then
+                of each step. Where it fails, training goes on, and a warning says so once.
+        """
+        if self._frames:
+            receive(self.table())
+        self._receivers.append(receive)
 
     @property
     def due(self) -> bool:
@@ -424,6 +438,23 @@ class ProbeLog(Log):
             if name in columns
         ]
         self._frames += frames
+        if self._receivers and frames:
+            self._send(tidy(frames))
+
+    def _send(self, rows: pd.DataFrame) -> None:
+        """A receiver that fails ends neither training nor the measurement."""
+        for receive in self._receivers:
+            try:
+                receive(rows)
+            except Exception as error:
+                kind, words = type(error).__name__, str(error).partition("\n")[0]
+                if f"receiver: {kind}" not in self._reported:
+                    self._reported.add(f"receiver: {kind}")
+                    self._notes.append(
+                        f"The rows of step {self.step} were not received ({kind}: "
+                        f"{words.rstrip('.')}). Training goes on, and the log keeps them; other "
+                        "steps that fail this way get no warning."
+                    )
 
     def _measured_or_none(self) -> dict[str, Measured]:
         """A diverged network has no Fisher matrices; that is no reason to end the training."""
@@ -493,8 +524,14 @@ class TrainingLog(Log):
     training mode count. Without an optimizer every such pass is a step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, options: Options):
-        super().__init__(model, optimizer, options, measure_weights=False)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        options: Options,
+        step: int = 0,
+    ):
+        super().__init__(model, optimizer, options, measure_weights=False, step=step)
         # PyTorch's own forward passes of training do not call the parts of composites.
         self.weights = {n: m for n, m in self.weights.items() if not isinstance(m, LinearPart)}
         self._has_recorded = False

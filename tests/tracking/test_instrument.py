@@ -855,3 +855,36 @@ def test_no_warning_without_training_without_an_optimizer_and_after_an_exception
         scaler.scale(F.cross_entropy(model(x), y) * float("inf")).backward()
         scaler.step(optimizer)  # seen, and skipped inside
     assert log.step == 0
+
+
+# -- resumed training, and rows that are sent on ---------------------------------------------------
+
+
+def test_steps_are_counted_from_where_training_is_resumed():
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with bs.instrument(model, optimizer, (x, y), every=4, quantities="activations", step=6) as log:
+        train(model, optimizer, 4)
+    assert sorted(set(log.table().step)) == [6, 8] and log.step == 10
+    with bs.instrument(model, optimizer, step=6) as batch_log:
+        train(model, optimizer, 4)
+    assert set(batch_log.table().step) == {10}
+    for wrong in (-1, True):
+        with pytest.raises(ValueError, match="'step' must be a number of completed steps"):
+            bs.instrument(model, optimizer, (x, y), step=wrong)
+
+
+def test_a_follower_gets_all_rows_once():
+    model, x, y = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    received = []
+    with bs.instrument(model, optimizer, (x, y), every=2, quantities="activations") as log:
+        train(model, optimizer, 2)
+        log.follow(received.append)
+        train(model, optimizer, 4)
+        log.flush()
+    assert [sorted(set(rows.step)) for rows in received] == [[0, 2], [4], [6]]
+    assert list(received[0]) == list(received[1]) == list(log.table())
+    late = []
+    log.follow(late.append)  # of rows that are flushed
+    assert not late
