@@ -16,7 +16,8 @@ class HuggingFaceCallback(Monitor, _transformers.TrainerCallback):
 
     Args:
         probe: As in `biasshift.instrument`, or a function that returns it when training begins. For
-            most models it is a dict of arguments, or a list of such dicts.
+            most models it is a dict of arguments, or a list of such dicts. With None, the
+            activation moments of the training batches are added up.
         every: Optimizer steps between two measurements.
         model: The name of the submodule that is measured and takes the probe; by default the model.
         to: Receivers of the rows, such as `to_wandb` returns.

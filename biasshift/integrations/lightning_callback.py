@@ -22,6 +22,7 @@ class LightningCallback(Monitor, _lightning.Callback):
 
     Args:
         probe: As in `biasshift.instrument`, or a function that returns it when training begins.
+            With None, the activation moments of the training batches are added up.
         every: Optimizer steps between two measurements.
         model: The name of the submodule that is measured and takes the probe; by default the
             LightningModule, whose ``forward`` must return the outputs.
@@ -43,6 +44,8 @@ class LightningCallback(Monitor, _lightning.Callback):
         **options: Any,
     ):
         super().__init__(probe, every, model=model, to=to, **options)
+        if probe is None and loggers:
+            raise ValueError("'loggers' must be False without a probe, got True. Give probe=.")
         self.place, self.loggers = optimizer, loggers
         self._resumed_at: int | None = None
 

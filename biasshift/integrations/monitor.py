@@ -35,8 +35,14 @@ class Monitor:
         to: Iterable[Receiver] = (),
         **options: Any,
     ):
+        to = tuple(to)
+        if probe is None and to:
+            raise ValueError(
+                "'probe' must be there where rows are sent on, got None. Give probe=, or leave out "
+                "what they are sent to."
+            )
         self.probe, self.every, self.options = probe, every, options
-        self.module, self.receivers = model, tuple(to)
+        self.module, self.receivers = model, to
         self.probe_log: Any = None
 
     def begin(self, model: nn.Module, optimizer: Any, step: int) -> None:

@@ -154,6 +154,17 @@ def test_the_loggers_of_the_trainer_get_the_rows_of_layers(tmp_path):
     np.testing.assert_allclose(found["biasshift/net.0/cos_gradient"], own)
 
 
+def test_without_a_probe_the_training_batches_are_measured(tmp_path):
+    callback = LightningCallback(None)
+    fit([callback], root=tmp_path)
+    table = callback.table(compact=True)
+    assert set(table.step) == {8} and "ELU" in set(table.kind) and "mean" in table
+    with pytest.raises(ValueError, match="'probe' must be there"):
+        LightningCallback(None, to=[print])
+    with pytest.raises(ValueError, match="'loggers' must be False"):
+        LightningCallback(None, loggers=True)
+
+
 def test_the_other_package_of_lightning(tmp_path):
     other = pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning")
 
