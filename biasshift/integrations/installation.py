@@ -22,5 +22,5 @@ def needed(what: str, *modules: str) -> Any:
                 raise  # it is there, and something that it needs is not
     name = modules[0].partition(".")[0]
     raise ModuleNotFoundError(
-        f"{what} needs {name}. Install it with: pip install 'biasshift[integrations]'.", name=name
+        f"'{what}' needs {name}. Install it with: pip install 'biasshift[integrations]'.", name=name
     )

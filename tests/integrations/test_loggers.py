@@ -129,10 +129,10 @@ def test_what_is_missing_is_said_in_one_sentence(monkeypatch):
         with pytest.raises(ModuleNotFoundError) as raised:
             make()
         assert str(raised.value) == (
-            f"to_{module} needs {module}. Install it with: pip install 'biasshift[integrations]'."
+            f"'to_{module}' needs {module}. Install it with: pip install 'biasshift[integrations]'."
         )
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="to_tensorboard needs tensorboard"):
+    with pytest.raises(ModuleNotFoundError, match="'to_tensorboard' needs tensorboard"):
         to_tensorboard("folder")
 
 
@@ -155,6 +155,6 @@ def test_callbacks_of_missing_libraries_too(monkeypatch, name, module, modules):
     with pytest.raises(ModuleNotFoundError) as raised:
         getattr(integrations, name)
     assert str(raised.value) == (
-        f"{name} needs {modules[0]}. Install it with: pip install 'biasshift[integrations]'."
+        f"'{name}' needs {modules[0]}. Install it with: pip install 'biasshift[integrations]'."
     )
     assert name in dir(integrations)
