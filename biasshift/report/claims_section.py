@@ -32,7 +32,7 @@ _QUESTIONS = {
 _NOTE = """\
 Open a question for its claims, and a claim for its caveats. Effects are over paired seeds, with \
 95 % intervals. p is corrected within a family of claims (Holm) and decides the verdict. Not \
-supported means that the contrary holds: there p is that of the contrary."""
+supported means that the opposite is supported: there p is that of the opposite."""
 
 
 def verdicts_section(runs: pd.DataFrame, groups: Sequence[RunGroup], left_out: list[str]) -> str:
