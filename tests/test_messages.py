@@ -111,3 +111,19 @@ def test_docstrings_begin_with_a_verb(path: Path) -> None:
                 f"{path.name}:{function.lineno} {function.name}: {docstring.splitlines()[0]}"
             )
     assert not bad, "\n".join(bad)
+
+
+PAGES = [
+    *PACKAGE.parent.glob("*.md"),
+    *(PACKAGE.parent / "docs").rglob("*.md"),
+    *(PACKAGE.parent / "paper_figs").rglob("README.md"),
+]
+# An older wording that the list of changes quotes.
+QUOTED = '"Contradicted" stands for "not supported: the contrary\n  holds"'
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pages_are_plain_english(path: Path) -> None:
+    page = " ".join(path.read_text(encoding="utf-8").replace(QUOTED, "").split())
+    found = [page[max(0, m.start() - 40) : m.end() + 20] for m in DIALECT.finditer(page)]
+    assert not found, f"{path.name}: {found}"

@@ -127,7 +127,7 @@ def _command(options: Any) -> Callable[["Console"], None]:
     if isinstance(options, Runs):
         from biasshift.cli.run_list import list_runs
 
-        return lambda console: list_runs(console, options.runs)
+        return lambda console: list_runs(console, options.runs, options.json)
     if isinstance(options, Report):
         if not options.runs:
             raise ValueError("A report needs runs: `biasshift report FOLDER`.")

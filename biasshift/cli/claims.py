@@ -14,7 +14,7 @@ from biasshift.analysis.formatting import VERDICTS, claims_markdown, deciding_p,
 from biasshift.analysis.verdicts import claims
 from biasshift.atomic import replacing
 from biasshift.cli.commands import Claims
-from biasshift.cli.console import print_wrapped, watched
+from biasshift.cli.console import print_json, print_wrapped, watched
 from biasshift.cli.results import VERDICTS_NOTE, VERDICTS_TITLE
 from biasshift.escapes import visible
 from biasshift.runs.provenance import provenance_sentence, table_provenance
@@ -26,7 +26,7 @@ NARROW_COLUMNS = ("claim", "statement, statistic", "effect [95 %]")
 
 
 def judge(console: Console, options: Claims) -> None:
-    """Prints the verdicts on runs, and writes them as claims.md and claims.parquet.
+    """Prints the verdicts on runs, and writes them as claims.md and claims.parquet; or prints JSON.
 
     Raises:
         ValueError: There are no runs, or they cannot be judged together.
@@ -35,6 +35,9 @@ def judge(console: Console, options: Claims) -> None:
     table = read_evidence(*options.runs)
     with watched(console, "claims") as bar:
         verdicts = claims(table, progress=bar)
+    if options.json:
+        print_json(console, verdicts)
+        return
     print_claims(console, verdicts)
     verdicts.attrs.update(made_by := table_provenance(table, options.runs))
     text = f"{claims_markdown(verdicts)}\n{provenance_sentence(made_by)}\n"

@@ -68,6 +68,8 @@ class Claims:
     """Run folders, or folders that contain them."""
     out: Path = Path("claims")
     """Folder for the table, as claims.md and claims.parquet."""
+    json: bool = False
+    """Print the table as JSON, for programs, and write no files."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Runs:
 
     runs: Positionals = field(default_factory=lambda: Folders([Path("runs")]))
     """Run folders, or folders that contain them."""
+    json: bool = False
+    """Print the list as JSON, for programs."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from biasshift.escapes import visible
 from biasshift.progress import Progress, progress as shown
 
 if TYPE_CHECKING:  # lists of runs need a console, too, and no PyTorch
+    import pandas as pd
+
     from biasshift.training import trial
 
 
@@ -49,6 +51,12 @@ def print_wrapped(console: Console, text: str, indent: str, hanging: str) -> Non
         visible(text), console.width, initial_indent=indent, subsequent_indent=hanging
     )
     console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def print_json(console: Console, table: "pd.DataFrame") -> None:
+    """Prints a table as a JSON list of objects, in ASCII; what is missing is null."""
+    text = table.to_json(orient="records", date_format="iso", double_precision=15, indent=1)
+    console.print(Text(text or "[]"), soft_wrap=True)
 
 
 def print_paths(console: Console, paths: list[Path]) -> None:

@@ -95,7 +95,7 @@ def parse(words: Sequence[str]) -> Any:
         SystemExit: A word is wrong, with status 2, or the help was asked for.
 
     >>> parse(["runs", "runs/mnist"])
-    Runs(runs=(PosixPath('runs/mnist'),))
+    Runs(runs=(PosixPath('runs/mnist'),), json=False)
     """
     # Here: where one of them is the default, the parsed options no longer tell.
     if {"--replace", "--resume"} <= {*words}:

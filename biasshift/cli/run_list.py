@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from biasshift.cli.console import print_json
 from biasshift.escapes import visible
 from biasshift.runs.reader import read_runs, run_states
 
@@ -23,10 +24,17 @@ SCORES = {  # column of the table → its heading
 }
 
 
-def list_runs(console: Console, paths: Sequence[Path]) -> None:
+def list_runs(console: Console, paths: Sequence[Path], as_json: bool = False) -> None:
     """Prints one line per run in or below the folders; of their rows, it reads what it shows."""
     table = read_runs(*paths, columns=list(SCORES), units=False, absent="skip")
-    print_runs(console, run_states(*paths), table)
+    states = run_states(*paths)
+    if not as_json:
+        print_runs(console, states, table)
+        return
+    scores = [name for name in SCORES if name in table]
+    # The last value that there is of each.
+    last = table.sort_values("step", kind="stable").groupby("run", observed=True)[scores].last()
+    print_json(console, states.merge(last.reset_index(), on="run", how="left"))
 
 
 def print_runs(console: Console, states: pd.DataFrame, table: pd.DataFrame) -> None:

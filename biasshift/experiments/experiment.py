@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ Activation = (
     | str
 )  # fmt: skip
 T = TypeVar("T")
+E = TypeVar("E", bound="Experiment")  # and not Self, which the tests' type checker cannot follow
 
 # -- ranges of options -------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class Experiment:
             object.__setattr__(self, "activation", tuple(map(_spelled, named)))
 
     @classmethod
-    def of_preset(cls, preset: str, **options: Any) -> Self:
+    def of_preset(cls: type[E], preset: str, **options: Any) -> E:
         """Returns the experiment with the defaults of a preset where `options` do not name others.
 
         Args:
@@ -259,7 +260,7 @@ class Experiment:
         """Returns what starts the engine that runs are sent to; None: they stay on this machine."""
         return None
 
-    def sent(self: Self) -> Self:
+    def sent(self: E) -> E:
         """Returns the same options for processes that may work in another folder."""
         return self
 

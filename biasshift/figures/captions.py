@@ -155,7 +155,8 @@ def _length(table: pd.DataFrame) -> str:
     if abs(share - 1) <= WITHIN:
         return whole
     if "schedule" in table and table["schedule"].eq("late").any():
-        return f"{whole} of early learning (the paper's are {usual:,}), rate falls at 70 and 90 %"
+        early = f"early learning (the paper's are {usual:,})"
+        return f"{whole} of {early}, rate falls at 0.7 and 0.9 of them"
     # The schedule of the learning rate is shortened with the run, which is not the beginning of
     # the paper's.
     change = "shortened" if share < 1 else "stretched"

@@ -32,7 +32,7 @@ _EXPORTED = {  # column of the claims → its heading in a CSV file
     "test": "test",
     "p": "p",
     "p_holm": "p, corrected (Holm)",
-    "p_contrary": "p of the contrary, corrected",
+    "p_contrary": "p of the opposite, corrected",
     "p_holm_all": "p, corrected over all claims",
     "family": "family",
     "caveat": "caveat",
@@ -50,7 +50,7 @@ _QUESTIONS = {
 _NOTE = """\
 Open a question for its claims, and a claim for its caveats. Effects are over paired seeds, with \
 95 % intervals. p is corrected within a family of claims (Holm) and decides the verdict. \
-Contradicted means that the contrary holds, and p is then that of the contrary."""
+Contradicted means that the opposite is supported, and p is then that of the opposite."""
 
 
 def verdicts_section(judged: Sequence[Judgement], why_apart: str) -> str:

@@ -610,7 +610,29 @@ def test_the_end_fits_a_screen(runs):
     assert f"{len(judged[judged['n'] > 0])} of {len(judged)} statements" in shown.getvalue()
 
 
+def test_claims_as_json(runs, here, capsys):
+    status, shown, errors = call(capsys, "claims", "runs", "--json")
+    assert (status, errors) == (0, "") and shown.isascii() and not (here / "claims").exists()
+    found, expected = json.loads(shown), claims(runs)
+    assert [row["claim"] for row in found] == expected["claim"].tolist()
+    assert [set(row) for row in found] == [{*expected}] * len(expected)
+    for row, size in zip(found, expected["effect"], strict=True):
+        assert row["effect"] is None if np.isnan(size) else row["effect"] == pytest.approx(size)
+
+
 # -- runs ------------------------------------------------------------------------------------------
+
+
+def test_runs_as_json(runs, capsys):
+    status, shown, errors = call(capsys, "runs", "--json")
+    assert (status, errors) == (0, "") and shown.isascii()
+    found = {row["run"]: row for row in json.loads(shown)}
+    states, table = run_states(runs), read_runs(runs)
+    assert set(found) == set(states["run"])
+    for row in states.itertuples():
+        assert found[row.run]["state"] == row.state and found[row.run]["last_step"] == row.last_step
+        losses = table[table["run"] == row.run].sort_values("step")["train_loss"].dropna()
+        assert found[row.run]["train_loss"] == pytest.approx(losses.iloc[-1])
 
 
 def test_runs_are_listed_with_their_state_and_their_last_numbers(runs, capsys):

@@ -31,7 +31,8 @@ class Tally:
 
 
 HEADER = (
-    "| fault | tried | refused by name | unharmed | lost |\n| --- | ---: | ---: | ---: | ---: |"
+    "| fault | tried | refused with an error that names the file | unharmed | lost |\n"
+    "| --- | ---: | ---: | ---: | ---: |"
 )
 
 

@@ -671,7 +671,7 @@ SMOKE = "Smoke run: a tiny version, which shows only that it works."
                 "schedule": "late",
             },
             "cifar11, units × 0.25, without dropout: 9 steps of early learning (the paper's are "
-            "165,000), rate falls at 70 and 90 %",
+            "165,000), rate falls at 0.7 and 0.9 of them",
         ),
         (
             {"experiment": "cifar11", "width": [1.0, 0.5, 0.5], "batch_norm": True},
