@@ -1,4 +1,4 @@
-"""One page for looking at runs: claims, learning curves, layers, units, and where runs come from.
+"""One page for looking at runs: the answer, all claims, layers, units, and where runs come from.
 
 The page is one HTML file. It loads nothing, so it opens from a disk without a network, and it
 trusts no text of a run.
@@ -13,16 +13,20 @@ import pandas as pd
 
 from biasshift.atomic import replacing
 from biasshift.progress import Progress, Show, progress as shown
-from biasshift.report.claims_section import verdicts_section
+from biasshift.report.answer import answer_section
+from biasshift.report.claims_section import claims_exports, verdicts_section
 from biasshift.report.downsample import chart_data
 from biasshift.report.equal_loss import equal_loss_section
+from biasshift.report.figure_links import figure_links
 from biasshift.report.groups import MAX_GROUPS, RunGroup, run_groups
 from biasshift.report.html import escaped
+from biasshift.report.judgement import judgements
 from biasshift.report.page import html_page
 from biasshift.report.sections import (
-    curves_section,
+    first_curves,
     layers_section,
     left_out_section,
+    other_curves,
     runs_section,
 )
 from biasshift.runs.reader import find_runs, read_runs, run_states
@@ -81,11 +85,14 @@ def _write(runs: Sequence[str | os.PathLike[str]], out: Path, bar: Progress) -> 
     left_out = data.left_out
     equal_loss = equal_loss_section(table, states, groups, left_out)
     bar.advance()
-    verdicts = verdicts_section(table, groups, left_out)
+    judged, why_apart = judgements(table, groups, left_out)
     bar.advance()
+    others = other_curves(data)
+    answer = answer_section(judged, figure_links(runs, out), first_curves(data))
     sections = [
-        ("What these runs say about the paper's claims", verdicts),
-        ("Learning curves", curves_section(data)),
+        ("What these runs say about the paper", answer + _intro(states, groups)),
+        ("All claims", verdicts_section(judged, why_apart)),
+        *([("More learning curves", others)] if others else []),
         ("Layers and units", layers_section(data)),
         *([("At equal training loss", equal_loss)] if equal_loss else []),
         ("Runs", runs_section(folders, states, left_out)),
@@ -94,7 +101,7 @@ def _write(runs: Sequence[str | os.PathLike[str]], out: Path, bar: Progress) -> 
     title = f"biasshift: {len(folders)} run{'s' if len(folders) != 1 else ''}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
-        text = html_page(title, _intro(states, groups), sections, data)
+        text = html_page(title, sections, data, claims_exports(judged))
         temporary.write_text(text, encoding="utf-8", newline="\n")
     bar.advance()
     return out

@@ -37,9 +37,9 @@ def charts(data: ChartData) -> dict[str, dict[str, Any]]:
     specifications = _curves(data, log=False)
     if data.cells:
         specifications |= {
-            "heat": heat_map().to_dict(),
-            "across": across_steps(data).to_dict(),
-            "within": within_cell(data).to_dict(),
+            "heat": heat_map().to_dict(validate=False),
+            "across": across_steps(data).to_dict(validate=False),
+            "within": within_cell(data).to_dict(validate=False),
         }
     return specifications
 
@@ -49,7 +49,7 @@ def variants(data: ChartData) -> dict[str, dict[str, dict[str, Any]]]:
 
     The type of a scale cannot follow a parameter in Vega-Lite, so each type is a chart of its own.
     """
-    heat = {"heat": heat_map(compressed=True).to_dict()} if data.cells else {}
+    heat = {"heat": heat_map(compressed=True).to_dict(validate=False)} if data.cells else {}
     return {"scale": {"log": _curves(data, log=True)}, "colors": {"compressed": heat}}
 
 
@@ -61,7 +61,7 @@ def _curves(data: ChartData, log: bool) -> dict[str, dict[str, Any]]:
     }
     if set(data.metrics) - set(CURVES):
         charts["curves-other"] = learning_curves(data, None, log)
-    return {place: chart.to_dict() for place, chart in charts.items()}
+    return {place: chart.to_dict(validate=False) for place, chart in charts.items()}
 
 
 def theme(data: ChartData, dark: bool) -> dict[str, Any]:

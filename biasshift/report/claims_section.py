@@ -1,24 +1,42 @@
-"""The first section: what the runs say about the claims.
+"""The section of all claims.
 
 One line for each question; its claims open with a click, and the caveats of a claim with another.
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import pandas as pd
 
-from biasshift.analysis.formatting import READING, deciding_p, reading_table, sentences
-from biasshift.analysis.quantities import per_run
-from biasshift.analysis.verdicts import claims
-from biasshift.report.groups import RunGroup
-from biasshift.report.html import details, escaped, note, number, table
+from biasshift.analysis.formatting import READING, VERDICTS, deciding_p, sentences
+from biasshift.report.answer import LOOKS, effect_and_interval
+from biasshift.report.html import details, escaped, note, number, plain, table
+from biasshift.report.judgement import Judgement
 
-MAX_SETTINGS = 6  # each of which gets its own claims
 MAX_CLAIMS = 200
-_BADGES = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}  # → CSS
 # What a claim shows in cells of its own, or not at all; all else stands below its caveat.
 _COLUMNS = "claim statement source statistic effect low high n verdict caveat number".split()
+_EXPORTED = {  # column of the claims → its heading in a CSV file
+    "number": "question",
+    "claim": "claim",
+    "statement": "statement",
+    "source": "source in the paper",
+    "statistic": "measured",
+    "verdict": "verdict",
+    "effect": "effect",
+    "low": "95 % interval, low",
+    "high": "95 % interval, high",
+    "predicted": "predicted",
+    "n": "paired seeds",
+    "test": "test",
+    "p": "p",
+    "p_holm": "p, corrected (Holm)",
+    "p_contrary": "p of the opposite, corrected",
+    "p_holm_all": "p, corrected over all claims",
+    "family": "family",
+    "caveat": "caveat",
+}
 _QUESTIONS = {
     1: "Mean activations",
     2: "Coupling, and gradient against natural gradient",
@@ -31,63 +49,59 @@ _QUESTIONS = {
 }
 _NOTE = """\
 Open a question for its claims, and a claim for its caveats. Effects are over paired seeds, with \
-95 % intervals. p is corrected within a family of claims (Holm) and decides the verdict. Not \
-supported means that the opposite is supported: there p is that of the opposite."""
+95 % intervals. p is corrected within a family of claims (Holm) and decides the verdict. \
+Contradicted means that the opposite is supported, and p is then that of the opposite."""
 
 
-def verdicts_section(runs: pd.DataFrame, groups: Sequence[RunGroup], left_out: list[str]) -> str:
+def verdicts_section(judged: Sequence[Judgement], why_apart: str) -> str:
     """Returns the claims of all runs; where their settings differ, those of each setting.
 
     Runs that support no verdict get the reason in place of the claims.
 
     Args:
-        runs: The rows of `biasshift.runs.reader.read_runs`.
-        groups: The groups of runs, which name the settings.
-        left_out: Gets a sentence where there are more than `MAX_SETTINGS` settings.
+        judged: As `biasshift.report.judgement.judgements` returns them.
+        why_apart: Why the settings are not judged together.
     """
-    try:
-        return _judged(runs)
-    except ValueError as error:
-        reason = str(error)
-    settings = list(dict.fromkeys(group.setting for group in groups))
-    parts, reasons = [], set()
-    for setting in settings[:MAX_SETTINGS] if len(settings) > 1 else []:
-        names = [run for group in groups if group.setting == setting for run in group.runs]
-        try:
-            judged = _judged(runs.loc[runs["run"].isin(names)])
-            reasons.add("")
-        except ValueError as error:
-            judged = note(f"No verdicts. {error}")
-            reasons.add(str(error))
-        parts.append(f"<h3>{escaped(setting or 'all other runs', 200)}</h3>{judged}")
-    if reasons <= {reason}:
-        return note(f"No verdicts. {reason}")
-    if len(settings) > MAX_SETTINGS:
-        left_out.append(
-            f"Claims of {len(settings) - MAX_SETTINGS} of {len(settings)} settings: give fewer "
-            "runs at a time."
-        )
-    return note(f"{reason} So here each setting stands by itself.") + "".join(parts)
+    if not why_apart:
+        return _one(judged[0], 0)
+    parts = [
+        f"<h3>{escaped(one.setting, 200)}</h3>{_one(one, position)}"
+        for position, one in enumerate(judged)
+    ]
+    return note(f"{why_apart} So here each setting stands by itself.") + "".join(parts)
 
 
-def _judged(runs: pd.DataFrame) -> str:
+def claims_exports(judged: Sequence[Judgement]) -> dict[str, dict[str, Any]]:
+    """Returns the claims of each judgement as a table of numbers, for a CSV file.
+
+    Numbers are not rounded; what is unknown is None.
+    """
+    exports = {}
+    for position, one in enumerate(judged):
+        if one.claims is None:
+            continue
+        columns = [name for name in _EXPORTED if name in one.claims]
+        found = one.claims.assign(verdict=one.claims["verdict"].map(_word))
+        rows = [[_exported(value) for value in row] for row in found[columns].to_numpy(object)]
+        names = [_EXPORTED[name] for name in columns]
+        exports[f"claims-{position}"] = {"names": names, "rows": rows}
+    return exports
+
+
+def _one(judgement: Judgement, position: int) -> str:
     """How many claims have which verdict, the claims, and the table for reading."""
-    try:
-        found = claims(runs, progress=False)
-        reading = reading_table(per_run(runs))
-    except (TypeError, LookupError) as error:
-        # Options of other types than any run of ours has must not take the charts away.
-        raise ValueError(
-            f"The options of these runs do not have the types that claims need ({error})."
-        ) from error
+    if (found := judgement.claims) is None:
+        return note(f"No verdicts. {judgement.reason}")
     verdicts = found["verdict"].value_counts()
-    counts = "; ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    counts = "; ".join(f"{count} {_word(verdict)}" for verdict, count in verdicts.items())
     hidden = len(found) - MAX_CLAIMS
     more = f" {hidden} more claims are not shown." if hidden > 0 else ""
+    button = f'<button type="button" data-export="claims-{position}">All claims as CSV</button>'
+    listed = claims_by_question(found.head(MAX_CLAIMS), sentences(found)[:MAX_CLAIMS])
     return (
         note(f"{counts}.{more} {_NOTE}")
-        + claims_by_question(found.head(MAX_CLAIMS), sentences(found)[:MAX_CLAIMS])
-        + details("Mean ± SD over seeds", _reading(reading))
+        + f'<div class="searchable" data-name="claims">{button}{listed}</div>'
+        + details("Mean ± SD over seeds", _reading(judgement.means))
     )
 
 
@@ -103,8 +117,8 @@ def claims_by_question(claims: pd.DataFrame, sentences: Sequence[str]) -> str:
     for question, rows in grouped:
         counts = rows["verdict"].value_counts()
         badges = " ".join(
-            _badge(verdict, f"{counts[verdict]} {verdict}")
-            for verdict in _BADGES
+            _badge(verdict, f"{counts[verdict]} {_word(verdict)}")
+            for verdict in LOOKS
             if verdict in counts
         )
         known = question in _QUESTIONS
@@ -126,19 +140,27 @@ def _cells(claim: Any) -> list[tuple[str, str]]:
     )
     about = [claim.caveat, f"Measured: {claim.statistic} ({claim.source}).", others]
     notes = "".join(f'<p class="faint">{escaped(text, 1000)}</p>' for text in about if text)
-    known = claim.low == claim.low
-    interval = f" [{number(claim.low)}, {number(claim.high)}]" if known else ""
     return [
-        ("", _badge(claim.verdict, claim.verdict)),
+        ("", _badge(claim.verdict, _word(claim.verdict))),
         ("text", details(escaped(claim.statement), notes)),
-        ("number", number(claim.effect) + interval),
+        ("number", effect_and_interval(claim)),
         ("number", f"n = {escaped(claim.n)}"),
         ("number", f"p = {number(p, 2)}{'<br>the contrary holds' * contrary}"),
     ]
 
 
 def _badge(verdict: Any, text: Any) -> str:
-    return f'<span class="badge {_BADGES.get(verdict, "undecided")}">{escaped(text)}</span>'
+    return f'<span class="badge {LOOKS.get(verdict, "undecided")}">{escaped(text)}</span>'
+
+
+def _exported(value: Any) -> Any:
+    if isinstance(value, str):
+        return plain(value, 1000)
+    return value if isfinite(value) else None
+
+
+def _word(verdict: Any) -> str:
+    return VERDICTS.get(verdict, str(verdict)).lower()
 
 
 def _reading(means: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 from biasshift.analysis.grid import RULE
 from biasshift.report.groups import RunGroup
 from biasshift.report.html import distinct, listed, plain
+from biasshift.report.words import all_in_words, in_words
 
 MAX_CELLS = 18_000  # (quantity, group, layer, step): about 140 bytes each
 MAX_POINTS = 12_000  # of all learning curves
@@ -155,13 +156,13 @@ def _add_curves(data: ChartData, values: dict[str, pd.DataFrame], epochs: dict[A
     metrics = dict.fromkeys(metric for metric, _ in parts.values())
     names = sorted(metrics, key=lambda name: {"loss": 0, "error": 1}.get(name, 2))
     names = first(names, MAX_QUANTITIES, "quantities of the whole network", data.left_out)
-    data.metrics = distinct([plain(name, 60) for name in names])
+    data.metrics = all_in_words(names)
     curves = len(values) * len(data.groups)
     most = max(2, min(MAX_POINTS_PER_CURVE, MAX_POINTS // max(1, curves)))
     for column, (metric, split) in parts.items():
         if metric not in names:
             continue
-        rows = _thinned(data, values[column], most, plain(column, 60))
+        rows = _thinned(data, values[column], most, plain(in_words(column), 60))
         by_run = rows.groupby(["group", "step", "run"])["value"].mean()
         scales = [by_run, by_run.where(by_run > 0).map(np.log10)]
         grouped = [scale.groupby(level=["group", "step"]) for scale in scales]
@@ -196,7 +197,7 @@ def _add_cells(data: ChartData, values: dict[str, pd.DataFrame]) -> None:
     }
     cells_a_step = sum(len(chosen) + 1 for chosen in layers.values()) * len(data.groups)
     most = max(1, min(MAX_STEPS, MAX_CELLS // max(1, cells_a_step)))
-    data.quantities = distinct([plain(name, 60) for name in columns])
+    data.quantities = all_in_words(columns)
     for position, (column, label) in enumerate(zip(columns, data.quantities, strict=True)):
         rows = values[column]
         of_units = rows["unit"] >= 0
@@ -266,7 +267,7 @@ def first(names: list[str], most: int, kind: str, left_out: list[str]) -> list[s
     """
     if len(names) > most:
         hidden = len(names) - most
-        left_out.append(f"{hidden} of {len(names)} {kind}: {listed(names[most:])}.")
+        left_out.append(f"{hidden} of {len(names)} {kind}: {listed(map(in_words, names[most:]))}.")
     return names[:most]
 
 

@@ -14,6 +14,7 @@ from biasshift.activation_names import display_name
 from biasshift.analysis.grid import best_rate
 from biasshift.plots.theme import ON_DARK, looks
 from biasshift.report.html import distinct, number, plain
+from biasshift.report.words import in_words
 
 MAX_GROUPS = 12  # of more lines in one chart, the colors look alike
 # Columns of `run_states` that make no setting; "examined" says what was measured, not trained.
@@ -119,7 +120,7 @@ def _at_best_rates(
 
 def _setting(options: dict[str, Any]) -> str:
     return ", ".join(
-        f"{plain(name, 40)} = {_value(value)}"
+        f"{plain(in_words(name), 40)} = {_value(value)}"
         for name, value in options.items()
         if _WITHOUT.get(name) != value
     )

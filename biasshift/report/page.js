@@ -53,6 +53,7 @@ if (select("quantity")) {
   select("quantity").addEventListener("input", offerMeasured);
   offerMeasured();
 }
+addTools(page.exports);
 let drawing = draw();
 const again = () => (drawing = drawing.then(draw));
 dark.addEventListener("change", again);

@@ -13,18 +13,21 @@ from biasshift.report.downsample import ALL_LAYERS, Cell, ChartData, Point
 from biasshift.report.html import as_json, escaped
 
 
-def html_page(title: str, intro: str, sections: list[tuple[str, str]], data: ChartData) -> str:
+def html_page(
+    title: str, sections: list[tuple[str, str]], data: ChartData, exports: dict[str, Any]
+) -> str:
     """Returns the HTML of the whole page: sections, then the numbers of the charts, then scripts.
 
     Args:
         title: Text, not escaped yet.
-        intro: HTML that stands in front of the sections.
         sections: Pairs of a heading, as text, and HTML.
         data: What the charts show.
+        exports: Tables that a button offers as a CSV file, by the name that the button has.
     """
     sources = files("biasshift.report")
     style = sources.joinpath("page.css").read_text(encoding="utf-8")
-    scripts = [_vega(), sources.joinpath("page.js").read_text(encoding="utf-8")]
+    own = [sources.joinpath(name).read_text(encoding="utf-8") for name in ("tables.js", "page.js")]
+    scripts = [_vega(), "\n".join(own)]
     numbered = [
         (f"part-{position}", escaped(heading), content)
         for position, (heading, content) in enumerate(sections)
@@ -39,9 +42,9 @@ def html_page(title: str, intro: str, sections: list[tuple[str, str]], data: Cha
 <meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escaped(title)}</title><style>{style}</style></head>
-<body><main><h1>{escaped(title)}</h1>{intro}<nav>{links}</nav>{body}\
+<body><main><h1>{escaped(title)}</h1><nav>{links}</nav>{body}\
 <noscript>The charts need JavaScript.</noscript></main>
-<script type="application/json" id="data">{as_json(_data(data))}</script>
+<script type="application/json" id="data">{as_json(_data(data, exports))}</script>
 <script>{scripts[0]}</script>
 <script>{scripts[1]}</script>
 </body></html>
@@ -66,7 +69,7 @@ def _vega() -> str:
     return vl_convert.javascript_bundle(vl_version=version)  # pyright: ignore[reportCallIssue]: its stub forgets a default
 
 
-def _data(data: ChartData) -> dict[str, Any]:
+def _data(data: ChartData, exports: dict[str, Any]) -> dict[str, Any]:
     measured = {}
     for position in range(len(data.quantities)):
         cells = [cell for cell in data.cells if cell.q == position]
@@ -87,6 +90,7 @@ def _data(data: ChartData) -> dict[str, Any]:
         "variants": variants(data),
         "themes": {"light": theme(data, dark=False), "dark": theme(data, dark=True)},
         "measured": measured,
+        "exports": exports,
         "datasets": {
             name: {"names": names, "rows": list(rows)} for name, (names, rows) in tables.items()
         },

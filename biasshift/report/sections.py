@@ -13,6 +13,7 @@ import pandas as pd
 from biasshift.report.charts import CURVES
 from biasshift.report.downsample import ALL_LAYERS, ChartData
 from biasshift.report.html import details, escaped, note, plain, table
+from biasshift.report.words import in_words
 from biasshift.runs.provenance import short_argument
 from biasshift.runs.schema import read_config, read_json
 
@@ -24,6 +25,7 @@ _STEEP = 20.0  # first loss over last, from which on a linear scale hides the en
 _CURVES_NOTE = """\
 Mean over runs (line) ± SD over runs (ribbon); training solid, validation dashed, test dotted. \
 n is the number of runs. Point at a line for its numbers."""
+_OTHERS_NOTE = "Axis and scale are those chosen above."
 _LAYER_CHARTS = (  # place, heading, note
     (
         "heat",
@@ -53,13 +55,28 @@ _HEAD = ("run", "state", "last step", "seed", "device", "commit or version", "st
 # -- charts ----------------------------------------------------------------------------------------
 
 
-def curves_section(data: ChartData) -> str:
-    """Returns the learning curves: loss, error, and one chart for every other metric.
+def first_curves(data: ChartData) -> str:
+    """Returns the first learning curve, with the choices of all: the loss, if it was recorded.
 
     The loss begins on a logarithmic scale where its end could not be seen on a linear one.
     """
     if not data.points:
         return note("These runs recorded nothing about the whole network.")
+    epochs = [("epoch", "epoch")] if any(point.epoch is not None for point in data.points) else []
+    scales = [("linear", "linear"), ("log", "logarithmic")]
+    controls = _select("against", "against", [*epochs, ("step", "step")])
+    controls += _select("scale", "scale", scales, "log" if _is_steep(data) else "linear")
+    chart = _curves(data)[0]
+    return f'{chart}<div class="controls">{controls}</div>{note(_CURVES_NOTE)}'
+
+
+def other_curves(data: ChartData) -> str:
+    """Returns the other learning curves; where there is none, the text is empty."""
+    shown = _curves(data)[1:]
+    return f"{note(_OTHERS_NOTE)}{_charts(shown)}" if shown else ""
+
+
+def _curves(data: ChartData) -> list[str]:
     shown = [
         f"<h3>{metric.capitalize()}</h3>{_chart(place)}"
         for metric, place in CURVES.items()
@@ -68,11 +85,7 @@ def curves_section(data: ChartData) -> str:
     others = [(position, name) for position, name in enumerate(data.metrics) if name not in CURVES]
     if others:
         shown.append(_select("metric", "another quantity", others) + _chart("curves-other"))
-    epochs = [("epoch", "epoch")] if any(point.epoch is not None for point in data.points) else []
-    scales = [("linear", "linear"), ("log", "logarithmic")]
-    controls = _select("against", "against", [*epochs, ("step", "step")])
-    controls += _select("scale", "scale", scales, "log" if _is_steep(data) else "linear")
-    return f'{note(_CURVES_NOTE)}<div class="controls">{controls}</div>{_charts(shown)}'
+    return shown
 
 
 def _is_steep(data: ChartData) -> bool:
@@ -90,7 +103,8 @@ def layers_section(data: ChartData) -> str:
     if not data.cells:
         return note("These runs recorded nothing about layers or units.")
     steps = sorted({cell.s for cell in data.cells})
-    first = data.quantities.index("mean") if "mean" in data.quantities else 0
+    mean = in_words("mean")
+    first = data.quantities.index(mean) if mean in data.quantities else 0
     layers = [(ALL_LAYERS, "all layers"), *enumerate(data.layers)]
     colors = [("linear", "linear"), ("compressed", "compressed (logarithmic)")]
     labels = enumerate(group.label for group in data.groups)
