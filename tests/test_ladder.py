@@ -25,6 +25,7 @@ LADDER = [  # bottom to top; a name stands for a module or for a folder of modul
         "progress",
         "distributed",
         "atomic",
+        "display",
         "escapes",
     },
     {"fisher", "nets", "runs", "data"},

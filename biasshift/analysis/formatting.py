@@ -14,6 +14,8 @@ VERDICTS = {  # how a sentence about a claim begins
     "not supported": "Contradicted",
     "undecided": "Undecided",
 }
+MARKS = {"supported": "✓", "not supported": "✗", "undecided": "?"}
+MAIN = ("means", "gap", "coupling", "correction", "inherited", "speed")  # the claims seen first
 QUANTITIES = {  # column of `per_run` → its name in the table for reading
     "unit_mean": "mean unit activation, median",
     "unit_mean_abs": "|mean unit activation|, mean",
@@ -60,7 +62,7 @@ def reading_table(
         name = display_name(cell.activation) if len(paper) else cell.name
         name = f"{name}, {rate:g}" if name in columns else name
         texts = {title: mean_and_sd(group[column]) for column, title in quantities.items()}
-        columns[name] = {**texts, "seeds": str(len(group))} if quantities is QUANTITIES else texts
+        columns[name] = {**texts, "seeds": str(len(group))}
     return pd.DataFrame(columns)
 
 
@@ -144,6 +146,18 @@ def effect(row: Any) -> str:
         return "undefined"
     interval = f" [{row.low:+.3g}, {row.high:+.3g}]" if row.low == row.low else ""
     return f"{row.effect:+.3g}{interval}"
+
+
+def main_claims(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Returns the claims of `MAIN` that were measured; where some were not, others in their place.
+
+    Args:
+        verdicts: as `biasshift.claims` returns them.
+    """
+    measured = verdicts[verdicts["n"] > 0]
+    chosen = measured[measured["claim"].isin(MAIN)]
+    others = measured[~measured["claim"].isin(MAIN)].head(len(MAIN) - len(chosen))
+    return pd.concat([chosen, others])
 
 
 def claims_markdown(verdicts: pd.DataFrame) -> str:

@@ -9,7 +9,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from biasshift.analysis.formatting import VERDICTS, effect, reading_table, sweep_table
+from biasshift.analysis.formatting import (
+    MARKS,
+    VERDICTS,
+    effect,
+    main_claims,
+    reading_table,
+    sweep_table,
+)
 from biasshift.analysis.quantities import per_run
 from biasshift.analysis.statistics import seeds_needed
 from biasshift.analysis.verdicts import claims
@@ -31,8 +38,6 @@ SHORT = {  # column of `per_run` → its name on the screen
     "exam_gap_degrees": "gradient gap (°) *",
 }
 AT_EQUAL_LOSS = "* at equal training loss, medians over units"
-MAIN = ("means", "gap", "coupling", "correction", "inherited", "speed")  # claims on the screen
-MARKS = {"supported": "✓", "not supported": "✗", "undecided": "?"}
 VERDICTS_TITLE = "What these runs say about the paper's claims"
 VERDICTS_NOTE = (
     "Effects are paired by seed, with 95 % intervals. Verdicts go by p, corrected (Holm) for the "
@@ -42,7 +47,7 @@ VERDICTS_NOTE = (
 
 def print_comparison(console: Console, table: pd.DataFrame) -> None:
     """Prints the means and spreads over seeds, a row per quantity and a column per activation."""
-    means = reading_table(per_run(table), SHORT)
+    means = reading_table(per_run(table), SHORT).drop("seeds")
     # In a narrow terminal a cell may break in front of its ±.
     cells = means.map(lambda text: text.replace("± ", "±").replace(" = ", "="))
     # Of many activation functions, a few at a time: in narrow columns nobody can read.
@@ -84,7 +89,7 @@ def print_verdicts(console: Console, table: pd.DataFrame) -> None:
         return
     judged = claims(table, progress=False)
     measured: Any = judged[judged["n"] > 0]
-    main = _main(measured)
+    main = main_claims(judged)
     console.print(f"\n{_conclusion(main, seeds)}", style="bold")
     rows: Any = main.itertuples()
     for row in rows:
@@ -108,13 +113,6 @@ def print_next(console: Console, out: Path) -> None:
     for command, purpose in lines.items():
         line = f"  {command:{width}}  {purpose}"
         console.print(line if len(line) <= console.width else f"  {command}", soft_wrap=True)
-
-
-def _main(measured: Any) -> pd.DataFrame:
-    """The main claims that were measured; where some were not, other ones in their place."""
-    chosen = measured[measured["claim"].isin(MAIN)]
-    others = measured[~measured["claim"].isin(MAIN)].head(len(MAIN) - len(chosen))
-    return pd.concat([chosen, others])
 
 
 def _conclusion(main: pd.DataFrame, seeds: int) -> str:

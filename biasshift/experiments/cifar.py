@@ -33,7 +33,6 @@ from biasshift.experiments.convnet_trial import (
     scores_on_test,
 )
 from biasshift.experiments.experiment import (
-    NOT_NEGATIVE,
     POSITIVE,
     RANGES,
     Activation,
@@ -41,6 +40,7 @@ from biasshift.experiments.experiment import (
     Range,
 )
 from biasshift.nets import set_dropout
+from biasshift.nets.convnets import RATES
 from biasshift.nets.initialization import Init
 from biasshift.training.trial import Instrumentation, Phase, Quantity, Trial
 
@@ -68,6 +68,13 @@ CPU: dict[str, Any] = {
     "schedule": "late",
     "seeds": 6,
 }
+
+
+def dropout_range(most: float = 1.0) -> Range:
+    """Returns what ``--dropout`` may be where the schedule multiplies rates by up to ``most``."""
+    limit = 1 / (max(RATES) * most)
+    words = f"in [0, {limit:.4g}), so that rates stay below 1"
+    return Range(words, lambda value: 0 <= value < limit)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Cifar(Experiment):
     network: ClassVar[Callable[..., nn.Module]]  # as in `biasshift.nets.convnets`
     ranges: ClassVar[dict[str, Range]] = RANGES | {
         "width": POSITIVE,
-        "dropout": NOT_NEGATIVE,
+        "dropout": dropout_range(),
     }
     smoke_config: ClassVar[dict[str, Any]] = {
         "steps": 6,

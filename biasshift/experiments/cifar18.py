@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from biasshift.activations import folder_part
-from biasshift.experiments.cifar import CPU, GEOMETRY, Cifar, CifarConfig, Geometry
+from biasshift.experiments.cifar import CPU, GEOMETRY, Cifar, CifarConfig, Geometry, dropout_range
 from biasshift.experiments.convnet_trial import phases_of
 from biasshift.experiments.experiment import Activation
 from biasshift.nets import cifar18
@@ -44,6 +44,9 @@ class Cifar18(Cifar):
 
     name: ClassVar[str] = "cifar18"
     network: ClassVar = staticmethod(cifar18)
+    ranges: ClassVar = Cifar.ranges | {
+        "dropout": dropout_range(max(factor for _, factor in DROPOUT))
+    }
     presets: ClassVar = {"cpu": CPU | {"width": 0.125, "steps": 1_000, "score_every": 250}}
 
     def paper_phases(self, config: CifarConfig) -> tuple[Phase, ...]:

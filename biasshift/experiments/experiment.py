@@ -59,7 +59,7 @@ _NAMES = {
     COUNT: "batch_size depth epochs every exam_probe means_every probe score_every scored "
     "scores_per_epoch seeds steps stride test_images units update_every valid_images width",
     POSITIVE: "equal_loss kl_clip lr",
-    NOT_NEGATIVE: "damping fisher_every loaders unit_damping weight_decay",
+    NOT_NEGATIVE: "damping fisher_every last_init loaders unit_damping weight_decay",
     FRACTION: "dropout momentum",
 }
 # An option has one range in all experiments, unless the ``ranges`` of a class say otherwise; of a
@@ -329,7 +329,8 @@ class Experiment:
             raise ValueError(
                 f"--preset of {self.name} must be paper, got '{self.preset}'. Leave it out."
             )
-        if not any(vars(self)[name] == value for name, value in self.presets[self.preset].items()):
+        usual = {each.name: each.default for each in dataclasses.fields(self)}
+        if all(vars(self)[name] == usual[name] for name in self.presets[self.preset]):
             raise ValueError(
                 f"'preset' alone changes no option: call {type(self).__name__}.of_preset("
                 f"'{self.preset}') for its defaults."
@@ -342,7 +343,7 @@ class Experiment:
             if name in self.ranges:
                 words, holds = self.ranges[name]
                 for each in values:
-                    if not holds(each):
+                    if each is not None and not holds(each):
                         message = f"{option} must be {words}, got {each}."
                         raise ValueError(message)
             for each in values if name in MOST else ():

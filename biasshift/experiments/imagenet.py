@@ -33,6 +33,7 @@ from biasshift.experiments.convnet_trial import (
 )
 from biasshift.experiments.experiment import POSITIVE, RANGES, Activation, Experiment, Range
 from biasshift.nets import imagenet15
+from biasshift.nets.convnets import IMAGENET15
 from biasshift.nets.initialization import Init
 from biasshift.training.evaluation import evaluate_batches
 from biasshift.training.trial import Instrumentation, Quantity, Trial
@@ -210,9 +211,25 @@ class Imagenet(Experiment):
     def _loaders(self) -> int:
         return 0 if self.smoke else self.loaders
 
+    def check(self) -> None:
+        """Refuses options that are out of their range, and crops that the network cannot take.
+
+        Raises:
+            ValueError: The message names the option and the remedy.
+        """
+        super().check()
+        maps = -(-self.crop // self.stride)
+        for _ in IMAGENET15:  # each stack ends with a pooling
+            maps = -(-maps // 2)
+        if maps < max(BINS):
+            raise ValueError(
+                f"--crop must leave at least {max(BINS)} pixels for the pyramid at --stride "
+                f"{self.stride}, got {self.crop}. Give larger crops or a smaller stride."
+            )
+
     @property
     def _side(self) -> int:
-        return self.crop * SIDE // CROP
+        return SIDE if self.smoke else self.crop * SIDE // CROP
 
     def load(self) -> PreparedImages:
         """Returns the images, checked, and their mean, which reads every training image once.

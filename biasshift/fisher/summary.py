@@ -1,11 +1,11 @@
 """The unit Fisher matrices of a layer in a table, in one line, and in a notebook."""
 
-import html
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from biasshift.display import median_and_range, page as html_page, unit_table
 from biasshift.fisher.sample_size import SAMPLES_PER_INPUT
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ UNASKED = 2e9
 
 def table(fisher: Any) -> "pd.DataFrame":
     """Returns one row per unit of a layer; `UnitFisher.table` explains the columns."""
-    import pandas as pd
-
-    columns = {name: _numpy(getattr(fisher, name)) for name in COLUMNS}
-    return pd.DataFrame({"unit": range(len(fisher.dead)), **columns})
+    return unit_table({name: getattr(fisher, name) for name in COLUMNS})
 
 
 def line(fisher: Any) -> str:
@@ -43,29 +40,23 @@ def line(fisher: Any) -> str:
 
 def page(fisher: Any) -> str:
     """Returns the layer as HTML: medians and ranges over its units."""
-    names, note = ["mean_delta2", "effective_samples"], ""
+    names, notes = ["mean_delta2", "effective_samples"], []
     units, inputs = fisher.sums.first.shape
     if fisher.storage != "implicit" and units * inputs**3 / 3 <= UNASKED:
         try:
             _ = fisher.coupling, fisher.reliable
             names[1:1] = INVERSE if fisher.bias else ("coupling",)
         except ValueError as error:  # no inverse without damping
-            note = f"<p>{html.escape(str(error))}</p>"
-    rows = "".join(_row(name, getattr(fisher, name)) for name in names)
+            notes.append(str(error))
     dead, inert = int(fisher.dead.sum()), int(fisher.bias_inert.sum())
-    return (
-        f"<div><p><code>{html.escape(line(fisher))}</code></p>"
-        f"<p>{dead} of {units} units are dead, {inert} have a bias without influence.</p>{note}"
-        "<table><thead><tr><th></th><th>median</th><th>least</th><th>most</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    counts = f"{dead} of {units} units are dead, {inert} have a bias without influence."
+    rows = {name: _row(getattr(fisher, name)) for name in names}
+    return html_page(line(fisher), rows, counts, *notes)
 
 
-def _row(name: str, values: Tensor) -> str:
-    known = values[~values.isnan()].double()
-    numbers = [known.median(), known.min(), known.max()] if len(known) else []
-    cells = [f"{x.item():.4g}" for x in numbers] or ["–"] * 3
-    return f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _row(values: Tensor) -> dict[str, str]:
+    cells = [f"{x:.4g}" for x in median_and_range(values)] or ["–"] * 3
+    return dict(zip(("median", "least", "most"), cells, strict=True))
 
 
 def _trust(fisher: Any) -> str:
@@ -86,7 +77,3 @@ def _trust(fisher: Any) -> str:
     parts += [f"singular {several}"] if several else []
     bound = "" if solved or not good else "at most "
     return ", ".join([*parts, f"reliable {bound}{good} of {units}"])
-
-
-def _numpy(x: Tensor):
-    return (x.detach() if x.dtype == torch.bool else x.detach().double()).cpu().numpy()

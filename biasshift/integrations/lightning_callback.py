@@ -1,14 +1,12 @@
 """Measurements during the training of Lightning's Trainer."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pandas as pd
-
 from biasshift.integrations.installation import needed
-from biasshift.integrations.monitor import Monitor, Receiver
-from biasshift.integrations.scalars import layer_scalars
+from biasshift.integrations.monitor import Monitor
+from biasshift.integrations.scalars import Receiver, receiver
 
 _lightning: Any = needed("LightningCallback", "lightning.pytorch", "pytorch_lightning")
 
@@ -69,7 +67,12 @@ class LightningCallback(Monitor, _lightning.Callback):
         self.begin(pl_module, optimizers[self.place], self._completed(trainer))
         self._resumed_at = None
         if self.loggers:
-            self.probe_log.follow(lambda rows: _sent(trainer, rows))
+
+            def send(step: int, values: Mapping[str, float]) -> None:
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
+
+            self.probe_log.follow(receiver(send))
 
     def _completed(self, trainer: Any) -> int:
         """Steps of the optimizer before; of several optimizers the trainer knows only the sum."""
@@ -91,10 +94,3 @@ class LightningCallback(Monitor, _lightning.Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.end(failed=True)
-
-
-def _sent(trainer: Any, rows: pd.DataFrame) -> None:
-    if trainer.is_global_zero:
-        for step, values in layer_scalars(rows).items():
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)

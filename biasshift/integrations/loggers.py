@@ -6,17 +6,11 @@ the first one sends.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
-from biasshift.distributed import rank
 from biasshift.integrations.installation import needed
-from biasshift.integrations.scalars import layer_scalars
-
-Receiver = Callable[[pd.DataFrame], None]
-Send = Callable[[int, Mapping[str, float]], object]  # of a step
+from biasshift.integrations.scalars import Receiver, receiver
 
 MLFLOW_BATCH = 1000  # metrics that its servers take at once
 
@@ -42,7 +36,7 @@ def to_tensorboard(writer: Any, prefix: str = "biasshift") -> Receiver:
             opened[0].add_scalar(name, value, step)
         opened[0].flush()
 
-    return _receiver(send, prefix)
+    return receiver(send, prefix)
 
 
 def to_wandb(run: Any = None, prefix: str = "biasshift") -> Receiver:
@@ -72,7 +66,7 @@ def to_wandb(run: Any = None, prefix: str = "biasshift") -> Receiver:
             defined.append(active)
         active.log({**values, f"{prefix}/step": step})
 
-    return _receiver(send, prefix)
+    return receiver(send, prefix)
 
 
 def to_mlflow(run_id: str | None = None, client: Any = None, prefix: str = "biasshift") -> Receiver:
@@ -100,13 +94,4 @@ def to_mlflow(run_id: str | None = None, client: Any = None, prefix: str = "bias
         for start in range(0, len(metrics), MLFLOW_BATCH):
             sender.log_batch(run, metrics=metrics[start : start + MLFLOW_BATCH])
 
-    return _receiver(send, prefix)
-
-
-def _receiver(send: Send, prefix: str) -> Receiver:
-    def receive(rows: pd.DataFrame) -> None:
-        if rank() == 0:
-            for step, values in layer_scalars(rows, prefix).items():
-                send(step, values)
-
-    return receive
+    return receiver(send, prefix)

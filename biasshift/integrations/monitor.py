@@ -1,15 +1,14 @@
 """What callbacks share: a log that begins and ends with somebody's training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from biasshift.distributed import rank, world_size
+from biasshift.integrations.scalars import Receiver
 from biasshift.tracking.instrument import instrument
-
-Receiver = Callable[[pd.DataFrame], None]
 
 
 def share(*values: Any) -> Any:
@@ -18,7 +17,16 @@ def share(*values: Any) -> Any:
     Of several values it is a tuple, of one the value. Give it to a callback as
     ``probe=lambda: share(x, y)`` with ``distributed=True``: the processes exist when training
     begins.
+
+    Raises:
+        ValueError: A value cannot be sliced.
     """
+    for value in values:
+        if not hasattr(value, "__getitem__") or isinstance(value, Mapping):
+            raise ValueError(
+                f"Values must be tensors or lists of examples, got {type(value).__name__}. Share "
+                "each tensor of a dict."
+            )
     shares = tuple(value[rank() :: world_size()] for value in values)
     return shares if len(shares) != 1 else shares[0]
 

@@ -1,9 +1,14 @@
 """The rows of a log as named numbers: one for each layer and quantity, which loggers take."""
 
 import re
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from biasshift.distributed import rank
+
+Receiver = Callable[[pd.DataFrame], None]
+Send = Callable[[int, Mapping[str, float]], object]  # of a step
 KEYS = ("step", "layer", "unit", "kind")
 _NAMELESS = re.compile(r"[^\w\-. /]")  # all loggers take what is left
 
@@ -19,8 +24,12 @@ def layer_scalars(table: pd.DataFrame, prefix: str = "biasshift") -> dict[int, d
         prefix: What the names begin with.
 
     Raises:
-        ValueError: When the table has no columns ``step``, ``layer`` and ``unit``.
+        ValueError: When it is not a table with columns ``step``, ``layer`` and ``unit``.
     """
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            f"'table' must be a DataFrame, got {type(table).__name__}. Give the table of a log."
+        )
     if not {*KEYS[:3]} <= {*table}:
         raise ValueError(
             f"'table' must have the columns step, layer and unit, got {', '.join(table)}. Give the "
@@ -40,3 +49,19 @@ def layer_scalars(table: pd.DataFrame, prefix: str = "biasshift") -> dict[int, d
             if abs(value) < float("inf")
         }
     return scalars
+
+
+def receiver(send: Send, prefix: str = "biasshift") -> Receiver:
+    """Returns what sends the numbers of every layer on; of several processes the first one does.
+
+    Args:
+        send: Called with each step and its numbers by name.
+        prefix: What the names begin with.
+    """
+
+    def receive(rows: pd.DataFrame) -> None:
+        if rank() == 0:
+            for step, values in layer_scalars(rows, prefix).items():
+                send(step, values)
+
+    return receive

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from biasshift.measure import display, examples
+from biasshift import display
+from biasshift.measure import examples
 from biasshift.measure.composites import COMPOSITES
 from biasshift.measure.examples import Inputs
 from biasshift.measure.hooks import output_hooks, underlying

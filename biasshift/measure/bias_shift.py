@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from biasshift.measure import display, layer_types
+from biasshift import display
+from biasshift.measure import layer_types
 from biasshift.measure.coverage import are_named, refuse, selected_layers, warn_of_left_out
 from biasshift.measure.hooks import call_hooks, underlying
 from biasshift.measure.independence import Reasons, why_not_affine

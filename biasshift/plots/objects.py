@@ -67,7 +67,13 @@ def _table(x: Any) -> pd.DataFrame:
 
 
 def _along(table: pd.DataFrame) -> Figure:
-    present = {*table.dropna(axis=1, how="all")}
+    if missing := {"step", "layer", "unit"} - {*table}:
+        names = ", ".join(sorted(missing))
+        raise ValueError(
+            f"'x' must have the columns step, layer and unit, got a table without {names}. Give a "
+            "log or its table."
+        )
+    present = {*table.select_dtypes("number").dropna(axis=1, how="all")}
     measured = {column: title for column, title in ALONG.items() if column in present}
     if not measured:
         raise ValueError(f"'x' must have a value of one of {', '.join(ALONG)}, got none.")
@@ -108,7 +114,8 @@ def _units(tables: Mapping[str, pd.DataFrame]) -> Figure:
         )
     }
     some = next(iter(tables.values()), pd.DataFrame())
-    titles = next((kind for kind in KINDS if {*kind} <= {*some}), None)
+    shared = set.intersection(*({*table} for table in tables.values())) if tables else set()
+    titles = next((kind for kind in KINDS if {*kind} <= shared), None)
     if titles is None and len(some):
         raise ValueError(
             f"'x' must have the columns {'; or '.join(', '.join(kind) for kind in KINDS)}, got a "

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from biasshift.analysis.formatting import VERDICTS
+from biasshift.analysis.formatting import MARKS, VERDICTS, main_claims
 from biasshift.analysis.statistics import FEWEST_SEEDS
 from biasshift.report.html import details, escaped, note, number, table
 from biasshift.report.judgement import Judgement
 
-MAIN = ("means", "gap", "coupling", "correction", "inherited", "speed")  # the claims seen first
 MAX_OTHERS = 100
-MARKS = {"supported": "✓", "not supported": "✗", "undecided": "?"}
 LOOKS = {"supported": "supported", "not supported": "contrary", "undecided": "undecided"}  # → CSS
 _HEAD = ("", "claim", "against ← 0 → as predicted", "effect [95 % interval]")
 _NOTE = (
@@ -56,7 +54,7 @@ def conclusion(claims: pd.DataFrame) -> str:
     if seeds < FEWEST_SEEDS:
         some = f"{seeds} paired seed{'s' if seeds > 1 else ''} cannot"
         return f"These runs decide nothing: {some}, {FEWEST_SEEDS} can."
-    main = main_claims(measured)
+    main = main_claims(claims)
     found = list(main["verdict"])
     yes, no, open_ = (found.count(verdict) or "none" for verdict in VERDICTS)
     claimed = f"{len(main)} main claim{'s' if len(main) != 1 else ''} of the paper"
@@ -64,13 +62,6 @@ def conclusion(claims: pd.DataFrame) -> str:
         f"Of {claimed}, {seeds} paired seeds support {yes}, contradict {no} and leave {open_} "
         "undecided."
     )
-
-
-def main_claims(measured: pd.DataFrame) -> pd.DataFrame:
-    """Returns the main claims that were measured; where some were not, others in their place."""
-    chosen: Any = measured[measured["claim"].isin(MAIN)]
-    others: Any = measured[~measured["claim"].isin(MAIN)].head(len(MAIN) - len(chosen))
-    return pd.concat([chosen, others])
 
 
 def forest(claims: pd.DataFrame) -> str:

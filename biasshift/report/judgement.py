@@ -15,13 +15,13 @@ MAX_SETTINGS = 6  # each of which gets its own claims
 
 @dataclass(frozen=True)
 class Judgement:
-    """The claims of runs of one setting, or the reason why there are none.
+    """The claims of runs of one setting, or the reason why they cannot be judged.
 
     Args:
         setting: What the runs have in common and other runs do not; "" where all runs are judged.
         claims: The table of `biasshift.claims`; None where there is a reason against it.
         means: The table of `biasshift.analysis.formatting.reading_table`.
-        reason: Why there are no claims.
+        reason: Why the runs cannot be judged.
     """
 
     setting: str

@@ -173,8 +173,9 @@ class Run:
         ...         run.segments
         0
         """
-        require_same_config(Path(folder), config)
-        folder, config = Path(folder), options(config)
+        folder = Path(folder)
+        require_same_config(folder, config)
+        config = options(config)
         with _owning(folder, owner) as right:
             before = read_state(folder)
             digests = segment_digests(folder, before, segments)

@@ -292,7 +292,14 @@ class ProbeLog(Log):
         Args:
             receive: Gets a table with all columns: first of all rows since the last `flush`, then
                 of each step. Where it fails, training goes on, and a warning says so once.
+
+        Raises:
+            ValueError: It cannot be called.
         """
+        if not callable(receive):
+            raise ValueError(
+                f"'receive' must be a function of a table, got {type(receive).__name__}."
+            )
         if self._frames:
             receive(self.table())
         self._receivers.append(receive)

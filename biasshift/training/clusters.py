@@ -37,12 +37,10 @@ class Cluster(Engine):
     def __init__(self):
         super().__init__()
         self.session = uuid4().hex  # of this engine's jobs, among those of others
-        self._futures: set[Future[None]] = set()
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> "Future[None]":
         """Returns the future of one job."""
         future: Future[None] = Future()
-        self._futures.add(future)
         self._send(remote_job.packed(work, arguments), future)
         return future
 

@@ -87,9 +87,7 @@ def checked(launcher: str, options: Sequence[str]) -> dict[str, Any]:
 
 def _value(key: str, value: str) -> Any:
     if key == "cluster" and value not in CLUSTERS:
-        raise ValueError(
-            f"--launcher-options cluster must be {_listed(CLUSTERS, 'or')}, got {value!r}."
-        )
+        raise ValueError(f"--launcher-options cluster must be {_listed(CLUSTERS)}, got {value!r}.")
     if key not in _COUNTS:
         return value
     if not (value.isascii() and value.isdigit() and int(value) >= _COUNTS[key]):
@@ -101,6 +99,6 @@ def _value(key: str, value: str) -> Any:
     return int(value)
 
 
-def _listed(words: Sequence[str], last: str = "or") -> str:
+def _listed(words: Sequence[str]) -> str:
     *others, end = words
-    return f"{', '.join(others)} {last} {end}" if others else end
+    return f"{', '.join(others)} or {end}" if others else end

@@ -21,7 +21,7 @@ from rich.console import Console
 from tiny import Tiny
 
 from biasshift import cli
-from biasshift.analysis.formatting import VERDICTS, effect, footnote
+from biasshift.analysis.formatting import MAIN, VERDICTS, effect, footnote
 from biasshift.analysis.verdicts import claims
 from biasshift.cli import claims as claims_command, parser, results, train
 from biasshift.cli.console import print_paths, progress
@@ -605,7 +605,7 @@ def test_the_end_fits_a_screen(runs):
     assert len(lines) <= 39 and max(map(len, lines)) <= 80
     marks = [line[1] for line in lines if line[:1] == " " and line[1:2] in "✓✗?"]
     judged = claims(table).set_index("claim")
-    main = [name for name in results.MAIN if judged.loc[name, "n"]]
+    main = [name for name in MAIN if judged.loc[name, "n"]]
     assert len(marks) == 6 and len(main) >= 4
     assert f"{len(judged[judged['n'] > 0])} of {len(judged)} statements" in shown.getvalue()
 

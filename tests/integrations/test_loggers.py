@@ -9,7 +9,13 @@ import torch
 from trainings import data, loss, network
 
 import biasshift as bs
-from biasshift.integrations import layer_scalars, to_mlflow, to_tensorboard, to_wandb
+from biasshift.integrations import (
+    layer_scalars,
+    share,
+    to_mlflow,
+    to_tensorboard,
+    to_wandb,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -158,3 +164,14 @@ def test_callbacks_of_missing_libraries_too(monkeypatch, name, module, modules):
         f"'{name}' needs {modules[0]}. Install it with: pip install 'biasshift[integrations]'."
     )
     assert name in dir(integrations)
+
+
+@pytest.mark.parametrize("value", [3, {1}, {"x": [1]}])
+def test_what_cannot_be_shared_is_refused(value):
+    with pytest.raises(ValueError, match=f"got {type(value).__name__}"):
+        share([1, 2], value)
+
+
+def test_layer_scalars_need_a_table():
+    with pytest.raises((ValueError, TypeError), match=r"'table'|DataFrame"):
+        layer_scalars(3)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import biasshift as bs
+from biasshift.display import page
 from biasshift.measure.bias_shift import Shifts
-from biasshift.measure.display import page
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 

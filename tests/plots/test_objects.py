@@ -93,6 +93,15 @@ def test_many_layers_share_a_panel():
         ({"a": 3}, "got int"),
         (pd.DataFrame({"step": [1], "layer": [""], "unit": [-1]}), "got none"),
         (nn.Linear(2, 2), "got Linear"),
+        (pd.DataFrame({"step": [1], "mean": [2.0]}), "got a table without layer, unit"),
+        (pd.DataFrame({"step": [1], "layer": "a", "unit": 0, "mean": "x"}), "got none"),
+        (
+            {
+                "a": pd.DataFrame({"mean": [1.0], "var": 1.0}),
+                "b": pd.DataFrame({"k": [1.0]}),
+            },
+            "got a table without",
+        ),
     ],
 )
 def test_other_things_are_refused(x, words):

@@ -25,9 +25,10 @@ from test_report import (
     write_planted,
 )
 
+from biasshift.analysis.formatting import MAIN
 from biasshift.analysis.verdicts import claims
 from biasshift.report import report
-from biasshift.report.answer import MAIN, conclusion, effect_and_interval, forest, places
+from biasshift.report.answer import conclusion, effect_and_interval, forest, places
 from biasshift.report.figure_links import figure_links
 from biasshift.report.words import WORDS
 from biasshift.tracking.rows import COLUMNS, KEYS

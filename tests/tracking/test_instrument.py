@@ -888,3 +888,16 @@ def test_a_follower_gets_all_rows_once():
     late = []
     log.follow(late.append)  # of rows that are flushed
     assert not late
+
+
+@pytest.mark.parametrize("receive", [3, None, "print"])
+def test_a_receiver_must_be_a_function(receive):
+    model = nn.Sequential(nn.Linear(3, 2), nn.ELU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with (
+        bs.instrument(model, optimizer, probe=x, quantities=("activations",)) as log,
+        # A TypeError where the types of all calls are checked.
+        pytest.raises((ValueError, TypeError), match=r"'receive'|callable|Callable"),
+    ):
+        log.follow(receive)
