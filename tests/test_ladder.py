@@ -246,3 +246,9 @@ def test_type_checkers_see_the_public_names_that_load_lazily(package):
 def test_lazily_loaded_names_are_pickled():
     for value in (biasshift.unit_fisher, biasshift.UnitFisher, runs.Run, experiments.Demo()):
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_names_of_test_files_are_unique():
+    """pytest would run only one of two with the same name."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))
